@@ -1,0 +1,83 @@
+"""Regularisers of displacement fields, as losses.
+
+Displacements are (batch, 3, i, j, k) in voxels of their own grid, channels in the order of the axes. Everything is
+computed in float32 or better whatever autocast says. Every mean runs over samples, components and voxels alike, so that
+a weight means the same at any size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from MorphSeekLib import fields
+
+
+def diffusion(displacement: Tensor) -> Tensor:
+    """Mean squared forward difference, averaged over the three axes.
+
+    VoxelMorph's and TransMorph's "l2 gradient loss"; zero for a translation.
+
+    Args:
+        displacement: (batch, 3, i, j, k), voxels; every axis at least two long.
+
+    Returns:
+        A scalar, in voxels squared per voxel squared.
+
+    Raises:
+        ValueError: an axis is too short.
+    """
+    u = _precise(displacement, 2, "Diffusion")
+    return sum(u.diff(dim=axis).square().mean() for axis in (2, 3, 4)) / 3
+
+
+def bending(displacement: Tensor) -> Tensor:
+    """Bending energy: the mean squared second derivative, mixed ones counted twice; zero for an affine displacement.
+
+    TransMorph's stencil: central differences, (u(x + 1) - u(x - 1)) / 2, applied twice, two voxels of every border
+    left out.
+
+    Args:
+        displacement: (batch, 3, i, j, k), voxels; every axis at least five long.
+
+    Returns:
+        A scalar, in voxels squared per voxel to the fourth.
+
+    Raises:
+        ValueError: an axis is too short.
+    """
+    u = _precise(displacement, 5, "Bending energy")
+    first = [_central(u, axis) for axis in (2, 3, 4)]
+    pure = sum(_central(first[a], a + 2).square().mean() for a in range(3))
+    mixed = sum(_central(first[a], b + 2).square().mean() for a, b in ((0, 1), (0, 2), (1, 2)))
+    return pure + 2 * mixed
+
+
+def folding_penalty(displacement: Tensor, margin: float = 0.05) -> Tensor:
+    """Mean of relu(margin - det J): zero where the deformation keeps at least ``margin`` of the volume.
+
+    Args:
+        displacement: (batch, 3, i, j, k), voxels; every axis at least two long.
+        margin: the determinant below which a voxel counts; above zero, so that voxels are pushed back before they fold.
+
+    Returns:
+        A scalar. Determinants as in :func:`MorphSeekLib.fields.jacobian_determinant`.
+
+    Raises:
+        ValueError: an axis is too short.
+    """
+    return torch.relu(margin - fields.jacobian_determinant(displacement)).mean()
+
+
+def _central(u: Tensor, axis: int) -> Tensor:
+    """Central difference along one axis (2, 3 or 4); one voxel of every border is left out."""
+    inner = u[tuple(slice(None) if a in (0, 1, axis) else slice(1, -1) for a in range(5))]
+    n = u.shape[axis] - 2
+    return (inner.narrow(axis, 2, n) - inner.narrow(axis, 0, n)) / 2
+
+
+def _precise(displacement: Tensor, least: int, name: str) -> Tensor:
+    """The field in at least float32, if every axis has enough voxels for the stencil."""
+    if min(displacement.shape[2:]) < least:
+        raise ValueError(f"{name} needs at least {least} voxels along every axis, not {tuple(displacement.shape[2:])}.")
+    return displacement.to(torch.promote_types(displacement.dtype, torch.float32))
