@@ -1,0 +1,106 @@
+"""VoxelMorph: the strided U-Net of Balakrishnan et al. (2019) in the form the TransMorph repository compares with.
+
+Four (or more) stride-2 convolutions down; on the way up a convolution, nearest-neighbour upsampling and the skip of
+that resolution, the last skip being the raw pair of images; then convolutions at the output's resolution and a flow
+head. The defaults are "vxm-2"; ``VXM1`` and the others are widths alone.
+
+Two settings are ours: ``norm = "instance"``, which learns far faster from scratch, and
+``flow_stride = 2``, which stops at half resolution and doubles the field exactly, for a third of the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import fields
+
+
+@dataclass(frozen=True)
+class VoxelMorphSettings:
+    """Widths and variants.
+
+    Attributes:
+        encoder: channels of the stride-2 convolutions; their number is the depth.
+        decoder: channels of the convolutions between upsamplings, one per level that is climbed.
+        extra: channels of the convolutions at the output's resolution.
+        norm: "none" (official) or "instance" (affine-free, before the activation).
+        flow_stride: 1 (official) or 2: the field is made at half resolution.
+    """
+
+    encoder: tuple[int, ...] = (16, 32, 32, 32)
+    decoder: tuple[int, ...] = (32, 32, 32, 32)
+    extra: tuple[int, ...] = (32, 16, 16)
+    norm: str = "none"
+    flow_stride: int = 1
+
+    def __post_init__(self) -> None:
+        climbs = len(self.encoder) - (self.flow_stride == 2)
+        if self.flow_stride not in (1, 2):
+            raise ValueError(f"flow_stride is {self.flow_stride}; it must be 1 or 2")
+        if self.norm not in ("none", "instance"):
+            raise ValueError(f"norm is '{self.norm}'; it must be 'none' or 'instance'")
+        if len(self.decoder) != climbs:
+            raise ValueError(f"decoder needs {climbs} widths for {len(self.encoder)} encoder levels")
+
+
+VXM1 = VoxelMorphSettings(encoder=(8, 32, 32, 32), extra=(32, 8, 8))
+VXM2 = VoxelMorphSettings()
+
+
+class ConvBlock(nn.Sequential):
+    """3x3x3 convolution, optional InstanceNorm, LeakyReLU 0.2."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, norm: str = "none") -> None:
+        layers: list[nn.Module] = [nn.Conv3d(inputs, outputs, 3, stride, 1)]
+        if norm == "instance":
+            layers.append(nn.InstanceNorm3d(outputs))
+        super().__init__(*layers, nn.LeakyReLU(0.2))
+
+
+class VoxelMorph(nn.Module):
+    """See the module's text. Input sizes must be divisible by ``multiple_of``."""
+
+    def __init__(self, settings: VoxelMorphSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        encoder, norm = settings.encoder, settings.norm
+        self.top_channels = encoder[-1]
+        self.multiple_of = 2 ** len(encoder)
+        widths = [2, *encoder]
+        self.down = nn.ModuleList(ConvBlock(a, b, 2, norm) for a, b in zip(widths, encoder, strict=False))
+        skip_widths = widths[-2::-1]
+        self.up = nn.ModuleList()
+        inputs = encoder[-1]
+        for width, skip in zip(settings.decoder, skip_widths, strict=False):
+            self.up.append(ConvBlock(inputs, width, 1, norm))
+            inputs = width + skip
+        self.extra = nn.ModuleList()
+        for width in settings.extra:
+            self.extra.append(ConvBlock(inputs, width, 1, norm))
+            inputs = width
+        self.flow = nn.Conv3d(inputs, 3, 3, 1, 1)
+        nn.init.normal_(self.flow.weight, 0.0, 1e-5)
+        nn.init.zeros_(self.flow.bias)
+
+    def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features of a pair: the skips from fine to coarse (the raw pair first), and the top feature."""
+        x = torch.cat([moving, fixed], dim=1)
+        skips = []
+        for block in self.down:
+            skips.append(x)
+            x = block(x)
+        return skips, x
+
+    def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
+        """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
+        x = top
+        for block, skip in zip(self.up, reversed(skips), strict=False):
+            x = F.interpolate(block(x), scale_factor=2, mode="nearest")
+            x = torch.cat([x, skip.to(x.dtype)], dim=1)
+        for block in self.extra:
+            x = block(x)
+        return fields.resize(self.flow(x), skips[0].shape[2:])

@@ -1,0 +1,180 @@
+"""Checkpoints: one .safetensors file; its metadata holds a JSON card that says what the weights are.
+
+Nothing is ever unpickled from a file that a person picked. A file is written under a temporary name and renamed, so
+that a crash or a full disk never costs the old one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from . import __version__
+from .errors import MorphSeekError
+from .policy import ModelSettings, RegistrationModel
+from .preprocessing import Preprocessing
+from .settings import from_dict, to_dict
+
+FORMAT = 1
+BUNDLED = Path(__file__).resolve().parent.parent / "Resources" / "Checkpoints"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        title: one line for a list of models.
+        model: how to rebuild the network.
+        preprocessing: how to feed it.
+        provenance: data, labels used, training settings, steps, seed, seconds, software; free keys.
+        results: figures that were measured, each with its definition; free keys.
+        licence: of the weights, with the reason.
+    """
+
+    title: str = ""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+def software() -> dict[str, str]:
+    """Versions that provenance and reports name."""
+    import SimpleITK
+
+    return {
+        "morphseek": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "simpleitk": SimpleITK.Version_VersionString(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def save(path: Path | str, model: RegistrationModel, card: Card) -> None:
+    """Write weights and card; the file appears whole or not at all.
+
+    Raises:
+        MorphSeekError: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    card = dataclasses.replace(card, model=model.settings)
+    metadata = {"morphseek": json.dumps({"format": FORMAT, **to_dict(card)})}
+    state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomically(path, serialize(state, metadata))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's content at once; on failure the old file stands and no part of the new one is left.
+
+    Raises:
+        MorphSeekError: the folder cannot be written or the disk is full.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise MorphSeekError(
+            f"{path} cannot be written ({error.strerror or error}); choose another folder or free some space."
+        ) from error
+
+
+def read_card(path: Path | str) -> Card:
+    """The card alone; no weights are read.
+
+    Raises:
+        MorphSeekError: no such file, or not a MorphSeek checkpoint: pickled, foreign, damaged or from a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MorphSeekError(f"There is no checkpoint file {path}; check the path.")
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise MorphSeekError(
+            f"{path.name} is a pickled PyTorch file, which MorphSeek does not open because it could run any program; "
+            "use a MorphSeek .safetensors checkpoint."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise MorphSeekError(
+            f"{path.name} is damaged or not a .safetensors file ({error}); download or copy it again."
+        ) from error
+    if "morphseek" not in metadata:
+        raise MorphSeekError(
+            f"{path.name} is a .safetensors file of another program: it carries no MorphSeek card. "
+            "Choose a checkpoint that MorphSeek wrote."
+        )
+    try:
+        values = json.loads(metadata["morphseek"])
+        version = values.pop("format")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise MorphSeekError(f"The card of {path.name} is damaged ({error}); copy the file again.") from error
+    if version != FORMAT:
+        raise MorphSeekError(f"{path.name} has format {version}, this MorphSeek reads {FORMAT}; update MorphSeek.")
+    return from_dict(Card, values, f"the card of {path.name}")
+
+
+def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[RegistrationModel, Card]:
+    """The model in eval mode, and its card.
+
+    Raises:
+        MorphSeekError: as :func:`read_card`, or weights that do not fit the card.
+    """
+    path = Path(path)
+    card = read_card(path)
+    model = RegistrationModel(card.model)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise MorphSeekError(f"The weights in {path.name} do not fit its card ({reason}); copy it again.") from error
+    return model.to(device).eval(), card
+
+
+def sha256(path: Path | str) -> str:
+    """Hex digest of a file, by which reports name the checkpoint."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def bundled() -> dict[str, Path]:
+    """Checkpoints that come with MorphSeek: name -> file."""
+    return {path.stem: path for path in sorted(BUNDLED.glob("*.safetensors"))}
+
+
+def find(model: str | Path) -> Path:
+    """The file of a bundled model's name, or of a path.
+
+    Raises:
+        MorphSeekError: neither; the known names are listed.
+    """
+    names = bundled()
+    if str(model) in names:
+        return names[str(model)]
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    known = ", ".join(names) or "none are installed"
+    raise MorphSeekError(f"There is no model '{model}': give a bundled name ({known}) or a .safetensors file.")

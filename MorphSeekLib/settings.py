@@ -1,0 +1,93 @@
+"""Settings: dataclasses, filled from TOML or JSON files, where an unknown key is an error.
+
+Nested dataclasses are nested tables. Lists become tuples, so that settings compare and hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import MorphSeekError
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+def from_dict(settings_type: type[T], values: dict[str, Any], where: str = "settings") -> T:
+    """A settings dataclass from a plain dict, checked key by key and type by type.
+
+    Raises:
+        MorphSeekError: an unknown key (named, with the known ones) or a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise MorphSeekError(f"{where} must be a table of settings, not {type(values).__name__}.")
+    hints = typing.get_type_hints(settings_type)
+    known = [field.name for field in dataclasses.fields(settings_type)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise MorphSeekError(f"{where} has no setting '{unknown[0]}'; known settings: {', '.join(known)}.")
+    try:
+        return settings_type(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+    except (TypeError, ValueError) as error:
+        raise MorphSeekError(f"{where}: {error}") from error
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """The plain dict of a settings dataclass, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def load(settings_type: type[T], path: Path | str | None) -> T:
+    """Settings from a .toml or .json file; the defaults without one.
+
+    Raises:
+        MorphSeekError: missing, unreadable or malformed file, unknown key, wrong type.
+    """
+    if path is None:
+        return settings_type()
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise MorphSeekError(f"The settings file {path} cannot be read ({error}); check the path.") from error
+    except ValueError as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise MorphSeekError(f"The settings file {path} is not valid {kind}: {error}.") from error
+    return from_dict(settings_type, values, path.name)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """``value`` as the type hint says, or MorphSeekError."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(arguments[0], v, where) for v in value)
+        if len(arguments) != len(value):
+            raise MorphSeekError(f"{where} needs {len(arguments)} values, not {len(value)}.")
+        return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _convert(arguments[1], v, where) for k, v in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = getattr(hint, "__name__", str(hint))
+    raise MorphSeekError(f"{where} must be of type {expected}, but is {value!r}.")

@@ -1,0 +1,102 @@
+"""Networks against the official ones' tensors, and the contract that every backbone keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from MorphSeekLib.backbones import BACKBONES, build_backbone
+from MorphSeekLib.backbones.voxelmorph import VXM1, VXM2, VoxelMorph, VoxelMorphSettings
+from MorphSeekLib.errors import MorphSeekError
+
+
+def official_names(state: dict) -> dict:
+    """The TransMorph repository's key names as ours."""
+    ours = {"unet_model.downarm": "down", "unet_model.uparm": "up", "unet_model.extras": "extra", ".main": ".0"}
+    renamed = {}
+    for name, value in state.items():
+        for old, new in ours.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize(
+    ("fixture", "settings"), [("vxm1_transmorph_repo", VXM1), ("vxm2_transmorph_repo", VXM2)], ids=["vxm-1", "vxm-2"]
+)
+def test_voxelmorph_equals_the_official_network(reference, fixture, settings):
+    official = reference(fixture)
+    network = VoxelMorph(settings)
+    network.load_state_dict(official_names(official["state_dict"]))
+    skips, top = network.encode(official["moving"], official["fixed"])
+    torch.testing.assert_close(top, official["top_feature"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(network.decode(skips, top), official["flow"], atol=2e-4, rtol=0)
+    assert sum(p.numel() for p in network.parameters()) == official["n_params"]
+
+
+def test_gradients_agree_with_finite_differences():
+    torch.manual_seed(0)
+    network = build_backbone("voxelmorph", {"encoder": [2, 3], "decoder": [3, 2], "extra": [2], "norm": "instance"})
+    network.double()
+    torch.nn.init.normal_(network.flow.weight)
+    moving, fixed = torch.rand(2, 1, 1, 4, 8, 4, dtype=torch.float64)
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        replaced = torch.func.functional_call(Whole(network), {"network.flow.weight": weight}, (moving, fixed))
+        return replaced.square().mean()
+
+    weight = network.flow.weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: Whole(network)(m, fixed), moving.requires_grad_(), atol=1e-4, rtol=1e-2)
+    assert torch.autograd.gradcheck(loss, weight, atol=1e-4, rtol=1e-2)
+
+
+class Whole(torch.nn.Module):
+    """encode and decode in one call."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        return self.network.decode(*self.network.encode(moving, fixed))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_contract(name, stride):
+    settings = {"flow_stride": stride, "decoder": [8] * (5 - stride), "extra": [8]} if name == "voxelmorph" else {}
+    network = build_backbone(name, settings)
+    shape = [network.multiple_of, 2 * network.multiple_of, network.multiple_of]
+    moving, fixed = torch.rand(2, 1, 1, *shape)
+    skips, top = network.encode(moving, fixed)
+    assert top.shape[1] == network.top_channels
+    field = network.decode(skips, top)
+    assert field.shape == (1, 3, *shape)
+    assert field.dtype == torch.float32
+    assert float(field.detach().abs().max()) < 0.1, "a fresh network starts near the identity"
+
+
+def test_half_resolution_flow_means_the_same_motion():
+    """The flow head's field doubles exactly: a constant of one coarse voxel is (n - 1) / (n / 2 - 1) fine ones."""
+    network = VoxelMorph(VoxelMorphSettings(encoder=(4, 4), decoder=(4,), extra=(), flow_stride=2))
+    torch.nn.init.zeros_(network.flow.weight)
+    torch.nn.init.ones_(network.flow.bias)
+    field = network.decode(*network.encode(torch.rand(1, 1, 8, 12, 16), torch.rand(1, 1, 8, 12, 16)))
+    for axis, n in enumerate((8, 12, 16)):
+        torch.testing.assert_close(field[0, axis], torch.full((8, 12, 16), (n - 1) / (n / 2 - 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("resnet", {}, "no backbone 'resnet'"),
+        ("voxelmorph", {"widths": [1]}, "no setting 'widths'"),
+        ("voxelmorph", {"norm": "batch"}, "norm is 'batch'"),
+        ("voxelmorph", {"flow_stride": 3}, "flow_stride is 3"),
+        ("voxelmorph", {"decoder": [1, 2]}, "decoder needs 4 widths"),
+        ("voxelmorph", {"encoder": "wide"}, "encoder must be of type"),
+    ],
+)
+def test_wrong_settings_are_named(name, settings, words):
+    with pytest.raises(MorphSeekError, match=words):
+        build_backbone(name, settings)

@@ -1,0 +1,164 @@
+"""Checkpoints: what is saved is loaded, and every unusable file gets one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from MorphSeekLib import checkpoint
+from MorphSeekLib.checkpoint import Card
+from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel
+from MorphSeekLib.preprocessing import Preprocessing
+
+MODEL = ModelSettings(
+    backbone_settings={"encoder": [4, 6], "decoder": [6, 4], "extra": [4]},
+    policy=PolicySettings(lambda_scale=3.0),
+    output="velocity",
+)
+CARD = Card(
+    title="A small one",
+    preprocessing=Preprocessing(spacing=(2.0, 2.0, 3.0), align="rigid", steps=3),
+    provenance={"data": "nothing", "seed": 4},
+    results={"dice": 0.5},
+    licence="Apache-2.0",
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(3)
+    model = RegistrationModel(MODEL)
+    checkpoint.save(tmp_path / "small.safetensors", model, CARD)
+    return tmp_path / "small.safetensors", model
+
+
+def test_round_trip(saved):
+    path, model = saved
+    loaded, card = checkpoint.load(path)
+    assert card.model == model.settings
+    assert (card.preprocessing, card.title, card.provenance, card.results, card.licence) == (
+        CARD.preprocessing,
+        CARD.title,
+        CARD.provenance,
+        CARD.results,
+        CARD.licence,
+    )
+    assert not loaded.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert checkpoint.read_card(path) == card
+
+
+def rewrite(path, change):
+    """The same weights under a changed card."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+        values = json.loads(file.metadata()["morphseek"])
+    change(values, state)
+    save_file(state, path, {"morphseek": json.dumps(values)})
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickled(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def plain_pickle(path):
+    path.write_bytes(pickle.dumps({"a": 1}))
+
+
+def foreign(path):
+    save_file({"w": torch.zeros(3)}, path, {"format": "pt"})
+
+
+def later(path):
+    rewrite(path, lambda card, state: card.update(format=99))
+
+
+def unknown_key(path):
+    rewrite(path, lambda card, state: card.update(colour="red"))
+
+
+def missing_weight(path):
+    rewrite(path, lambda card, state: state.pop("head.mu.weight"))
+
+
+def other_backbone(path):
+    rewrite(path, lambda card, state: card["model"].update(backbone="resnet"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (truncate, "damaged or not a .safetensors file"),
+        (pickled, "pickled PyTorch file"),
+        (plain_pickle, "pickled PyTorch file"),
+        (foreign, "another program"),
+        (later, "format 99"),
+        (unknown_key, "no setting 'colour'"),
+        (missing_weight, "do not fit its card"),
+        (other_backbone, "no backbone 'resnet'"),
+        (lambda path: path.write_bytes(b""), "damaged or not"),
+        (lambda path: path.write_text("hello, this is text"), "damaged or not"),
+        (lambda path: path.unlink(), "no checkpoint file"),
+    ],
+)
+def test_unusable_files_get_one_sentence(saved, spoil, words):
+    path, _ = saved
+    spoil(path)
+    with pytest.raises(MorphSeekError, match=words) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    path = tmp_path / "trap.safetensors"
+    torch.save({"w": Trap()}, path)
+    for reader in (checkpoint.load, checkpoint.read_card):
+        with pytest.raises(MorphSeekError):
+            reader(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_failed_write_keeps_the_old_file(saved):
+    path, model = saved
+    before = path.read_bytes()
+    path.parent.chmod(0o500)
+    try:
+        if os.access(path.parent, os.W_OK):
+            pytest.skip("this user may write anywhere, so a write cannot be made to fail this way")
+        with pytest.raises(MorphSeekError, match="cannot be written"):
+            checkpoint.save(path, model, CARD)
+    finally:
+        path.parent.chmod(0o700)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_in_the_way_is_refused_and_nothing_is_left(tmp_path, saved):
+    _, model = saved
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(MorphSeekError, match="cannot be written"):
+        checkpoint.save(tmp_path / "taken", model, CARD)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small.safetensors", "taken"]
+
+
+def test_find_names_what_there_is(saved):
+    path, _ = saved
+    assert checkpoint.find(path) == path
+    with pytest.raises(MorphSeekError, match="no model 'brain-xr'"):
+        checkpoint.find("brain-xr")
