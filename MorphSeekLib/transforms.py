@@ -1,0 +1,138 @@
+"""Transform files in and out: ITK's formats, fixed point -> moving point, LPS mm."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from .errors import MorphSeekError
+from .geometry import DenseTransform, Grid, Transform
+from .images import read_sitk, whole_file
+
+_FIELDS = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+# displacements are rounded to 1/4096 mm: the error stays under 0.00013 mm and the file shrinks by a third
+_STEPS_PER_MM = 4096
+_CHUNK = 3 << 14
+
+
+def write_transform(transform: DenseTransform, path: str | os.PathLike) -> None:
+    """Write a dense transform as ITK's DisplacementFieldTransform, all of it or nothing.
+
+    The layout is that of ITK's HDF5TransformIO; float32, shuffled and deflated, which ITK reads but never writes (its
+    own files hold uncompressed doubles and are about four times as large). SimpleITK and Slicer read it. Between the
+    nodes SimpleITK interpolates linearly, as :class:`DenseTransform` does; Slicer sets the transforms it reads from
+    files to cubic, which differs by some hundredths of a millimetre where the field bends strongly.
+
+    Args:
+        transform: fixed point -> moving point, LPS mm.
+        path: ends with ``.h5``; its folder exists.
+
+    Raises:
+        MorphSeekError: another ending, or the disk is full or the folder not writable.
+    """
+    if Path(path).suffix.lower() != ".h5":
+        raise MorphSeekError(f"{path} has no format to write a dense transform in; end its name with .h5.")
+    grid = transform.grid
+    fixed = [*grid.shape, *grid.origin, *grid.spacing, *grid.direction.ravel()]
+    values = transform.displacement.detach().cpu().float().numpy().transpose(3, 2, 1, 0).ravel()
+    values = np.round(values * np.float32(_STEPS_PER_MM)) / np.float32(_STEPS_PER_MM)
+    text = h5py.string_dtype("ascii")
+    made = io.BytesIO()  # HDF5 itself crashes the process when the disk is full
+    with h5py.File(made, "w") as file:
+        file.create_dataset("ITKVersion", data=["5.4"], dtype=text)
+        file.create_dataset("HDFVersion", data=[h5py.version.hdf5_version], dtype=text)
+        group = file.create_group("TransformGroup/0")
+        group.create_dataset("TransformType", data=["DisplacementFieldTransform_float_3_3"], dtype=text)
+        group.create_dataset("TransformFixedParameters", data=np.array(fixed, dtype=np.float64))
+        group.create_dataset(
+            "TransformParameters",
+            data=values,
+            chunks=(min(_CHUNK, values.size),),
+            shuffle=True,
+            compression="gzip",
+            compression_opts=4,
+        )
+    with whole_file(path) as part:
+        part.write_bytes(made.getbuffer())
+
+
+def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
+    """Read a transform, fixed point -> moving point (what ITK, Slicer and ANTs store to resample the moving image).
+
+    Args:
+        path: an ITK transform file (.tfm, .txt, .mat, .h5, .xfm) of any kind, composites included, or a displacement
+            field image (.nii.gz, .nrrd, .mha; LPS mm, but NIfTI of intent 1006 RAS mm, as ITK has it).
+        grid: where to sample a transform that is not linear; it should cover the fixed image.
+
+    Returns:
+        A (4, 4) matrix, LPS mm, when the transform is linear; a DenseTransform on ``grid`` otherwise.
+
+    Raises:
+        MorphSeekError: missing, damaged, not a 3D transform, singular or not finite.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MorphSeekError(f"{path} does not exist; check the name.")
+    if path.is_dir():
+        raise MorphSeekError(f"{path} is a folder; give a transform file.")
+    if path.name.lower().endswith(_FIELDS):
+        field = read_sitk(path, components=3)
+        transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
+    else:
+        transform = _read_itk(path)
+    if transform.GetDimension() != 3:
+        raise MorphSeekError(f"{path} is a {transform.GetDimension()}D transform; give a 3D one.")
+    if transform.IsLinear():
+        return _matrix(transform, path)
+    field = sitk.TransformToDisplacementField(
+        transform,
+        sitk.sitkVectorFloat32,
+        grid.shape,
+        grid.origin.tolist(),
+        grid.spacing.tolist(),
+        grid.direction.ravel().tolist(),
+    )
+    displacement = torch.from_numpy(np.ascontiguousarray(sitk.GetArrayFromImage(field).transpose(3, 2, 1, 0)))
+    if not bool(torch.isfinite(displacement).all()):
+        raise MorphSeekError(f"{path} moves points by amounts that are NaN or infinite; make the transform again.")
+    return DenseTransform(displacement, grid)
+
+
+def _read_itk(path: Path) -> sitk.Transform:
+    damaged = MorphSeekError(
+        f"{path} is no transform that can be read: damaged, or of another program; give an ITK transform (.h5, .tfm, "
+        ".txt, .mat), as Slicer and ANTs save them, or a displacement field image."
+    )
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        # looked into first: ITK's HDF5 library prints a page of its own for every file it cannot open
+        try:
+            with h5py.File(path, "r") as file:
+                if "TransformGroup" not in file:
+                    raise damaged
+        except OSError:
+            raise damaged from None
+    try:
+        return sitk.ReadTransform(str(path))
+    except RuntimeError:
+        raise damaged from None
+
+
+def _matrix(transform: sitk.Transform, path: Path) -> np.ndarray:
+    """(4, 4) of a linear transform of any class, from where it takes four points."""
+    reach = 100.0  # mm; far enough that the differences keep their digits
+    origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
+    matrix = np.eye(4)
+    for axis in range(3):
+        point = [0.0, 0.0, 0.0]
+        point[axis] = reach
+        matrix[:3, axis] = (np.array(transform.TransformPoint(point)) - origin) / reach
+    matrix[:3, 3] = origin
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
+        raise MorphSeekError(f"{path} holds a matrix that is singular or not finite; make the transform again.")
+    return matrix

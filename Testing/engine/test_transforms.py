@@ -1,0 +1,202 @@
+"""Transform files: the same points in SimpleITK and in Slicer's MRML, small on disk, refused when they are none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import h5py
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+
+from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.geometry import DenseTransform, Grid, apply_affine
+from MorphSeekLib.transforms import read_transform, write_transform
+
+TURN = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
+
+
+def dense(shape=(14, 12, 10), handed=1, size_mm=4.0) -> DenseTransform:
+    """A smooth random displacement on an oblique, anisotropic grid."""
+    grid = Grid.from_parts(shape, (3.0, 2.5, 4.0), TURN @ np.diag([1, 1, handed]), (-30.0, 12.0, 45.0))
+    coarse = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    smooth = F.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)[0]
+    return DenseTransform(size_mm * smooth, grid)
+
+
+def points_in(grid: Grid, number: int = 100) -> np.ndarray:
+    inside = np.random.default_rng(1).random((number, 3)) * (np.array(grid.shape) - 1)
+    return apply_affine(grid.affine, inside)
+
+
+def mapped(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
+    return np.array([transform.TransformPoint(p) for p in points.tolist()])
+
+
+@pytest.mark.parametrize("handed", [1, -1])
+def test_simpleitk_reads_what_is_written(tmp_path, handed):
+    transform = dense(handed=handed)
+    write_transform(transform, tmp_path / "t.h5")
+    assert os.listdir(tmp_path) == ["t.h5"]
+    points = points_in(transform.grid)
+    read = sitk.ReadTransform(str(tmp_path / "t.h5"))
+    assert read.GetName() == "DisplacementFieldTransform"
+    assert np.abs(mapped(read, points) - transform.map_points(points)).max() < 2e-4
+    back = read_transform(tmp_path / "t.h5", transform.grid)
+    assert float((back.displacement - transform.displacement).abs().max()) < 2e-4
+
+
+@pytest.mark.parametrize("handed", [1, -1])
+def test_slicer_reads_what_is_written(tmp_path, handed):
+    slicer = pytest.importorskip("slicer")
+    transform = dense(handed=handed)
+    write_transform(transform, tmp_path / "t.h5")
+    scene = slicer.vtkMRMLScene()
+    node = scene.AddNewNodeByClass("vtkMRMLTransformNode")
+    storage = slicer.vtkMRMLTransformStorageNode()
+    scene.AddNode(storage)
+    storage.SetFileName(str(tmp_path / "t.h5"))
+    assert storage.ReadData(node)
+    from_parent = node.GetTransformFromParent()  # resampling direction: fixed -> moving
+
+    def error(points: np.ndarray) -> float:
+        found = [np.array(from_parent.TransformPoint(*(p * LPS_TO_RAS))) * LPS_TO_RAS for p in points]
+        return float(np.abs(np.array(found) - transform.map_points(points)).max())
+
+    nodes = apply_affine(transform.grid.affine, np.round(points_in(Grid(transform.grid.shape, np.eye(4)))))
+    assert error(nodes) < 2e-4
+    from_parent.SetInterpolationModeToLinear()  # Slicer reads files as cubic
+    assert error(points_in(transform.grid)) < 2e-4
+
+
+def test_file_is_small(tmp_path):
+    shape = (48, 56, 48)
+    transform = dense(shape)
+    write_transform(transform, tmp_path / "small.h5")
+    field = sitk.GetImageFromArray(transform.displacement.double().numpy().transpose(3, 2, 1, 0), isVector=True)
+    sitk.WriteTransform(sitk.DisplacementFieldTransform(field), str(tmp_path / "itk.h5"))
+    assert (tmp_path / "small.h5").stat().st_size < 0.3 * (tmp_path / "itk.h5").stat().st_size
+
+
+@pytest.mark.parametrize("ending", ["tfm", "txt", "h5", "mat", "xfm"])
+def test_linear_kinds_become_matrices(tmp_path, ending):
+    grid = dense().grid
+    affine = sitk.AffineTransform((1.1, 0.1, 0, 0, 0.9, 0.2, -0.1, 0, 1.05), (5.0, -6.0, 7.0), (10.0, 20.0, 30.0))
+    kinds: list[sitk.Transform] = [affine, sitk.Euler3DTransform((1, 2, 3), 0.1, 0.2, 0.3, (4, 5, 6))]
+    if ending not in ("mat", "xfm"):  # those formats hold one matrix
+        kinds += [sitk.CompositeTransform([kinds[1], affine]), sitk.TranslationTransform(3, (1.0, 2.0, 3.0))]
+    points = points_in(grid, 10)
+    for transform in kinds:
+        path = tmp_path / f"t.{ending}"
+        sitk.WriteTransform(transform, str(path))
+        matrix = read_transform(path, grid)
+        assert matrix.shape == (4, 4)
+        assert np.abs(apply_affine(matrix, points) - mapped(transform, points)).max() < 1e-6
+
+
+def test_composite_with_a_field_is_sampled(tmp_path):
+    transform = dense()
+    grid = transform.grid
+    write_transform(transform, tmp_path / "t.h5")
+    chain = sitk.CompositeTransform(
+        [sitk.Euler3DTransform((1, 2, 3), 0.1, 0.2, 0.3), sitk.ReadTransform(str(tmp_path / "t.h5"))]
+    )
+    sitk.WriteTransform(chain, str(tmp_path / "chain.h5"))
+    read = read_transform(tmp_path / "chain.h5", grid)
+    assert isinstance(read, DenseTransform)
+    points = points_in(grid)
+    # the field is applied first, then the rotation; both linear between the nodes
+    assert np.abs(read.map_points(points) - mapped(chain, points)).max() < 1e-3
+
+
+@pytest.mark.parametrize("ending", ["nii.gz", "nrrd", "mha"])
+def test_displacement_field_images(tmp_path, ending):
+    transform = dense()
+    grid = transform.grid
+    field = sitk.GetImageFromArray(transform.displacement.numpy().transpose(3, 2, 1, 0), isVector=True)
+    field.SetSpacing(grid.spacing.tolist())
+    field.SetOrigin(grid.origin.tolist())
+    field.SetDirection(grid.direction.ravel().tolist())
+    sitk.WriteImage(field, str(tmp_path / f"f.{ending}"))
+    read = read_transform(tmp_path / f"f.{ending}", grid)
+    assert float((read.displacement - transform.displacement).abs().max()) < 1e-3
+
+
+def test_field_that_slicer_saved_as_nifti_means_the_same(tmp_path):
+    slicer = pytest.importorskip("slicer")
+    transform = dense()
+    write_transform(transform, tmp_path / "t.h5")
+    scene = slicer.vtkMRMLScene()
+    node = scene.AddNewNodeByClass("vtkMRMLTransformNode")
+    for name, action in (("t.h5", "ReadData"), ("t.nii.gz", "WriteData")):
+        storage = slicer.vtkMRMLTransformStorageNode()
+        scene.AddNode(storage)
+        storage.SetFileName(str(tmp_path / name))
+        assert getattr(storage, action)(node)
+    read = read_transform(tmp_path / "t.nii.gz", transform.grid)
+    assert float((read.displacement - transform.displacement).abs().max()) < 1e-3
+
+
+HEAD = "#Insight Transform File V1.0\n#Transform 0\nTransform: {}\nParameters: {}\nFixedParameters: 0 0 0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.tfm", "hello", "no transform that can be read"),
+        ("a.h5", "hello", "no transform that can be read"),
+        ("a.mat", "1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "of another program"),
+        ("a.lta", "type = 1", "of another program"),
+        ("a.tfm", HEAD.format("AffineTransform_double_3_3", "1 0 0"), "no transform that can be read"),
+        ("a.tfm", HEAD.format("AffineTransform_double_3_3", "0 0 0 0 1 0 0 0 1 0 0 0"), "singular"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    refused(tmp_path / name, words)
+
+
+def test_more_bad_files(tmp_path):
+    refused(tmp_path / "none.h5", "does not exist")
+    refused(tmp_path, "is a folder")
+    write_transform(dense(), tmp_path / "t.h5")
+    (tmp_path / "t.h5").write_bytes((tmp_path / "t.h5").read_bytes()[:-2000])
+    refused(tmp_path / "t.h5", "damaged")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file.create_dataset("a", data=[1.0])
+    refused(tmp_path / "other.h5", "no transform")
+    sitk.WriteImage(sitk.GetImageFromArray(np.random.rand(4, 4, 4)), str(tmp_path / "scan.nii.gz"))
+    refused(tmp_path / "scan.nii.gz", "1 instead of 3 numbers")
+    sitk.WriteTransform(sitk.Euler2DTransform(), str(tmp_path / "flat.tfm"))
+    refused(tmp_path / "flat.tfm", "2D transform")
+    with pytest.raises(MorphSeekError, match=r"\.h5"):
+        write_transform(dense(), tmp_path / "t.tfm")
+
+
+def refused(path, words: str) -> None:
+    with pytest.raises(MorphSeekError) as caught:
+        read_transform(path, dense().grid)
+    text = str(caught.value)
+    assert str(path) in text
+    assert words in text
+    assert "\n" not in text
+
+
+def test_full_disk(tmp_path):
+    try:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        with pytest.raises(MorphSeekError, match=r"The disk is full: .*t\.h5"):
+            write_transform(dense((40, 40, 40)), tmp_path / "t.h5")
+        assert os.listdir(tmp_path) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
