@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = sorted((ROOT / "MorphSeekLib").rglob("*.py"))
 MODULE = sorted((ROOT / "MorphSeek").rglob("*.py"))
 INTERFACE = {"slicer", "vtk", "vtkmodules", "qt", "ctk", "mrml", "PySide6", "PySide2", "PyQt5", "PyQt6", "MorphSeekGui"}
-SIMPLEITK_ROOMS = {"images.py", "transforms.py", "alignment.py"}
+SIMPLEITK_ROOMS = {"images.py", "transforms.py", "alignment.py", "report.py"}
 
 
 @functools.cache
