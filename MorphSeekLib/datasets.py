@@ -1,0 +1,190 @@
+"""Cases and pairs: Learn2Reg-style data sets (dataset.json), or a folder of label maps.
+
+dataset.json names splits of cases (``"training": [{"image": ..., "label": ...}]``) and of pairs
+(``"registration_test": [{"fixed": ..., "moving": ...}]``); paths are relative to it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from .errors import MorphSeekError
+from .geometry import Grid, Volume, orientation_matrix, resample, smooth_for_spacing
+from .images import check_labels, read_image, read_labels
+from .preprocessing import Preprocessing, normalize, working_grid
+
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".mgz")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan: files, either of which may be missing."""
+
+    image: Path | None = None
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A fixed and a moving case."""
+
+    fixed: Case
+    moving: Case
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What dataset.json says.
+
+    Attributes:
+        path: the file, or the folder.
+        cases: split -> cases.
+        pairs: split -> pairs.
+        labels: label value -> name.
+        evaluated: labels to score; None for all.
+        about: name, licence, reference and so on, for provenance.
+    """
+
+    path: Path
+    cases: dict[str, list[Case]] = field(default_factory=dict)
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
+    evaluated: tuple[int, ...] | None = None
+    about: dict[str, str] = field(default_factory=dict)
+
+    def split(self, name: str, kind: str = "pairs") -> list:
+        """The pairs (or cases) of a split.
+
+        Raises:
+            MorphSeekError: no such split; the known ones are listed.
+        """
+        splits = getattr(self, kind)
+        if not splits.get(name):
+            known = ", ".join(sorted(k for k, v in splits.items() if v)) or "none"
+            raise MorphSeekError(f"{self.path} has no {kind} under '{name}'; it has: {known}.")
+        return splits[name]
+
+
+def load_dataset(path: Path | str) -> Dataset:
+    """Read a dataset.json, or take every image file of a folder as a label map for the split "training".
+
+    Raises:
+        MorphSeekError: missing or malformed file, a file it names that does not exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.name.endswith(IMAGE_SUFFIXES))
+        if not files:
+            raise MorphSeekError(f"The folder {path} holds no label maps ({', '.join(IMAGE_SUFFIXES)}).")
+        return Dataset(path, {"training": [Case(label=p) for p in files]}, about={"name": path.name})
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MorphSeekError(f"The data set {path} cannot be read ({error.strerror}); check the path.") from error
+    except ValueError as error:
+        raise MorphSeekError(f"The data set {path} is not valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise MorphSeekError(f"The data set {path} must be a JSON object with splits such as 'training'.")
+    root = path.parent
+    cases: dict[str, list[Case]] = {}
+    pairs: dict[str, list[Pair]] = {}
+    by_image: dict[str, Case] = {}
+    entries = {k: v for k, v in values.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    for split, rows in entries.items():
+        if "image" in rows[0] or "label" in rows[0]:
+            cases[split] = [
+                Case(_file(root, row.get("image"), path), _file(root, row.get("label"), path)) for row in rows
+            ]
+            by_image.update(
+                {row["image"]: case for row, case in zip(rows, cases[split], strict=True) if "image" in row}
+            )
+    for split, rows in entries.items():
+        if "fixed" in rows[0]:
+            pairs[split] = [
+                Pair(*(_case(row, side, by_image, root, path) for side in ("fixed", "moving"))) for row in rows
+            ]
+    return Dataset(
+        path,
+        cases,
+        pairs,
+        {int(k): str(v) for k, v in values.get("labels", {}).items() if str(k).isdigit()},
+        tuple(values["evaluated_labels"]) if "evaluated_labels" in values else None,
+        {k: v for k, v in values.items() if isinstance(v, str)},
+    )
+
+
+def _case(row: dict, side: str, known: dict[str, Case], root: Path, path: Path) -> Case:
+    image = row.get(side)
+    if image in known:
+        return known[image]
+    label = row.get(f"{side}_label")
+    return Case(_file(root, image, path), _file(root, label, path))
+
+
+def _file(root: Path, name: str | None, dataset: Path) -> Path | None:
+    if name is None:
+        return None
+    if not (root / name).exists():
+        raise MorphSeekError(f"{dataset} names {name}, which is not there; mend the data set or copy the file.")
+    return root / name
+
+
+@dataclass
+class PreparedPair:
+    """A pair on the fixed case's working grid, as a training or validation step takes it.
+
+    Attributes:
+        fixed, moving: (1, 1, i, j, k), normalised.
+        fixed_labels, moving_labels: (1, 1, i, j, k) int32, or None.
+        grid: the working grid.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    fixed_labels: Tensor | None
+    moving_labels: Tensor | None
+    grid: Grid
+
+
+class PairLoader:
+    """Prepares pairs and keeps the cases it has read, so that an epoch reads every file once."""
+
+    def __init__(self, preprocessing: Preprocessing, multiple_of: int, centered: bool) -> None:
+        """``centered``: put the middles of the two images together; else their world coordinates count as they are."""
+        self.preprocessing, self.multiple_of, self.centered = preprocessing, multiple_of, centered
+        self._cases: dict[Case, tuple[Volume, Volume | None]] = {}
+
+    def __call__(self, pair: Pair) -> PreparedPair:
+        fixed, fixed_labels = self._read(pair.fixed)
+        moving, moving_labels = self._read(pair.moving)
+        grid = working_grid(fixed.grid, self.preprocessing, self.multiple_of)
+        shift = np.eye(4)
+        if self.centered:
+            shift[:3, 3] = moving.grid.center - fixed.grid.center
+        labels = [
+            None if volume is None else resample(volume, grid, matrix, mode="nearest").data[None, None]
+            for volume, matrix in ((fixed_labels, None), (moving_labels, shift))
+        ]
+        return PreparedPair(
+            resample(fixed, grid).data[None, None], resample(moving, grid, shift).data[None, None], *labels, grid
+        )
+
+    def _read(self, case: Case) -> tuple[Volume, Volume | None]:
+        if case not in self._cases:
+            if case.image is None:
+                raise MorphSeekError(f"{case.label} has no image beside it; training on images needs one per case.")
+            image = read_image(case.image)
+            labels = None
+            if case.label is not None:
+                labels = check_labels(read_labels(case.label), image, case.label.name)
+            image = Volume(normalize(image.data, self.preprocessing), image.grid)
+            if self.preprocessing.spacing is not None:
+                direction = orientation_matrix(self.preprocessing.orientation)
+                image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))
+            self._cases[case] = image, labels
+        return self._cases[case]

@@ -1,0 +1,429 @@
+"""Warm-up training (METHOD.md, section B): at tau = 0, from images alone, or from synthetic pairs with known labels.
+
+Every iteration is a pure function of (settings, seed, iteration, weights, optimiser): a run that was killed at any
+moment and is resumed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from . import fields
+from .checkpoint import Card, load, read_card, save, sha256, software, write_atomically
+from .datasets import Dataset, Pair, PairLoader
+from .errors import Cancelled, MorphSeekError
+from .events import Event, OnEvent, checkpoint_for, ignore, never
+from .metrics import dice_per_label, folding
+from .policy import ModelSettings, RegistrationModel, kl_to_standard_normal, refine
+from .preprocessing import Preprocessing
+from .regularizers import diffusion, folding_penalty
+from .settings import to_dict
+from .similarity import SIMILARITIES
+from .synthesis import LabelMapSource, SynthesisSettings
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the warm-up loss, all per refinement step.
+
+    Attributes:
+        similarity: "lncc", "mse" or "mind".
+        similarity_weight: 0 for synthetic pairs whose contrasts differ.
+        regularization: lambda_reg of the diffusion regulariser, on the accumulated displacement in voxels.
+        folding: weight of the differentiable folding penalty mean(relu(0.05 - det J)).
+        kl: beta, of the mean KL to N(0, I).
+        dice: weight of 1 - soft Dice; needs labels (synthetic pairs have them).
+    """
+
+    similarity: str = "lncc"
+    similarity_weight: float = 1.0
+    regularization: float = 1.0
+    folding: float = 0.0
+    kl: float = 1e-3
+    dice: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"similarity is '{self.similarity}'; it must be one of {', '.join(SIMILARITIES)}")
+
+
+@dataclass(frozen=True)
+class WarmupSettings:
+    """The run.
+
+    Attributes:
+        iterations: optimiser steps, one pair each.
+        learning_rate: of Adam, falling to a hundredth along a half cosine.
+        steps: refinement steps T in training; each is detached from the one before.
+        seed: of everything random.
+        validate_every, save_every: iterations between validations, and between states to resume from.
+        validation_pairs: the most pairs of one validation.
+        centered: put the middles of two images together before training; else their world coordinates count.
+        gradient_clip: largest norm of a gradient.
+    """
+
+    iterations: int = 2000
+    learning_rate: float = 1e-3
+    steps: int = 2
+    seed: int = 0
+    validate_every: int = 250
+    save_every: int = 100
+    validation_pairs: int = 8
+    centered: bool = True
+    gradient_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A whole settings file.
+
+    Attributes:
+        title, licence: for the card.
+        synthesis: present when pairs are made from label maps.
+    """
+
+    title: str = ""
+    licence: str = ""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    loss: LossSettings = field(default_factory=LossSettings)
+    training: WarmupSettings = field(default_factory=WarmupSettings)
+    synthesis: SynthesisSettings | None = None
+
+
+@dataclass
+class Batch:
+    """What an iteration trains on.
+
+    Attributes:
+        fixed, moving: (1, 1, i, j, k), what the network sees.
+        fixed_target, moving_target: (1, 1, i, j, k), what their similarity is measured on; None: the images themselves.
+        fixed_labels, moving_labels: shares (1, structures, i/b, j/b, k/b) of structures in blocks of b voxels, or None.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    fixed_target: Tensor | None = None
+    moving_target: Tensor | None = None
+    fixed_labels: Tensor | None = None
+    moving_labels: Tensor | None = None
+
+
+def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """Mean over structures of 2 sum(ab) / (sum(a^2) + sum(b^2)); (batch, structures, i, j, k) shares -> scalar."""
+    together = (fixed * warped).sum(dim=(2, 3, 4))
+    apart = fixed.square().sum(dim=(2, 3, 4)) + warped.square().sum(dim=(2, 3, 4))
+    return ((2 * together + epsilon) / (apart + epsilon)).mean()
+
+
+def warmup_loss(
+    model: RegistrationModel, batch: Batch, outer: Tensor, weights: LossSettings
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """L_warm of one refinement step (METHOD.md, section B), with soft Dice where labels and a weight are there.
+
+    Args:
+        outer: (1, 3, i, j, k) displacement accumulated before this step, detached.
+
+    Returns:
+        the loss, the new accumulated displacement, and the terms by name (detached, still on the device).
+    """
+    warped_before = fields.warp(batch.moving, outer)
+    latent = model.encode(warped_before, batch.fixed)
+    step = model.displacement(model.field(latent, latent.mu))
+    total = fields.compose(outer, step)
+    terms = {"kl": kl_to_standard_normal(latent), "diffusion": diffusion(total)}
+    loss = weights.kl * terms["kl"] + weights.regularization * terms["diffusion"]
+    if weights.similarity_weight > 0:
+        target, source = batch.fixed_target, batch.moving_target
+        target, source = (batch.fixed, batch.moving) if target is None else (target, source)
+        terms["similarity"] = SIMILARITIES[weights.similarity](target, fields.warp(source, total))
+        loss = loss + weights.similarity_weight * terms["similarity"]
+    if weights.folding > 0:
+        terms["folding_penalty"] = folding_penalty(total)
+        loss = loss + weights.folding * terms["folding_penalty"]
+    if weights.dice > 0:
+        # labels may come in blocks of voxels: the block's mean displacement, in blocks
+        block = total.shape[2] // batch.fixed_labels.shape[2]
+        coarse = F.avg_pool3d(total, block) / block if block > 1 else total
+        terms["soft_dice"] = soft_dice(batch.fixed_labels, fields.warp(batch.moving_labels, coarse))
+        loss = loss + weights.dice * (1 - terms["soft_dice"])
+    return loss, total, {name: value.detach() for name, value in terms.items()}
+
+
+def warmup(
+    dataset: Dataset,
+    config: TrainingConfig,
+    out: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    init: Path | str | None = None,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> Path:
+    """Train from scratch or from a checkpoint, or go on where a killed run of the same settings stood.
+
+    While training, ``out.state`` (weights and optimiser, to resume from) and ``out.log`` (TensorBoard) lie beside
+    ``out``; the state goes when the run is done. A cancelled run keeps it.
+
+    Args:
+        dataset: cases of the split "training"; pairs of the split "registration_val" are validated on.
+        config: the settings.
+        out: the checkpoint to write.
+        device: where to train.
+        init: a checkpoint of the same model whose weights to start from.
+        on_event: told of every iteration.
+        cancelled: asked every iteration; True ends the run.
+
+    Raises:
+        MorphSeekError: unusable data or settings, or a state of other settings, or a loss that is not a number.
+        Cancelled: the person stopped it; the state is saved.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
+    run, device = config.training, torch.device(device)
+    checkpoint = checkpoint_for(cancelled)
+    on_event(Event("read", 0.0, "Reading the training cases"))
+    torch.manual_seed(run.seed)
+    model = RegistrationModel(config.model).to(device)
+    if init is not None:
+        _start_from(init, model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
+    batch_of = _batches(dataset, config, model.multiple_of)
+    validation = _validation_pairs(dataset, config, model.multiple_of)
+    state_path = out.with_name(out.name + ".state")
+    start = {"init": sha256(init) if init is not None else None}
+    fingerprint = json.dumps(to_dict(config) | start, sort_keys=True)
+    begin, seconds = _resume(state_path, fingerprint, model, optimizer)
+    writer = SummaryWriter(str(out.with_name(out.name + ".log")), purge_step=begin)
+    started = time.monotonic() - seconds
+    done = begin
+    figures: dict[str, float] = {}
+    try:
+        with ThreadPoolExecutor(1) as ahead:  # the next pair is made while this one trains
+            coming = ahead.submit(batch_of, begin)
+            for iteration in range(begin, run.iterations):
+                checkpoint()
+                batch = coming.result()
+                coming = ahead.submit(batch_of, min(iteration + 1, run.iterations - 1))
+                metrics = _iterate(model, optimizer, _to(batch, device), config, iteration)
+                done = iteration + 1
+                last = iteration + 1 == run.iterations
+                if done % run.validate_every == 0 or last:
+                    model.eval()
+                    figures = validate(model, validation, run.steps, device, checkpoint)
+                    model.train()
+                    metrics |= {f"validation/{k}": v for k, v in figures.items()}
+                elapsed = time.monotonic() - started
+                for name, value in metrics.items():
+                    writer.add_scalar(name if "/" in name else f"training/{name}", value, done)
+                message = (
+                    f"Iteration {done} of {run.iterations}, {_clock(elapsed / done * (run.iterations - done))} left"
+                )
+                on_event(Event("train", done / run.iterations, message, done, run.iterations, metrics))
+                if done % run.save_every == 0 and not last:
+                    _save_state(state_path, fingerprint, model, optimizer, done, elapsed)
+    except Cancelled:
+        _save_state(state_path, fingerprint, model, optimizer, done, time.monotonic() - started)
+        raise
+    finally:
+        writer.close()
+    card = Card(
+        title=config.title or f"{config.model.backbone} warm-up on {dataset.about.get('name', dataset.path.name)}",
+        model=config.model,
+        preprocessing=dataclasses.replace(config.preprocessing, steps=run.steps),
+        provenance={
+            "stage": "warm-up",
+            "data": dataset.about | {"file": dataset.path.name},
+            "cases": len(dataset.cases.get("training", [])),
+            "synthetic": config.synthesis is not None,
+            "init": read_card(init).provenance | start if init is not None else None,
+            "settings": to_dict(config),
+            "seconds": round(time.monotonic() - started),
+            "date": time.strftime("%Y-%m-%d"),
+            "software": software(),
+        },
+        results={"validation": figures, "definitions": VALIDATION_DEFINITIONS},
+        licence=config.licence,
+    )
+    save(out, model, card)
+    state_path.unlink(missing_ok=True)
+    on_event(Event("write", 1.0, f"Wrote {out}"))
+    return out
+
+
+VALIDATION_DEFINITIONS = {
+    "dice": "mean hard Dice over labels and pairs, nearest-neighbour warped labels on the working grid",
+    "dice_before": "the same before registration, on the working grid",
+    "njd_percent": "share of working-grid voxels with a Jacobian determinant <= 0 (central differences)",
+    "sdlogj": "standard deviation of log J over voxels, as metrics.folding defines it",
+}
+
+
+def validate(
+    model: RegistrationModel,
+    pairs: list[Callable[[], Any]],
+    steps: int,
+    device: torch.device,
+    checkpoint: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Mean figures over labelled pairs on the working grid; see VALIDATION_DEFINITIONS. Empty without pairs."""
+    rows = []
+    for make in pairs:
+        checkpoint()
+        pair = make()
+        fixed, moving = pair.fixed.to(device), pair.moving.to(device)
+        with torch.inference_mode():
+            total = refine(model, lambda u, moving=moving: fields.warp(moving, u), fixed, steps)
+        figures = folding(total.cpu())
+        row = {"njd_percent": figures.njd_percent, "sdlogj": figures.sdlogj}
+        if pair.fixed_labels is not None and pair.moving_labels is not None:
+            warped = fields.warp(pair.moving_labels.float(), total.cpu(), "nearest").int()[0, 0]
+            known, before = pair.fixed_labels[0, 0], pair.moving_labels[0, 0]
+            row["dice"] = _mean(dice_per_label(known, warped, moving_labels=before))
+            row["dice_before"] = _mean(dice_per_label(known, before, moving_labels=before))
+        rows.append(row)
+    names = rows[0] if rows else {}
+    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+
+
+def _iterate(
+    model: RegistrationModel, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainingConfig, iteration: int
+) -> dict[str, float]:
+    """One optimiser step over all refinement steps of one pair."""
+    run = config.training
+    rate = run.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * iteration / run.iterations)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros(1, 3, *batch.fixed.shape[2:], device=batch.fixed.device)
+    loss_sum = torch.zeros((), device=batch.fixed.device)
+    for _ in range(run.steps):
+        loss, total, terms = warmup_loss(model, batch, total.detach(), config.loss)
+        (loss / run.steps).backward()
+        loss_sum += loss.detach() / run.steps
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.gradient_clip)
+    # one transfer for all figures, after the work has been queued
+    names = ["loss", "gradient_norm", *terms]
+    values = torch.stack([loss_sum, norm, *terms.values()]).float().cpu().tolist()
+    if not math.isfinite(values[0]) or not math.isfinite(values[1]):
+        raise MorphSeekError(
+            f"The loss is not a number at iteration {iteration + 1}; lower training.learning_rate or raise "
+            "loss.regularization, and start again."
+        )
+    optimizer.step()
+    return dict(zip(names, values, strict=True)) | {"learning_rate": rate}
+
+
+def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Callable[[int], Batch]:
+    """Iteration -> its batch, a pure function of the seed and the iteration."""
+    seed = config.training.seed
+    cases = dataset.split("training", "cases")
+    if config.synthesis is not None:
+        source = LabelMapSource([_needed(case.label, case) for case in cases], config.preprocessing, config.synthesis)
+
+        def synthetic(iteration: int) -> Batch:
+            pair = source.pair(_generator(seed, iteration))
+            return Batch(**vars(pair))
+
+        return synthetic
+    if len(cases) < 2:
+        raise MorphSeekError(f"{dataset.path} has {len(cases)} training case; warm-up needs at least two.")
+    if config.loss.dice > 0:
+        raise MorphSeekError(
+            "Warm-up from images is unsupervised; set loss.dice to 0, or fine-tune with labels instead."
+        )
+    loader = PairLoader(config.preprocessing, multiple_of, config.training.centered)
+
+    def real(iteration: int) -> Batch:
+        first, second = torch.randperm(len(cases), generator=_generator(seed, iteration))[:2].tolist()
+        pair = loader(Pair(cases[first], cases[second]))
+        return Batch(pair.fixed, pair.moving)
+
+    return real
+
+
+def _validation_pairs(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> list[Callable[[], Any]]:
+    """Functions that prepare the pairs of the split registration_val; synthetic runs without one use none."""
+    pairs = dataset.pairs.get("registration_val", [])[: config.training.validation_pairs]
+    loader = PairLoader(config.preprocessing, multiple_of, config.training.centered)
+    return [lambda pair=pair: loader(pair) for pair in pairs]
+
+
+def _start_from(init: Path | str, model: RegistrationModel) -> None:
+    """Take over a checkpoint's weights."""
+    source, card = load(init)
+    if card.model != model.settings:
+        raise MorphSeekError(f"{Path(init).name} holds another model than the settings ask for; use its own settings.")
+    model.load_state_dict(source.state_dict())
+
+
+def _needed(path: Path | None, case: Any) -> Path:
+    if path is None:
+        raise MorphSeekError(f"{case.image} has no label map; synthesis needs one for every training case.")
+    return path
+
+
+def _generator(seed: int, iteration: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + iteration) % 2**63)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    values = (getattr(batch, f.name) for f in dataclasses.fields(Batch))
+    return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in values))
+
+
+def _mean(values: dict[int, float]) -> float:
+    return sum(values.values()) / len(values) if values else float("nan")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _save_state(
+    path: Path, fingerprint: str, model: RegistrationModel, optimizer: torch.optim.Adam, done: int, seconds: float
+) -> None:
+    """Weights and Adam's moments after ``done`` iterations."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"adam.{k}.{name}": v for k, v in optimizer.state[parameter].items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_atomically(path, serialize(tensors, {"done": str(done), "seconds": str(seconds), "settings": fingerprint}))
+
+
+def _resume(path: Path, fingerprint: str, model: RegistrationModel, optimizer: torch.optim.Adam) -> tuple[int, float]:
+    """Load a state if there is one; (iterations done, seconds spent)."""
+    if not path.is_file():
+        return 0, 0.0
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        if metadata.get("settings") != fingerprint:
+            raise MorphSeekError(
+                f"{path.name} belongs to a run with other settings; remove it to start anew, or choose another --out."
+            )
+        model.load_state_dict({k: file.get_tensor(f"model.{k}") for k in model.state_dict()})
+        moments = {}
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            moments[index] = {k: file.get_tensor(f"adam.{k}.{name}").to(parameter.device) for k in keys}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return int(metadata["done"]), float(metadata["seconds"])

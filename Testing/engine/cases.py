@@ -1,0 +1,62 @@
+"""Small synthetic cases for tests: blobs with labels, written as real files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from MorphSeekLib.geometry import Grid, Volume
+from MorphSeekLib.images import write_image
+
+
+def blob_labels(seed: int, grid: Grid) -> Volume:
+    """Two nested ellipsoids (labels 1 and 2) and a small ball (3), placed a little differently for every seed."""
+    generator = np.random.default_rng(seed)
+    index = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in grid.shape], indexing="ij"))
+    center = generator.uniform(-0.08, 0.08, 3).reshape(3, 1, 1, 1)
+    radii = generator.uniform(0.55, 0.7, 3).reshape(3, 1, 1, 1)
+    distance = np.sqrt((((index - center) / radii) ** 2).sum(0))
+    ball = np.sqrt((((index - center - 0.15) / 0.2) ** 2).sum(0))
+    labels = (distance < 1).astype(np.int32) + (distance < 0.6)
+    labels[ball < 1] = 3
+    return Volume(torch.from_numpy(labels), grid)
+
+
+def blob_image(labels: Volume, seed: int) -> Volume:
+    """A noisy image of the labels."""
+    generator = np.random.default_rng(seed + 1000)
+    means = torch.tensor([0.0, 90.0, 160.0, 230.0])
+    noise = torch.from_numpy(generator.normal(0, 4, labels.grid.shape)).float()
+    return Volume(means[labels.data.long()] + noise, labels.grid)
+
+
+def blob_grid(shape=(24, 28, 20), spacing=(2.0, 2.0, 2.5)) -> Grid:
+    """An LPS grid around the origin."""
+    origin = [-(n - 1) * s / 2 for n, s in zip(shape, spacing, strict=True)]
+    return Grid.from_parts(shape, spacing, np.eye(3), origin)
+
+
+def write_dataset(folder: Path, count: int = 4, grid: Grid | None = None) -> Path:
+    """``count`` labelled cases and a dataset.json with cases and pairs; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(count):
+        labels = blob_labels(seed, grid or blob_grid())
+        row = {"image": f"image_{seed}.nii.gz", "label": f"label_{seed}.nii.gz"}
+        write_image(blob_image(labels, seed), folder / row["image"])
+        write_image(labels, folder / row["label"])
+        rows.append(row)
+    pair = [{"fixed": rows[0]["image"], "moving": rows[1]["image"]}]
+    values = {
+        "name": "blobs",
+        "licence": "none needed",
+        "labels": {"0": "background", "1": "shell", "2": "core", "3": "ball"},
+        "training": rows,
+        "registration_val": pair,
+        "registration_test": [*pair, {"fixed": rows[1]["image"], "moving": rows[0]["image"]}],
+    }
+    (folder / "dataset.json").write_text(json.dumps(values))
+    return folder / "dataset.json"

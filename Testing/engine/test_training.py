@@ -1,0 +1,331 @@
+"""Warm-up: it learns, it resumes exactly, it can be stopped; synthetic pairs; data sets and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cases import blob_grid, blob_labels, write_dataset
+
+from MorphSeekLib import checkpoint
+from MorphSeekLib.datasets import PairLoader, load_dataset
+from MorphSeekLib.errors import Cancelled, MorphSeekError
+from MorphSeekLib.images import write_image
+from MorphSeekLib.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.preprocessing import Preprocessing, normalize
+from MorphSeekLib.settings import from_dict, load, to_dict
+from MorphSeekLib.synthesis import LabelMapSource, SynthesisSettings
+from MorphSeekLib.training import Batch, LossSettings, TrainingConfig, WarmupSettings, soft_dice, warmup, warmup_loss
+
+TINY = ModelSettings(
+    backbone_settings={"encoder": (8, 8), "decoder": (8,), "extra": (8,), "norm": "instance", "flow_stride": 2}
+)
+CONFIG = TrainingConfig(
+    model=TINY,
+    preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5), align="none"),
+    loss=LossSettings(regularization=0.5, folding=1.0),
+    training=WarmupSettings(iterations=6, steps=2, validate_every=3, save_every=2),
+)
+SYNTHETIC = dataclasses.replace(
+    CONFIG,
+    preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5), shape=(24, 28, 24), align="none"),
+    loss=LossSettings(similarity_weight=0.0, dice=1.0, regularization=0.5),
+    synthesis=SynthesisSettings(scored=3, groups=((1, 2),)),
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return load_dataset(write_dataset(tmp_path_factory.mktemp("blobs")))
+
+
+def run(dataset, config, out, **options):
+    events = []
+    warmup(dataset, config, out, on_event=events.append, **options)
+    return events
+
+
+def weights(path):
+    return checkpoint.load(path)[0].state_dict()
+
+
+@pytest.mark.parametrize("config", [CONFIG, SYNTHETIC], ids=["images", "synthetic"])
+def test_a_run_writes_a_checkpoint_that_says_what_it_is(dataset, tmp_path, config):
+    events = run(dataset, config, tmp_path / "model.safetensors")
+    model, card = checkpoint.load(tmp_path / "model.safetensors")
+    assert card.model.backbone_settings == to_dict(config.model)["backbone_settings"]
+    assert card.provenance["data"]["name"] == "blobs"
+    assert card.provenance["settings"] == to_dict(config)
+    assert card.preprocessing.steps == 2
+    assert {"dice", "dice_before", "njd_percent", "sdlogj"} == set(card.results["validation"])
+    assert [e.step for e in events if e.phase == "train"] == [1, 2, 3, 4, 5, 6]
+    assert events[-1].fraction == 1.0
+    assert not (tmp_path / "model.safetensors.state").exists()
+    assert list((tmp_path / "model.safetensors.log").glob("events.out.tfevents*"))
+    assert isinstance(model, RegistrationModel)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SYNTHETIC], ids=["images", "synthetic"])
+def test_a_cancelled_run_resumes_to_the_same_weights(dataset, tmp_path, config):
+    run(dataset, config, tmp_path / "whole.safetensors")
+    done = []
+    with pytest.raises(Cancelled):
+        warmup(dataset, config, tmp_path / "cut.safetensors", on_event=done.append, cancelled=lambda: len(done) > 4)
+    assert not (tmp_path / "cut.safetensors").exists()
+    assert (tmp_path / "cut.safetensors.state").exists()
+    events = run(dataset, config, tmp_path / "cut.safetensors")
+    assert next(e.step for e in events if e.phase == "train") > 1
+    whole, cut = weights(tmp_path / "whole.safetensors"), weights(tmp_path / "cut.safetensors")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_killed_process_resumes_to_the_same_weights(dataset, tmp_path):
+    """A real process, really killed between two states."""
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, iterations=40, save_every=2))
+    (tmp_path / "settings.json").write_text(json.dumps({k: v for k, v in to_dict(config).items() if v is not None}))
+    run(dataset, config, tmp_path / "whole.safetensors")
+    command = [
+        sys.executable,
+        "-c",
+        "import torch; torch.set_num_threads(1); from MorphSeekLib.cli import main; main()",
+    ]
+    command += ["warmup", str(dataset.path), "--config", str(tmp_path / "settings.json")]
+    command += ["--out", str(tmp_path / "cut.safetensors"), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "cut.safetensors.state").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut.safetensors").exists(), "it was killed before its end"
+    events = run(dataset, config, tmp_path / "cut.safetensors")
+    assert next(e.step for e in events if e.phase == "train") > 1
+    whole, cut = weights(tmp_path / "whole.safetensors"), weights(tmp_path / "cut.safetensors")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_state_of_other_settings_is_refused(dataset, tmp_path):
+    done = []
+    with pytest.raises(Cancelled):
+        warmup(dataset, CONFIG, tmp_path / "m.safetensors", on_event=done.append, cancelled=lambda: len(done) > 2)
+    other = dataclasses.replace(CONFIG, loss=LossSettings(regularization=9.0))
+    with pytest.raises(MorphSeekError, match="other settings"):
+        warmup(dataset, other, tmp_path / "m.safetensors")
+
+
+def test_it_learns_on_synthetic_pairs(dataset, tmp_path):
+    settings = WarmupSettings(iterations=60, steps=1, learning_rate=5e-3, validate_every=60)
+    config = dataclasses.replace(SYNTHETIC, training=settings)
+    run(dataset, config, tmp_path / "m.safetensors")
+    figures = checkpoint.read_card(tmp_path / "m.safetensors").results["validation"]
+    assert figures["dice"] > figures["dice_before"] + 0.03, figures
+
+
+def test_warmup_loss_is_its_terms(dataset):
+    """The weighted sum of METHOD.md, section B, on a real pair."""
+    from MorphSeekLib import fields
+    from MorphSeekLib.policy import kl_to_standard_normal
+    from MorphSeekLib.regularizers import diffusion
+    from MorphSeekLib.similarity import lncc
+
+    torch.manual_seed(0)
+    model = RegistrationModel(TINY)
+    torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.2)
+    pair = PairLoader(CONFIG.preprocessing, 4, True)(dataset.split("registration_val")[0])
+    outer = 0.3 * torch.randn(1, 3, *pair.grid.shape)
+    weights = LossSettings(regularization=0.7, kl=0.01, folding=0.0)
+    loss, total, terms = warmup_loss(model, Batch(pair.fixed, pair.moving), outer, weights)
+    latent = model.encode(fields.warp(pair.moving, outer), pair.fixed)
+    expected_total = fields.compose(outer, model.backbone.decode(latent.skips, latent.mu))
+    torch.testing.assert_close(total, expected_total)
+    similarity = lncc(pair.fixed, fields.warp(pair.moving, expected_total))
+    expected = similarity + 0.7 * diffusion(expected_total) + 0.01 * kl_to_standard_normal(latent)
+    torch.testing.assert_close(loss, expected)
+    assert set(terms) == {"kl", "diffusion", "similarity"}
+
+
+def test_soft_dice_of_hard_labels_is_dice():
+    a = (torch.rand(1, 2, 6, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    b = (torch.rand(1, 2, 6, 6, 6, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+    expected = sum(2 * float((a[0, c] * b[0, c]).sum()) / float(a[0, c].sum() + b[0, c].sum()) for c in (0, 1)) / 2
+    assert float(soft_dice(a, b)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_coarse_labels_score_the_same_motion():
+    """Shares in blocks of 2 voxels, warped by the block's mean displacement, follow a shift exactly."""
+    fine = torch.zeros(1, 1, 16, 16, 16)
+    fine[:, :, 4:10, 4:10, 4:10] = 1
+    moved = torch.roll(fine, 2, 2)  # fixed = moving shifted by +2, so u = -2
+    total = torch.zeros(1, 3, 16, 16, 16)
+    total[:, 0] = -2
+
+    class Still(torch.nn.Module):
+        def encode(self, moving, fixed):
+            from MorphSeekLib.policy import Latent
+
+            return Latent(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), None)
+
+        def field(self, latent, z):
+            return total
+
+        def displacement(self, field):
+            return field
+
+    pool = torch.nn.functional.avg_pool3d
+    batch = Batch(moved, fine, pool(moved, 2), pool(fine, 2))
+    settings = LossSettings(similarity_weight=0.0, dice=1.0, regularization=0.0, kl=0.0)
+    _, _, terms = warmup_loss(Still(), batch, torch.zeros(1, 3, 16, 16, 16), settings)
+    assert float(terms["soft_dice"]) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(dataset, tmp_path):
+    config = dataclasses.replace(CONFIG, loss=LossSettings(regularization=float("inf")))
+    with pytest.raises(MorphSeekError, match="not a number at iteration 1"):
+        warmup(dataset, config, tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def source(dataset):
+    paths = [case.label for case in dataset.cases["training"]]
+    return LabelMapSource(paths, SYNTHETIC.preprocessing, SYNTHETIC.synthesis)
+
+
+def test_synthetic_pairs_are_pure_functions_of_the_seed(source):
+    one, two = (source.pair(torch.Generator().manual_seed(5)) for _ in range(2))
+    other = source.pair(torch.Generator().manual_seed(6))
+    assert torch.equal(one.fixed, two.fixed)
+    assert torch.equal(one.moving_labels, two.moving_labels)
+    assert not torch.equal(one.fixed, other.fixed)
+
+
+def test_synthetic_pairs_have_the_promised_shapes_and_ranges(source):
+    for seed in range(6):
+        pair = source.pair(torch.Generator().manual_seed(seed))
+        assert pair.fixed.shape == pair.moving.shape == (1, 1, 24, 28, 24)
+        assert pair.fixed_labels.shape == (1, 3, 12, 14, 12)
+        for image in (pair.fixed, pair.moving):
+            assert float(image.min()) == 0.0
+            assert float(image.max()) <= 1.0
+            assert float(image.std()) > 0.01
+        assert float(pair.fixed_labels.sum(dim=1).max()) <= 1.001, "structures do not overlap"
+        overlap = soft_dice(pair.fixed_labels, pair.moving_labels)
+        assert 0.2 < float(overlap) < 0.99, "crudely aligned, not registered"
+
+
+def test_labels_follow_the_image(source):
+    """Within one image the scored structures lie where its contrast says: undeformed and noise-free, they coincide."""
+    quiet = dataclasses.replace(
+        SYNTHETIC.synthesis,
+        noise=0.0, bias=0.0, blur=0.0, thick=0.0, strip=0.0, deformation=3.0,
+    )  # fmt: skip
+    source.settings, before = quiet, source.settings
+    try:
+        g = torch.Generator().manual_seed(1)
+        means = torch.tensor([0.0, 0.0, 0.0, 1.0])
+        image, shares = source._image(0, (means, torch.zeros(4)), False, torch.tensor([2]), g)
+        coarse = torch.nn.functional.avg_pool3d((image > 0.5).float(), 2)
+        assert float(soft_dice(coarse, shares)) > 0.85
+    finally:
+        source.settings = before
+
+
+def test_synthesis_needs_two_label_maps(dataset):
+    with pytest.raises(MorphSeekError, match="at least two"):
+        LabelMapSource([dataset.cases["training"][0].label], SYNTHETIC.preprocessing, SYNTHETIC.synthesis)
+
+
+def test_a_folder_of_label_maps_is_a_data_set(tmp_path):
+    for seed in range(2):
+        write_image(blob_labels(seed, blob_grid()), tmp_path / f"case_{seed}.nii.gz")
+    (tmp_path / "notes.txt").write_text("not an image")
+    assert len(load_dataset(tmp_path).split("training", "cases")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[1, 2]", "must be a JSON object"),
+        ('{"training": [{"image": "gone.nii.gz"}]}', "names gone.nii.gz, which is not there"),
+    ],
+)
+def test_malformed_data_sets(tmp_path, text, words):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(MorphSeekError, match=words):
+        load_dataset(tmp_path / "dataset.json")
+
+
+def test_missing_data_set_and_split(tmp_path, dataset):
+    with pytest.raises(MorphSeekError, match="cannot be read"):
+        load_dataset(tmp_path / "dataset.json")
+    with pytest.raises(MorphSeekError, match="it has: registration_test, registration_val"):
+        dataset.split("registration_train")
+
+
+def test_pairs_are_centred_when_asked(dataset):
+    pair = dataset.split("registration_val")[0]
+    prepared = PairLoader(CONFIG.preprocessing, 4, True)(pair)
+    assert prepared.fixed.shape == prepared.moving.shape == prepared.fixed_labels.shape
+    assert all(n % 4 == 0 for n in prepared.grid.shape)
+    assert set(prepared.fixed_labels.unique().tolist()) == {0, 1, 2, 3}
+
+
+def test_normalisation():
+    data = torch.cat([torch.zeros(50), torch.linspace(100, 200, 101)])
+    percentile = normalize(data, Preprocessing(low=0.0, high=100.0))
+    assert float(percentile[50]) == 0.0
+    assert float(percentile[-1]) == 1.0
+    assert float(normalize(data, Preprocessing(intensity="window", low=100.0, high=300.0))[-1]) == 0.5
+    assert torch.equal(normalize(data, Preprocessing(intensity="none")), data)
+    assert torch.isfinite(normalize(torch.ones(10), Preprocessing())).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"trainings": {}}, "no setting 'trainings'"),
+        ({"training": {"iterations": "many"}}, "training.iterations must be of type int"),
+        ({"training": {"iterations": True}}, "must be of type int"),
+        ({"training": 3}, "must be a table"),
+        ({"loss": {"similarity": "psnr"}}, "similarity is 'psnr'"),
+        ({"preprocessing": {"spacing": [1, 2]}}, "needs 3 values"),
+    ],
+)
+def test_settings_are_checked(values, words):
+    with pytest.raises(MorphSeekError, match=words):
+        from_dict(TrainingConfig, values)
+
+
+def test_settings_files(tmp_path):
+    (tmp_path / "a.toml").write_text("[training]\niterations = 7\n[preprocessing]\nspacing = [1, 2, 3.5]\n")
+    config = load(TrainingConfig, tmp_path / "a.toml")
+    assert config.training.iterations == 7
+    assert config.preprocessing.spacing == (1.0, 2.0, 3.5)
+    assert from_dict(TrainingConfig, {k: v for k, v in to_dict(config).items() if v is not None}) == config
+    (tmp_path / "b.toml").write_text("[training\n")
+    with pytest.raises(MorphSeekError, match="not valid TOML"):
+        load(TrainingConfig, tmp_path / "b.toml")
+    with pytest.raises(MorphSeekError, match="cannot be read"):
+        load(TrainingConfig, tmp_path / "c.toml")
+
+
+def test_recipes_are_valid():
+    from conftest import ROOT
+
+    recipes = sorted((ROOT / "Resources" / "Training").glob("*.toml"))
+    assert recipes
+    for recipe in recipes:
+        assert load(TrainingConfig, recipe).title
+
+
+def test_training_runs_on_the_device_asked_for(dataset, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    run(dataset, CONFIG, tmp_path / "m.safetensors", device="cuda")
