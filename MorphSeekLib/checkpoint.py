@@ -6,12 +6,14 @@ that a crash or a full disk never costs the old one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import platform
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,11 @@ class Card:
 
 def software() -> dict[str, str]:
     """Versions that provenance and reports name."""
-    import SimpleITK
-
     return {
         "morphseek": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "simpleitk": SimpleITK.Version_VersionString(),
+        "simpleitk": version("SimpleITK"),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
@@ -91,7 +91,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be a file
+            part.unlink(missing_ok=True)
         raise MorphSeekError(
             f"{path} cannot be written ({error.strerror or error}); choose another folder or free some space."
         ) from error
@@ -127,11 +128,11 @@ def read_card(path: Path | str) -> Card:
         )
     try:
         values = json.loads(metadata["morphseek"])
-        version = values.pop("format")
+        number = values.pop("format")
     except (ValueError, KeyError, AttributeError) as error:
         raise MorphSeekError(f"The card of {path.name} is damaged ({error}); copy the file again.") from error
-    if version != FORMAT:
-        raise MorphSeekError(f"{path.name} has format {version}, this MorphSeek reads {FORMAT}; update MorphSeek.")
+    if number != FORMAT:
+        raise MorphSeekError(f"{path.name} has format {number}, this MorphSeek reads {FORMAT}; update MorphSeek.")
     return from_dict(Card, values, f"the card of {path.name}")
 
 

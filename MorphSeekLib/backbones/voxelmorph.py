@@ -4,8 +4,10 @@ Four (or more) stride-2 convolutions down; on the way up a convolution, nearest-
 that resolution, the last skip being the raw pair of images; then convolutions at the output's resolution and a flow
 head. The defaults are "vxm-2"; ``VXM1`` and the others are widths alone.
 
-Two settings are ours: ``norm = "instance"``, which learns far faster from scratch, and
-``flow_stride = 2``, which stops at half resolution and doubles the field exactly, for a third of the time.
+Three settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops at
+half resolution and doubles the field exactly, for a third of the time; and ``forces``, which hands the network, beside
+the images, the direction in which a small step would make their structure more alike, at several scales. Structure is
+MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import fields
+from ..similarity import mind_ssc
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class VoxelMorphSettings:
         extra: channels of the convolutions at the output's resolution.
         norm: "none" (official) or "instance" (affine-free, before the activation).
         flow_stride: 1 (official) or 2: the field is made at half resolution.
+        forces: 0 (official), or the number of scales (1, 1/2, 1/4, ...) of :func:`structure_force`.
     """
 
     encoder: tuple[int, ...] = (16, 32, 32, 32)
@@ -36,11 +40,14 @@ class VoxelMorphSettings:
     extra: tuple[int, ...] = (32, 16, 16)
     norm: str = "none"
     flow_stride: int = 1
+    forces: int = 0
 
     def __post_init__(self) -> None:
         climbs = len(self.encoder) - (self.flow_stride == 2)
         if self.flow_stride not in (1, 2):
             raise ValueError(f"flow_stride is {self.flow_stride}; it must be 1 or 2")
+        if not 0 <= self.forces <= len(self.encoder):
+            raise ValueError(f"forces is {self.forces}; it must be 0 to {len(self.encoder)}, the number of levels")
         if self.norm not in ("none", "instance"):
             raise ValueError(f"norm is '{self.norm}'; it must be 'none' or 'instance'")
         if len(self.decoder) != climbs:
@@ -70,7 +77,7 @@ class VoxelMorph(nn.Module):
         encoder, norm = settings.encoder, settings.norm
         self.top_channels = encoder[-1]
         self.multiple_of = 2 ** len(encoder)
-        widths = [2, *encoder]
+        widths = [2 + 3 * settings.forces, *encoder]
         self.down = nn.ModuleList(ConvBlock(a, b, 2, norm) for a, b in zip(widths, encoder, strict=False))
         skip_widths = widths[-2::-1]
         self.up = nn.ModuleList()
@@ -89,6 +96,10 @@ class VoxelMorph(nn.Module):
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of a pair: the skips from fine to coarse (the raw pair first), and the top feature."""
         x = torch.cat([moving, fixed], dim=1)
+        for scale in range(self.settings.forces):
+            with torch.no_grad():
+                force = structure_force(*(F.avg_pool3d(image.float(), 2**scale) for image in (moving, fixed)))
+                x = torch.cat([x, F.interpolate(force.to(x.dtype), scale_factor=2**scale, mode="nearest")], dim=1)
         skips = []
         for block in self.down:
             skips.append(x)
@@ -104,3 +115,27 @@ class VoxelMorph(nn.Module):
         for block in self.extra:
             x = block(x)
         return fields.resize(self.flow(x), skips[0].shape[2:])
+
+
+def structure_force(moving: Tensor, fixed: Tensor) -> Tensor:
+    """Gauss-Newton step, voxel by voxel, towards equal MIND-SSC descriptors (a demons force on structure).
+
+    f = sum_c (F_c - M_c) grad M_c / (sum_c |grad M_c|^2 + sum_c (F_c - M_c)^2), each sum averaged over 3x3x3 voxels
+    first; after Vercauteren et al. (2009) and Heinrich et al. (2013).
+
+    Args:
+        moving, fixed: (batch, 1, i, j, k).
+
+    Returns:
+        (batch, 3, i, j, k), voxels, each component within about one voxel.
+    """
+    with torch.autocast(moving.device.type, enabled=False):
+        m, f = mind_ssc(moving.float(), radius=1), mind_ssc(fixed.float(), radius=1)
+        difference = f - m
+        force, energy = [], difference.square().sum(dim=1, keepdim=True)
+        for axis in (2, 3, 4):
+            gradient = torch.gradient(m, dim=axis)[0]
+            force.append((difference * gradient).sum(dim=1, keepdim=True))
+            energy = energy + gradient.square().sum(dim=1, keepdim=True)
+        sums = F.avg_pool3d(torch.cat([*force, energy], dim=1), 3, stride=1, padding=1)
+        return sums[:, :3] / (sums[:, 3:] + 1e-3)
