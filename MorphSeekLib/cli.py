@@ -1,0 +1,256 @@
+"""The command line: ``morphseek register | evaluate | warmup | info | demo``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .errors import Cancelled, MorphSeekError
+from .events import Event, OnEvent
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="MorphSeek: learned deformable registration, with a map of where it folds. For research, not for diagnosis.",
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True)
+
+Model = Annotated[str, typer.Option(help="A bundled model's name, or a .safetensors file.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
+Steps = Annotated[int | None, typer.Option(help="Refinement steps; what the model was trained with by default.")]
+Align = Annotated[
+    str | None, typer.Option(help="none, center, rigid or affine before the network; what the model wants by default.")
+]
+
+
+@app.command()
+def register(
+    fixed: Annotated[Path, typer.Argument(help="The image that stays: NIfTI, NRRD, MHA or a folder of DICOM slices.")],
+    moving: Annotated[Path, typer.Argument(help="The image that is brought onto it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.")],
+    model: Model = "brain-mr",
+    steps: Steps = None,
+    device: Device = "auto",
+    align: Align = None,
+    initial_transform: Annotated[
+        Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
+    ] = None,
+    fixed_labels: Annotated[Path | None, typer.Option(help="Label map of the fixed image, for Dice.")] = None,
+    moving_labels: Annotated[Path | None, typer.Option(help="Label map of the moving image, carried along.")] = None,
+    inverse: Annotated[bool, typer.Option(help="Write inverse.h5 too.")] = True,
+) -> None:
+    """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
+    with job() as (on_event, cancelled):
+        from .events import checkpoint_for
+        from .geometry import covering_grid
+        from .images import check_labels, read_image, read_labels
+        from .registration import load_model
+        from .registration import register as run
+        from .results import check_writable, write_results
+        from .transforms import read_transform
+
+        begin = time.perf_counter()
+        check_writable(output)
+        on_event(Event("read", 0.0, "Reading the images"))
+        images = read_image(fixed), read_image(moving)
+        labels = [
+            None if path is None else check_labels(read_labels(path), image, path.name)
+            for path, image in zip((fixed_labels, moving_labels), images, strict=True)
+        ]
+        initial = None
+        if initial_transform is not None:
+            initial = read_transform(initial_transform, covering_grid(images[0].grid))
+        read = time.perf_counter()
+        on_event(Event("load", 0.01, "Loading the model"))
+        loaded_model = load_model(model, device)
+        loaded = time.perf_counter()
+        result = run(
+            *images,
+            loaded_model,
+            steps=steps,
+            align=align,
+            initial=initial,
+            fixed_labels=labels[0],
+            moving_labels=labels[1],
+            inverse=inverse,
+            on_event=on_event,
+            cancelled=cancelled,
+        )
+        result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
+        on_event(Event("write", 0.95, "Writing the results"))
+        names = {"fixed": str(fixed), "moving": str(moving)}
+        report = write_results(output, result, images[0], names, checkpoint_for(cancelled))
+        on_event(Event("write", 1.0, "Done"))
+    print_report(report)
+    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json in Learn2Reg's style.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    split: Annotated[str, typer.Option(help="Which pairs.")] = "registration_test",
+    steps: Steps = None,
+    device: Device = "auto",
+    align: Align = None,
+) -> None:
+    """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ per pair and their means."""
+    with job() as (on_event, cancelled):
+        from .datasets import load_dataset
+        from .evaluation import evaluate as run
+        from .registration import load_model
+
+        data = load_dataset(dataset)
+        loaded = load_model(model, device)
+        result = run(data, split, loaded, out, steps=steps, align=align, on_event=on_event, cancelled=cancelled)
+    table = Table("figure", "mean", "standard deviation", title=f"{result['dataset']}, {len(result['pairs'])} pairs")
+    for name, mean in result["mean"].items():
+        table.add_row(name, f"{mean:.4f}", f"{result['std'][name]:.4f}")
+    console.print(table)
+    console.print(f"Wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def warmup(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json, or a folder of label maps for synthetic training.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
+    config: Annotated[Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Overrides model.backbone of the settings.")] = None,
+    init: Annotated[Path | None, typer.Option(help="A checkpoint of the same model to start from.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train a backbone with its policy head. Run the same command again to resume a run that was stopped."""
+    with job() as (on_event, cancelled):
+        import dataclasses
+
+        from .datasets import load_dataset
+        from .devices import pick_device
+        from .settings import load
+        from .training import TrainingConfig
+        from .training import warmup as run
+
+        settings = load(TrainingConfig, config)
+        if backbone is not None and backbone != settings.model.backbone:
+            settings = dataclasses.replace(
+                settings, model=dataclasses.replace(settings.model, backbone=backbone, backbone_settings={})
+            )
+        where = pick_device(device)
+        run(load_dataset(dataset), settings, out, device=where, init=init, on_event=on_event, cancelled=cancelled)
+    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help="A bundled model's name, or a .safetensors file.")]) -> None:
+    """Print a checkpoint's card: what it is, what it was trained on, how it was measured, its licence."""
+    with job():
+        from .checkpoint import find, read_card
+        from .settings import to_dict
+
+        card = to_dict(read_card(find(model)))
+    console.print_json(json.dumps(card))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-output"),
+    device: Device = "auto",
+) -> None:
+    """Register two real brain scans that come with installable packages, and say how well it went."""
+    with job() as (on_event, cancelled):
+        from .demo import run_demo
+
+        report, sentences = run_demo(output, device, on_event, cancelled)
+    print_report(report)
+    for sentence in sentences:
+        console.print(sentence, soft_wrap=True)
+    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+
+
+@contextmanager
+def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
+    """Progress on the terminal, Ctrl-C as cancellation, refusals as one sentence and exit code 2."""
+    cancelled = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: cancelled.set()) if main else None
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn()
+    code = 0
+    try:
+        with Progress(*columns, console=errors, transient=True) as progress:
+            task = progress.add_task("", total=1.0)
+            shown = ""
+
+            def on_event(event: Event) -> None:
+                nonlocal shown
+                progress.update(task, description=event.message, completed=event.fraction)
+                # where no bar can be drawn (a log file), say each new phase
+                if not errors.is_terminal and event.phase != "train" and event.message != shown:
+                    errors.print(event.message)
+                elif not errors.is_terminal and event.phase == "train" and event.step % 50 == 0:
+                    figures = ", ".join(f"{k} {v:.4g}" for k, v in event.metrics.items())
+                    errors.print(f"{event.message}: {figures}")
+                shown = event.message
+
+            yield on_event, cancelled.is_set
+    except MorphSeekError as error:
+        errors.print(str(error), style="red", markup=False)
+        code = 2
+    except Cancelled:
+        errors.print("Cancelled.")
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if code:
+        raise typer.Exit(code)
+
+
+def print_report(report: dict) -> None:
+    """The figures of one registration, as a table."""
+    table = Table("figure", "value", title="Registration", show_header=False)
+    if report.get("dice"):
+        mean = report["dice"]["mean"]
+        table.add_row("Dice, as given / aligned / registered", " / ".join(f"{mean[k]:.3f}" for k in mean))
+    similarity = report["similarity"]
+    table.add_row(
+        "Similarity (LNCC), aligned / registered", f"{similarity['aligned']:.3f} / {similarity['warped']:.3f}"
+    )
+    folding = report["folding"]
+    table.add_row(
+        "Folding (NJD)", f"{folding['njd_percent']:.4f} % ({folding['folded_voxels']} of {folding['voxels']} voxels)"
+    )
+    table.add_row("SDlogJ", f"{folding['sdlogj']:.3f}")
+    motion = report["displacement_mm"]
+    table.add_row("Displacement, mean / 95 % / largest", " / ".join(f"{motion[k]:.1f}" for k in motion) + " mm")
+    if report.get("inverse") and report["inverse"]["residual_mm"]:
+        residual = report["inverse"]["residual_mm"]
+        table.add_row("Inverse, residual mean / 95 %", f"{residual['mean']:.3f} / {residual['p95']:.3f} mm")
+    table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point of ``morphseek``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""The main job: two images in, a transform, a warped image and a report out.
+
+fixed, moving -> alignment (mm) -> working grid and intensities as the checkpoint's card says -> the network, T times,
+composed -> one dense transform (mm) -> everything else from that transform: the warped image at full resolution by one
+interpolation, Jacobian and folding on the fixed image's own grid, the inverse, the figures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checkpoint as checkpoints
+from .alignment import align as align_images
+from .checkpoint import Card
+from .devices import memory_advice, network_autocast, network_precision, pick_device, place
+from .errors import MorphSeekError
+from .events import Event, OnEvent, checkpoint_for, ignore, never
+from .fields import jacobian_determinant, sample
+from .geometry import (
+    DenseTransform,
+    Grid,
+    Transform,
+    Volume,
+    apply_affine,
+    covering_grid,
+    dense_from_voxels,
+    jacobian_volume,
+    map_voxels,
+    resample,
+    smooth_for_spacing,
+)
+from .images import check_overlap
+from .metrics import dice_per_label, folding
+from .policy import RegistrationModel, refine
+from .preprocessing import ALIGNMENTS, normalize, working_grid
+from .similarity import lncc
+
+MAX_STEPS = 16
+# working grids beyond this would need more memory than any machine of the field has
+MAX_WORKING_VOXELS = 512**3
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint, ready on its device.
+
+    Attributes:
+        network: in eval mode.
+        card: what the checkpoint says of itself.
+        name: how it was asked for.
+        sha256: of its file.
+        device: where it lies.
+    """
+
+    network: RegistrationModel
+    card: Card
+    name: str
+    sha256: str
+    device: torch.device
+
+
+def load_model(model: str | Path, device: str = "auto") -> LoadedModel:
+    """A bundled model by name, or a .safetensors file.
+
+    Raises:
+        MorphSeekError: unknown model or device, unusable file, or not enough memory.
+    """
+    where = pick_device(device)
+    path = checkpoints.find(model)
+    with memory_advice(where):
+        network, card = checkpoints.load(path)
+        return LoadedModel(place(network, where), card, str(model), checkpoints.sha256(path), where)
+
+
+@dataclass
+class Registration:
+    """What :func:`register` found. Volumes lie on the fixed image's own grid.
+
+    Attributes:
+        transform: fixed point -> moving point, alignment and initial transform included.
+        warped: the moving image at full resolution.
+        aligned: the moving image after the alignment alone.
+        jacobian: determinant of the whole transform; <= 0 is folded.
+        warped_labels: the moving labels, or None.
+        inverse: moving point -> fixed point, or None.
+        report: figures, as report.json.
+    """
+
+    transform: DenseTransform
+    warped: Volume
+    aligned: Volume
+    jacobian: Volume
+    warped_labels: Volume | None
+    inverse: DenseTransform | None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def register(
+    fixed: Volume,
+    moving: Volume,
+    model: LoadedModel,
+    *,
+    steps: int | None = None,
+    align: str | None = None,
+    initial: Transform | None = None,
+    fixed_labels: Volume | None = None,
+    moving_labels: Volume | None = None,
+    inverse: bool = True,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> Registration:
+    """Register a moving image to a fixed one.
+
+    Args:
+        fixed, moving: finite, not constant; any grids.
+        model: from :func:`load_model`.
+        steps: refinement steps T; None for what the card says.
+        align: "none", "center", "rigid" or "affine" before the network; None for what the card says, or "none" when an
+            initial transform is given.
+        initial: fixed point -> moving point (LPS mm); the alignment starts from it.
+        fixed_labels, moving_labels: integer volumes on their image's grid; both for Dice; the moving ones are warped.
+        inverse: also compute the inverse transform.
+        on_event: told of every phase.
+        cancelled: asked often; True ends the job.
+
+    Raises:
+        MorphSeekError: unusable settings, images that do not overlap, not enough memory.
+        Cancelled: ``cancelled`` said so.
+    """
+    card, device = model.card, model.device
+    steps = card.preprocessing.steps if steps is None else steps
+    align = ("none" if initial is not None else card.preprocessing.align) if align is None else align
+    if not 1 <= steps <= MAX_STEPS:
+        raise MorphSeekError(f"{steps} refinement steps were asked for; choose 1 to {MAX_STEPS}.")
+    if align not in ALIGNMENTS:
+        raise MorphSeekError(f"There is no alignment '{align}'; choose one of {', '.join(ALIGNMENTS)}.")
+    checkpoint = checkpoint_for(cancelled)
+    clock = _Clock()
+    background = min(0.0, float(moving.data.min()))
+
+    with clock("align"):
+        on_event(Event("align", 0.02, "Aligning the images" if align != "none" else "Checking that the images overlap"))
+        start = align_images(
+            fixed,
+            moving,
+            align,
+            initial=initial,
+            checkpoint=checkpoint,
+            on_progress=lambda f: on_event(Event("align", 0.02 + 0.28 * f, f"Aligning the images ({align})")),
+        )
+        check_overlap(fixed, moving, start)
+
+    with clock("network"), memory_advice(device), _interruptible(model.network, checkpoint):
+        grid = working_grid(fixed.grid, card.preprocessing, model.network.multiple_of)
+        if math.prod(grid.shape) > MAX_WORKING_VOXELS:
+            raise MorphSeekError(
+                f"The fixed image would need a working grid of {' x '.join(map(str, grid.shape))} voxels; crop it to "
+                "the region of interest, or choose a model with a coarser working grid."
+            )
+        total, step_figures = _refine(fixed, moving, start, grid, model, steps, on_event, checkpoint)
+        transform = dense_from_voxels(total, grid, start)
+
+    with clock("resample"), memory_advice(device):
+        on_event(Event("resample", 0.72, "Warping the moving image at full resolution"))
+        to_fixed = {"device": device, "checkpoint": checkpoint}
+        warped = resample(moving, fixed.grid, transform, background=background, **to_fixed)
+        aligned = resample(moving, fixed.grid, start, background=background, **to_fixed)
+        warped_labels = None
+        if moving_labels is not None:
+            warped_labels = resample(moving_labels, fixed.grid, transform, mode="nearest", **to_fixed)
+
+    with clock("metrics"), memory_advice(device):
+        on_event(Event("metrics", 0.82, "Measuring folding"))
+        jacobian = jacobian_volume(transform, fixed.grid, device=device, checkpoint=checkpoint)
+        figures = folding(jacobian=jacobian.data)
+        dice = None
+        if fixed_labels is not None and moving_labels is not None:
+            on_event(Event("metrics", 0.86, "Measuring the overlap of the labels"))
+            dice = _dice(fixed_labels, moving_labels, warped_labels, start, checkpoint)
+
+    back, residual = None, None
+    if inverse:
+        with clock("inverse"):
+            on_event(Event("metrics", 0.9, "Inverting the transform"))
+            back = transform.inverse(covering_grid(moving.grid, grid.spacing), checkpoint=checkpoint)
+            residual = _inverse_residual(transform, back, fixed.grid, moving.grid)
+
+    report = {
+        "model": {
+            "name": model.name,
+            "sha256": model.sha256,
+            "backbone": card.model.backbone,
+            "title": card.title,
+            "licence": card.licence,
+            "output": card.model.output,
+        },
+        "fixed": _describe(fixed.grid),
+        "moving": _describe(moving.grid),
+        "working_grid": _describe(grid),
+        "device": str(device),
+        "precision": str(network_precision(device)).removeprefix("torch."),
+        "align": align,
+        "steps": step_figures,
+        "similarity": {"name": "LNCC, window 9, working grid (1 is best)"} | _similarity_range(step_figures),
+        "folding": vars(figures).copy(),
+        "displacement_mm": _displacement(total, grid),
+        "dice": dice,
+        "inverse": residual,
+        "seconds": clock.seconds,
+    }
+    checkpoint()
+    return Registration(transform, warped, aligned, jacobian, warped_labels, back, report)
+
+
+def _refine(
+    fixed: Volume,
+    moving: Volume,
+    start: Transform,
+    grid: Grid,
+    model: LoadedModel,
+    steps: int,
+    on_event: OnEvent,
+    checkpoint: Callable[[], None],
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """T steps on the working grid: (1, 3, i, j, k) voxels, and the figures after each step (index 0: before)."""
+    preprocessing, device = model.card.preprocessing, model.device
+    on_event(Event("step", 0.3, "Preparing the images", 0, steps))
+    spacing = np.abs(grid.direction) @ grid.spacing  # along the world's axes
+    prepared = [smooth_for_spacing(Volume(normalize(v.data, preprocessing), v.grid), spacing) for v in (fixed, moving)]
+    fixed_working = resample(prepared[0], grid, checkpoint=checkpoint).data[None, None].to(device)
+    moving_data = prepared[1].data[None, None].to(device)
+    figures: list[dict[str, float]] = []
+
+    def moving_at(total: Tensor) -> Tensor:
+        checkpoint()
+        return sample(moving_data, map_voxels(total, grid, start, moving.grid))
+
+    def on_step(step: int, total: Tensor, warped: Tensor) -> None:
+        length = _turned(total, grid).norm(dim=0)
+        jacobian = jacobian_determinant(total)
+        values = torch.stack(
+            [-lncc(fixed_working, warped), length.mean(), 100 * (jacobian <= 0).float().mean()]
+        ).tolist()
+        names = ("similarity", "mean_displacement_mm", "njd_percent")
+        figures.append({"step": step, **dict(zip(names, values, strict=True))})
+        message = f"Refinement step {step} of {steps}"
+        on_event(Event("step", 0.3 + 0.4 * step / steps, message, step, steps, figures[-1]))
+        checkpoint()
+
+    with torch.inference_mode():
+        zero = torch.zeros(1, 3, *grid.shape, device=device)
+        figures.append({"step": 0, "similarity": float(-lncc(fixed_working, moving_at(zero)))})
+        with network_autocast(device):
+            total = refine(model.network, moving_at, fixed_working, steps, on_step)
+    return total, figures
+
+
+@contextmanager
+def _interruptible(network: RegistrationModel, checkpoint: Callable[[], None]):
+    """Ask for cancellation before every layer: one forward pass of a large volume takes seconds on a CPU."""
+    leaves = [m for m in network.modules() if not list(m.children())]
+    handles = [m.register_forward_pre_hook(lambda *_: checkpoint()) for m in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _dice(
+    fixed: Volume, moving: Volume, warped: Volume, start: Transform, checkpoint: Callable[[], None]
+) -> dict[str, Any]:
+    """Hard Dice per label on the fixed grid: as the images came, after the alignment, after the registration."""
+    stages = {
+        "input": resample(moving, fixed.grid, mode="nearest", checkpoint=checkpoint).data,
+        "aligned": resample(moving, fixed.grid, start, mode="nearest", checkpoint=checkpoint).data,
+        "warped": warped.data,
+    }
+    per_stage = {k: dice_per_label(fixed.data, v, moving_labels=moving.data) for k, v in stages.items()}
+    labels = sorted(per_stage["warped"])
+    if not labels:
+        raise MorphSeekError("The two label images have no label in common; check that they use the same numbers.")
+    return {
+        "labels": {str(label): {k: per_stage[k][label] for k in per_stage} for label in labels},
+        "mean": {k: sum(v.values()) / len(v) for k, v in per_stage.items()},
+        "definition": "2|A and B| / (|A| + |B|) per label on the fixed grid, nearest-neighbour warped; labels absent "
+        "from either image are left out",
+    }
+
+
+def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed: Grid, moving: Grid) -> dict[str, Any]:
+    """|inverse(T(p)) - p| in mm over up to 20,000 points p of the fixed grid that land in the moving image."""
+    generator = np.random.default_rng(0)
+    index = generator.uniform(0, 1, (20_000, 3)) * (np.array(fixed.shape) - 1)
+    points = apply_affine(fixed.affine, index)
+    mapped = transform.map_points(points)
+    inside = apply_affine(np.linalg.inv(moving.affine), mapped)
+    inside = ((inside >= 0) & (inside <= np.array(moving.shape) - 1)).all(axis=1)
+    if not inside.any():
+        return {"residual_mm": None}
+    error = np.linalg.norm(inverse.map_points(mapped[inside]) - points[inside], axis=1)
+    return {
+        "residual_mm": {
+            "mean": float(error.mean()),
+            "p95": float(np.percentile(error, 95)),
+            "max": float(error.max()),
+        },
+        "definition": "distance between a fixed point and where transform and inverse lead it, over points that land "
+        "in the moving image; folded places have no inverse",
+    }
+
+
+def _displacement(total: Tensor, grid: Grid) -> dict[str, float]:
+    """What the network did, without the alignment: length of its displacement over the working grid."""
+    length = _turned(total, grid).norm(dim=0).flatten()
+    some = length[:: max(1, length.numel() // 1_000_000)]
+    return {"mean": float(length.mean()), "p95": float(some.quantile(0.95)), "max": float(length.max())}
+
+
+def _turned(total: Tensor, grid: Grid) -> Tensor:
+    """(3, i, j, k) mm of (1, 3, i, j, k) voxels (lengths do not depend on the axes' directions)."""
+    return total[0] * torch.from_numpy(grid.spacing).to(total).view(3, 1, 1, 1)
+
+
+def _similarity_range(figures: list[dict[str, float]]) -> dict[str, float]:
+    return {"aligned": figures[0]["similarity"], "warped": figures[-1]["similarity"]}
+
+
+def _describe(grid: Grid) -> dict[str, Any]:
+    return {"shape": list(grid.shape), "spacing": [round(float(s), 6) for s in grid.spacing]}
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - begin, 3)

@@ -1,0 +1,91 @@
+"""What a registration leaves in a folder: images, transforms, report.json and report.html."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .checkpoint import software
+from .errors import MorphSeekError
+from .geometry import Volume
+from .images import output_folder, write_image
+from .registration import Registration
+from .report import RegistrationPictures, write_report
+from .transforms import write_transform
+
+FILES = {
+    "warped.nii.gz": "the moving image on the fixed grid, one linear interpolation",
+    "transform.h5": "ITK transform, fixed point to moving point, alignment included",
+    "inverse.h5": "ITK transform, moving point to fixed point",
+    "jacobian.nii.gz": "Jacobian determinant of the transform on the fixed grid",
+    "folding.nii.gz": "1 where the Jacobian determinant is 0 or less",
+    "warped-labels.nii.gz": "the moving labels on the fixed grid, nearest neighbour",
+    "report.json": "every figure, with its definition",
+    "report.html": "the report to look at",
+}
+
+
+def write_results(
+    folder: Path | str,
+    result: Registration,
+    fixed: Volume,
+    names: dict[str, str],
+    checkpoint: Callable[[], None] = lambda: None,
+) -> dict:
+    """Write all files of a registration; they appear together or not at all.
+
+    Args:
+        folder: where to; made when missing.
+        result: from :func:`MorphSeekLib.registration.register`.
+        fixed: the fixed image, for the pictures.
+        names: "fixed" and "moving": what the report calls the images.
+        checkpoint: called between files; may raise to cancel.
+
+    Returns:
+        the report as written.
+
+    Raises:
+        MorphSeekError: the folder cannot be written or the disk is full.
+    """
+    begin = time.perf_counter()
+    report = result.report
+    for side in ("fixed", "moving"):
+        report[side] = {"path": names[side], **report[side]}
+    with output_folder(folder, owns=FILES) as part:
+        write_image(result.warped, part / "warped.nii.gz")
+        checkpoint()
+        write_transform(result.transform, part / "transform.h5")
+        if result.inverse is not None:
+            write_transform(result.inverse, part / "inverse.h5")
+        checkpoint()
+        write_image(result.jacobian, part / "jacobian.nii.gz")
+        write_image(Volume((result.jacobian.data <= 0).to(torch.uint8), fixed.grid), part / "folding.nii.gz")
+        if result.warped_labels is not None:
+            write_image(result.warped_labels, part / "warped-labels.nii.gz")
+        checkpoint()
+        report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
+        report["seconds"]["total"] = round(sum(v for k, v in report["seconds"].items() if k != "total"), 3)
+        report |= {"morphseek": __version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "software": software()}
+        write_report(
+            part,
+            report,
+            RegistrationPictures(fixed, result.aligned, result.warped, result.jacobian, result.transform),
+        )
+    return report
+
+
+def check_writable(folder: Path | str) -> None:
+    """Refuse an output folder before the work rather than after it.
+
+    Raises:
+        MorphSeekError: it is a file, or cannot be made or written to.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise MorphSeekError(f"The output folder {folder} is a file; choose another name.")
+    with output_folder(folder):
+        pass

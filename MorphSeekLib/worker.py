@@ -1,0 +1,322 @@
+"""The engine's process for Slicer: JSON-RPC 2.0, one message a line, over stdin and stdout.
+
+    python -m MorphSeekLib.worker
+
+Requests: hello, load, info, register, shutdown. Notifications out: progress. Notification in: cancel. Arrays travel as
+.npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see ``_volume``. A checkpoint
+is loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever the
+libraries print goes to stderr, so that stdout holds the protocol alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import __version__
+from .checkpoint import bundled, find, read_card, software
+from .devices import describe_devices
+from .errors import Cancelled, MorphSeekError
+from .events import Event
+from .geometry import DenseTransform, Grid, Transform, Volume
+from .images import check_intensities
+from .registration import LoadedModel, load_model, register
+from .settings import to_dict
+
+PROTOCOL = 1
+PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
+REFUSED, CANCELLED = -32000, -32800
+
+
+class _InvalidParamsError(Exception):
+    """The client asked wrongly; a mistake of its programmer, not of the person."""
+
+
+class Worker:
+    """Answers one request after another; a reader thread takes in cancellations meanwhile."""
+
+    def __init__(self, source: TextIO, sink: TextIO) -> None:
+        self.source, self.sink = source, sink
+        self.inbox: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self.cancelled: set[Any] = set()
+        self.writing = threading.Lock()
+        self.models: dict[tuple, LoadedModel] = {}
+        self.methods: dict[str, Callable[[Any, dict], dict]] = {
+            "hello": self.hello,
+            "load": self.load,
+            "info": self.info,
+            "register": self.register,
+            "shutdown": lambda number, params: {},
+        }
+
+    def serve(self) -> None:
+        """Until "shutdown" or the end of the input."""
+        threading.Thread(target=self._read, daemon=True).start()
+        while (message := self.inbox.get()) is not None:
+            self._answer(message)
+            if message["method"] == "shutdown":
+                return
+
+    def hello(self, number: Any, params: dict) -> dict:
+        """Versions, devices, bundled models."""
+        models = [{"name": n, "title": read_card(p).title, "path": str(p)} for n, p in bundled().items()]
+        return {
+            "version": __version__,
+            "protocol": PROTOCOL,
+            **{k: v for k, v in software().items() if k != "morphseek"},
+            "devices": describe_devices(),
+            "models": models,
+        }
+
+    def load(self, number: Any, params: dict) -> dict:
+        """Load a checkpoint ahead of the first registration."""
+        model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
+        return {"card": to_dict(model.card), "device": str(model.device)}
+
+    def info(self, number: Any, params: dict) -> dict:
+        """A checkpoint's card."""
+        return {"card": to_dict(read_card(find(_get(params, "model", str))))}
+
+    def register(self, number: Any, params: dict) -> dict:
+        """See the module's text; results are written into ``output``, which the client made and will remove."""
+        begin = time.perf_counter()
+        output = Path(_get(params, "output", str))
+        if not output.is_dir():
+            raise _InvalidParamsError(f"output: there is no folder {output}")
+        self._report(number, Event("read", 0.0, "Reading the images"))
+        fixed, moving = (_volume(_get(params, name, dict), name, torch.float32) for name in ("fixed", "moving"))
+        for volume, name in ((fixed, "The fixed image"), (moving, "The moving image")):
+            check_intensities(volume, name)
+        labels = {}
+        for name, image in (("fixed_labels", fixed), ("moving_labels", moving)):
+            reference = _get(params, name, dict, None)
+            labels[name] = None if reference is None else _volume(reference, name, torch.int32)
+            if labels[name] is not None and not labels[name].grid.same_as(image.grid):
+                raise MorphSeekError(
+                    f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
+                )
+        initial = _initial(_get(params, "initial", dict, None))
+        read = time.perf_counter()
+        self._report(number, Event("load", 0.01, "Loading the model"))
+        model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
+        loaded = time.perf_counter()
+        result = register(
+            fixed,
+            moving,
+            model,
+            steps=_get(params, "steps", int, None),
+            align=_get(params, "align", str, None),
+            initial=initial,
+            inverse=_get(params, "inverse", bool, False),
+            on_event=lambda event: self._report(number, event),
+            cancelled=lambda: number in self.cancelled,
+            **labels,
+        )
+        self._report(number, Event("write", 0.95, "Handing over the results"))
+        registered = time.perf_counter()
+        folding = Volume((result.jacobian.data <= 0).to(torch.uint8), fixed.grid)
+        answer = {
+            "warped": _reference(result.warped, output / "warped.npy"),
+            "jacobian": _reference(result.jacobian, output / "jacobian.npy"),
+            "folding": _reference(folding, output / "folding.npy"),
+            "warped_labels": _reference(result.warped_labels, output / "warped_labels.npy"),
+            "displacement": _reference(result.transform, output / "displacement.npy"),
+            "inverse": _reference(result.inverse, output / "inverse.npy"),
+        }
+        end = time.perf_counter()
+        seconds = {"read": read - begin, "load": loaded - read, "write": end - registered, "total": end - begin}
+        result.report["seconds"] |= {k: round(v, 3) for k, v in seconds.items()}
+        answer["report"] = result.report | {
+            "morphseek": __version__,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "software": software(),
+        }
+        return answer
+
+    def _model(self, name: str, device: str) -> LoadedModel:
+        """The model, from memory when its file has not changed; only the last one is kept."""
+        path = find(name)
+        key = (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size, device)
+        if key not in self.models:
+            self.models.clear()
+            self.models[key] = load_model(name, device)
+        return self.models[key]
+
+    def _read(self) -> None:
+        """Reader thread: requests to the queue, cancellations at once, the end of the input ends the process."""
+        for line in self.source:
+            if not line.strip():
+                continue
+            try:
+                message = json.loads(line)
+            except ValueError as error:
+                self._send({"id": None, "error": {"code": PARSE_ERROR, "message": f"Not JSON: {error}"}})
+                continue
+            number = message.get("id") if isinstance(message, dict) else None
+            valid = isinstance(message, dict) and isinstance(message.get("method"), str)
+            if not valid or not isinstance(message.get("params", {}), dict) or isinstance(number, (dict, list)):
+                text = "A request needs a method (text) and params (an object)."
+                self._send({"id": None, "error": {"code": INVALID_REQUEST, "message": text}})
+            elif message["method"] == "cancel":
+                target = message.get("params", {}).get("id")
+                if not isinstance(target, (dict, list)):
+                    self.cancelled.add(target)
+            elif "id" in message:
+                self.inbox.put(message)
+        # nobody reads an answer any more: do not finish what is under way
+        self.inbox.put(None)
+        os._exit(0)
+
+    def _answer(self, message: dict) -> None:
+        number, method = message["id"], message["method"]
+        error: dict[str, Any]
+        try:
+            if method not in self.methods:
+                known = ", ".join(self.methods)
+                error = {"code": NO_METHOD, "message": f"There is no method '{method}'; there are: {known}."}
+            elif number in self.cancelled:
+                raise Cancelled
+            else:
+                self._send({"id": number, "result": self.methods[method](number, message.get("params", {}))})
+                return
+        except Cancelled:
+            error = {"code": CANCELLED, "message": "cancelled"}
+        except MorphSeekError as refused:
+            error = {"code": REFUSED, "message": str(refused)}
+        except _InvalidParamsError as wrong:
+            error = {"code": INVALID_PARAMS, "message": str(wrong)}
+        except Exception as unexpected:
+            error = {
+                "code": INTERNAL,
+                "message": f"The engine failed ({type(unexpected).__name__}: {unexpected}); please report this.",
+                "data": traceback.format_exc(),
+            }
+        finally:
+            self.cancelled.discard(number)
+        self._send({"id": number, "error": error})
+
+    def _report(self, number: Any, event: Event) -> None:
+        if number in self.cancelled:
+            raise Cancelled
+        self._send({"method": "progress", "params": {"id": number, **vars(event)}})
+
+    def _send(self, message: dict) -> None:
+        # NaN is no JSON: a figure that does not exist is null
+        text = json.dumps({"jsonrpc": "2.0", **_finite(message)}, allow_nan=False)
+        with self.writing:
+            self.sink.write(text + "\n")
+            self.sink.flush()
+
+
+def _get(params: dict, name: str, kind: type, *default: Any) -> Any:
+    """A parameter of the right type; null counts as absent."""
+    value = params.get(name)
+    if value is None:
+        if not default:
+            raise _InvalidParamsError(f"{name} is missing")
+        return default[0]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _InvalidParamsError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _array(reference: dict, name: str, axes: int) -> np.ndarray:
+    path = _get(reference, "path", str)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise _InvalidParamsError(f"{name}: {path} is not a readable .npy file ({error})") from error
+    if not isinstance(array, np.ndarray) or array.ndim != axes or array.dtype.kind not in "biuf":
+        raise _InvalidParamsError(f"{name}: {path} must hold real numbers in {axes} axes")
+    return array
+
+
+def _affine(reference: dict, name: str, key: str = "affine") -> np.ndarray:
+    try:
+        affine = np.array(reference[key], dtype=np.float64)
+        if affine.shape == (4, 4) and np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0:
+            return affine
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise _InvalidParamsError(f"{name}: {key} must be an invertible 4x4 matrix")
+
+
+def _grid(shape: tuple[int, ...], reference: dict, name: str) -> Grid:
+    try:
+        return Grid(shape, _affine(reference, name))
+    except ValueError as error:
+        raise _InvalidParamsError(f"{name}: {error}") from error
+
+
+def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
+    """A volume from {"path": .npy (i, j, k), "affine": 4x4 voxel -> LPS mm}."""
+    array = _array(reference, name, 3)
+    if min(array.shape) < 2:
+        words = name.replace("_", " ")
+        raise MorphSeekError(
+            f"The {words} image has an axis of one voxel; give a volume of two or more slices each way."
+        )
+    values = np.ascontiguousarray(array, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+    values = values if values.flags.writeable else values.copy()
+    return Volume(torch.from_numpy(values), _grid(array.shape, reference, name))
+
+
+def _initial(reference: dict | None) -> Transform | None:
+    """{"matrix": 4x4} or {"displacement": {"path": .npy (3, i, j, k), "affine": 4x4}}, LPS mm, fixed -> moving."""
+    if reference is None:
+        return None
+    if "matrix" in reference:
+        return _affine(reference, "initial", "matrix")
+    field = _get(reference, "displacement", dict)
+    array = _array(field, "initial", 4)
+    if array.shape[0] != 3 or not np.isfinite(array).all():
+        raise _InvalidParamsError("initial: the displacement must be (3, i, j, k) finite numbers")
+    return DenseTransform(torch.from_numpy(np.array(array, dtype=np.float32)), _grid(array.shape[1:], field, "initial"))
+
+
+def _reference(result: Volume | DenseTransform | None, path: Path) -> dict | None:
+    """Write a result and say where it is."""
+    if result is None:
+        return None
+    data: Tensor = result.data if isinstance(result, Volume) else result.displacement
+    try:
+        np.save(path, data.numpy(), allow_pickle=False)
+    except OSError as error:
+        raise MorphSeekError(
+            f"The results cannot be handed over through {path.parent} ({error.strerror}); free some disk space."
+        ) from error
+    return {"path": str(path), "affine": result.grid.affine.tolist(), "shape": list(result.grid.shape)}
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def main() -> None:
+    """Serve stdin and stdout."""
+    sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # a library's print goes to the log
+    sys.stdout = sys.stderr
+    source = os.fdopen(os.dup(0), encoding="utf-8", errors="replace")
+    Worker(source, sink).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The main job end to end on real files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from cases import blob_grid, blob_image, blob_labels
+
+from MorphSeekLib import checkpoint
+from MorphSeekLib.checkpoint import Card
+from MorphSeekLib.devices import describe_devices, memory_advice, network_precision, pick_device
+from MorphSeekLib.errors import Cancelled, MorphSeekError
+from MorphSeekLib.fields import jacobian_determinant
+from MorphSeekLib.geometry import DenseTransform, Grid, Volume, apply_affine, voxel_displacement
+from MorphSeekLib.images import read_image, read_labels, sitk_from_volume
+from MorphSeekLib.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib.registration import load_model, register
+from MorphSeekLib.results import FILES, write_results
+
+TILTED = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, -1.0]])  # oblique and left-handed
+
+
+def random_model(path, output="displacement", **preprocessing):
+    """A checkpoint whose network moves things smoothly by some millimetres."""
+    torch.manual_seed(0)
+    settings = {"encoder": (4, 4), "decoder": (4,), "extra": (4,), "norm": "instance", "flow_stride": 2}
+    model = RegistrationModel(ModelSettings(backbone_settings=settings, output=output))
+    torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.02)
+    card = Card(title="random", preprocessing=Preprocessing(**{"spacing": (3.0,) * 3, "align": "none"} | preprocessing))
+    checkpoint.save(path, model, card)
+    return load_model(path, "cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("model") / "random.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Fixed and moving with labels, on different grids; the fixed one oblique, anisotropic and left-handed."""
+    fixed_grid = Grid.from_parts((26, 30, 18), (1.9, 1.7, 2.6), TILTED, (-20.0, -30.0, 20.0))
+    shift = fixed_grid.center - blob_grid().center
+    moving_grid = Grid.from_parts((24, 28, 20), (2.0, 2.0, 2.5), np.eye(3), blob_grid().origin + shift)
+    labels = blob_labels(0, fixed_grid), blob_labels(1, moving_grid)
+    return (*(blob_image(v, n) for n, v in enumerate(labels)), *labels)
+
+
+@pytest.fixture(scope="module")
+def result(pair, model):
+    fixed, moving, fixed_labels, moving_labels = pair
+    return register(fixed, moving, model, steps=2, fixed_labels=fixed_labels, moving_labels=moving_labels)
+
+
+def test_everything_lies_on_the_fixed_grid(pair, result):
+    fixed = pair[0]
+    for volume in (result.warped, result.aligned, result.jacobian, result.warped_labels):
+        assert volume.grid.same_as(fixed.grid)
+    assert result.warped_labels.data.dtype == torch.int32
+
+
+def test_files_agree_with_simpleitk(pair, result, tmp_path):
+    """transform.h5 applied by SimpleITK to the moving image is warped.nii.gz; the same for the labels."""
+    fixed, moving, _, moving_labels = pair
+    report = write_results(tmp_path, result, fixed, {"fixed": "f.nii.gz", "moving": "m.nii.gz"})
+    assert {p.name for p in tmp_path.iterdir()} == set(FILES)
+    transform = sitk.ReadTransform(str(tmp_path / "transform.h5"))
+    reference = sitk_from_volume(fixed)
+    background = float(min(0.0, moving.data.min()))
+    linear = sitk.Resample(sitk_from_volume(moving), reference, transform, sitk.sitkLinear, background)
+    warped = read_image(tmp_path / "warped.nii.gz")
+    difference = np.abs(sitk.GetArrayFromImage(linear).transpose(2, 1, 0) - warped.data.numpy())
+    assert np.percentile(difference, 99.9) < 1e-3 * float(moving.data.max() - moving.data.min())
+    nearest = sitk.Resample(sitk_from_volume(moving_labels), reference, transform, sitk.sitkNearestNeighbor, 0)
+    labels = read_labels(tmp_path / "warped-labels.nii.gz")
+    assert (sitk.GetArrayFromImage(nearest).transpose(2, 1, 0) == labels.data.numpy()).mean() > 0.9995
+    points = apply_affine(
+        fixed.grid.affine, np.random.default_rng(0).uniform(0, 1, (50, 3)) * (np.array(fixed.grid.shape) - 1)
+    )
+    by_file = np.array([transform.TransformPoint(p) for p in points])
+    np.testing.assert_allclose(by_file, result.transform.map_points(points), atol=1e-3)
+    back = sitk.ReadTransform(str(tmp_path / "inverse.h5"))
+    inside = (
+        np.abs(apply_affine(np.linalg.inv(moving.grid.affine), by_file) / (np.array(moving.grid.shape) - 1) - 0.5).max(
+            1
+        )
+        < 0.4
+    )
+    home = np.array([back.TransformPoint(p) for p in by_file[inside]])
+    assert np.linalg.norm(home - points[inside], axis=1).mean() < 0.5
+    assert report == json.loads((tmp_path / "report.json").read_text())
+
+
+def test_report_says_what_happened(pair, result):
+    fixed = pair[0]
+    report = result.report
+    jacobian = jacobian_determinant(voxel_displacement(result.transform, fixed.grid))[0, 0]
+    torch.testing.assert_close(result.jacobian.data, jacobian, atol=1e-4, rtol=1e-4)
+    assert report["folding"]["njd_percent"] == pytest.approx(100 * float((result.jacobian.data <= 0).float().mean()))
+    assert [row["step"] for row in report["steps"]] == [0, 1, 2]
+    assert set(report["dice"]["labels"]) == {"1", "2", "3"}
+    assert set(report["dice"]["mean"]) == {"input", "aligned", "warped"}
+    assert report["displacement_mm"]["max"] > report["displacement_mm"]["mean"] > 0
+    assert report["inverse"]["residual_mm"]["mean"] < 0.5
+    assert report["align"] == "none"
+    assert len(report["model"]["sha256"]) == 64
+
+
+def test_initial_transform_is_contained(pair, model):
+    """Starting from a matrix equals registering the image that was moved by it beforehand."""
+    fixed, moving, _, _ = pair
+    shift = np.eye(4)
+    shift[:3, 3] = (5.0, -3.0, 2.0)
+    moved = Volume(moving.data, Grid(moving.grid.shape, np.linalg.inv(shift) @ moving.grid.affine))
+    one = register(fixed, moving, model, initial=shift, inverse=False)
+    two = register(fixed, moved, model, inverse=False)
+    torch.testing.assert_close(one.warped.data, two.warped.data, atol=0.05, rtol=0)
+    points = apply_affine(fixed.grid.affine, np.array([[5.0, 6, 7], [12, 10, 9]]))
+    np.testing.assert_allclose(
+        one.transform.map_points(points), apply_affine(shift, two.transform.map_points(points)), atol=1e-3
+    )
+
+
+def test_dense_initial_transform_is_contained(pair, model):
+    fixed, moving, _, _ = pair
+    nodes = torch.zeros(3, *fixed.grid.shape)
+    nodes[0] = 4.0
+    matrix = np.eye(4)
+    matrix[0, 3] = 4.0
+    dense = register(fixed, moving, model, initial=DenseTransform(nodes, fixed.grid), inverse=False)
+    linear = register(fixed, moving, model, initial=matrix, inverse=False)
+    torch.testing.assert_close(dense.transform.displacement, linear.transform.displacement, atol=2e-3, rtol=0)
+
+
+def test_alignment_brings_distant_images_together(pair, model):
+    fixed, moving, _, _ = pair
+    affine = moving.grid.affine.copy()
+    affine[:3, 3] += 500
+    far = Volume(moving.data, Grid(moving.grid.shape, affine))
+    with pytest.raises(MorphSeekError, match="do not overlap"):
+        register(fixed, far, model, align="none")
+    aligned = register(fixed, far, model, align="center", inverse=False)
+    center = aligned.transform.map_points(fixed.grid.center[None])[0]
+    assert np.linalg.norm(center - far.grid.center) < 20
+
+
+def test_a_velocity_model_folds_less(pair, tmp_path):
+    fixed, moving, _, _ = pair
+    runs = {}
+    for output in ("displacement", "velocity"):
+        strong = random_model(tmp_path / f"{output}.safetensors", output)
+        torch.nn.init.normal_(strong.network.backbone.flow.weight, 0, 0.4, generator=torch.Generator().manual_seed(1))
+        runs[output] = register(fixed, moving, strong, steps=1, inverse=False).report["folding"]["njd_percent"]
+    assert runs["displacement"] > 1
+    assert runs["velocity"] < 0.5 * runs["displacement"]
+
+
+def test_fixed_spacing_of_none_keeps_the_images_own(pair, tmp_path):
+    fixed, moving, _, _ = pair
+    own = random_model(tmp_path / "own.safetensors", spacing=None)
+    report = register(fixed, moving, own, inverse=False).report
+    assert sorted(report["working_grid"]["spacing"]) == pytest.approx(sorted(fixed.grid.spacing.tolist()))
+
+
+def test_cancel(pair, model):
+    fixed, moving, _, _ = pair
+    asked = []
+
+    def cancelled():
+        asked.append(1)
+        return len(asked) > 12
+
+    with pytest.raises(Cancelled):
+        register(fixed, moving, model, cancelled=cancelled)
+    # the hooks that ask before every layer are gone: the model still works
+    register(fixed, moving, model, inverse=False)
+
+
+def test_progress_is_monotone_and_names_every_step(pair, model):
+    events = []
+    register(pair[0], pair[1], model, steps=3, on_event=events.append)
+    fractions = [e.fraction for e in events]
+    assert fractions == sorted(fractions)
+    assert [e.step for e in events if e.phase == "step" and e.step] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"steps": 0}, "choose 1 to"), ({"steps": 99}, "choose 1 to"), ({"align": "elastic"}, "no alignment 'elastic'")],
+)
+def test_wrong_settings(pair, model, options, words):
+    with pytest.raises(MorphSeekError, match=words):
+        register(pair[0], pair[1], model, **options)
+
+
+def test_labels_without_a_common_number(pair, model):
+    fixed, moving, fixed_labels, moving_labels = pair
+    other = Volume(moving_labels.data * 10, moving_labels.grid)
+    with pytest.raises(MorphSeekError, match="no label in common"):
+        register(fixed, moving, model, fixed_labels=fixed_labels, moving_labels=other)
+
+
+def test_an_image_too_large_for_any_machine(model):
+    grid = Grid((4000, 4000, 4000), np.diag([3.0, 3, 3, 1]))
+    empty = torch.zeros(1, 1, 1).expand(4000, 4000, 4000)
+    small = Volume(torch.rand(4, 4, 4), Grid((4, 4, 4), np.diag([3.0, 3, 3, 1])))
+    huge = Volume.__new__(Volume)
+    huge.data, huge.grid = empty, grid
+    with pytest.raises(MorphSeekError, match="working grid of"):
+        register(huge, small, model, align="none")
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    assert describe_devices()[-1]["name"] == "cpu"
+    assert network_precision(torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    with pytest.raises(MorphSeekError, match="no device 'gpu'"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(MorphSeekError, match="no CUDA GPU"):
+            pick_device("cuda:0")
+
+
+def test_out_of_memory_becomes_advice():
+    """A real allocation that no machine can make."""
+    with (
+        pytest.raises(MorphSeekError, match=r"memory does not suffice.*crop or resample"),
+        memory_advice(torch.device("cpu")),
+    ):
+        torch.empty(2**50)
+    with pytest.raises(ZeroDivisionError), memory_advice(torch.device("cpu")):
+        _ = 1 / 0
+
+
+def test_bfloat16_changes_the_field_little(pair, model, monkeypatch):
+    """The reduced precision that processors with AMX and GPUs use, forced here: geometry stays in float32."""
+    from MorphSeekLib import devices, registration
+
+    fixed, moving, _, _ = pair
+    full = register(fixed, moving, model, inverse=False)
+    monkeypatch.setattr(devices, "network_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(registration, "network_precision", lambda device: torch.bfloat16)
+    half = register(fixed, moving, model, inverse=False)
+    assert half.report["precision"] == "bfloat16"
+    difference = (half.transform.displacement - full.transform.displacement).abs()
+    assert float(difference.max()) > 0
+    assert float(difference.mean()) < 0.05 * float(full.report["displacement_mm"]["max"])

@@ -1,0 +1,225 @@
+"""The worker as a real process, spoken to in JSON lines."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from cases import blob_grid, blob_image, blob_labels
+from test_registration import random_model
+
+from MorphSeekLib.geometry import Volume
+from MorphSeekLib.registration import load_model, register
+
+
+class Client:
+    """Sends lines, collects lines."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "MorphSeekLib.worker"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.lines: queue.Queue = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.notes: list[dict] = []
+        self.count = 0
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.put(json.loads(line))
+
+    def write(self, text: str) -> None:
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def send(self, method: str, params: dict | None = None) -> int:
+        self.count += 1
+        self.write(json.dumps({"jsonrpc": "2.0", "id": self.count, "method": method, "params": params or {}}))
+        return self.count
+
+    def answer(self, number: int | None, seconds: float = 300) -> dict:
+        while True:
+            message = self.lines.get(timeout=seconds)
+            assert message["jsonrpc"] == "2.0"
+            if "method" in message:
+                self.notes.append(message["params"])
+            elif message["id"] == number:
+                return message
+
+    def call(self, method: str, params: dict | None = None) -> dict:
+        return self.answer(self.send(method, params))
+
+
+@pytest.fixture(scope="module")
+def client():
+    client = Client()
+    yield client
+    client.process.stdin.close()
+    assert client.process.wait(timeout=60) == 0, "it ends when its input closes"
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "random.safetensors"
+    random_model(path)
+    return str(path)
+
+
+def reference(volume: Volume, path) -> dict:
+    np.save(path, volume.data.numpy())
+    return {"path": str(path), "affine": volume.grid.affine.tolist()}
+
+
+@pytest.fixture
+def request_of(tmp_path, model_file):
+    """Parameters of a registration of two blobs."""
+    labels = [blob_labels(seed, blob_grid()) for seed in (0, 1)]
+    params = {"model": model_file, "device": "cpu", "steps": 2, "align": "none", "inverse": True}
+    for name, volume, seed in (("fixed", labels[0], 0), ("moving", labels[1], 1)):
+        params[name] = reference(blob_image(volume, seed), tmp_path / f"{name}.npy")
+        params[f"{name}_labels"] = reference(volume, tmp_path / f"{name}_labels.npy")
+    (tmp_path / "out").mkdir()
+    return params | {"output": str(tmp_path / "out")}
+
+
+def test_hello(client):
+    result = client.call("hello")["result"]
+    assert result["protocol"] == 1
+    assert result["devices"][-1]["name"] == "cpu"
+
+
+def test_info_and_load(client, model_file):
+    assert client.call("info", {"model": model_file})["result"]["card"]["title"] == "random"
+    assert client.call("load", {"model": model_file, "device": "cpu"})["result"]["device"] == "cpu"
+
+
+def test_register_gives_what_the_engine_gives(client, request_of, model_file):
+    result = client.call("register", request_of)["result"]
+    labels = [blob_labels(seed, blob_grid()) for seed in (0, 1)]
+    images = [blob_image(volume, seed) for seed, volume in enumerate(labels)]
+    expected = register(*images, load_model(model_file, "cpu"), steps=2, align="none")
+    for name in ("warped", "jacobian"):
+        data = np.load(result[name]["path"], mmap_mode="r")
+        np.testing.assert_allclose(data, getattr(expected, name).data.numpy(), atol=1e-3)
+        np.testing.assert_allclose(result[name]["affine"], images[0].grid.affine)
+    field = np.load(result["displacement"]["path"])
+    np.testing.assert_allclose(field, expected.transform.displacement.numpy(), atol=1e-4)
+    assert np.load(result["folding"]["path"]).dtype == np.uint8
+    assert np.load(result["warped_labels"]["path"]).max() == 3
+    assert np.load(result["inverse"]["path"]).shape[0] == 3
+    assert set(result["report"]["dice"]["labels"]) == {"1", "2", "3"}
+    steps = [n["step"] for n in client.notes if n["phase"] == "step" and n["step"]]
+    assert steps[-2:] == [1, 2]
+
+
+def test_slicers_axis_order_needs_no_copy(client, request_of, tmp_path):
+    """A Fortran-ordered file, which is what (k, j, i) arrays transposed become."""
+    array = np.load(request_of["fixed"]["path"])
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(array))
+    first = client.call("register", request_of)["result"]
+    warped = np.load(first["warped"]["path"]).copy()
+    request_of["fixed"]["path"] = str(tmp_path / "fortran.npy")
+    second = client.call("register", request_of)["result"]
+    np.testing.assert_array_equal(np.load(second["warped"]["path"]), warped)
+
+
+def test_cancel_answers_within_a_second_and_the_worker_lives(client, request_of):
+    request_of["steps"] = 16
+    number = client.send("register", request_of)
+    while client.lines.get(timeout=300).get("params", {}).get("phase") != "step":
+        pass
+    begin = time.monotonic()
+    client.write(json.dumps({"jsonrpc": "2.0", "method": "cancel", "params": {"id": number}}))
+    answer = client.answer(number)
+    assert answer["error"]["code"] == -32800
+    assert time.monotonic() - begin < 5, "a second, with room for a loaded machine"
+    assert "result" in client.call("hello")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("this is not JSON", -32700),
+        ("[1, 2, 3]", -32600),
+        ('{"jsonrpc": "2.0", "id": 7}', -32600),
+        ('{"jsonrpc": "2.0", "id": 7, "method": "register", "params": [1]}', -32600),
+    ],
+)
+def test_malformed_lines(client, line, code):
+    client.write(line)
+    assert client.answer(None)["error"]["code"] == code
+    assert "result" in client.call("hello")
+
+
+def test_unknown_method(client):
+    assert client.call("fly")["error"]["code"] == -32601
+
+
+def spoil_nan(params):
+    array = np.load(params["fixed"]["path"])
+    array[0, 0, 0] = np.nan
+    np.save(params["fixed"]["path"], array)
+
+
+def spoil_constant(params):
+    np.save(params["moving"]["path"], np.full((8, 8, 8), 3.0))
+
+
+def spoil_flat(params):
+    np.save(params["moving"]["path"], np.random.rand(8, 8, 1))
+
+
+def spoil_labels(params):
+    params["fixed_labels"] = {**params["fixed_labels"], "affine": np.diag([9.0, 1, 1, 1]).tolist()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "words"),
+    [
+        (lambda p: p.update(model="nothing"), -32000, "no model 'nothing'"),
+        (lambda p: p.update(device="cuda:99"), -32000, "cuda:99"),
+        (lambda p: p.update(steps=0), -32000, "choose 1 to"),
+        (spoil_nan, -32000, "fixed image"),
+        (spoil_constant, -32000, "moving image is empty"),
+        (spoil_flat, -32000, "one voxel"),
+        (spoil_labels, -32000, "another grid"),
+        (lambda p: p.pop("fixed"), -32602, "fixed is missing"),
+        (lambda p: p.update(steps="two"), -32602, "steps must be of type int"),
+        (lambda p: p["fixed"].update(path="/nowhere.npy"), -32602, "not a readable .npy"),
+        (lambda p: p["fixed"].update(affine=[[1, 2], [3, 4]]), -32602, "4x4"),
+        (lambda p: p.update(output="/nowhere/at/all"), -32602, "there is no folder"),
+    ],
+)
+def test_bad_requests_are_refused_and_survived(client, request_of, spoil, code, words):
+    spoil(request_of)
+    error = client.call("register", request_of)["error"]
+    assert error["code"] == code
+    assert words in error["message"]
+    assert "result" in client.call("hello")
+
+
+def test_a_pickled_array_is_never_run(client, request_of, tmp_path):
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    request_of["fixed"]["path"] = str(tmp_path / "pickled.npy")
+    assert client.call("register", request_of)["error"]["code"] == -32602
+
+
+def test_it_ends_at_once_when_its_input_closes_in_the_middle(request_of):
+    client = Client()
+    request_of["steps"] = 16
+    client.send("register", request_of)
+    client.lines.get(timeout=300)
+    client.process.stdin.close()
+    assert client.process.wait(timeout=30) == 0
+
+
+def test_shutdown():
+    client = Client()
+    assert client.call("shutdown")["result"] == {}
+    assert client.process.wait(timeout=30) == 0
