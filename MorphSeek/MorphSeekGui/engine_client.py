@@ -1,0 +1,385 @@
+"""The engine's process as Slicer sees it: started, spoken to in JSON lines, watched, ended.
+
+One JSON-RPC 2.0 message a line, requests to the worker's stdin, answers and progress from its stdout; its stderr is a
+free log. Two reader threads only fill a queue: every callback runs in the thread that calls :meth:`EngineClient.poll`
+(a timer) or :meth:`EngineClient.call` (a script), so no one needs a lock. Neither slicer nor qt is imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CANCELLED = -32800  # the code with which the worker answers a cancelled request
+_TAIL = 60  # lines of the worker's log that are kept
+_CANCEL_PATIENCE = 10.0  # seconds that a worker may take to give in before it is ended
+
+
+class EngineError(Exception):
+    """The engine could not do what was asked; the text is one sentence for the person.
+
+    Attributes:
+        code: JSON-RPC code, 0 when the process itself failed.
+        details: traceback or the end of the engine's log, for those who want to know more; may be empty.
+    """
+
+    def __init__(self, message: str, code: int = 0, details: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.details = details
+
+
+class EngineDied(EngineError):
+    """The process ended, or never started; the next request starts a new one."""
+
+
+class EngineCancelled(EngineError):
+    """The request was cancelled by the person."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A question on its way: poll the client until ``done``, then take ``result`` or raise ``error``."""
+
+    id: int
+    method: str
+    on_progress: Callable[[dict], None] | None = None
+    done: bool = False
+    result: dict = field(default_factory=dict)
+    error: EngineError | None = None
+    cancelled_at: float | None = None
+
+    def value(self) -> dict:
+        """The result of a finished request.
+
+        Raises:
+            EngineError: what went wrong instead.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class EngineClient:
+    """One worker process, started with the first request and alive between requests, so that a second registration
+    pays for no import and no model load.
+
+    Args:
+        python: the Python that runs the engine; by default Slicer's own, or the running one outside Slicer.
+        command: the whole command line instead, for tests and for an engine elsewhere (say, through ssh).
+        on_log: called with each line that the worker logs, while polling.
+    """
+
+    def __init__(
+        self,
+        python: str | os.PathLike | None = None,
+        command: Sequence[str] | None = None,
+        on_log: Callable[[str], None] | None = None,
+    ) -> None:
+        self._command = list(command) if command else [str(python or default_python()), "-m", "MorphSeekLib.worker"]
+        self._on_log = on_log
+        self._process: subprocess.Popen | None = None
+        self._readers: list[threading.Thread] = []
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._pending: dict[int, Request] = {}
+        self._next_id = 1
+        self.log: deque[str] = deque(maxlen=_TAIL)
+
+    def __enter__(self) -> EngineClient:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number, None before the first request."""
+        return self._process.pid if self._process else None
+
+    def request(self, method: str, params: dict | None = None, on_progress: Callable | None = None) -> Request:
+        """Ask, without waiting. Call :meth:`poll` (from a timer) until the returned request is done.
+
+        Args:
+            method: "hello", "load", "info", "register" or "shutdown".
+            params: what the method wants, as JSON can hold it.
+            on_progress: called with each progress message of this request, a dict (phase, step, steps, fraction,
+                message, metrics).
+
+        Raises:
+            EngineDied: the process cannot be started.
+        """
+        if not self.running:
+            self._take_leave()
+            self._start()
+        request = Request(self._next_id, method, on_progress)
+        self._next_id += 1
+        self._pending[request.id] = request
+        self._send({"jsonrpc": "2.0", "id": request.id, "method": method, "params": params or {}})
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ask the worker to give a request up; it is done, with :class:`EngineCancelled`, when the worker says so, or
+        when its patience is over and the process is ended."""
+        if not request.done and request.cancelled_at is None:
+            request.cancelled_at = time.monotonic()
+            self._send({"jsonrpc": "2.0", "method": "cancel", "params": {"id": request.id}})
+
+    def call(
+        self,
+        method: str,
+        params: dict | None = None,
+        on_progress: Callable[[dict], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> dict:
+        """Ask and wait for the answer.
+
+        Args:
+            method, params, on_progress: as for :meth:`request`.
+            cancelled: asked about ten times a second; True cancels. A good place to let the application breathe
+                (``slicer.app.processEvents()``).
+
+        Raises:
+            EngineCancelled, EngineDied, EngineError: what the names say.
+        """
+        request = self.request(method, params, on_progress)
+        try:
+            while not request.done:
+                if cancelled is not None and cancelled():
+                    self.cancel(request)
+                self.poll(wait=0.1)
+        except BaseException:  # Ctrl+C, or a callback that raised: do not leave the worker computing for no one
+            self.cancel(request)
+            request.on_progress = None
+            raise
+        return request.value()
+
+    def poll(self, wait: float = 0.0) -> None:
+        """Handle what has arrived.
+
+        Args:
+            wait: seconds to wait for a first message if there is none.
+        """
+        with contextlib.suppress(queue.Empty):
+            source, line = self._inbox.get(timeout=wait) if wait > 0 else self._inbox.get_nowait()
+            while True:
+                self._handle(source, line)
+                source, line = self._inbox.get_nowait()
+        now = time.monotonic()
+        stuck = [r for r in self._pending.values() if r.cancelled_at and now - r.cancelled_at > _CANCEL_PATIENCE]
+        if stuck:
+            self._kill()
+
+    def close(self, patience: float = 5.0) -> None:
+        """End the process: its stdin is closed, which tells it to leave; after ``patience`` seconds it and its
+        children are killed. Whoever still waits gets :class:`EngineDied`."""
+        if self._process is None:
+            return
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._kill()
+        self._take_leave()
+        self._fail_pending("The engine was closed before it had finished.")
+
+    def _take_leave(self) -> None:
+        """After the process has ended: what it still said is heard, and whoever waits for it learns of its end."""
+        if self._process is None:
+            return
+        for reader in self._readers:
+            reader.join(2.0)
+        self.poll()
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+    def _start(self) -> None:
+        environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+        root = engine_root()
+        if root is not None:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+        # a group of its own, so that the whole tree can be ended (Slicer's PythonSlicer is a launcher with a child)
+        if os.name == "nt":
+            group = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
+        else:
+            group = {"start_new_session": True}
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                **group,
+            )
+        except OSError as problem:
+            raise EngineDied(
+                f"The engine could not be started with '{self._command[0]}' ({problem.strerror or problem}); "
+                "check that this Python exists and may be run."
+            ) from problem
+        self.log.clear()
+        self._inbox = queue.SimpleQueue()
+        self._readers = [
+            threading.Thread(target=_read, args=(stream, name, self._inbox), daemon=True)
+            for stream, name in ((self._process.stdout, "out"), (self._process.stderr, "log"))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _send(self, message: dict) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        # a worker that is gone shows as the end of its stdout, which poll() reports with its last words
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+    def _handle(self, source: str, line: str | None) -> None:
+        if line is None:
+            if source == "out":
+                self._handle_end()
+            return
+        message = _parse(line) if source == "out" else None
+        if message is None:  # the log, or a library that prints to stdout
+            self._keep(line)
+            return
+        params = message.get("params") or {}
+        if message.get("method") == "progress":
+            request = self._pending.get(params.get("id"))
+            if request is not None and request.on_progress is not None:
+                request.on_progress(params)
+            return
+        request = self._pending.pop(message.get("id"), None)
+        if request is None:
+            return
+        if "error" in message:
+            request.error = _error(message["error"])
+        else:
+            request.result = message.get("result") or {}
+        request.done = True
+
+    def _handle_end(self) -> None:
+        """The worker's stdout has ended."""
+        try:
+            code = self._process.wait(2.0)
+        except subprocess.TimeoutExpired:  # it closed its mouth but lives: of no use any more
+            self._kill()
+            code = self._process.wait()
+        self._readers[1].join(2.0)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                _, line = self._inbox.get_nowait()
+                if line is not None:
+                    self._keep(line)
+        if code in (-9, 137):  # SIGKILL: what Linux does when memory runs out
+            text = (
+                "The engine was killed, most likely because memory ran out; close other programs, or register "
+                "smaller or cropped images."
+            )
+        else:
+            text = f"The engine stopped unexpectedly (exit code {code}); its log says why"
+            text += f": {self.log[-1].strip()}" if self.log else " nothing, please report this."
+        self._fail_pending(text)
+
+    def _fail_pending(self, text: str) -> None:
+        details = "\n".join(self.log)
+        for request in self._pending.values():
+            if request.cancelled_at is None:
+                request.error = EngineDied(text, details=details)
+            else:
+                request.error = EngineCancelled("Cancelled.", CANCELLED, details)
+            request.done = True
+        self._pending.clear()
+
+    def _keep(self, line: str) -> None:
+        self.log.append(line)
+        if self._on_log is not None:
+            self._on_log(line)
+
+    def _kill(self) -> None:
+        """End the process and its children, without asking."""
+        if not self.running:
+            return
+        if os.name == "nt":
+            subprocess.run(
+                ["taskkill", "/F", "/T", "/PID", str(self._process.pid)],
+                capture_output=True,
+                check=False,
+                creationflags=subprocess.CREATE_NO_WINDOW,
+            )
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5.0)
+
+
+def default_python() -> str:
+    """The Python for the engine: PythonSlicer inside Slicer (where sys.executable may be the application itself)."""
+    if Path(sys.executable).stem.lower().startswith("python"):
+        return sys.executable
+    name = "PythonSlicer.exe" if os.name == "nt" else "PythonSlicer"
+    here = Path(sys.executable).resolve().parent
+    for folder in (here, here / "bin", here.parent / "bin"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    return shutil.which("PythonSlicer") or sys.executable
+
+
+def engine_root() -> Path | None:
+    """The folder that holds MorphSeekLib: beside the module in the extension, above it in a checkout; None when the
+    engine is only installed as a package."""
+    return next((p for p in Path(__file__).resolve().parents[1:4] if (p / "MorphSeekLib").is_dir()), None)
+
+
+_shared: EngineClient | None = None
+
+
+def shared_client() -> EngineClient:
+    """The one engine of this application, for callers that bring none; it ends with the application."""
+    global _shared
+    if _shared is None:
+        _shared = EngineClient()
+        atexit.register(_shared.close)
+    return _shared
+
+
+def _read(stream, name: str, inbox: queue.SimpleQueue) -> None:
+    with stream:
+        for line in stream:
+            inbox.put((name, line.decode("utf-8", "replace").rstrip("\r\n")))
+    inbox.put((name, None))
+
+
+def _parse(line: str) -> dict | None:
+    """A JSON-RPC message, or None if the line is something else."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) and message.get("jsonrpc") == "2.0" else None
+
+
+def _error(error: dict) -> EngineError:
+    code, text, data = error.get("code", 0), str(error.get("message", "")), error.get("data")
+    details = data if isinstance(data, str) else json.dumps(data) if data else ""
+    if code == CANCELLED:
+        return EngineCancelled("Cancelled.", code, details)
+    return EngineError(text or "The engine failed without saying why.", code, details)

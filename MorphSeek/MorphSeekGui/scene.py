@@ -1,0 +1,537 @@
+"""MRML nodes in and out: volumes, labels and transforms as the engine takes them, and its results as nodes.
+
+Two worlds meet here and nowhere else. MRML: RAS mm, arrays (k, j, i), a node's coordinates may lie under parent
+transforms. The engine: LPS mm, arrays (i, j, k), no parents.
+
+Parent transforms. The fixed volume is registered where it stands in the world, the moving volume too, so a linear
+parent transform counts as part of the image's geometry; a non-linear one is refused. All results lie in world
+coordinates and have no parent. The transform node leads from the fixed volume's world place to the moving volume's OWN
+coordinates: choose it as the moving volume's transform (instead of a parent that it had, which is contained) and the
+moving volume appears as the warped volume does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import slicer
+import slicer.util
+import vtk
+from vtk.util import numpy_support
+
+try:
+    from slicer.i18n import tr as _
+except ImportError:  # slicer-core has no translations
+
+    def _(text: str) -> str:
+        return text
+
+
+FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
+# an initial transform is sampled on at most about this many points of the fixed grid (a 1 mm head has seven million)
+_MOST_SAMPLES = 8_000_000
+_SAME_MM = 1e-3
+
+
+class InputError(ValueError):
+    """A node that cannot be registered; the text is one sentence that says why and what to do."""
+
+
+@dataclass
+class Image:
+    """What the engine needs of a volume: voxels (i, j, k), and where they lie (4x4, voxel -> LPS mm)."""
+
+    array: np.ndarray
+    affine: np.ndarray
+
+
+@dataclass
+class Labels:
+    """A label array on a volume's grid, and what its values mean.
+
+    Attributes:
+        array: (i, j, k) int32, 0 = background.
+        names: label value -> (segment's name, its RGB colour); empty for a label map volume.
+        color_node_id: the label map volume's colour table, None for a segmentation.
+    """
+
+    array: np.ndarray
+    names: dict[int, tuple[str, tuple[float, float, float]]] = field(default_factory=dict)
+    color_node_id: str | None = None
+
+
+@dataclass
+class RegistrationNodes:
+    """What a registration leaves in the scene.
+
+    Attributes:
+        fixed, moving: the volumes that were registered.
+        warped: the moving volume on the fixed grid (world coordinates, float).
+        transform: fixed (world) -> moving (its own coordinates), as TransformFromParent: put the moving
+            volume under it.
+        inverse: the other way round, or None.
+        jacobian: determinant of the transform's Jacobian on the fixed grid; 1 keeps volume, <= 0 is folded.
+        folding: segmentation with one segment, where the Jacobian is <= 0.
+        warped_labels: the moving labels on the fixed grid, or None.
+        report: the engine's figures (report.json).
+    """
+
+    fixed: slicer.vtkMRMLScalarVolumeNode
+    moving: slicer.vtkMRMLScalarVolumeNode
+    warped: slicer.vtkMRMLScalarVolumeNode
+    transform: slicer.vtkMRMLTransformNode
+    jacobian: slicer.vtkMRMLScalarVolumeNode
+    folding: slicer.vtkMRMLSegmentationNode
+    inverse: slicer.vtkMRMLTransformNode | None = None
+    warped_labels: slicer.vtkMRMLLabelMapVolumeNode | None = None
+    report: dict = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------------------- nodes in
+
+
+def read_volume(node, space=None) -> Image:
+    """A scalar volume node's voxels and place.
+
+    Args:
+        node: the volume node. Its voxels are shared with the returned array where their type allows, not copied.
+        space: transform node in whose coordinates the place is wanted; None for the world.
+
+    Raises:
+        InputError: no scalar 3D volume, empty, or under a non-linear transform.
+    """
+    array = _voxels(node)
+    return Image(array, FLIP @ matrix_to_space(node, space) @ ijk_to_ras(node))
+
+
+def matrix_to_space(node, space=None) -> np.ndarray:
+    """(4, 4) RAS: from the node's own coordinates, through its parent transforms, to ``space`` (None: the world).
+
+    Raises:
+        InputError: a transform on the way is not linear.
+    """
+    parent = node.GetParentTransformNode()
+    matrix = _linear_between(parent, space)
+    if matrix is None:
+        raise InputError(
+            _(
+                "'{node}' is under the non-linear transform '{transform}': harden it (Data module), or take the "
+                "volume out of it and choose '{transform}' as the initial transform of a moving volume."
+            ).format(node=node.GetName(), transform=_nonlinear_ancestor(parent).GetName())
+        )
+    return matrix
+
+
+def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Labels:
+    """Labels on the grid of a volume.
+
+    A label map on another grid is resampled (nearest neighbour). The segments of a segmentation get the numbers 1, 2,
+    3, ... in their order unless ``numbers`` says otherwise; where segments overlap, the later one wins.
+
+    Args:
+        node: label map volume, scalar volume with whole numbers, or segmentation.
+        reference: the volume node whose grid is wanted.
+        numbers: segment's name -> label; a name that is missing is added with the next free number, so that the same
+            dict read for a second segmentation matches the segments by name.
+
+    Raises:
+        InputError: neither kind of node, fractions, nothing inside the volume, or non-linear transforms between them.
+    """
+    if not isinstance(node, (slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLScalarVolumeNode)):
+        raise InputError(
+            _("'{node}' holds no labels; choose a segmentation or a label map volume.").format(node=_name(node))
+        )
+    between = _linear_between(node.GetParentTransformNode(), reference.GetParentTransformNode())
+    if between is None:
+        raise InputError(
+            _(
+                "A non-linear transform lies between '{node}' and '{volume}'; harden it (Data module) or put "
+                "both under the same transform."
+            ).format(node=node.GetName(), volume=reference.GetName())
+        )
+    to_labels = np.linalg.inv(between) @ ijk_to_ras(reference)
+    shape = reference.GetImageData().GetDimensions()
+    if isinstance(node, slicer.vtkMRMLSegmentationNode):
+        labels = _read_segmentation(node, to_labels, shape, {} if numbers is None else numbers)
+    else:
+        labels = _read_label_map(node, to_labels, shape)
+    if not labels.array.any():
+        raise InputError(
+            _("'{node}' has no label inside the volume '{volume}'; choose the labels that belong to it.").format(
+                node=node.GetName(), volume=reference.GetName()
+            )
+        )
+    return labels
+
+
+def read_label_pair(fixed_labels, fixed, moving_labels, moving) -> tuple[Labels | None, Labels | None]:
+    """The labels of both volumes, numbered alike: label maps by their values, segmentations by the segments' names.
+
+    Any of the two may be None.
+
+    Raises:
+        InputError: as :func:`read_labels`; or a label map and a segmentation, which nothing matches.
+    """
+    if fixed_labels is not None and moving_labels is not None:
+        kinds = {isinstance(n, slicer.vtkMRMLSegmentationNode) for n in (fixed_labels, moving_labels)}
+        if len(kinds) == 2:
+            raise InputError(
+                _(
+                    "One of '{a}' and '{b}' is a segmentation, the other a label map, and nothing says which labels "
+                    "belong together; import the label map into a segmentation with the same segment names."
+                ).format(a=fixed_labels.GetName(), b=moving_labels.GetName())
+            )
+    numbers: dict[str, int] = {}
+    first = read_labels(fixed_labels, fixed, numbers) if fixed_labels is not None else None
+    known = set(numbers)
+    second = read_labels(moving_labels, moving, numbers) if moving_labels is not None else None
+    if known and second is not None and not known & {name for name, _color in second.names.values()}:
+        raise InputError(
+            _("'{a}' and '{b}' have no segment name in common; give the same structures the same names.").format(
+                a=fixed_labels.GetName(), b=moving_labels.GetName()
+            )
+        )
+    return first, second
+
+
+def read_transform(node, fixed: Image) -> np.ndarray | Image:
+    """What an initial transform node says: where the moving volume would lie if it were under it.
+
+    Args:
+        node: any transform node; its parents count too.
+        fixed: the fixed volume in the world, on whose grid a non-linear transform is sampled.
+
+    Returns:
+        (4, 4) LPS, fixed -> moving, if it is linear; else an Image of displacements (3, i, j, k), LPS mm, fixed ->
+        moving, on the fixed grid (on every n-th voxel of very large ones).
+
+    Raises:
+        InputError: it has no finite value somewhere on the fixed grid.
+    """
+    if node.IsTransformToWorldLinear():
+        matrix = vtk.vtkMatrix4x4()
+        node.GetMatrixTransformFromWorld(matrix)
+        return FLIP @ slicer.util.arrayFromVTKMatrix(matrix) @ FLIP
+    shape = np.array(fixed.array.shape)
+    stride = 1
+    while np.prod(nodes := np.ceil((shape - 1) / stride).astype(int) + 1) > _MOST_SAMPLES:
+        stride += 1
+    affine = fixed.affine @ np.diag([stride, stride, stride, 1.0])
+    from_world, whole = vtk.vtkGeneralTransform(), vtk.vtkGeneralTransform()
+    node.GetTransformFromWorld(from_world)
+    whole.PostMultiply()
+    whole.Concatenate(to_vtk(FLIP @ affine))  # node index -> RAS, so that an oblique grid can be sampled by its indices
+    whole.Concatenate(from_world)
+    sampler = vtk.vtkTransformToGrid()
+    sampler.SetInput(whole)
+    sampler.SetGridExtent(0, int(nodes[0]) - 1, 0, int(nodes[1]) - 1, 0, int(nodes[2]) - 1)
+    sampler.SetGridScalarTypeToDouble()
+    sampler.Update()
+    moved = numpy_support.vtk_to_numpy(sampler.GetOutput().GetPointData().GetScalars())
+    moved = moved.reshape(*nodes[::-1], 3).transpose(3, 2, 1, 0) + np.indices(nodes)  # RAS mm of the mapped points
+    displacement = np.empty((3, *nodes), np.float32, order="F")
+    points = _node_points(affine, tuple(nodes))
+    for axis in range(3):
+        displacement[axis] = FLIP[axis, axis] * moved[axis] - points[axis]
+    if not np.isfinite(displacement).all():
+        raise InputError(
+            _("The transform '{node}' has no finite value everywhere in the fixed volume; choose another one.").format(
+                node=node.GetName()
+            )
+        )
+    return Image(displacement, affine)
+
+
+def save_image(image: Image, path: Path) -> dict:
+    """Write voxels as .npy (no copy is made of a volume's own) and return the reference that the worker takes."""
+    np.save(path, image.array)
+    return {"path": str(path), "affine": image.affine.tolist()}
+
+
+def load_image(reference: dict | None) -> Image | None:
+    """The worker's reference as a memory-mapped image; None stays None."""
+    if reference is None:
+        return None
+    array = np.load(reference["path"], mmap_mode="r", allow_pickle=False)
+    return Image(array, np.array(reference["affine"], dtype=np.float64))
+
+
+# --------------------------------------------------------------------------------------------------------- nodes out
+
+
+@contextmanager
+def all_or_nothing(scene) -> Iterator[None]:
+    """Whatever nodes the block adds to the scene are removed again if it fails."""
+    before = {node.GetID() for node in _all_nodes(scene)}
+    try:
+        yield
+    except BaseException:
+        for node in reversed(_all_nodes(scene)):
+            if node.GetID() not in before:
+                scene.RemoveNode(node)
+        raise
+
+
+def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labels | None = None) -> RegistrationNodes:
+    """Nodes from the worker's answer to "register". All is read before the first node is made, and if anything fails
+    none is left.
+
+    Args:
+        result: {"warped", "displacement", "inverse", "jacobian", "folding", "warped_labels", "report"}: references as
+            :func:`load_image` takes them, in the coordinates that were sent.
+        fixed, moving: the volume nodes that were sent.
+        moving_to_space: (4, 4) RAS, the moving volume's own coordinates -> those it was sent in; None if the same.
+        labels: the moving labels that were sent, for the names and colours of the warped ones.
+    """
+    names = ("warped", "displacement", "inverse", "jacobian", "folding", "warped_labels")
+    warped, displacement, inverse, jacobian, folding, warped_labels = (load_image(result.get(n)) for n in names)
+    back = None if moving_to_space is None else np.linalg.inv(moving_to_space)
+    transform = grid_transform(displacement, target=back)
+    inverse = None if inverse is None else grid_transform(inverse, source=back)
+    scene, title = slicer.mrmlScene, moving.GetName()
+    with all_or_nothing(scene):
+        nodes = RegistrationNodes(
+            fixed=fixed,
+            moving=moving,
+            warped=_add_volume(scene, f"{title} warped", warped),
+            transform=_add_transform(scene, f"{title} to {fixed.GetName()}", transform, fixed, moving),
+            jacobian=_add_volume(scene, f"{title} Jacobian", jacobian),
+            folding=_add_folding(scene, f"{title} folding", folding),
+            report=result.get("report") or {},
+        )
+        nodes.folding.SetReferenceImageGeometryParameterFromVolumeNode(nodes.warped)
+        nodes.transform.SetAttribute("MorphSeek.Report", json.dumps(nodes.report))
+        _copy_window(moving, nodes.warped)
+        if inverse is not None:
+            nodes.inverse = _add_transform(scene, f"{fixed.GetName()} to {title}", inverse, moving, fixed)
+        if warped_labels is not None:
+            nodes.warped_labels = _add_label_map(scene, f"{title} warped labels", warped_labels, labels or Labels(None))
+    return nodes
+
+
+def grid_transform(displacement: Image, source=None, target=None) -> vtk.vtkObject:
+    """A vtkOrientedGridTransform from displacements, to be set as TransformFromParent.
+
+    Args:
+        displacement: (3, i, j, k) LPS mm at the grid's nodes, T(p) = p + d(p).
+        source, target: (4, 4) RAS or None (identity): the result is target o T o source^-1. Both are exact: the nodes
+            of the grid move along with ``source``, and an affine map of a linear interpolation interpolates linearly.
+    """
+    shape = displacement.array.shape[1:]
+    affine = FLIP @ displacement.affine
+    field = np.empty((*shape[::-1], 3), np.float32)  # (k, j, i, RAS)
+    vectors = [FLIP[a, a] * np.asarray(displacement.array[a], np.float64).T for a in range(3)]
+    if source is not None or target is not None:
+        source = np.eye(4) if source is None else source
+        target = np.eye(4) if target is None else target
+        # target (p + d) - source p = (target - source) p + target d: the small d is never added to the large p
+        shift = _node_points((target - source) @ affine, shape)
+        vectors = [shift[a].T + sum(target[a, b] * vectors[b] for b in range(3)) for a in range(3)]
+        affine = source @ affine
+    for axis in range(3):
+        field[..., axis] = vectors[axis]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    direction = np.eye(4)
+    direction[:3, :3] = affine[:3, :3] / spacing
+    image = vtk.vtkImageData()
+    image.SetDimensions(*shape)
+    image.SetSpacing(*spacing)
+    image.SetOrigin(*affine[:3, 3])
+    image.GetPointData().SetScalars(numpy_support.numpy_to_vtk(field.reshape(-1, 3), deep=True))
+    transform = slicer.vtkOrientedGridTransform()
+    transform.SetDisplacementGridData(image)
+    transform.SetGridDirectionMatrix(to_vtk(direction))
+    transform.SetInterpolationModeToLinear()
+    return transform
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def ijk_to_ras(volume) -> np.ndarray:
+    """(4, 4) voxel -> the volume node's own coordinates (its parent transforms left out)."""
+    matrix = vtk.vtkMatrix4x4()
+    volume.GetIJKToRASMatrix(matrix)
+    return slicer.util.arrayFromVTKMatrix(matrix)
+
+
+def to_vtk(matrix: np.ndarray) -> vtk.vtkMatrix4x4:
+    """A (4, 4) array as VTK's."""
+    out = vtk.vtkMatrix4x4()
+    out.DeepCopy(np.asarray(matrix, dtype=np.float64).ravel())
+    return out
+
+
+def _name(node) -> str:
+    return node.GetName() if node is not None else _("nothing")
+
+
+def _voxels(node) -> np.ndarray:
+    """(i, j, k) voxels of a scalar volume in a type that torch knows."""
+    if node is None or not isinstance(node, slicer.vtkMRMLVolumeNode):
+        raise InputError(_("Choose a fixed and a moving volume; '{node}' is none.").format(node=_name(node)))
+    image = node.GetImageData()
+    components = image.GetNumberOfScalarComponents() if image is not None else 1
+    if not isinstance(node, slicer.vtkMRMLScalarVolumeNode) or components != 1:
+        raise InputError(
+            _(
+                "'{node}' has {n} values in each voxel (a colour, vector or 4D volume); choose a volume with one, for "
+                "instance one frame or channel of it."
+            ).format(node=node.GetName(), n=components)
+        )
+    if image is None or image.GetNumberOfPoints() == 0 or image.GetPointData().GetScalars() is None:
+        raise InputError(_("The volume '{node}' is empty; load or choose another one.").format(node=node.GetName()))
+    array = slicer.util.arrayFromVolume(node).transpose(2, 1, 0)
+    if array.dtype in (np.uint8, np.int8, np.int16, np.int32, np.float32):
+        return array
+    return array.astype(np.int32 if array.dtype == np.uint16 else np.float32)
+
+
+def _linear_between(source, target) -> np.ndarray | None:
+    """(4, 4) RAS from one transform node's coordinates to another's (None: world), or None if it is not linear."""
+    general, linear = vtk.vtkGeneralTransform(), vtk.vtkTransform()
+    slicer.vtkMRMLTransformNode.GetTransformBetweenNodes(source, target, general)
+    if not slicer.vtkMRMLTransformNode.IsGeneralTransformLinear(general, linear):
+        return None
+    return slicer.util.arrayFromVTKMatrix(linear.GetMatrix())
+
+
+def _nonlinear_ancestor(node):
+    while node.IsLinear() and node.GetParentTransformNode() is not None:
+        node = node.GetParentTransformNode()
+    return node
+
+
+def _node_points(affine: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """A grid's node positions, one (i, j, k) array per coordinate."""
+    i, j, k = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    return [row[0] * i + row[1] * j + row[2] * k + row[3] for row in affine[:3]]
+
+
+def _read_segmentation(node, to_labels: np.ndarray, shape, numbers: dict[str, int]) -> Labels:
+    segmentation = node.GetSegmentation()
+    ids, values, names = vtk.vtkStringArray(), vtk.vtkIntArray(), {}
+    for n in range(segmentation.GetNumberOfSegments()):
+        segment = segmentation.GetNthSegment(n)
+        name = segment.GetName()
+        value = numbers.setdefault(name, len(numbers) + 1)
+        if value in names:
+            raise InputError(
+                _("'{node}' has two segments named '{name}'; give each its own name.").format(
+                    node=node.GetName(), name=name
+                )
+            )
+        names[value] = (name, segment.GetColor())
+        ids.InsertNextValue(segmentation.GetNthSegmentID(n))
+        values.InsertNextValue(value)
+    geometry, merged = slicer.vtkOrientedImageData(), slicer.vtkOrientedImageData()
+    geometry.SetDimensions(*shape)
+    geometry.SetImageToWorldMatrix(to_vtk(to_labels))
+    extent_mode = slicer.vtkSegmentation.EXTENT_REFERENCE_GEOMETRY
+    if names and not node.GenerateMergedLabelmapForAllSegments(merged, extent_mode, geometry, ids, values):
+        raise InputError(
+            _("The segments of '{node}' cannot be turned into a label map; check it in Segmentations.").format(
+                node=node.GetName()
+            )
+        )
+    if not names:
+        return Labels(np.zeros(shape, np.int32))
+    array = numpy_support.vtk_to_numpy(merged.GetPointData().GetScalars()).reshape(shape[::-1])
+    return Labels(array.transpose(2, 1, 0).astype(np.int32), names)
+
+
+def _read_label_map(node, to_labels: np.ndarray, shape) -> Labels:
+    _voxels(node)  # refuses what is no scalar volume
+    image = node.GetImageData()
+    index_map = np.linalg.inv(ijk_to_ras(node)) @ to_labels
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
+    off_mm = np.abs(ijk_to_ras(node) @ (index_map @ corners - corners)).max()
+    if image.GetDimensions() != shape or off_mm > _SAME_MM:
+        reslice = vtk.vtkImageReslice()
+        reslice.SetInputData(image)
+        transform = vtk.vtkTransform()
+        transform.SetMatrix(to_vtk(index_map))
+        reslice.SetResliceTransform(transform)
+        reslice.SetInterpolationModeToNearestNeighbor()
+        reslice.SetOutputOrigin(0, 0, 0)
+        reslice.SetOutputSpacing(1, 1, 1)
+        reslice.SetOutputExtent(0, shape[0] - 1, 0, shape[1] - 1, 0, shape[2] - 1)
+        reslice.Update()
+        image = reslice.GetOutput()
+    array = numpy_support.vtk_to_numpy(image.GetPointData().GetScalars()).reshape(shape[::-1]).transpose(2, 1, 0)
+    labels = array.astype(np.int32)
+    if array.dtype != np.int32 and not (labels == array).all():
+        raise InputError(
+            _("'{node}' holds values that are no whole numbers, so it is no label map; choose another one.").format(
+                node=node.GetName()
+            )
+        )
+    display = node.GetDisplayNode()
+    return Labels(labels, color_node_id=display.GetColorNodeID() if display is not None else None)
+
+
+def _all_nodes(scene) -> list:
+    return [scene.GetNthNode(n) for n in range(scene.GetNumberOfNodes())]
+
+
+def _add_volume(scene, name: str, image: Image, kind: str = "vtkMRMLScalarVolumeNode"):
+    node = scene.AddNewNodeByClass(kind, scene.GenerateUniqueName(name))
+    slicer.util.updateVolumeFromArray(node, image.array.transpose(2, 1, 0))
+    node.SetIJKToRASMatrix(to_vtk(FLIP @ image.affine))
+    node.CreateDefaultDisplayNodes()
+    return node
+
+
+def _add_transform(scene, name: str, transform, onto, applied_to):
+    node = scene.AddNewNodeByClass("vtkMRMLTransformNode", scene.GenerateUniqueName(name))
+    node.SetAndObserveTransformFromParent(transform)
+    node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetFixedNodeReferenceRole(), onto.GetID())
+    node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetMovingNodeReferenceRole(), applied_to.GetID())
+    return node
+
+
+def _add_folding(scene, name: str, folding: Image):
+    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(name))
+    node.CreateDefaultDisplayNodes()
+    image = slicer.vtkOrientedImageData()
+    image.SetDimensions(*folding.array.shape)
+    voxels = np.array(folding.array, dtype=np.uint8, order="F").ravel(order="F")
+    image.GetPointData().SetScalars(numpy_support.numpy_to_vtk(voxels, deep=True))
+    image.SetImageToWorldMatrix(to_vtk(FLIP @ folding.affine))
+    node.AddSegmentFromBinaryLabelmapRepresentation(image, _("Folding"), [1.0, 0.0, 0.0])
+    node.GetDisplayNode().SetVisibility(False)  # until views.py is asked to show it
+    # the surface shows every folded voxel: smoothing and decimation would swallow the small ones
+    node.GetSegmentation().SetConversionParameter("Smoothing factor", "0.0")
+    node.GetSegmentation().SetConversionParameter("Decimation factor", "0.0")
+    return node
+
+
+def _add_label_map(scene, name: str, image: Image, labels: Labels):
+    node = _add_volume(scene, name, image, "vtkMRMLLabelMapVolumeNode")
+    color_node_id = labels.color_node_id
+    if labels.names:
+        table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", scene.GenerateUniqueName(f"{name} colors"))
+        table.SetTypeToUser()
+        table.SetNumberOfColors(max(labels.names) + 1)
+        table.SetColor(0, _("background"), 0.0, 0.0, 0.0, 0.0)
+        for value, (segment, color) in labels.names.items():
+            table.SetColor(value, segment, *color, 1.0)
+        color_node_id = table.GetID()
+    if color_node_id is not None:
+        node.GetDisplayNode().SetAndObserveColorNodeID(color_node_id)
+    return node
+
+
+def _copy_window(source, node) -> None:
+    """Same intensities, same window; a source that was never shown leaves the automatic one."""
+    shown = source.GetDisplayNode()
+    if isinstance(shown, slicer.vtkMRMLScalarVolumeDisplayNode):
+        display = node.GetDisplayNode()
+        display.SetAndObserveColorNodeID(shown.GetColorNodeID())
+        display.AutoWindowLevelOff()
+        display.SetWindowLevel(shown.GetWindow(), shown.GetLevel())

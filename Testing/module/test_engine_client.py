@@ -1,0 +1,168 @@
+"""The engine's process from Slicer's side: what arrives, what is borne, and that nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from MorphSeekGui import engine_client
+from MorphSeekGui.engine_client import EngineCancelled, EngineClient, EngineDied, EngineError
+
+WORKER = [sys.executable, str(Path(__file__).with_name("echo_worker.py"))]
+
+
+@pytest.fixture
+def client():
+    with EngineClient(command=WORKER) as client:
+        yield client
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def gone_soon(pid: int) -> bool:
+    deadline = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+def test_the_process_starts_with_the_first_request_and_stays(client):
+    assert not client.running
+    first = client.call("echo", {"a": [1, 2.5, "ü"]})
+    assert first["echo"] == {"a": [1, 2.5, "ü"]}
+    assert client.call("echo")["pid"] == first["pid"] == client.pid
+
+
+def test_progress_goes_to_the_request_it_belongs_to(client):
+    seen = []
+    client.call("progress", on_progress=seen.append)
+    assert [p["step"] for p in seen] == [1, 2, 3]
+
+
+def test_requests_are_polled_without_blocking(client):
+    a, b = client.request("echo", {"n": 1}), client.request("echo", {"n": 2})
+    deadline = time.monotonic() + 10
+    while not (a.done and b.done) and time.monotonic() < deadline:
+        client.poll()
+        time.sleep(0.005)
+    assert (a.value()["echo"]["n"], b.value()["echo"]["n"]) == (1, 2)
+
+
+def test_cancel_ends_the_request_and_keeps_the_worker(client):
+    client.call("echo")
+    began = time.monotonic()
+    with pytest.raises(EngineCancelled):
+        client.call("wait", cancelled=lambda: time.monotonic() - began > 0.2)
+    assert time.monotonic() - began < 1.5
+    assert client.call("echo")["pid"] == client.pid
+
+
+def test_a_worker_that_ignores_cancel_is_ended_with_its_children(client, monkeypatch):
+    monkeypatch.setattr(engine_client, "_CANCEL_PATIENCE", 0.3)
+    children = []
+    with pytest.raises(EngineCancelled):
+        client.call("stubborn", on_progress=lambda p: children.append(p["child"]), cancelled=lambda: bool(children))
+    assert gone_soon(children[0])
+    assert client.call("echo", {"again": True})["echo"] == {"again": True}
+
+
+def test_errors_keep_their_sentence_and_the_worker_lives(client):
+    with pytest.raises(EngineError, match="The fixed image is empty; choose another one") as caught:
+        client.call("fail")
+    assert caught.value.code == -32000
+    with pytest.raises(EngineError) as caught:
+        client.call("crash")
+    assert caught.value.details == "Traceback ..."
+    assert client.call("echo")["pid"] == client.pid
+
+
+def test_death_is_told_with_the_last_words_and_the_next_request_starts_anew(client):
+    with pytest.raises(EngineDied, match=r"exit code 3.*No module named 'torch'") as caught:
+        client.call("die")
+    assert "Traceback" in caught.value.details
+    assert client.call("echo", {"n": 1})["echo"] == {"n": 1}
+
+
+def test_a_death_between_two_requests_is_told_to_the_first(client):
+    first = client.request("die")
+    client._process.wait(10)
+    assert client.call("echo", {"n": 2})["echo"] == {"n": 2}
+    assert isinstance(first.error, EngineDied)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
+def test_a_killed_worker_points_at_memory(client):
+    waiting = client.request("echo")
+    with pytest.raises(EngineDied, match="memory ran out"):
+        client.call("killed")
+    assert waiting.value()["echo"] == {}
+
+
+def test_a_worker_that_goes_mute_is_ended(client):
+    with pytest.raises(EngineDied):
+        client.call("close_stdout")
+    assert not client.running
+
+
+def test_chatter_on_stderr_does_not_block_and_its_tail_is_kept():
+    lines = []
+    with EngineClient(command=WORKER, on_log=lines.append) as client:
+        client.call("chatter")
+        client.close()
+        assert lines[-1] == client.log[-1] == "warning number 19999: déjà vu"
+        assert len(client.log) <= 60
+
+
+def test_split_lines_and_garbage_are_borne(client):
+    assert client.call("split")["text"] == "ä" * 3000
+    assert client.call("garbage", {"ok": 1})["echo"] == {"ok": 1}
+    assert "Loading model..." in client.log
+
+
+def test_close_ends_the_process_and_tells_those_who_wait(client):
+    pid = client.call("echo")["pid"]
+    client.close()
+    assert gone_soon(pid)
+    client.close()  # twice does no harm
+    request = client.request("stubborn")
+    client.close(patience=0.3)
+    with pytest.raises(EngineDied):
+        request.value()
+    assert gone_soon(client.pid)
+
+
+def test_a_callback_that_raises_leaves_the_client_usable(client):
+    def explode(_progress):
+        raise RuntimeError("a bug in a panel")
+
+    with pytest.raises(RuntimeError, match="a bug in a panel"):
+        client.call("progress", on_progress=explode)
+    assert client.call("echo", {"n": 1})["echo"] == {"n": 1}
+
+
+def test_a_python_that_is_not_there_is_one_sentence():
+    with pytest.raises(EngineDied, match=r"could not be started with '/no/such/python'"):
+        EngineClient(python="/no/such/python").call("hello")
+
+
+def test_it_imports_neither_slicer_nor_torch():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import MorphSeekGui.engine_client; "
+        "sys.exit(bool({'slicer', 'vtk', 'qt', 'torch', 'MorphSeekLib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(Path(engine_client.__file__).parents[1])]).returncode == 0
+
+
+def test_the_engine_is_found_beside_the_module():
+    assert (engine_client.engine_root() / "MorphSeekLib" / "geometry.py").is_file()
+    assert Path(engine_client.default_python()).name.lower().startswith("python")
