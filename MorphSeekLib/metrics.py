@@ -26,7 +26,8 @@ _LARGEST_DIRECT_LABEL = 1 << 20  # beyond it labels are renumbered before they a
 # The surface that separates set from unset corners of a 2x2x2 cell, cut through the middles of the edges: the area
 # vectors (absolute components, unit cell) of its plane pieces, for one representative of each of the 13 kinds of cell.
 # Corners are numbered 4a + 2b + c; turning, mirroring and exchanging set with unset give the other 254 - 13 cells.
-# Which surface belongs to an ambiguous cell is a convention: that of DeepMind's surface-distance (Apache-2.0), Learn2Reg's.
+# Which surface belongs to an ambiguous cell is a convention: that of DeepMind's surface-distance (Apache-2.0), which
+# Learn2Reg uses.
 _CELL_SURFACES: dict[tuple[int, ...], list[tuple[float, float, float]]] = {
     (0,): [(1 / 8, 1 / 8, 1 / 8)],
     (0, 1): [(1 / 2, 1 / 2, 0)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,5 +88,10 @@ def check_writable(folder: Path | str) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise MorphSeekError(f"The output folder {folder} is a file; choose another name.")
-    with output_folder(folder):
-        pass
+    # a trial that fails leaves no trace, not even a folder it had to make
+    with contextlib.suppress(_Trial), output_folder(folder):
+        raise _Trial
+
+
+class _Trial(Exception):
+    """Nothing went wrong."""

@@ -4,10 +4,10 @@ Four (or more) stride-2 convolutions down; on the way up a convolution, nearest-
 that resolution, the last skip being the raw pair of images; then convolutions at the output's resolution and a flow
 head. The defaults are "vxm-2"; ``VXM1`` and the others are widths alone.
 
-Three settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops at
-half resolution and doubles the field exactly, for a third of the time; and ``forces``, which hands the network, beside
-the images, the direction in which a small step would make their structure more alike, at several scales. Structure is
-MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it.
+Three settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops
+at half resolution and doubles the field exactly, for a third of the time; and ``forces``, which hands the network,
+beside the images, the direction in which a small step would make their structure more alike, at several scales.
+Structure is MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python Testing/benchmarks/inference.py [--shape 160 192 224] [--steps 1 2 3] [--model brain-mr]
 
-The pair is the MNI152 template (nilearn) and a smoothly deformed copy of it, resampled to the shape. MorphSeek is timed
-twice: at the model's own working grid (what `morphseek register` does after reading) and with the network
-on the full grid (VoxelMorph at 1 mm); alignment is off. greedy (NCC, radius 2, 100x50x10) and ANTs SyN (its default schedule) do the
+The pair is the MNI152 template (nilearn) and a smoothly deformed copy of it, resampled to the shape; alignment is off.
+MorphSeek is timed twice: at the model's own working grid, which is what `morphseek register` does, and with the network
+on the full grid (VoxelMorph at 1 mm). greedy (NCC, radius 2, 100x50x10) and ANTs SyN (its default schedule) do the
 deformable part alone, like MorphSeek here. Every method runs in a process of its own, so that peak memory is its own;
 each method's time leaves out imports and file reading. Needs: pip install -e '.[demo,benchmark]'.
 """

@@ -3,8 +3,8 @@
     python Testing/benchmarks/worker_overhead.py [--model brain-mr] [--repetitions 5]
 
 One process registers the same pair in turn through a running worker (JSON lines, memory-mapped arrays) and by a direct
-call of the engine on arrays in memory; alignment and inverse are off in both. The first round, in which both
-load the model, is left out. The worker's cost is (worker - direct) / direct, median over the rounds; its budget is 15 %.
+call of the engine on arrays in memory; alignment and inverse are off in both. The first round, in which both load the
+model, is left out. The worker's cost is (worker - direct) / direct, median over the rounds; its budget is 15 %.
 Needs: pip install -e '.[demo]'.
 """
 

@@ -211,14 +211,19 @@ def test_float32_whatever_autocast_says(name):
 def test_memory_layout_does_not_matter(name):
     fixed, warped = images(batch=2, channels=1)
     expected = with_gradient(SIMILARITIES[name], fixed, warped)
-    strided = (image.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2) for image in (fixed, warped))
-    torch.testing.assert_close(with_gradient(SIMILARITIES[name], *strided), expected)
+    turned = [image.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2) for image in (fixed, warped)]
+    channels_last = [image.to(memory_format=torch.channels_last_3d) for image in (fixed, warped)]
+    one_of_two = [torch.cat((image, image), dim=1)[:, :1] for image in (fixed, warped)]
+    for pair in (turned, channels_last, one_of_two):
+        torch.testing.assert_close(with_gradient(SIMILARITIES[name], *pair), expected)
 
 
 def test_lncc_of_channels_is_their_mean():
     fixed, warped = images(channels=3)
     each = [lncc(fixed[:, c, None], warped[:, c, None]) for c in range(3)]
     torch.testing.assert_close(lncc(fixed, warped), sum(each) / 3)
+    channels_last = (image.to(memory_format=torch.channels_last_3d) for image in (fixed, warped))
+    torch.testing.assert_close(with_gradient(lncc, *channels_last), with_gradient(lncc, fixed, warped))
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
