@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from MorphSeekLib.backbones import BACKBONES, build_backbone
-from MorphSeekLib.backbones.voxelmorph import VXM1, VXM2, VoxelMorph, VoxelMorphSettings
+from MorphSeekLib.backbones.voxelmorph import VXM1, VXM2, VoxelMorph, VoxelMorphSettings, structure_force
 from MorphSeekLib.errors import MorphSeekError
 
 
@@ -100,3 +100,34 @@ def test_half_resolution_flow_means_the_same_motion():
 def test_wrong_settings_are_named(name, settings, words):
     with pytest.raises(MorphSeekError, match=words):
         build_backbone(name, settings)
+
+
+def smooth_image(seed: int, shape=(24, 20, 28)) -> torch.Tensor:
+    coarse = torch.randn(1, 1, 7, 6, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.sigmoid(2 * torch.nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("contrast", [lambda x: x, lambda x: 1 - x, lambda x: (x - 0.3).abs()])
+def test_structure_force_points_to_the_match(axis, contrast):
+    """fixed(x) = moving(x + 1): the force must point to +1 along the axis, whatever the contrast of the moving image."""
+    image = smooth_image(0)
+    fixed = torch.roll(image, -1, dims=2 + axis)
+    inner = (..., slice(4, -4), slice(4, -4), slice(4, -4))
+    means = structure_force(contrast(image), fixed)[inner].mean(dim=(0, 2, 3, 4))
+    assert int(means.argmax()) == axis
+    assert float(means[axis]) > 3 * float(means.abs().sum() - means[axis]) / 2
+
+
+def test_structure_force_of_equal_images_is_nothing():
+    image = smooth_image(1)
+    assert float(structure_force(image, image).abs().max()) < 1e-6
+    assert torch.isfinite(structure_force(torch.zeros(1, 1, 8, 8, 8), torch.rand(1, 1, 8, 8, 8))).all()
+
+
+def test_forces_are_extra_inputs_alone():
+    plain = VoxelMorph(VoxelMorphSettings())
+    forced = VoxelMorph(VoxelMorphSettings(forces=2))
+    assert forced.down[0][0].in_channels == plain.down[0][0].in_channels + 6
+    skips, _ = forced.encode(torch.rand(1, 1, 16, 16, 32), torch.rand(1, 1, 16, 16, 32))
+    assert skips[0].shape == (1, 8, 16, 16, 32)
