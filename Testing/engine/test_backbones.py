@@ -110,7 +110,7 @@ def smooth_image(seed: int, shape=(24, 20, 28)) -> torch.Tensor:
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("contrast", [lambda x: x, lambda x: 1 - x, lambda x: (x - 0.3).abs()])
 def test_structure_force_points_to_the_match(axis, contrast):
-    """fixed(x) = moving(x + 1): the force must point to +1 along the axis, whatever the contrast of the moving image."""
+    """fixed(x) = moving(x + 1): the force must point to +1 along the axis, whatever the contrast of the moving one."""
     image = smooth_image(0)
     fixed = torch.roll(image, -1, dims=2 + axis)
     inner = (..., slice(4, -4), slice(4, -4), slice(4, -4))
