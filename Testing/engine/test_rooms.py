@@ -2,7 +2,7 @@
 
 - The engine (MorphSeekLib) never imports Slicer or a user interface: it runs on a server.
 - The module (MorphSeek) never imports torch or the engine: a crash of the engine must not take Slicer down.
-- SimpleITK is met in three rooms only: images.py (files), transforms.py (files), alignment.py (initial alignment).
+- SimpleITK is met in four rooms only: images, transforms (files), alignment (initial alignment), report (pictures).
 - Nothing is unpickled from a file that a person picked.
 """
 
