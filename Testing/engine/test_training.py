@@ -242,8 +242,8 @@ def test_labels_follow_the_image(source):
         contrast = torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.zeros(4)
         image, clean, shares = source._image(0, contrast, contrast, False, torch.tensor([2]), g)
         for seen in (image, clean):
-            coarse = torch.nn.functional.avg_pool3d((seen > 0.5).float(), 2)
-            assert float(soft_dice(coarse, shares)) > 0.85
+            coarse = torch.nn.functional.avg_pool3d(seen, 2)
+            assert float(torch.corrcoef(torch.stack([coarse.flatten(), shares.flatten()]))[0, 1]) > 0.95
     finally:
         source.settings = before
 
