@@ -54,6 +54,20 @@ def lncc(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e-5) 
     return _LNCC.apply(fixed, warped, window, epsilon, torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def lncc_map(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e-5) -> Tensor:
+    """The map whose mean is minus :func:`lncc`: (batch, channel, i, j, k) in [0, 1], without gradient.
+
+    Raises:
+        ValueError: as :func:`lncc`.
+    """
+    fixed, warped = _pair(fixed, warped)
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"The LNCC window is {window}; it must be an odd number of voxels, such as 9.")
+    _, _, _, cross, slope = _lncc_parts(fixed, warped, window, epsilon)
+    return cross * slope
+
+
 def multiresolution_lncc(fixed: Tensor, warped: Tensor, window: int = 7, scales: int = 3) -> Tensor:
     """LapIRN's pyramid of LNCC: windows 7, 5, 3 on images of size 1, 1/2, 1/4, with weights 1, 1/2, 1/4.
 
@@ -141,24 +155,8 @@ class _LNCC(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, fixed: Tensor, warped: Tensor, window: int, epsilon: float, differentiate: bool) -> Tensor:
-        n = window**3
         with torch.autocast(fixed.device.type, enabled=False):
-            # U and V are small differences of large sums, so the images are centred first. What was zero outside is
-            # minus the mean then; those voxels of each cube are added to the sums by their number.
-            images = torch.stack((fixed, warped))
-            mean = images.mean(dim=(-3, -2, -1), keepdim=True)
-            images -= mean
-            sums = torch.cat((images, images.square(), images[:1] * images[1:]))
-            _box_sum_(sums, window)
-            sums.addcmul_(n - _voxels_inside(window, fixed), torch.cat((-mean, mean.square(), mean[:1] * mean[1:])))
-
-            total = sums[:2]
-            variance = torch.addcmul(sums[2:4], total, total, value=-1 / n)
-            cross = torch.addcmul(sums[4], total[0], total[1], value=-1 / n)
-            slope = cross / (variance[0] * variance[1]).add_(epsilon)
-            # a variance no larger than rounding is noise of either sign: divided by, it would blow the loss up
-            flat = (variance <= 8 * torch.finfo(sums.dtype).eps * sums[2:4]).any(dim=0)
-            slope.masked_fill_(flat, 0)
+            images, total, variance, cross, slope = _lncc_parts(fixed, warped, window, epsilon)
             loss = -(cross * slope).mean()
 
             ctx.save_for_backward(
@@ -175,6 +173,26 @@ class _LNCC(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, outer: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if gradient is None else gradient * outer for gradient in ctx.saved_tensors), None, None, None
+
+
+def _lncc_parts(fixed: Tensor, warped: Tensor, window: int, epsilon: float) -> tuple[Tensor, ...]:
+    """Centred images, their box sums, the variances (each of both images), the cross sum and C / (U V + epsilon)."""
+    n = window**3
+    # U and V are small differences of large sums, so the images are centred first. What was zero outside is minus the
+    # mean then; those voxels of each cube are added to the sums by their number.
+    images = torch.stack((fixed, warped))
+    mean = images.mean(dim=(-3, -2, -1), keepdim=True)
+    images -= mean
+    sums = torch.cat((images, images.square(), images[:1] * images[1:]))
+    _box_sum_(sums, window)
+    sums.addcmul_(n - _voxels_inside(window, fixed), torch.cat((-mean, mean.square(), mean[:1] * mean[1:])))
+    total = sums[:2]
+    variance = torch.addcmul(sums[2:4], total, total, value=-1 / n)
+    cross = torch.addcmul(sums[4], total[0], total[1], value=-1 / n)
+    slope = cross / (variance[0] * variance[1]).add_(epsilon)
+    # a variance no larger than rounding is noise of either sign: divided by, it would blow the loss up
+    flat = (variance <= 8 * torch.finfo(sums.dtype).eps * sums[2:4]).any(dim=0)
+    return images, total, variance, cross, slope.masked_fill_(flat, 0)
 
 
 def _lncc_gradient(images: Tensor, total: Tensor, variance: Tensor, slope: Tensor, window: int, of: int) -> Tensor:
