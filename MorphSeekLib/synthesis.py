@@ -39,6 +39,8 @@ class SynthesisSettings:
         typical: the usual intensity of each group, 0..1 (white over grey matter in T1); empty for none.
         typical_share: share of pairs in which both images have the typical contrast, a little varied.
         scored: how many structures one pair is scored on, drawn with odds of the square root of their volumes.
+        same_case: share of pairs whose two images show the same case under two deformations, so that every structure
+            has an exact counterpart and no pair of people can be learned by heart.
         strip: share of pairs in which everything but the anatomy is removed from one or both images.
         same_contrast: share of pairs in which both images have the same tissue contrast.
         rotation, scale, shear, translation: spread (standard deviation) of the random affine maps, in degrees, shares,
@@ -55,6 +57,7 @@ class SynthesisSettings:
     typical: tuple[float, ...] = ()
     typical_share: float = 0.4
     scored: int = 10
+    same_case: float = 0.0
     strip: float = 0.5
     same_contrast: float = 0.5
     rotation: float = 3.0
@@ -135,9 +138,11 @@ class LabelMapSource:
         return len(self.labels)
 
     def pair(self, generator: torch.Generator) -> SyntheticPair:
-        """A random pair of two different cases."""
+        """A random pair, of two different cases unless the settings say otherwise."""
         g, s = generator, self.settings
         first, second = torch.randperm(len(self.labels), generator=g)[:2].tolist()
+        if s.same_case and _uniform(g) < s.same_case:
+            second = first
         count = min(s.scored, int((self.odds > 0).sum()))
         structures = torch.multinomial(self.odds, count, generator=g)
         target = self._contrast(g, typical=True)

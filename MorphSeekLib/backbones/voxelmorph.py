@@ -7,7 +7,9 @@ head. The defaults are "vxm-2"; ``VXM1`` and the others are widths alone.
 Three settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops
 at half resolution and doubles the field exactly, for a third of the time; and ``forces``, which hands the network,
 beside the images, the direction in which a small step would make their structure more alike, at several scales.
-Structure is MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it.
+Structure is MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it. The
+forces enter a second time before the last convolutions, which are then not normalised: how strong a force is says how
+far there is to go, and InstanceNorm would wipe that out, so that steps would never grow smaller.
 """
 
 from __future__ import annotations
@@ -86,8 +88,10 @@ class VoxelMorph(nn.Module):
             self.up.append(ConvBlock(inputs, width, 1, norm))
             inputs = width + skip
         self.extra = nn.ModuleList()
+        if settings.forces:
+            inputs += widths[0]
         for width in settings.extra:
-            self.extra.append(ConvBlock(inputs, width, 1, norm))
+            self.extra.append(ConvBlock(inputs, width, 1, "none" if settings.forces else norm))
             inputs = width
         self.flow = nn.Conv3d(inputs, 3, 3, 1, 1)
         nn.init.normal_(self.flow.weight, 0.0, 1e-5)
@@ -112,6 +116,9 @@ class VoxelMorph(nn.Module):
         for block, skip in zip(self.up, reversed(skips), strict=False):
             x = F.interpolate(block(x), scale_factor=2, mode="nearest")
             x = torch.cat([x, skip.to(x.dtype)], dim=1)
+        if self.settings.forces:
+            raw = skips[0]
+            x = torch.cat([x, (F.avg_pool3d(raw, 2) if self.settings.flow_stride == 2 else raw).to(x.dtype)], dim=1)
         for block in self.extra:
             x = block(x)
         return fields.resize(self.flow(x), skips[0].shape[2:])
