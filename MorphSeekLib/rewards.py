@@ -158,8 +158,8 @@ def mind_gain(state: State, total: Tensor) -> Tensor:
     return (before - torch.cat(after)) / before.numel()
 
 
-def surface_tail(state: State, total: Tensor, quantile: float = 0.8) -> Tensor:
-    """Gain in the far tail of surface distances, mm: what HD95 looks at, credited where it arises.
+def surface_tail(state: State, total: Tensor, quantile: float = 0.5) -> Tensor:
+    """Gain in the upper half of the surface distances, mm: what HD95 looks at, credited where it arises.
 
     Mean over surface elements of relu(d - q), q the ``quantile`` of d before the step, per label, averaged over labels
     and both directions: d of a warped hard label's surface voxel to the fixed surface, and of a fixed surface voxel,

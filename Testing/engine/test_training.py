@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,9 +330,7 @@ def test_settings_files(tmp_path):
 
 
 def test_recipes_are_valid():
-    from conftest import ROOT
-
-    recipes = sorted((ROOT / "Resources" / "Training").glob("*.toml"))
+    recipes = sorted((Path(__file__).parents[2] / "Resources" / "Training").glob("*.toml"))
     assert recipes
     for recipe in recipes:
         assert load(TrainingConfig, recipe).title
