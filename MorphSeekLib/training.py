@@ -1,7 +1,7 @@
-"""Warm-up training (METHOD.md, section B): at tau = 0, from images alone, or from synthetic pairs with known labels.
+"""Training: the loop that all runs share, and warm-up (METHOD.md, section B) on images or on synthetic pairs.
 
-Every iteration is a pure function of (settings, seed, iteration, weights, optimiser): a run that was killed at any
-moment and is resumed ends with the same weights as one that was not.
+Every iteration is a pure function of (settings, seed, iteration, weights, optimiser, memory): a run that was killed at
+any moment and is resumed ends with the same weights as one that was not. Fine-tuning is :mod:`MorphSeekLib.finetuning`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from .datasets import Dataset, Pair, PairLoader
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
 from .metrics import dice_per_label, folding
-from .policy import ModelSettings, RegistrationModel, kl_to_standard_normal, refine
+from .policy import Latent, ModelSettings, RegistrationModel, kl_to_standard_normal, refine
 from .preprocessing import Preprocessing
 from .regularizers import diffusion, folding_penalty
 from .settings import to_dict
@@ -131,23 +131,35 @@ def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
     return ((2 * together + epsilon) / (apart + epsilon)).mean()
 
 
+class Step(NamedTuple):
+    """One refinement step on the graph: the encoder's Gaussian, the step's displacement at its mean, the new total."""
+
+    latent: Latent
+    step: Tensor
+    total: Tensor
+
+
+def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
+    """Encode the pair as it stands after ``outer`` (1, 3, i, j, k; detached), decode the mean, compose."""
+    latent = model.encode(fields.warp(batch.moving, outer), batch.fixed)
+    step = model.displacement(model.field(latent, latent.mu))
+    return Step(latent, step, fields.compose(outer, step))
+
+
 def warmup_loss(
-    model: RegistrationModel, batch: Batch, outer: Tensor, weights: LossSettings
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    step: Step, batch: Batch, weights: LossSettings, kl_weight: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """L_warm of one refinement step (METHOD.md, section B), with soft Dice where labels and a weight are there.
 
     Args:
-        outer: (1, 3, i, j, k) displacement accumulated before this step, detached.
+        kl_weight: beta, where a controller rules it; else ``weights.kl``.
 
     Returns:
-        the loss, the new accumulated displacement, and the terms by name (detached, still on the device).
+        the loss, and the terms by name (detached, still on the device).
     """
-    warped_before = fields.warp(batch.moving, outer)
-    latent = model.encode(warped_before, batch.fixed)
-    step = model.displacement(model.field(latent, latent.mu))
-    total = fields.compose(outer, step)
-    terms = {"kl": kl_to_standard_normal(latent), "diffusion": diffusion(total)}
-    loss = weights.kl * terms["kl"] + weights.regularization * terms["diffusion"]
+    total = step.total
+    terms = {"kl": kl_to_standard_normal(step.latent), "diffusion": diffusion(total)}
+    loss = (weights.kl if kl_weight is None else kl_weight) * terms["kl"] + weights.regularization * terms["diffusion"]
     if weights.similarity_weight > 0:
         target, source = batch.fixed_target, batch.moving_target
         target, source = (batch.fixed, batch.moving) if target is None else (target, source)
@@ -156,13 +168,13 @@ def warmup_loss(
     if weights.folding > 0:
         terms["folding_penalty"] = folding_penalty(total)
         loss = loss + weights.folding * terms["folding_penalty"]
-    if weights.dice > 0:
+    if weights.dice > 0 and batch.fixed_labels is not None:
         # labels may come in blocks of voxels: the block's mean displacement, in blocks
         block = total.shape[2] // batch.fixed_labels.shape[2]
         coarse = F.avg_pool3d(total, block) / block if block > 1 else total
         terms["soft_dice"] = soft_dice(batch.fixed_labels, fields.warp(batch.moving_labels, coarse))
         loss = loss + weights.dice * (1 - terms["soft_dice"])
-    return loss, total, {name: value.detach() for name, value in terms.items()}
+    return loss, {name: value.detach() for name, value in terms.items()}
 
 
 def warmup(
@@ -197,7 +209,6 @@ def warmup(
     if out.suffix != ".safetensors":
         raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
     run, device = config.training, torch.device(device)
-    checkpoint = checkpoint_for(cancelled)
     on_event(Event("read", 0.0, "Reading the training cases"))
     torch.manual_seed(run.seed)
     model = RegistrationModel(config.model).to(device)
@@ -205,44 +216,20 @@ def warmup(
         _start_from(init, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
     batch_of = _batches(dataset, config, model.multiple_of)
-    validation = _validation_pairs(dataset, config, model.multiple_of)
-    state_path = out.with_name(out.name + ".state")
+    validation = validation_pairs(dataset, config.preprocessing, run, model.multiple_of)
     start = {"init": sha256(init) if init is not None else None}
-    fingerprint = json.dumps(to_dict(config) | start, sort_keys=True)
-    begin, seconds = _resume(state_path, fingerprint, model, optimizer)
-    writer = SummaryWriter(str(out.with_name(out.name + ".log")), purge_step=begin)
-    started = time.monotonic() - seconds
-    done = begin
-    figures: dict[str, float] = {}
-    try:
-        with ThreadPoolExecutor(1) as ahead:  # the next pair is made while this one trains
-            coming = ahead.submit(batch_of, begin)
-            for iteration in range(begin, run.iterations):
-                checkpoint()
-                batch = coming.result()
-                coming = ahead.submit(batch_of, min(iteration + 1, run.iterations - 1))
-                metrics = _iterate(model, optimizer, _to(batch, device), config, iteration)
-                done = iteration + 1
-                last = iteration + 1 == run.iterations
-                if done % run.validate_every == 0 or last:
-                    model.eval()
-                    figures = validate(model, validation, run.steps, device, checkpoint)
-                    model.train()
-                    metrics |= {f"validation/{k}": v for k, v in figures.items()}
-                elapsed = time.monotonic() - started
-                for name, value in metrics.items():
-                    writer.add_scalar(name if "/" in name else f"training/{name}", value, done)
-                message = (
-                    f"Iteration {done} of {run.iterations}, {_clock(elapsed / done * (run.iterations - done))} left"
-                )
-                on_event(Event("train", done / run.iterations, message, done, run.iterations, metrics))
-                if done % run.save_every == 0 and not last:
-                    _save_state(state_path, fingerprint, model, optimizer, done, elapsed)
-    except Cancelled:
-        _save_state(state_path, fingerprint, model, optimizer, done, time.monotonic() - started)
-        raise
-    finally:
-        writer.close()
+    outcome = train(
+        model,
+        optimizer,
+        run,
+        lambda iteration, batch, memory: _iterate(model, optimizer, to_device(batch, device), config, iteration),
+        batch_of,
+        lambda check: validate(model, validation, run.steps, device, check),
+        out,
+        json.dumps(to_dict(config) | start, sort_keys=True),
+        on_event=on_event,
+        cancelled=cancelled,
+    )
     card = Card(
         title=config.title or f"{config.model.backbone} warm-up on {dataset.about.get('name', dataset.path.name)}",
         model=config.model,
@@ -254,17 +241,141 @@ def warmup(
             "synthetic": config.synthesis is not None,
             "init": read_card(init).provenance | start if init is not None else None,
             "settings": to_dict(config),
-            "seconds": round(time.monotonic() - started),
+            "seconds": round(outcome.seconds),
             "date": time.strftime("%Y-%m-%d"),
             "software": software(),
         },
-        results={"validation": figures, "definitions": VALIDATION_DEFINITIONS},
+        results={"validation": outcome.figures, "definitions": VALIDATION_DEFINITIONS},
         licence=config.licence,
     )
     save(out, model, card)
-    state_path.unlink(missing_ok=True)
+    state_file(out).unlink(missing_ok=True)
     on_event(Event("write", 1.0, f"Wrote {out}"))
     return out
+
+
+@dataclass
+class Outcome:
+    """What :func:`train` ends with: the figures of the kept weights, seconds spent, the run's memory."""
+
+    figures: dict[str, float]
+    seconds: float
+    memory: dict[str, float]
+
+
+def train(
+    model: RegistrationModel,
+    optimizer: torch.optim.Adam,
+    run: WarmupSettings,
+    iterate: Callable[[int, Any, dict[str, float]], dict[str, float]],
+    batch_of: Callable[[int], Any],
+    validate: Callable[[Callable[[], None]], dict[str, float]],
+    out: Path,
+    fingerprint: str,
+    *,
+    score: Callable[[dict[str, float]], float] | None = None,
+    main: bool = True,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> Outcome:
+    """The loop that every training shares: progress, curves, validation, states to resume from, the best weights.
+
+    Beside ``out`` it keeps ``out.state`` (weights, optimiser, memory), ``out.log`` (TensorBoard) and ``out.jsonl`` (the
+    same figures, a line per iteration). The caller removes the state once it has written the checkpoint.
+
+    Args:
+        iterate: (iteration, batch, memory) -> figures; does the optimiser step. ``memory`` holds numbers that must
+            survive a kill, such as a controller's weight.
+        batch_of: iteration -> batch, a pure function; the next one is made while this one trains.
+        validate: figures of the model as it stands; it is given a function to call often.
+        fingerprint: of all settings; a state of others is refused.
+        score: figures -> how good; the model ends with the best weights. None: with the last.
+        main: whether this process writes files (one of several does).
+
+    Raises:
+        MorphSeekError: a state of other settings.
+        Cancelled: the person stopped it; the state is saved.
+    """
+    checkpoint = checkpoint_for(cancelled)
+    state = state_file(out)
+    memory: dict[str, float] = {}
+    best: dict[str, Tensor] = {}
+    begin, seconds = _resume(state, fingerprint, model, optimizer, memory, best)
+    log = _Log(out, begin) if main else None
+    started = time.monotonic() - seconds
+    done = begin
+    figures: dict[str, float] = {k.removeprefix("best/"): v for k, v in memory.items() if k.startswith("best/")}
+
+    def keep_state() -> None:
+        if main:
+            _save_state(state, fingerprint, model, optimizer, done, time.monotonic() - started, memory, best)
+
+    try:
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(batch_of, begin)
+            for iteration in range(begin, run.iterations):
+                checkpoint()
+                batch = coming.result()
+                coming = ahead.submit(batch_of, min(iteration + 1, run.iterations - 1))
+                metrics = iterate(iteration, batch, memory)
+                done = iteration + 1
+                last = done == run.iterations
+                if done % run.validate_every == 0 or last:
+                    model.eval()
+                    found = validate(checkpoint)
+                    model.train()
+                    metrics = metrics | {f"validation/{k}": v for k, v in found.items()}
+                    if score is None or not found:
+                        figures = found
+                    elif "score" not in memory or score(found) > memory["score"]:
+                        figures = found
+                        memory["score"] = score(found)
+                        memory |= {f"best/{k}": v for k, v in found.items()} | {"best/iteration": done}
+                        best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                elapsed = time.monotonic() - started
+                if log is not None:
+                    log.write(done, metrics)
+                message = (
+                    f"Iteration {done} of {run.iterations}, {_clock(elapsed / done * (run.iterations - done))} left"
+                )
+                on_event(Event("train", done / run.iterations, message, done, run.iterations, metrics))
+                if done % run.save_every == 0 and not last:
+                    keep_state()
+    except Cancelled:
+        keep_state()
+        raise
+    finally:
+        if log is not None:
+            log.close()
+    if best:
+        model.load_state_dict(best)
+    return Outcome(figures, time.monotonic() - started, memory)
+
+
+def state_file(out: Path) -> Path:
+    """Where an unfinished run of a checkpoint keeps what it needs to go on."""
+    return out.with_name(out.name + ".state")
+
+
+class _Log:
+    """Curves for TensorBoard, and the same figures as JSON lines; what a killed run logged beyond its state is cut."""
+
+    def __init__(self, out: Path, begin: int) -> None:
+        self._writer = SummaryWriter(str(out.with_name(out.name + ".log")), purge_step=begin)
+        path = out.with_name(out.name + ".jsonl")
+        lines = path.read_text(encoding="utf-8").splitlines() if begin and path.is_file() else []
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(f"{line}\n" for line in lines[:begin])
+
+    def write(self, iteration: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name if "/" in name else f"training/{name}", value, iteration)
+        self._file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._file.close()
 
 
 VALIDATION_DEFINITIONS = {
@@ -307,27 +418,44 @@ def _iterate(
 ) -> dict[str, float]:
     """One optimiser step over all refinement steps of one pair."""
     run = config.training
-    rate = run.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * iteration / run.iterations)))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    rate = set_learning_rate(optimizer, run, iteration)
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros(1, 3, *batch.fixed.shape[2:], device=batch.fixed.device)
     loss_sum = torch.zeros((), device=batch.fixed.device)
     for _ in range(run.steps):
-        loss, total, terms = warmup_loss(model, batch, total.detach(), config.loss)
+        step = advance(model, batch, total.detach())
+        loss, terms = warmup_loss(step, batch, config.loss)
+        total = step.total
         (loss / run.steps).backward()
         loss_sum += loss.detach() / run.steps
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.gradient_clip)
     # one transfer for all figures, after the work has been queued
     names = ["loss", "gradient_norm", *terms]
     values = torch.stack([loss_sum, norm, *terms.values()]).float().cpu().tolist()
-    if not math.isfinite(values[0]) or not math.isfinite(values[1]):
+    check_finite(values[:2], iteration)
+    optimizer.step()
+    return dict(zip(names, values, strict=True)) | {"learning_rate": rate}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, run: WarmupSettings, iteration: int) -> float:
+    """From the settings' rate to a hundredth of it along half a cosine."""
+    rate = run.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * iteration / run.iterations)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def check_finite(values: list[float], iteration: int) -> None:
+    """Stop a run whose loss or gradient is no number any more.
+
+    Raises:
+        MorphSeekError: with what to change.
+    """
+    if not all(math.isfinite(value) for value in values):
         raise MorphSeekError(
             f"The loss is not a number at iteration {iteration + 1}; lower training.learning_rate or raise "
             "loss.regularization, and start again."
         )
-    optimizer.step()
-    return dict(zip(names, values, strict=True)) | {"learning_rate": rate}
 
 
 def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Callable[[int], Batch]:
@@ -338,7 +466,7 @@ def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Call
         source = LabelMapSource([_needed(case.label, case) for case in cases], config.preprocessing, config.synthesis)
 
         def synthetic(iteration: int) -> Batch:
-            pair = source.pair(_generator(seed, iteration))
+            pair = source.pair(generator_for(seed, iteration))
             return Batch(**vars(pair))
 
         return synthetic
@@ -351,17 +479,19 @@ def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Call
     loader = PairLoader(config.preprocessing, multiple_of, config.training.centered)
 
     def real(iteration: int) -> Batch:
-        first, second = torch.randperm(len(cases), generator=_generator(seed, iteration))[:2].tolist()
+        first, second = torch.randperm(len(cases), generator=generator_for(seed, iteration))[:2].tolist()
         pair = loader(Pair(cases[first], cases[second]))
         return Batch(pair.fixed, pair.moving)
 
     return real
 
 
-def _validation_pairs(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> list[Callable[[], Any]]:
+def validation_pairs(
+    dataset: Dataset, preprocessing: Preprocessing, run: WarmupSettings, multiple_of: int
+) -> list[Callable[[], Any]]:
     """Functions that prepare the pairs of the split registration_val; synthetic runs without one use none."""
-    pairs = dataset.pairs.get("registration_val", [])[: config.training.validation_pairs]
-    loader = PairLoader(config.preprocessing, multiple_of, config.training.centered)
+    pairs = dataset.pairs.get("registration_val", [])[: run.validation_pairs]
+    loader = PairLoader(preprocessing, multiple_of, run.centered)
     return [lambda pair=pair: loader(pair) for pair in pairs]
 
 
@@ -379,11 +509,13 @@ def _needed(path: Path | None, case: Any) -> Path:
     return path
 
 
-def _generator(seed: int, iteration: int) -> torch.Generator:
+def generator_for(seed: int, iteration: int) -> torch.Generator:
+    """The randomness of one iteration."""
     return torch.Generator().manual_seed((seed * 1_000_003 + iteration) % 2**63)
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, without waiting for the copies."""
     values = (getattr(batch, f.name) for f in dataclasses.fields(Batch))
     return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in values))
 
@@ -399,18 +531,33 @@ def _clock(seconds: float) -> str:
 
 
 def _save_state(
-    path: Path, fingerprint: str, model: RegistrationModel, optimizer: torch.optim.Adam, done: int, seconds: float
+    path: Path,
+    fingerprint: str,
+    model: RegistrationModel,
+    optimizer: torch.optim.Adam,
+    done: int,
+    seconds: float,
+    memory: dict[str, float],
+    best: dict[str, Tensor],
 ) -> None:
-    """Weights and Adam's moments after ``done`` iterations."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    """Everything that the iterations after ``done`` depend on."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in best.items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"adam.{k}.{name}": v for k, v in optimizer.state[parameter].items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, serialize(tensors, {"done": str(done), "seconds": str(seconds), "settings": fingerprint}))
+    metadata = {"done": str(done), "seconds": str(seconds), "settings": fingerprint, "memory": json.dumps(memory)}
+    write_atomically(path, serialize(tensors, metadata))
 
 
-def _resume(path: Path, fingerprint: str, model: RegistrationModel, optimizer: torch.optim.Adam) -> tuple[int, float]:
-    """Load a state if there is one; (iterations done, seconds spent)."""
+def _resume(
+    path: Path,
+    fingerprint: str,
+    model: RegistrationModel,
+    optimizer: torch.optim.Adam,
+    memory: dict[str, float],
+    best: dict[str, Tensor],
+) -> tuple[int, float]:
+    """Load a state if there is one, into all that is given; (iterations done, seconds spent)."""
     if not path.is_file():
         return 0, 0.0
     with safe_open(path, framework="pt") as file:
@@ -419,11 +566,15 @@ def _resume(path: Path, fingerprint: str, model: RegistrationModel, optimizer: t
             raise MorphSeekError(
                 f"{path.name} belongs to a run with other settings; remove it to start anew, or choose another --out."
             )
+        stored = set(file.keys())
         model.load_state_dict({k: file.get_tensor(f"model.{k}") for k in model.state_dict()})
+        best |= {k.removeprefix("best."): file.get_tensor(k) for k in stored if k.startswith("best.")}
         moments = {}
         for index, (name, parameter) in enumerate(model.named_parameters()):
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            moments[index] = {k: file.get_tensor(f"adam.{k}.{name}").to(parameter.device) for k in keys}
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in stored]
+            if keys:  # a parameter that no loss has reached yet has no moments
+                moments[index] = {k: file.get_tensor(f"adam.{k}.{name}").to(parameter.device) for k in keys}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        memory |= json.loads(metadata.get("memory", "{}"))
     return int(metadata["done"]), float(metadata["seconds"])

@@ -18,11 +18,21 @@ from MorphSeekLib import checkpoint, fields
 from MorphSeekLib.datasets import PairLoader, load_dataset
 from MorphSeekLib.errors import Cancelled, MorphSeekError
 from MorphSeekLib.images import write_image
-from MorphSeekLib.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing, normalize
 from MorphSeekLib.settings import from_dict, load, to_dict
 from MorphSeekLib.synthesis import LabelMapSource, SynthesisSettings
-from MorphSeekLib.training import Batch, LossSettings, TrainingConfig, WarmupSettings, soft_dice, warmup, warmup_loss
+from MorphSeekLib.training import (
+    Batch,
+    LossSettings,
+    Step,
+    TrainingConfig,
+    WarmupSettings,
+    advance,
+    soft_dice,
+    warmup,
+    warmup_loss,
+)
 
 TINY = ModelSettings(
     backbone_settings={"encoder": (8, 8), "decoder": (8,), "extra": (8,), "norm": "instance", "flow_stride": 2}
@@ -152,10 +162,12 @@ def test_warmup_loss_is_its_terms(dataset):
     pair = PairLoader(CONFIG.preprocessing, 4, True)(dataset.split("registration_val")[0])
     outer = 0.3 * torch.randn(1, 3, *pair.grid.shape)
     weights = LossSettings(regularization=0.7, kl=0.01, folding=0.0)
-    loss, total, terms = warmup_loss(model, Batch(pair.fixed, pair.moving), outer, weights)
+    batch = Batch(pair.fixed, pair.moving)
+    step = advance(model, batch, outer)
+    loss, terms = warmup_loss(step, batch, weights)
     latent = model.encode(fields.warp(pair.moving, outer), pair.fixed)
     expected_total = fields.compose(outer, model.backbone.decode(latent.skips, latent.mu))
-    torch.testing.assert_close(total, expected_total)
+    torch.testing.assert_close(step.total, expected_total)
     similarity = lncc(pair.fixed, fields.warp(pair.moving, expected_total))
     expected = similarity + 0.7 * diffusion(expected_total) + 0.01 * kl_to_standard_normal(latent)
     torch.testing.assert_close(loss, expected)
@@ -177,22 +189,11 @@ def test_coarse_labels_score_the_same_motion():
     total = torch.zeros(1, 3, 16, 16, 16)
     total[:, 0] = -2
 
-    class Still(torch.nn.Module):
-        def encode(self, moving, fixed):
-            from MorphSeekLib.policy import Latent
-
-            return Latent(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), None)
-
-        def field(self, latent, z):
-            return total
-
-        def displacement(self, field):
-            return field
-
     pool = torch.nn.functional.avg_pool3d
     batch = Batch(moved, fine, fixed_labels=pool(moved, 2), moving_labels=pool(fine, 2))
     settings = LossSettings(similarity_weight=0.0, dice=1.0, regularization=0.0, kl=0.0)
-    _, _, terms = warmup_loss(Still(), batch, torch.zeros(1, 3, 16, 16, 16), settings)
+    still = Latent(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), None)
+    _, terms = warmup_loss(Step(still, total, total), batch, settings)
     assert float(terms["soft_dice"]) == pytest.approx(1.0, abs=1e-4)
 
 
