@@ -1,4 +1,4 @@
-"""The command line: ``morphseek register | evaluate | warmup | info | demo``."""
+"""The command line: ``morphseek register | evaluate | warmup | finetune | info | demo``."""
 
 from __future__ import annotations
 
@@ -152,6 +152,42 @@ def warmup(
             )
         where = pick_device(device)
         run(load_dataset(dataset), settings, out, device=where, init=init, on_event=on_event, cancelled=cancelled)
+    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+@app.command()
+def finetune(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json with labelled training cases.")],
+    init: Annotated[Path, typer.Option(help="The checkpoint to start from.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
+    config: Annotated[Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Refinement steps T; overrides the settings.")] = None,
+    trajectories: Annotated[int | None, typer.Option(help="Trajectories J; overrides the settings.")] = None,
+    labels: Annotated[int | None, typer.Option(help="Use only the first so many labelled cases.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Fine-tune a checkpoint by GRPO on labelled cases. Run the same command again to resume a run that was stopped.
+
+    Under torchrun or SLURM all processes share the work.
+    """
+    with job() as (on_event, cancelled):
+        from .checkpoint import find
+        from .datasets import load_dataset
+        from .devices import pick_device
+        from .distributed import join
+        from .finetuning import FinetuneConfig
+        from .finetuning import finetune as run
+        from .settings import load, override
+
+        settings = load(FinetuneConfig, config)
+        settings = override(settings, "training", steps=steps, labels=labels)
+        settings = override(settings, "policy", trajectories=trajectories)
+        world = join(device)
+        where = world.device or pick_device(device)
+        run(
+            load_dataset(dataset), settings, find(init), out, device=where, world=world, on_event=on_event,
+            cancelled=cancelled,
+        )  # fmt: skip
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
 

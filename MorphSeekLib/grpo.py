@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fields
-from .policy import Latent, RegistrationModel
+from .policy import Latent, RegistrationModel, draw, likelihood_normalizer
 from .rewards import RewardSettings, State, reward_map
 
 PLACES = ("latent", "field")
@@ -81,12 +81,7 @@ class PolicyGradientSettings:
             raise ValueError("tau and sigma must be above 0")
         if self.cell < 1 or self.chunk < 1:
             raise ValueError("cell and chunk must be at least 1")
-        if self.normalizer(1) <= 0:
-            raise ValueError(f"s is {self.s}; it must be 'sqrt_n' or a positive number")
-
-    def normalizer(self, n: int) -> float:
-        """s for a policy of N dimensions."""
-        return math.sqrt(n) if self.s == "sqrt_n" else float(self.s)
+        likelihood_normalizer(self.s, 1)
 
 
 class Gaussian(NamedTuple):
@@ -128,16 +123,6 @@ def policy_at(latent: Latent, step: Tensor, settings: PolicyGradientSettings) ->
     return Gaussian(mean, torch.full_like(mean, math.log(settings.sigma)).detach())
 
 
-def draw(policy: Gaussian, settings: PolicyGradientSettings, generator: torch.Generator | None = None) -> Tensor:
-    """J samples z = mu + tau sigma epsilon, (J, channels, a, b, c), detached."""
-    half = settings.trajectories // 2 if settings.antithetic else settings.trajectories
-    # drawn on the CPU: the same seed gives the same noise on every device
-    noise = torch.randn(half, *policy.mu.shape[1:], generator=generator).to(policy.mu.device)
-    if settings.antithetic:
-        noise = torch.cat([noise, -noise])
-    return policy.mu.detach() + settings.tau * policy.log_sigma.detach().exp() * noise
-
-
 @torch.no_grad()
 def sample_and_score(
     model: RegistrationModel,
@@ -155,7 +140,7 @@ def sample_and_score(
         state: the pair before the step.
     """
     policy = policy_at(latent, step, settings)
-    samples = draw(policy, settings, generator)
+    samples = draw(*policy, settings.tau, settings.trajectories, settings.antithetic, generator)
     grid = policy.mu.shape[2:]
     mean_map = reward_map(state, fields.compose(state.total, step), reward)
     rewards, cells, best, best_reward = [], [], None, None
@@ -168,9 +153,13 @@ def sample_and_score(
         maps = reward_map(state, totals, reward)
         rewards.append(maps.flatten(1).sum(dim=1))
         cells.append(sum_over_cells(maps, grid))
-        top = rewards[-1].argmax()
-        if best is None or bool(rewards[-1][top] > best_reward):
-            best, best_reward = totals[top : top + 1], rewards[-1][top]
+        top = rewards[-1].argmax(keepdim=True)  # chosen on the device, without waiting for it
+        candidate, candidate_reward = totals[top], rewards[-1][top]
+        if best is None:
+            best, best_reward = candidate, candidate_reward
+        better = candidate_reward > best_reward
+        best = torch.where(better.view(1, 1, 1, 1, 1), candidate, best)
+        best_reward = torch.where(better, candidate_reward, best_reward)
     return Group(samples, torch.cat(rewards), torch.cat(cells), best, mean_map.sum(), sum_over_cells(mean_map, grid))
 
 
@@ -214,7 +203,9 @@ def log_likelihood_map(policy: Gaussian, samples: Tensor, tau: float, s: float) 
 
 def policy_loss(policy: Gaussian, group: Group, settings: PolicyGradientSettings) -> Tensor:
     """L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (METHOD.md, C.5); one A for all cells is the paper's."""
-    likelihood = log_likelihood_map(policy, group.samples, settings.tau, settings.normalizer(policy.mu.numel()))
+    likelihood = log_likelihood_map(
+        policy, group.samples, settings.tau, likelihood_normalizer(settings.s, policy.mu.numel())
+    )
     return -(advantages(group, settings) * likelihood).sum() / len(group.samples)
 
 

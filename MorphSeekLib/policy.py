@@ -36,15 +36,10 @@ class PolicySettings:
     log_sigma_max: float = 1.0
     s: str = "sqrt_n"
 
-    def normalizer(self, n: int) -> float:
-        """s for N latent dimensions."""
-        return math.sqrt(n) if self.s == "sqrt_n" else float(self.s)
-
     def __post_init__(self) -> None:
         if self.log_sigma_min >= self.log_sigma_max:
             raise ValueError("log_sigma_min must be below log_sigma_max")
-        if self.normalizer(1) <= 0:
-            raise ValueError(f"s is {self.s}; it must be 'sqrt_n' or a positive number")
+        likelihood_normalizer(self.s, 1)
 
 
 @dataclass(frozen=True)
@@ -134,12 +129,43 @@ class RegistrationModel(nn.Module):
         return self.displacement(self.field(latent, latent.mu))
 
 
-def sample_latent(latent: Latent, tau: float, generator: torch.Generator | None = None) -> Tensor:
-    """z = mu + tau * sigma * noise; the gradient reaches mu and sigma (reparameterised)."""
-    if tau == 0:
-        return latent.mu
-    noise = torch.empty_like(latent.mu).normal_(generator=generator)
-    return latent.mu + tau * latent.log_sigma.exp() * noise
+def likelihood_normalizer(s: str, n: int) -> float:
+    """The s that a log-likelihood over N dimensions is divided by: "sqrt_n" (LDVN) or a number.
+
+    Raises:
+        ValueError: neither, or not positive.
+    """
+    try:
+        value = math.sqrt(n) if s == "sqrt_n" else float(s)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ValueError(f"s is '{s}'; it must be 'sqrt_n' or a positive number")
+    return value
+
+
+def draw(
+    mu: Tensor,
+    log_sigma: Tensor,
+    tau: float,
+    count: int,
+    antithetic: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Samples z = mu + tau sigma epsilon, detached.
+
+    Args:
+        mu, log_sigma: (1, channels, ...).
+        count: how many; even for ``antithetic``, which draws noise in pairs of opposite sign.
+        generator: of the CPU, where the noise is drawn, so that one seed gives the same samples on every device.
+
+    Returns:
+        (count, channels, ...).
+    """
+    noise = torch.randn(count // 2 if antithetic else count, *mu.shape[1:], generator=generator).to(mu)
+    if antithetic:
+        noise = torch.cat([noise, -noise])
+    return mu.detach() + tau * log_sigma.detach().exp() * noise
 
 
 def kl_to_standard_normal(latent: Latent) -> Tensor:
@@ -148,25 +174,6 @@ def kl_to_standard_normal(latent: Latent) -> Tensor:
     1/2 (mu^2 + sigma^2 - 1 - log sigma^2), so that its weight does not depend on N.
     """
     return 0.5 * (latent.mu.square() + (2 * latent.log_sigma).exp() - 1 - 2 * latent.log_sigma).mean()
-
-
-def log_likelihood(latent: Latent, z: Tensor, tau: float, s: float) -> Tensor:
-    """LDVN log-likelihood of given latents (METHOD.md, section C, equation 4), one value per batch entry.
-
-    -1/(2s) sum_i [((z_i - mu_i) / (tau sigma_i))^2 + log(2 pi tau^2 sigma_i^2)], z detached: the gradient reaches the
-    policy alone. With s = sqrt(N) the sum over N dimensions has a spread of order one.
-
-    Args:
-        latent: mu, log sigma of (batch or 1, channels, ...).
-        z: (batch, channels, ...).
-        tau: temperature, above 0.
-        s: see :meth:`PolicySettings.normalizer`.
-    """
-    if tau <= 0:
-        raise ValueError("The likelihood needs a temperature tau above 0.")
-    log_sigma = latent.log_sigma + math.log(tau)
-    squared = ((z.detach() - latent.mu) * (-log_sigma).exp()).square()
-    return -(squared + math.log(2 * math.pi) + 2 * log_sigma).flatten(1).sum(dim=1) / (2 * s)
 
 
 def refine(

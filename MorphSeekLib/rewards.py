@@ -7,6 +7,7 @@ the terms that its settings name.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,14 +42,19 @@ class State:
     moving_points: Tensor | None = None
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    def moved(self, total: Tensor) -> State:
+        """The same pair after another step; what does not depend on the step is not computed again."""
+        state = copy.copy(self)
+        state.total = total
+        state.__dict__.pop("dice_before", None)
+        return state
+
     @cached_property
     def labels(self) -> Tensor:
         """(K,) the labels that both images hold, background left out."""
         if self.fixed_labels is None or self.moving_labels is None:
             raise ValueError("The reward needs labels on both images.")
-        fixed = torch.unique(self.fixed_labels)
-        found = fixed[torch.isin(fixed, torch.unique(self.moving_labels))]
-        return found[found > 0]
+        return common_labels(self.fixed_labels, self.moving_labels)
 
     @cached_property
     def fixed_classes(self) -> Tensor:
@@ -83,6 +89,13 @@ class State:
     def moving_distance(self) -> Tensor:
         """(K, i, j, k) mm from each voxel to the surface of each moving structure."""
         return _surface_distance(self.moving_classes.long(), len(self.labels), self.spacing)
+
+
+def common_labels(fixed: Tensor, moving: Tensor) -> Tensor:
+    """(K,) the labels that both images hold, background left out, ascending."""
+    found = torch.unique(fixed)
+    found = found[torch.isin(found, torch.unique(moving))]
+    return found[found > 0]
 
 
 def dice_gain(state: State, total: Tensor) -> Tensor:

@@ -46,6 +46,19 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
+def override(settings: T, table: str, **values: Any) -> T:
+    """The same settings with some values of a nested table replaced; None leaves a value as it is.
+
+    Raises:
+        MorphSeekError: a value that the table refuses.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return dataclasses.replace(settings, **{table: dataclasses.replace(getattr(settings, table), **given)})
+    except ValueError as error:
+        raise MorphSeekError(f"{table}: {error}") from error
+
+
 def load(settings_type: type[T], path: Path | str | None) -> T:
     """Settings from a .toml or .json file; the defaults without one.
 

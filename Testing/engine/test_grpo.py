@@ -17,7 +17,6 @@ from MorphSeekLib.grpo import (
     Group,
     PolicyGradientSettings,
     advantages,
-    draw,
     log_likelihood_map,
     next_kl_weight,
     policy_at,
@@ -25,7 +24,7 @@ from MorphSeekLib.grpo import (
     sample_and_score,
     sum_over_cells,
 )
-from MorphSeekLib.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.policy import ModelSettings, RegistrationModel, draw
 from MorphSeekLib.rewards import RewardSettings, State, reward_map
 
 GRID = blob_grid((16, 16, 16))
@@ -106,7 +105,7 @@ def test_sqrt_n_keeps_the_likelihoods_spread_at_any_size():
     spreads = []
     for n in (2, 6, 12):
         policy = Gaussian(torch.zeros(1, 4, n, n, n), torch.zeros(1, 4, n, n, n))
-        samples = draw(policy, PolicyGradientSettings(trajectories=64), torch.Generator().manual_seed(0))
+        samples = draw(*policy, 1.0, 64, generator=torch.Generator().manual_seed(0))
         values = log_likelihood_map(policy, samples, 1.0, math.sqrt(4 * n**3)).flatten(1).sum(dim=1)
         spreads.append(float(values.std()))
     # the sum of N (epsilon^2 - 1) / 2 has the standard deviation sqrt(N / 2)
@@ -119,7 +118,7 @@ def test_policy_gradient_is_the_closed_form():
     log_sigma = torch.full((1, 2, 2, 2, 2), -0.5)
     options = PolicyGradientSettings(trajectories=3, tau=0.8)
     policy = Gaussian(mu, log_sigma)
-    samples, rewards = draw(policy, options), torch.tensor([0.1, 0.5, 0.2])
+    samples, rewards = draw(*policy, options.tau, 3), torch.tensor([0.1, 0.5, 0.2])
     scored = group(rewards)._replace(samples=samples)
     policy_loss(policy, scored, options).backward()
     weights = advantages(scored, options)
@@ -134,7 +133,7 @@ def test_policy_gradient_points_uphill(credit):
     mu = torch.zeros(1, 1, 2, 2, 2, requires_grad=True)
     options = PolicyGradientSettings(trajectories=4096, tau=0.5, credit=credit, scale="none", s="1")
     policy = Gaussian(mu, torch.zeros_like(mu))
-    samples = draw(policy, options, torch.Generator().manual_seed(0))
+    samples = draw(*policy, options.tau, options.trajectories, generator=torch.Generator().manual_seed(0))
     cells = -(samples - 1).square()
     scored = group(cells.flatten(1).sum(dim=1), cells)._replace(samples=samples)
     policy_loss(policy, scored, options).backward()
@@ -144,7 +143,7 @@ def test_policy_gradient_points_uphill(credit):
 
 def test_antithetic_noise_has_mean_zero():
     policy = Gaussian(torch.ones(1, 2, 3, 3, 3), torch.zeros(1, 2, 3, 3, 3))
-    samples = draw(policy, PolicyGradientSettings(trajectories=8, antithetic=True))
+    samples = draw(*policy, 1.0, 8, antithetic=True)
     torch.testing.assert_close(samples.mean(dim=0, keepdim=True), policy.mu)
 
 

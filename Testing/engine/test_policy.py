@@ -1,4 +1,4 @@
-"""The Gaussian head, its likelihood and divergence against closed forms, and refinement in steps."""
+"""The Gaussian head, its samples and divergence against closed forms, and refinement in steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from MorphSeekLib.policy import (
     ModelSettings,
     PolicySettings,
     RegistrationModel,
+    draw,
     kl_to_standard_normal,
-    log_likelihood,
     refine,
-    sample_latent,
 )
 
 SMALL = {"encoder": (4, 6), "decoder": (6, 4), "extra": (4,)}
@@ -28,42 +27,6 @@ def random_latent(batch: int = 1, dtype=torch.float64) -> Latent:
     return Latent(mu, 0.3 * log_sigma - 1, None)
 
 
-@pytest.mark.parametrize("tau", [0.3, 1.0, 2.0])
-def test_log_likelihood_is_the_normal_density_over_s(tau):
-    """With s = 1 the sum of log densities that torch.distributions gives; with another s, that over s."""
-    latent = random_latent(2)
-    z = sample_latent(latent, tau, torch.Generator().manual_seed(2))
-    density = torch.distributions.Normal(latent.mu, tau * latent.log_sigma.exp()).log_prob(z).flatten(1).sum(1)
-    torch.testing.assert_close(log_likelihood(latent, z, tau, 1.0), density)
-    n = latent.mu[0].numel()
-    torch.testing.assert_close(log_likelihood(latent, z, tau, math.sqrt(n)), density / math.sqrt(n))
-
-
-def test_ldvn_keeps_the_spread_of_order_one_whatever_n():
-    """The log-likelihood of samples varies by sqrt(N / 2) without normalisation, by 1 / sqrt(2) with s = sqrt(N)."""
-    for n in (64, 4096):
-        latent = Latent(torch.zeros(1, n, 1, 1, 1), torch.zeros(1, n, 1, 1, 1), None)
-        z = torch.randn(2000, n, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-        spread = log_likelihood(latent, z, 1.0, PolicySettings().normalizer(n)).std()
-        assert abs(float(spread) - math.sqrt(0.5)) < 0.05
-
-
-def test_log_likelihood_gradient_is_the_score():
-    """d log pi / d mu = (z - mu) / (tau sigma)^2 / s; z is detached."""
-    latent = random_latent()
-    mu = latent.mu.clone().requires_grad_()
-    z = sample_latent(Latent(mu, latent.log_sigma, None), 0.7, torch.Generator().manual_seed(3))
-    log_likelihood(Latent(mu, latent.log_sigma, None), z, 0.7, 5.0).sum().backward()
-    expected = (z.detach() - latent.mu) / (0.7 * latent.log_sigma.exp()).square() / 5.0
-    torch.testing.assert_close(mu.grad, expected)
-
-
-def test_log_likelihood_needs_a_temperature():
-    latent = random_latent()
-    with pytest.raises(ValueError, match="above 0"):
-        log_likelihood(latent, latent.mu, 0.0, 1.0)
-
-
 def test_kl_is_the_closed_form_per_dimension():
     latent = random_latent()
     policy = torch.distributions.Normal(latent.mu, latent.log_sigma.exp())
@@ -72,11 +35,11 @@ def test_kl_is_the_closed_form_per_dimension():
 
 
 def test_sampling_has_the_stated_moments():
-    latent = Latent(torch.full((1, 1, 50, 50, 50), 2.0), torch.full((1, 1, 50, 50, 50), math.log(0.5)), None)
-    z = sample_latent(latent, 0.4, torch.Generator().manual_seed(4))
+    mu, log_sigma = torch.full((1, 1, 30, 30, 30), 2.0), torch.full((1, 1, 30, 30, 30), math.log(0.5))
+    z = draw(mu, log_sigma, 0.4, 5, generator=torch.Generator().manual_seed(4))
+    assert z.shape == (5, 1, 30, 30, 30)
     assert abs(float(z.mean()) - 2.0) < 0.01
     assert abs(float(z.std()) - 0.2) < 0.005
-    assert sample_latent(latent, 0.0) is latent.mu
 
 
 def test_head_keeps_its_bounds_and_is_small():
@@ -144,5 +107,7 @@ def test_settings_are_checked():
         PolicySettings(log_sigma_min=1.0, log_sigma_max=0.0)
     with pytest.raises(ValueError, match="positive"):
         PolicySettings(s="-1")
+    with pytest.raises(ValueError, match="'sqrt_n' or a positive number"):
+        PolicySettings(s="root")
     with pytest.raises(ValueError, match="must be one of"):
         ModelSettings(output="flow")

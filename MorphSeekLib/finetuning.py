@@ -1,0 +1,338 @@
+"""GRPO fine-tuning on labelled pairs (METHOD.md, section C): the run around :mod:`MorphSeekLib.grpo`.
+
+Every refinement step of every pair adds lambda_policy L_policy + lambda_warm L_warm + lambda_Dice (1 - soft Dice) to
+the loss of the iteration; with the policy's weight 0 it is the weakly supervised baseline, on the same code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import fields
+from .checkpoint import Card, load, read_card, save, sha256, software
+from .datasets import Dataset, Pair, PairLoader, PreparedPair
+from .distributed import World
+from .errors import MorphSeekError
+from .events import Event, OnEvent, ignore, never
+from .grpo import Group, PolicyGradientSettings, next_kl_weight, policy_at, policy_loss, sample_and_score
+from .metrics import dice_per_label
+from .policy import RegistrationModel, draw
+from .rewards import RewardSettings, State, common_labels
+from .settings import to_dict
+from .training import (
+    VALIDATION_DEFINITIONS,
+    Batch,
+    LossSettings,
+    WarmupSettings,
+    advance,
+    check_finite,
+    generator_for,
+    set_learning_rate,
+    state_file,
+    train,
+    validate,
+    validation_pairs,
+    warmup_loss,
+)
+
+SILENT_GROUPS = 50
+POSTERIOR_SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class FinetuneRun(WarmupSettings):
+    """The run; see :class:`MorphSeekLib.training.WarmupSettings`.
+
+    Attributes:
+        pairs: pairs per iteration (over all processes).
+        labels: use only the first so many labelled training cases; None for all.
+        folding_limit: the kept weights have the best validation Dice among those with at most this NJD (percent).
+        kl_target: the KL to N(0, I) (mean over dimensions) that beta is steered to; None keeps ``loss.kl``.
+    """
+
+    iterations: int = 800
+    learning_rate: float = 3e-4
+    steps: int = 3
+    validate_every: int = 100
+    validation_pairs: int = 20
+    pairs: int = 1
+    labels: int | None = None
+    folding_limit: float = 0.3
+    kl_target: float | None = None
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A whole settings file.
+
+    Attributes:
+        title, licence: for the card.
+        loss: lambda_warm's terms and ``dice``, lambda_Dice.
+        policy: lambda_policy and how a group is sampled; ``policy.weight = 0`` samples nothing.
+        reward: the terms of the reward and their weights.
+    """
+
+    title: str = ""
+    licence: str = ""
+    loss: LossSettings = field(default_factory=lambda: LossSettings(regularization=3.0, folding=10.0, dice=1.0))
+    policy: PolicyGradientSettings = field(default_factory=PolicyGradientSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    training: FinetuneRun = field(default_factory=FinetuneRun)
+
+
+def finetune(
+    dataset: Dataset,
+    config: FinetuneConfig,
+    init: Path | str,
+    out: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> Path:
+    """Fine-tune a checkpoint, or go on where a killed run of the same settings stood.
+
+    Args:
+        dataset: labelled cases of the split "training"; pairs of "registration_val" choose the weights to keep.
+        config: the settings.
+        init: the checkpoint to start from; its model and preprocessing stay.
+        out: the checkpoint to write; ``out.state``, ``out.log`` and ``out.jsonl`` lie beside it.
+        device: where to train.
+        world: the processes that share the work; alone by default.
+
+    Raises:
+        MorphSeekError: unusable data or settings, or a run that collapsed (with what to change).
+        Cancelled: the person stopped it; the state is saved.
+    """
+    out, run, world = Path(out), config.training, world or World()
+    device = torch.device(device)
+    if out.suffix != ".safetensors":
+        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
+    if run.pairs % world.size:
+        raise MorphSeekError(f"training.pairs is {run.pairs}; it must be a multiple of the {world.size} processes.")
+    on_event(Event("read", 0.0, "Reading the checkpoint and the training cases"))
+    model, card = load(init)
+    model = model.to(device).train()
+    preprocessing = dataclasses.replace(card.preprocessing, steps=run.steps)
+    cases = dataset.split("training", "cases")
+    needs_labels = config.loss.dice > 0 or (config.policy.weight > 0 and config.reward.needs_labels)
+    if needs_labels:
+        cases = [case for case in cases if case.label is not None]
+    cases = cases[: run.labels] if run.labels is not None else cases
+    if len(cases) < 2:
+        what = "labelled training cases" if needs_labels else "training cases"
+        raise MorphSeekError(f"{dataset.path} offers {len(cases)} {what}; fine-tuning needs at least two.")
+    loader = PairLoader(preprocessing, model.multiple_of, run.centered)
+
+    def pairs_of(iteration: int) -> list[PreparedPair]:
+        """This process's pairs of an iteration."""
+        found = []
+        for index in range(world.rank, run.pairs, world.size):
+            generator = generator_for(run.seed, iteration * run.pairs + index)
+            first, second = torch.randperm(len(cases), generator=generator)[:2].tolist()
+            found.append(loader(Pair(cases[first], cases[second])))
+        return found
+
+    validation = validation_pairs(dataset, preprocessing, run, model.multiple_of)[world.rank :: world.size]
+
+    def validate_all(checkpoint: Callable[[], None]) -> dict[str, float]:
+        figures = validate(model, validation, run.steps, device, checkpoint)
+        if validation and world.rank == 0:
+            figures |= {"posterior_dice_spread": posterior_spread(model, validation[0](), config.policy.tau, device)}
+        return world.mean_figures(figures, len(validation))
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
+    start = {"init": sha256(init), "cases": [str(c.image) for c in cases]}
+    outcome = train(
+        model,
+        optimizer,
+        run,
+        lambda iteration, pairs, memory: _iterate(model, optimizer, pairs, config, iteration, memory, world, device),
+        pairs_of,
+        validate_all,
+        out,
+        json.dumps(to_dict(config) | start, sort_keys=True),
+        score=lambda figures: score(figures, run.folding_limit),
+        main=world.rank == 0,
+        on_event=on_event,
+        cancelled=cancelled,
+    )
+    if world.rank == 0:
+        card = Card(
+            title=config.title or f"{card.title}, fine-tuned on {dataset.about.get('name', dataset.path.name)}",
+            model=dataclasses.replace(card.model, policy=dataclasses.replace(card.model.policy, s=config.policy.s)),
+            preprocessing=preprocessing,
+            provenance={
+                "stage": "GRPO fine-tuning" if config.policy.weight > 0 else "weakly supervised",
+                "data": dataset.about | {"file": dataset.path.name},
+                "cases": len(cases),
+                "init": read_card(init).provenance | {"sha256": start["init"]},
+                "settings": to_dict(config),
+                "best_iteration": int(outcome.memory.get("best/iteration", run.iterations)),
+                "seconds": round(outcome.seconds),
+                "date": time.strftime("%Y-%m-%d"),
+                "software": software(),
+            },
+            results={
+                "validation": outcome.figures,
+                "definitions": VALIDATION_DEFINITIONS
+                | {"posterior_dice_spread": "standard deviation of Dice over ten latent samples of one pair, one step"},
+            },
+            licence=config.licence or card.licence,
+        )
+        save(out, model, card)
+        state_file(out).unlink(missing_ok=True)
+    world.wait()
+    on_event(Event("write", 1.0, f"Wrote {out}"))
+    return out
+
+
+def score(figures: dict[str, float], folding_limit: float) -> float:
+    """Dice where folding keeps to its limit; else below all of those, the less folding the better."""
+    njd = figures["njd_percent"]
+    return figures.get("dice", 0.0) if njd <= folding_limit else -1 - njd
+
+
+def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, device: torch.device) -> float:
+    """Standard deviation of hard Dice over ten latent samples of one step: near zero, the posterior has collapsed."""
+    if pair.fixed_labels is None or pair.moving_labels is None:
+        return math.nan
+    values = []
+    with torch.inference_mode():
+        latent = model.encode(pair.moving.to(device), pair.fixed.to(device))
+        for seed in range(POSTERIOR_SAMPLES):
+            z = draw(latent.mu, latent.log_sigma, tau, 1, generator=torch.Generator().manual_seed(seed))
+            step = model.displacement(model.field(latent, z)).cpu()
+            warped = fields.warp(pair.moving_labels.float(), step, "nearest").int()[0, 0]
+            dice = dice_per_label(pair.fixed_labels[0, 0], warped, moving_labels=pair.moving_labels[0, 0])
+            values.append(sum(dice.values()) / max(len(dice), 1))
+    return float(torch.tensor(values).std())
+
+
+def _iterate(
+    model: RegistrationModel,
+    optimizer: torch.optim.Adam,
+    pairs: list[PreparedPair],
+    config: FinetuneConfig,
+    iteration: int,
+    memory: dict[str, float],
+    world: World,
+    device: torch.device,
+) -> dict[str, float]:
+    """One optimiser step over all refinement steps of this iteration's pairs, on all processes."""
+    run, policy = config.training, config.policy
+    rate = set_learning_rate(optimizer, run, iteration)
+    optimizer.zero_grad(set_to_none=True)
+    kl_weight = memory.setdefault("kl_weight", config.loss.kl)
+    figures: list[dict[str, Tensor]] = []
+    for index, pair in enumerate(pairs):
+        seed = (iteration * run.pairs + world.rank + index * world.size) ^ 0x5EED
+        generator = generator_for(run.seed + 1, seed)
+        state, batch = _prepare(pair, config, device)
+        for _ in range(run.steps):
+            figures.append(_step(model, state, batch, config, kl_weight, run.steps * run.pairs, generator))
+            state = state.moved(figures[-1].pop("total"))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    world.sum_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.gradient_clip)
+    names = sorted(figures[0])
+    means = torch.stack([torch.stack([f[name].float() for f in figures]).mean() for name in names])
+    values = torch.cat([world.mean(means), norm.view(1).float()]).cpu().tolist()  # one transfer for all figures
+    metrics = dict(zip([*names, "gradient_norm"], values, strict=True))
+    check_finite([metrics["loss"], metrics["gradient_norm"]], iteration)
+    optimizer.step()
+    if run.kl_target is not None:
+        memory["kl_weight"] = next_kl_weight(kl_weight, metrics["kl"], run.kl_target)
+    if policy.weight > 0:
+        _stop_if_collapsed(metrics, model, memory)
+    return metrics | {"learning_rate": rate, "kl_weight": kl_weight}
+
+
+def _prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -> tuple[State, Batch]:
+    """The pair on the device: hard labels for the reward, shares of the common labels for soft Dice."""
+    zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=device)
+    to = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
+    state = State(
+        to(pair.fixed),
+        to(pair.moving),
+        zero,
+        to(pair.fixed_labels),
+        to(pair.moving_labels),
+        spacing=tuple(float(s) for s in pair.grid.spacing),
+    )
+    batch = Batch(state.fixed, state.moving)
+    if pair.fixed_labels is not None and pair.moving_labels is not None:
+        state.labels = to(common_labels(pair.fixed_labels, pair.moving_labels))  # found on the CPU: no waiting
+    if config.loss.dice > 0:
+        classes = torch.arange(1, len(state.labels) + 1, device=device).view(1, -1, 1, 1, 1)
+        batch.fixed_labels = (state.fixed_classes == classes).float()
+        batch.moving_labels = (state.moving_classes == classes).float()
+    return state, batch
+
+
+def _step(
+    model: RegistrationModel,
+    state: State,
+    batch: Batch,
+    config: FinetuneConfig,
+    kl_weight: float,
+    parts: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """One refinement step: its gradient, its figures (on the device), and under "total" the state it leads to."""
+    policy = config.policy
+    step = advance(model, batch, state.total)
+    loss, terms = warmup_loss(step, batch, config.loss, kl_weight)
+    total = step.total.detach()
+    if policy.weight > 0:
+        group = sample_and_score(model, step.latent, step.step, state, policy, config.reward, generator)
+        gain = policy_loss(policy_at(step.latent, step.step, policy), group, policy)
+        loss = loss + policy.weight * gain
+        terms |= _group_figures(group, step.latent.log_sigma) | {"policy_loss": gain.detach()}
+        if policy.advance == "greedy":
+            total = group.best
+    (loss / parts).backward()
+    return terms | {"loss": loss.detach(), "total": total}
+
+
+def _group_figures(group: Group, log_sigma: Tensor) -> dict[str, Tensor]:
+    spread = group.rewards.std()
+    return {
+        "reward": group.rewards.mean(),
+        "reward_best": group.rewards.max(),
+        "reward_spread": spread,
+        "groups_without_spread": (spread < 1e-7).float(),
+        "reward_of_mean": group.mean_reward,
+        "sigma": log_sigma.detach().exp().mean(),
+    }
+
+
+def _stop_if_collapsed(metrics: dict[str, float], model: RegistrationModel, memory: dict[str, float]) -> None:
+    """End a run that can learn nothing more.
+
+    Raises:
+        MorphSeekError: sigma at its floor, or no spread among the rewards for a long time.
+    """
+    floor = math.exp(model.settings.policy.log_sigma_min)
+    if metrics["sigma"] < 1.05 * floor:
+        raise MorphSeekError(
+            f"The policy has collapsed: sigma is at its floor ({metrics['sigma']:.2g}); raise loss.kl, set "
+            "training.kl_target, or lower policy.weight, and start again from the warm-up checkpoint."
+        )
+    silent = memory.get("silent_groups", 0) + 1 if metrics["groups_without_spread"] == 1 else 0
+    memory["silent_groups"] = silent
+    if silent >= SILENT_GROUPS:
+        raise MorphSeekError(
+            f"The rewards of a group have not differed for {SILENT_GROUPS} iterations, so there is nothing to learn "
+            "from them; raise policy.tau (or policy.sigma), or choose other rewards."
+        )

@@ -1,0 +1,212 @@
+"""Fine-tuning: cards and curves, exact resume, best weights, shared by processes, stopped when it collapses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cases import write_dataset
+
+from MorphSeekLib import checkpoint
+from MorphSeekLib.datasets import PairLoader, load_dataset
+from MorphSeekLib.errors import Cancelled, MorphSeekError
+from MorphSeekLib.finetuning import FinetuneConfig, FinetuneRun, finetune, score
+from MorphSeekLib.grpo import PolicyGradientSettings
+from MorphSeekLib.policy import ModelSettings, PolicySettings
+from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib.rewards import RewardSettings
+from MorphSeekLib.settings import to_dict
+from MorphSeekLib.training import LossSettings, TrainingConfig, WarmupSettings, warmup
+
+MODEL = ModelSettings(
+    backbone_settings={"encoder": (8, 8), "decoder": (8,), "extra": (8,), "norm": "instance", "flow_stride": 2}
+)
+CONFIG = FinetuneConfig(
+    loss=LossSettings(regularization=0.5, folding=1.0, dice=1.0),
+    policy=PolicyGradientSettings(trajectories=4, weight=0.1),
+    training=FinetuneRun(iterations=4, steps=2, validate_every=2, save_every=1, pairs=2, kl_target=1.0),
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return load_dataset(write_dataset(tmp_path_factory.mktemp("blobs")))
+
+
+def warm(dataset, path, model=MODEL):
+    run = WarmupSettings(iterations=2, steps=1, validate_every=2)
+    config = TrainingConfig(
+        model=model, preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5), align="none"), training=run
+    )
+    return warmup(dataset, config, path)
+
+
+@pytest.fixture(scope="module")
+def init(dataset, tmp_path_factory):
+    return warm(dataset, tmp_path_factory.mktemp("init") / "warm.safetensors")
+
+
+def weights(path):
+    return checkpoint.load(path)[0].state_dict()
+
+
+def same(one, other):
+    found = weights(other)
+    assert all(torch.equal(value, found[name]) for name, value in weights(one).items())
+
+
+@pytest.mark.parametrize("place", ["latent", "field"])
+def test_a_run_writes_card_curves_and_lines(dataset, init, tmp_path, place):
+    policy = dataclasses.replace(CONFIG.policy, place=place, credit="local" if place == "field" else "trajectory")
+    config = dataclasses.replace(CONFIG, policy=policy)
+    finetune(dataset, config, init, tmp_path / "m.safetensors")
+    card = checkpoint.read_card(tmp_path / "m.safetensors")
+    assert card.provenance["stage"] == "GRPO fine-tuning"
+    assert card.provenance["settings"]["reward"]["weights"] == {"dice": 1.0, "folding": 1.0}
+    assert card.provenance["init"]["stage"] == "warm-up"
+    assert card.preprocessing.steps == 2
+    assert card.model.policy.s == "sqrt_n"
+    rows = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
+    logged = {"reward", "reward_spread", "groups_without_spread", "kl", "kl_weight", "sigma", "gradient_norm"}
+    assert logged <= set(rows[0])
+    assert "validation/posterior_dice_spread" in rows[1]
+    assert rows[1]["kl_weight"] != rows[0]["kl_weight"], "the controller acts"
+    assert list((tmp_path / "m.safetensors.log").glob("events.out.tfevents*"))
+    assert not (tmp_path / "m.safetensors.state").exists()
+
+
+def test_a_cancelled_run_resumes_to_the_same_weights(dataset, init, tmp_path):
+    finetune(dataset, CONFIG, init, tmp_path / "whole.safetensors")
+    seen = []
+    with pytest.raises(Cancelled):
+        finetune(
+            dataset, CONFIG, init, tmp_path / "cut.safetensors", on_event=seen.append, cancelled=lambda: len(seen) > 3
+        )
+    finetune(dataset, CONFIG, init, tmp_path / "cut.safetensors")
+    same(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
+    lines = [(tmp_path / f"{name}.safetensors.jsonl").read_text() for name in ("whole", "cut")]
+    assert lines[0] == lines[1]
+
+
+def test_the_last_weights_are_not_kept_when_earlier_ones_were_better(dataset, init, tmp_path):
+    """A learning rate that destroys the model: what is written is the best validation, not the end."""
+    run = dataclasses.replace(CONFIG.training, learning_rate=0.5, gradient_clip=1e6, validate_every=1, kl_target=None)
+    policy = dataclasses.replace(CONFIG.policy, weight=0.0)
+    config = dataclasses.replace(CONFIG, training=run, policy=policy)
+    finetune(dataset, config, init, tmp_path / "m.safetensors")
+    rows = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
+    figures = [{k.removeprefix("validation/"): v for k, v in row.items()} for row in rows]
+    scores = [score(f, run.folding_limit) for f in figures]
+    card = checkpoint.read_card(tmp_path / "m.safetensors")
+    assert card.provenance["best_iteration"] == scores.index(max(scores)) + 1
+    assert card.results["validation"]["dice"] == pytest.approx(figures[scores.index(max(scores))]["dice"])
+    assert card.provenance["stage"] == "weakly supervised"
+
+
+def test_folding_beyond_the_limit_loses_to_less_folding():
+    assert score({"dice": 0.7, "njd_percent": 0.1}, 0.3) > score({"dice": 0.9, "njd_percent": 0.4}, 0.3)
+    assert score({"dice": 0.9, "njd_percent": 0.4}, 0.3) > score({"dice": 0.9, "njd_percent": 0.5}, 0.3)
+
+
+def test_label_free_rewards_need_no_labels(dataset, init, tmp_path):
+    bare = dataclasses.replace(
+        dataset,
+        cases={k: [dataclasses.replace(c, label=None) for c in v] for k, v in dataset.cases.items()},
+        pairs={},
+    )
+    config = dataclasses.replace(
+        CONFIG, loss=dataclasses.replace(CONFIG.loss, dice=0.0), reward=RewardSettings({"lncc": 1.0, "folding": 1.0})
+    )
+    finetune(bare, config, init, tmp_path / "m.safetensors")
+    assert checkpoint.read_card(tmp_path / "m.safetensors").results["validation"] == {}
+    with pytest.raises(MorphSeekError, match="0 labelled training cases"):
+        finetune(bare, CONFIG, init, tmp_path / "n.safetensors")
+
+
+def test_labels_limits_the_cases(dataset, init, tmp_path):
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, labels=3))
+    finetune(dataset, config, init, tmp_path / "m.safetensors")
+    assert checkpoint.read_card(tmp_path / "m.safetensors").provenance["cases"] == 3
+
+
+def test_a_policy_at_its_floor_stops_the_run(dataset, tmp_path):
+    floored = dataclasses.replace(MODEL, policy=PolicySettings(log_sigma_min=-1.0, log_sigma_max=1.0))
+    init = warm(dataset, tmp_path / "warm.safetensors", floored)  # the head starts at log sigma = -2
+    with pytest.raises(MorphSeekError, match="sigma is at its floor"):
+        finetune(dataset, CONFIG, init, tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_two_processes_do_what_one_does(dataset, init, tmp_path):
+    """The same global batch, shared by two real CPU processes under torchrun's variables."""
+    pytest.importorskip("lightning_fabric", reason="several processes need Lightning Fabric")
+    (tmp_path / "settings.json").write_text(json.dumps(plain(CONFIG)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "MorphSeekLib.cli", "finetune", str(dataset.path), "--init", str(init)]
+    command += ["--config", str(tmp_path / "settings.json"), "--device", "cpu"]
+    processes = []
+    for rank in range(2):
+        shared = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GROUP_RANK": "0"}
+        shared |= {"TORCHELASTIC_RUN_ID": "test"}
+        processes.append(
+            subprocess.Popen(
+                [*command, "--out", str(tmp_path / "two.safetensors")],
+                env=os.environ | shared, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    finetune(dataset, CONFIG, init, tmp_path / "one.safetensors")
+    # biases before InstanceNorm have no gradient but rounding, which Adam blows up: what the models do is compared
+    pair = PairLoader(Preprocessing(spacing=(2.5, 2.5, 2.5)), 4, True)(dataset.split("registration_val")[0])
+    with torch.inference_mode():
+        one, two = (
+            checkpoint.load(tmp_path / f"{name}.safetensors")[0].eval()(pair.moving, pair.fixed)
+            for name in ("one", "two")
+        )
+        start = checkpoint.load(init)[0].eval()(pair.moving, pair.fixed)
+    moved = float((one - start).abs().max())
+    assert float((one - two).abs().max()) < 0.01 * moved
+
+
+def test_a_killed_process_resumes_to_the_same_weights(dataset, init, tmp_path):
+    """A real process, really killed."""
+    run = dataclasses.replace(CONFIG.training, iterations=20, pairs=1, validate_every=20)
+    config = dataclasses.replace(CONFIG, training=run)
+    (tmp_path / "settings.json").write_text(json.dumps(plain(config)))
+    command = "import torch; torch.set_num_threads(1); from MorphSeekLib.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "finetune", str(dataset.path), "--init", str(init), "--device", "cpu",
+         "--config", str(tmp_path / "settings.json"), "--out", str(tmp_path / "cut.safetensors")],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "cut.safetensors.state").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut.safetensors").exists(), "it was killed before its end"
+    finetune(dataset, config, init, tmp_path / "cut.safetensors")
+    finetune(dataset, config, init, tmp_path / "whole.safetensors")
+    same(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
+
+
+def plain(config):
+    """Settings as a file holds them: without what is unset."""
+    return {
+        name: {k: v for k, v in table.items() if v is not None} if isinstance(table, dict) else table
+        for name, table in to_dict(config).items()
+    }
