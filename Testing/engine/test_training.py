@@ -17,6 +17,7 @@ from cases import blob_grid, blob_labels, write_dataset
 from MorphSeekLib import checkpoint, fields
 from MorphSeekLib.datasets import PairLoader, load_dataset
 from MorphSeekLib.errors import Cancelled, MorphSeekError
+from MorphSeekLib.finetuning import FinetuneConfig
 from MorphSeekLib.images import write_image
 from MorphSeekLib.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing, normalize
@@ -334,7 +335,7 @@ def test_recipes_are_valid():
     recipes = sorted((Path(__file__).parents[2] / "Resources" / "Training").glob("*.toml"))
     assert recipes
     for recipe in recipes:
-        assert load(TrainingConfig, recipe).title
+        assert load(FinetuneConfig if "finetune" in recipe.name else TrainingConfig, recipe).title
 
 
 def test_training_runs_on_the_device_asked_for(dataset, tmp_path):
