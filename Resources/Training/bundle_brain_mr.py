@@ -1,6 +1,6 @@
 """Make the bundled checkpoint from the trained one: the working grid it is used on, and measured figures on its card.
 
-    python Resources/Training/bundle_brain_mr.py TRAINED.safetensors [--figures Testing/benchmarks/results/brain_model.json]
+    python Resources/Training/bundle_brain_mr.py TRAINED.safetensors [--figures brain_model.json]
 
 The network was trained at 2 mm. On the two validation pairs of brain_oasis (which no training saw) it did better on a
 finer grid: mean Dice 0.607 at 2 mm, 0.632 at 1.5 mm (two steps each; 0.518 before; three steps: 0.600 and 0.621). So
