@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.table import Table
 
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent
+
+if TYPE_CHECKING:
+    from .refinement import RefinementSettings
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +39,10 @@ Steps = Annotated[int | None, typer.Option(help="Refinement steps; what the mode
 Align = Annotated[
     str | None, typer.Option(help="none, center, rigid or affine before the network; what the model wants by default.")
 ]
+Refine = Annotated[
+    int, typer.Option(help="Iterations that fit this pair without labels, after the network: slower and more exact.")
+]
+RefineBy = Annotated[str, typer.Option(help="What --refine fits: lncc (one modality), mind (two) or mse.")]
 
 
 @app.command()
@@ -47,6 +54,8 @@ def register(
     steps: Steps = None,
     device: Device = "auto",
     align: Align = None,
+    refine: Refine = 0,
+    refine_by: RefineBy = "lncc",
     initial_transform: Annotated[
         Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
     ] = None,
@@ -65,6 +74,7 @@ def register(
         from .transforms import read_transform
 
         begin = time.perf_counter()
+        refinement = refinement_of(refine, refine_by)
         check_writable(output)
         on_event(Event("read", 0.0, "Reading the images"))
         images = read_image(fixed), read_image(moving)
@@ -88,6 +98,7 @@ def register(
             fixed_labels=labels[0],
             moving_labels=labels[1],
             inverse=inverse,
+            refinement=refinement,
             on_event=on_event,
             cancelled=cancelled,
         )
@@ -109,6 +120,8 @@ def evaluate(
     steps: Steps = None,
     device: Device = "auto",
     align: Align = None,
+    refine: Refine = 0,
+    refine_by: RefineBy = "lncc",
 ) -> None:
     """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ per pair and their means."""
     with job() as (on_event, cancelled):
@@ -116,9 +129,13 @@ def evaluate(
         from .evaluation import evaluate as run
         from .registration import load_model
 
+        refinement = refinement_of(refine, refine_by)
         data = load_dataset(dataset)
         loaded = load_model(model, device)
-        result = run(data, split, loaded, out, steps=steps, align=align, on_event=on_event, cancelled=cancelled)
+        result = run(
+            data, split, loaded, out, steps=steps, align=align, refinement=refinement, on_event=on_event,
+            cancelled=cancelled,
+        )  # fmt: skip
     table = Table("figure", "mean", "standard deviation", title=f"{result['dataset']}, {len(result['pairs'])} pairs")
     for name, mean in result["mean"].items():
         table.add_row(name, f"{mean:.4f}", f"{result['std'][name]:.4f}")
@@ -257,6 +274,18 @@ def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
             signal.signal(signal.SIGINT, before)
     if code:
         raise typer.Exit(code)
+
+
+def refinement_of(iterations: int, similarity: str) -> RefinementSettings:
+    """The refinement that was asked for.
+
+    Raises:
+        MorphSeekError: an unknown similarity or an impossible number.
+    """
+    from .refinement import RefinementSettings
+    from .settings import from_dict
+
+    return from_dict(RefinementSettings, {"iterations": iterations, "similarity": similarity}, "refinement")
 
 
 def print_report(report: dict) -> None:

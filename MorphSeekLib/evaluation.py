@@ -17,7 +17,9 @@ from .events import Event, OnEvent, checkpoint_for, ignore, never
 from .geometry import Volume
 from .images import check_labels, read_image, read_labels
 from .metrics import dice_per_label, hd95_per_label
+from .refinement import RefinementSettings
 from .registration import LoadedModel, register
+from .settings import to_dict
 
 DEFINITIONS = {
     "dice": "mean over labels of 2|A and B| / (|A| + |B|); nearest-neighbour warped labels on the fixed image's grid; "
@@ -37,6 +39,7 @@ def evaluate(
     *,
     steps: int | None = None,
     align: str | None = None,
+    refinement: RefinementSettings | None = None,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] = never,
 ) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def evaluate(
         dataset, split: pairs with label maps on both sides.
         model: from :func:`MorphSeekLib.registration.load_model`.
         out: the JSON file.
-        steps, align: as for :func:`MorphSeekLib.registration.register`.
+        steps, align, refinement: as for :func:`MorphSeekLib.registration.register`.
 
     Returns:
         what was written: settings, definitions, mean and standard deviation, and a row per pair.
@@ -61,7 +64,7 @@ def evaluate(
     for index, pair in enumerate(pairs):
         checkpoint()
         on_event(Event("step", index / len(pairs), f"Pair {index + 1} of {len(pairs)}", index + 1, len(pairs)))
-        rows.append(_figures(pair, dataset, model, steps, align, cancelled))
+        rows.append(_figures(pair, dataset, model, steps, align, refinement, cancelled))
     names = [k for k, v in rows[0].items() if isinstance(v, float)]
     result = {
         "dataset": dataset.about.get("name", dataset.path.name),
@@ -69,6 +72,7 @@ def evaluate(
         "model": {"name": model.name, "sha256": model.sha256, "title": model.card.title},
         "align": align or model.card.preprocessing.align,
         "steps": steps or model.card.preprocessing.steps,
+        "refinement": to_dict(refinement or RefinementSettings()),
         "device": str(model.device),
         "definitions": DEFINITIONS | {"sdlogj": "standard deviation of log J, see folding_definition"},
         "folding_definition": rows[0]["folding_definition"],
@@ -90,6 +94,7 @@ def _figures(
     model: LoadedModel,
     steps: int | None,
     align: str | None,
+    refinement: RefinementSettings | None,
     cancelled: Callable[[], bool],
 ) -> dict[str, Any]:
     """One row: the figures of a pair."""
@@ -111,6 +116,7 @@ def _figures(
         fixed_labels=fixed_labels,
         moving_labels=moving_labels,
         inverse=False,
+        refinement=refinement,
         cancelled=cancelled,
     )
     warped = result.warped_labels.data

@@ -43,6 +43,8 @@ from .images import check_overlap
 from .metrics import dice_per_label, folding
 from .policy import RegistrationModel, refine
 from .preprocessing import ALIGNMENTS, normalize, working_grid
+from .refinement import RefinementSettings, objective, optimize
+from .settings import to_dict
 from .similarity import lncc
 
 MAX_STEPS = 16
@@ -116,6 +118,7 @@ def register(
     fixed_labels: Volume | None = None,
     moving_labels: Volume | None = None,
     inverse: bool = True,
+    refinement: RefinementSettings | None = None,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] = never,
 ) -> Registration:
@@ -130,6 +133,7 @@ def register(
         initial: fixed point -> moving point (LPS mm); the alignment starts from it.
         fixed_labels, moving_labels: integer volumes on their image's grid; both for Dice; the moving ones are warped.
         inverse: also compute the inverse transform.
+        refinement: optimise this pair from the network's answer on, without labels; None: take the answer as it is.
         on_event: told of every phase.
         cancelled: asked often; True ends the job.
 
@@ -144,6 +148,7 @@ def register(
         raise MorphSeekError(f"{steps} refinement steps were asked for; choose 1 to {MAX_STEPS}.")
     if align not in ALIGNMENTS:
         raise MorphSeekError(f"There is no alignment '{align}'; choose one of {', '.join(ALIGNMENTS)}.")
+    refinement = refinement or RefinementSettings()
     checkpoint = checkpoint_for(cancelled)
     clock = _Clock()
     background = min(0.0, float(moving.data.min()))
@@ -160,14 +165,16 @@ def register(
         )
         check_overlap(fixed, moving, start)
 
-    with clock("network"), memory_advice(device), _interruptible(model.network, checkpoint):
+    with memory_advice(device), _interruptible(model.network, checkpoint):
         grid = working_grid(fixed.grid, card.preprocessing, model.network.multiple_of)
         if math.prod(grid.shape) > MAX_WORKING_VOXELS:
             raise MorphSeekError(
                 f"The fixed image would need a working grid of {' x '.join(map(str, grid.shape))} voxels; crop it to "
                 "the region of interest, or choose a model with a coarser working grid."
             )
-        total, step_figures = _refine(fixed, moving, start, grid, model, steps, on_event, checkpoint)
+        total, step_figures, refined = _refine(
+            fixed, moving, start, grid, model, steps, refinement, clock, on_event, checkpoint
+        )
         transform = dense_from_voxels(total, grid, start)
 
     with clock("resample"), memory_advice(device):
@@ -211,7 +218,12 @@ def register(
         "precision": str(network_precision(device)).removeprefix("torch."),
         "align": align,
         "steps": step_figures,
-        "similarity": {"name": "LNCC, window 9, working grid (1 is best)"} | _similarity_range(step_figures),
+        "refinement": refined,
+        "similarity": {
+            "name": "LNCC, window 9, working grid (1 is best)",
+            "aligned": step_figures[0]["similarity"],
+            "warped": (refined["refined"] if refined else step_figures[-1])["similarity"],
+        },
         "folding": vars(figures).copy(),
         "displacement_mm": _displacement(total, grid),
         "dice": dice,
@@ -229,40 +241,84 @@ def _refine(
     grid: Grid,
     model: LoadedModel,
     steps: int,
+    refinement: RefinementSettings,
+    clock: _Clock,
     on_event: OnEvent,
     checkpoint: Callable[[], None],
-) -> tuple[Tensor, list[dict[str, float]]]:
-    """T steps on the working grid: (1, 3, i, j, k) voxels, and the figures after each step (index 0: before)."""
+) -> tuple[Tensor, list[dict[str, float]], dict[str, Any] | None]:
+    """T steps on the working grid, and K iterations of refinement.
+
+    Returns:
+        (1, 3, i, j, k) voxels; the figures after each step (index 0: before); what the refinement did, or None.
+    """
     preprocessing, device = model.card.preprocessing, model.device
-    on_event(Event("step", 0.3, "Preparing the images", 0, steps))
-    spacing = np.abs(grid.direction) @ grid.spacing  # along the world's axes
-    prepared = [smooth_for_spacing(Volume(normalize(v.data, preprocessing), v.grid), spacing) for v in (fixed, moving)]
-    fixed_working = resample(prepared[0], grid, checkpoint=checkpoint).data[None, None].to(device)
-    moving_data = prepared[1].data[None, None].to(device)
+    done = 0.55 if refinement.iterations else 0.7  # the progress bar's share at the end of the steps
     figures: list[dict[str, float]] = []
 
     def moving_at(total: Tensor) -> Tensor:
         checkpoint()
         return sample(moving_data, map_voxels(total, grid, start, moving.grid))
 
-    def on_step(step: int, total: Tensor, warped: Tensor) -> None:
+    def look(step: int, total: Tensor, warped: Tensor) -> dict[str, float]:
         length = _turned(total, grid).norm(dim=0)
         jacobian = jacobian_determinant(total)
         values = torch.stack(
             [-lncc(fixed_working, warped), length.mean(), 100 * (jacobian <= 0).float().mean()]
         ).tolist()
         names = ("similarity", "mean_displacement_mm", "njd_percent")
-        figures.append({"step": step, **dict(zip(names, values, strict=True))})
+        return {"step": step, **dict(zip(names, values, strict=True))}
+
+    def on_step(step: int, total: Tensor, warped: Tensor) -> None:
+        nonlocal last, before_last
+        before_last, last = last, total
+        figures.append(look(step, total, warped))
         message = f"Refinement step {step} of {steps}"
-        on_event(Event("step", 0.3 + 0.4 * step / steps, message, step, steps, figures[-1]))
+        on_event(Event("step", 0.3 + (done - 0.3) * step / steps, message, step, steps, figures[-1]))
         checkpoint()
 
-    with torch.inference_mode():
-        zero = torch.zeros(1, 3, *grid.shape, device=device)
-        figures.append({"step": 0, "similarity": float(-lncc(fixed_working, moving_at(zero)))})
+    with clock("network"), torch.no_grad():
+        on_event(Event("step", 0.3, "Preparing the images", 0, steps))
+        spacing = np.abs(grid.direction) @ grid.spacing  # along the world's axes
+        prepared = [
+            smooth_for_spacing(Volume(normalize(v.data, preprocessing), v.grid), spacing) for v in (fixed, moving)
+        ]
+        fixed_working = resample(prepared[0], grid, checkpoint=checkpoint).data[None, None].to(device)
+        moving_data = prepared[1].data[None, None].to(device)
+        last = before_last = torch.zeros(1, 3, *grid.shape, device=device)
+        figures.append({"step": 0, "similarity": float(-lncc(fixed_working, moving_at(last)))})
         with network_autocast(device):
             total = refine(model.network, moving_at, fixed_working, steps, on_step)
-    return total, figures
+    if not refinement.iterations:
+        return total, figures, None
+
+    iteration = 0
+
+    def on_iteration() -> None:
+        nonlocal iteration
+        iteration += 1
+        message = f"Fitting this pair, iteration {iteration} of {refinement.iterations}"
+        fraction = done + (0.7 - done) * iteration / refinement.iterations
+        on_event(Event("refine", fraction, message, iteration, refinement.iterations))
+        checkpoint()
+
+    with clock("refinement"):
+        value = objective(fixed_working, moving_at, refinement)
+        with torch.no_grad(), network_autocast(device):
+            latent = model.network.encode(moving_at(before_last), fixed_working)
+        with network_autocast(device):
+            total, objectives = optimize(model.network, latent, before_last, total, value, refinement, on_iteration)
+        with torch.no_grad():
+            after = look(steps, total, moving_at(total))
+    objectives = objectives.tolist()
+    refined = {
+        "settings": to_dict(refinement),
+        "objective": {"network": objectives[0], "refined": min(objectives), "curve": objectives},
+        "network": figures[-1],
+        "refined": after,
+        "definition": "objective: similarity + regularization * diffusion + folding * mean(relu(0.05 - det J)), in "
+        "voxels of the working grid; lower is better",
+    }
+    return total, figures, refined
 
 
 @contextmanager
@@ -330,10 +386,6 @@ def _displacement(total: Tensor, grid: Grid) -> dict[str, float]:
 def _turned(total: Tensor, grid: Grid) -> Tensor:
     """(3, i, j, k) mm of (1, 3, i, j, k) voxels (lengths do not depend on the axes' directions)."""
     return total[0] * torch.from_numpy(grid.spacing).to(total).view(3, 1, 1, 1)
-
-
-def _similarity_range(figures: list[dict[str, float]]) -> dict[str, float]:
-    return {"aligned": figures[0]["similarity"], "warped": figures[-1]["similarity"]}
 
 
 def _describe(grid: Grid) -> dict[str, Any]:

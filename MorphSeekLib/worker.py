@@ -32,8 +32,9 @@ from .errors import Cancelled, MorphSeekError
 from .events import Event
 from .geometry import DenseTransform, Grid, Transform, Volume
 from .images import check_intensities
+from .refinement import RefinementSettings
 from .registration import LoadedModel, load_model, register
-from .settings import to_dict
+from .settings import from_dict, to_dict
 
 PROTOCOL = 1
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
@@ -108,6 +109,7 @@ class Worker:
                     f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
                 )
         initial = _initial(_get(params, "initial", dict, None))
+        refinement = from_dict(RefinementSettings, _get(params, "refinement", dict, {}), "refinement")
         read = time.perf_counter()
         self._report(number, Event("load", 0.01, "Loading the model"))
         model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
@@ -120,6 +122,7 @@ class Worker:
             align=_get(params, "align", str, None),
             initial=initial,
             inverse=_get(params, "inverse", bool, False),
+            refinement=refinement,
             on_event=lambda event: self._report(number, event),
             cancelled=lambda: number in self.cancelled,
             **labels,

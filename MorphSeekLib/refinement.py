@@ -1,0 +1,187 @@
+"""Test-time refinement without labels: optimise the pair at hand, from the network's answer on.
+
+First the policy's latent z of the last step (the decoder's weights keep the field plausible), then the field itself, by
+
+    similarity(fixed, moving o Phi) + lambda_reg diffusion(u) + lambda_fold folding_penalty(u),
+
+by Adam. The lowest objective that was met is kept, so the answer is never worse by it than the network's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import fields
+from .policy import Latent, RegistrationModel, draw
+from .regularizers import diffusion, folding_penalty
+from .similarity import SIMILARITIES
+
+MAX_ITERATIONS = 1000
+
+
+@dataclass(frozen=True)
+class RefinementSettings:
+    """How a pair is refined.
+
+    Attributes:
+        iterations: K in all; 0 leaves the network's answer as it is.
+        latent_share: share of the iterations spent on z, before the field.
+        similarity: "lncc", "mse" or "mind" (for two modalities).
+        regularization: lambda_reg, of the diffusion regulariser in voxels.
+        folding: lambda_fold, of mean(relu(0.05 - det J)).
+        latent_rate, field_rate: Adam's steps, in units of z and in voxels.
+        stride: voxels between the control points of the field's correction.
+    """
+
+    iterations: int = 0
+    latent_share: float = 0.2
+    similarity: str = "lncc"
+    regularization: float = 1.0
+    folding: float = 10.0
+    latent_rate: float = 0.05
+    field_rate: float = 0.1
+    stride: int = 2
+
+    def __post_init__(self) -> None:
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"similarity is '{self.similarity}'; it must be one of {', '.join(SIMILARITIES)}")
+        if not 0 <= self.iterations <= MAX_ITERATIONS:
+            raise ValueError(f"iterations is {self.iterations}; it must be 0 to {MAX_ITERATIONS}")
+        if not 0 <= self.latent_share <= 1:
+            raise ValueError("latent_share must be between 0 and 1")
+        if self.stride < 1:
+            raise ValueError("stride must be at least 1")
+
+
+class Refined(NamedTuple):
+    """The field (1, 3, i, j, k) in voxels, and all objectives met on the way, (n,); the first is the network's."""
+
+    total: Tensor
+    objectives: Tensor
+
+
+Objective = Callable[[Tensor], Tensor]
+
+
+def objective(fixed: Tensor, moving_at: Callable[[Tensor], Tensor], settings: RefinementSettings) -> Objective:
+    """Field (1, 3, i, j, k) -> the scalar that refinement lowers; see the module's text.
+
+    Args:
+        fixed: (1, 1, i, j, k), intensities in [0, 1].
+        moving_at: field -> the moving image warped by it, (1, 1, i, j, k), differentiable.
+    """
+    similarity = SIMILARITIES[settings.similarity]
+
+    def value(total: Tensor) -> Tensor:
+        return (
+            similarity(fixed, moving_at(total))
+            + settings.regularization * diffusion(total)
+            + settings.folding * folding_penalty(total)
+        )
+
+    return value
+
+
+def optimize(
+    model: RegistrationModel,
+    latent: Latent,
+    outer: Tensor,
+    total: Tensor,
+    value: Objective,
+    settings: RefinementSettings,
+    on_iteration: Callable[[], None] = lambda: None,
+) -> Refined:
+    """K iterations on one pair, z first and then the field.
+
+    Args:
+        model: its weights are left alone.
+        latent: the encoder's Gaussian at the state before the last step.
+        outer: (1, 3, i, j, k), that state; voxels.
+        total: (1, 3, i, j, k), the network's answer: ``outer`` composed with the step decoded from ``latent.mu``.
+        value: from :func:`objective`.
+        settings: see there.
+        on_iteration: called after each; may raise to cancel.
+    """
+    on_latent = round(settings.iterations * settings.latent_share)
+    z = latent.mu.detach().clone().requires_grad_()
+    kept = Refined(total, torch.empty(0, device=total.device))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:  # gradients of the weights would cost a third of the time
+        parameter.requires_grad_(False)
+    try:
+        kept = _descend(
+            z, settings.latent_rate, on_latent, value, kept, on_iteration,
+            lambda: fields.compose(outer, model.displacement(model.field(latent, z)).float()),
+        )  # fmt: skip
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+    start = kept.total
+    shape = total.shape[2:]
+    correction = torch.zeros(1, 3, *(-(-n // settings.stride) for n in shape), device=total.device, requires_grad=True)
+    return _descend(
+        correction, settings.field_rate, settings.iterations - on_latent, value, kept, on_iteration,
+        lambda: start + F.interpolate(correction, size=tuple(shape), mode="trilinear", align_corners=True),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def best_of(
+    model: RegistrationModel,
+    latent: Latent,
+    outer: Tensor,
+    total: Tensor,
+    value: Objective,
+    count: int,
+    tau: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Refined:
+    """The best by the objective among the network's answer and ``count`` samples of the last step's latent.
+
+    The rival of :func:`optimize` that needs no gradient; arguments as there.
+    """
+    kept = Refined(total, value(total).view(1))
+    for _ in range(count):
+        z = draw(latent.mu, latent.log_sigma, tau, 1, generator=generator)
+        candidate = fields.compose(outer, model.displacement(model.field(latent, z)).float())
+        kept = _better(kept, candidate, value(candidate))
+    return kept
+
+
+def _descend(
+    variable: Tensor,
+    rate: float,
+    iterations: int,
+    value: Objective,
+    kept: Refined,
+    on_iteration: Callable[[], None],
+    field_of: Callable[[], Tensor],
+) -> Refined:
+    """Adam on one variable; the best field so far, and all objectives."""
+    optimizer = torch.optim.Adam([variable], lr=rate)
+    for _ in range(iterations):
+        optimizer.zero_grad(set_to_none=True)
+        candidate = field_of()
+        loss = value(candidate)
+        loss.backward()
+        kept = _better(kept, candidate.detach(), loss.detach())
+        optimizer.step()
+        on_iteration()
+    if iterations:
+        with torch.no_grad():
+            candidate = field_of()
+            kept = _better(kept, candidate, value(candidate))
+    return kept
+
+
+def _better(kept: Refined, candidate: Tensor, value: Tensor) -> Refined:
+    """The candidate if it has the lowest objective so far; chosen on the device, without waiting for it."""
+    best = kept.objectives.min() if len(kept.objectives) else torch.full_like(value, torch.inf)
+    total = torch.where(value < best, candidate, kept.total)
+    return Refined(total, torch.cat([kept.objectives, value.view(1)]))

@@ -1,0 +1,156 @@
+"""Test-time refinement without labels, beside best-of-J sampling and greedy: Dice, folding and seconds, in one run.
+
+    python Testing/benchmarks/refinement.py DATASET.json CHECKPOINT [--split registration_test] [--refine 0 50 100]
+        [--best-of 16] [--out FILE]
+
+Every method gets the same pairs and the same threads. MorphSeek: the whole of ``register`` without inverse and labels
+(alignment, network, refinement, warp at full resolution, Jacobian). greedy: affine from the image centres, then
+deformable, both NCC radius 2, 100x50x10, then the warped image. Best of J: the label-free objective picks among J
+samples of the last step's latent. Dice is the mean over labels, nearest-neighbour warped; NJD the share of voxels of
+the fixed grid with a Jacobian determinant <= 0 (the whole transform for both); times are medians over the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from picsl_greedy import Greedy3D
+
+from MorphSeekLib import fields
+from MorphSeekLib.checkpoint import software
+from MorphSeekLib.datasets import Pair, load_dataset
+from MorphSeekLib.geometry import Volume, jacobian_volume, resample
+from MorphSeekLib.images import read_image, read_labels, write_image
+from MorphSeekLib.metrics import dice_per_label, folding
+from MorphSeekLib.policy import refine
+from MorphSeekLib.refinement import RefinementSettings, best_of, objective
+from MorphSeekLib.registration import LoadedModel, load_model, register
+from MorphSeekLib.training import PairLoader
+from MorphSeekLib.transforms import read_transform
+
+
+def figures(warped_labels: torch.Tensor, jacobian: torch.Tensor, labels: list[Volume], seconds: float) -> dict:
+    """A row."""
+    dice = dice_per_label(labels[0].data, warped_labels, moving_labels=labels[1].data)
+    found = folding(jacobian=jacobian)
+    return {
+        "dice": statistics.fmean(dice.values()),
+        "njd_percent": found.njd_percent,
+        "sdlogj": found.sdlogj,
+        "seconds": seconds,
+    }
+
+
+def run_morphseek(images: list[Volume], labels: list[Volume], model: LoadedModel, iterations: int) -> dict:
+    """``register --refine iterations``."""
+    begin = time.perf_counter()
+    result = register(*images, model, inverse=False, refinement=RefinementSettings(iterations=iterations))
+    seconds = time.perf_counter() - begin
+    warped = resample(labels[1], images[0].grid, result.transform, mode="nearest")
+    return figures(warped.data, result.jacobian.data, labels, seconds)
+
+
+def run_greedy(images: list[Volume], labels: list[Volume], threads: int) -> dict:
+    """greedy on files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, volume in zip(("fixed", "moving"), images, strict=True):
+            write_image(volume, Path(folder) / f"{name}.nii.gz")
+        common = f"-d 3 -threads {threads} -m NCC 2x2x2 -n 100x50x10"
+        pair = f"-i {folder}/fixed.nii.gz {folder}/moving.nii.gz"
+        begin = time.perf_counter()
+        Greedy3D().execute(f"{common} -a {pair} -ia-image-centers -o {folder}/affine.mat")
+        Greedy3D().execute(f"{common} {pair} -it {folder}/affine.mat -o {folder}/warp.nii.gz")
+        Greedy3D().execute(
+            f"-d 3 -threads {threads} -rf {folder}/fixed.nii.gz -rm {folder}/moving.nii.gz {folder}/out.nii.gz "
+            f"-rc {folder}/whole.nii.gz -r {folder}/warp.nii.gz {folder}/affine.mat"
+        )
+        seconds = time.perf_counter() - begin
+        grid = images[0].grid
+        transform = read_transform(Path(folder) / "whole.nii.gz", grid)
+        # the field is read rightly only if it warps the image as greedy does
+        theirs, ours = read_image(Path(folder) / "out.nii.gz").data, resample(images[1], grid, transform).data
+        inside = (slice(3, -3),) * 3
+        assert (theirs - ours)[inside].abs().max() < 1e-3 * (ours.max() - ours.min())
+        warped = resample(labels[1], grid, transform, mode="nearest")
+        return figures(warped.data, jacobian_volume(transform, grid).data, labels, seconds)
+
+
+def run_best_of(pair: Pair, loader: PairLoader, model: LoadedModel, count: int) -> dict:
+    """Sampling on the working grid (alignment by centres, as in training)."""
+    prepared = loader(pair)
+    last = before = torch.zeros(1, 3, *prepared.fixed.shape[2:])
+
+    def on_step(step: int, total: torch.Tensor, warped: torch.Tensor) -> None:
+        nonlocal last, before
+        before, last = last, total
+
+    def moving_at(total: torch.Tensor) -> torch.Tensor:
+        return fields.warp(prepared.moving, total)
+
+    begin = time.perf_counter()
+    with torch.no_grad():
+        steps = model.card.preprocessing.steps
+        total = refine(model.network, moving_at, prepared.fixed, steps, on_step)
+        latent = model.network.encode(moving_at(before), prepared.fixed)
+        value = objective(prepared.fixed, moving_at, RefinementSettings())
+        generator = torch.Generator().manual_seed(0)
+        total = best_of(model.network, latent, before, total, value, count, generator=generator).total
+    seconds = time.perf_counter() - begin
+    warped = fields.warp(prepared.moving_labels.float(), total, "nearest").int()[0, 0]
+    labels = [Volume(v[0, 0], prepared.grid) for v in (prepared.fixed_labels, prepared.moving_labels)]
+    return figures(warped, fields.jacobian_determinant(total)[0, 0], labels, seconds)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--split", default="registration_test")
+    parser.add_argument("--pairs", type=int, help="only the first so many")
+    parser.add_argument("--refine", type=int, nargs="+", default=[0, 50, 100])
+    parser.add_argument("--best-of", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dataset, model = load_dataset(options.dataset), load_model(options.checkpoint, "cpu")
+    loader = PairLoader(model.card.preprocessing, model.network.multiple_of, centered=True)
+    rows: dict[str, list[dict]] = {}
+    for pair in dataset.split(options.split)[: options.pairs]:
+        images = [read_image(case.image) for case in (pair.fixed, pair.moving)]
+        labels = [read_labels(case.label) for case in (pair.fixed, pair.moving)]
+        for iterations in options.refine:
+            row = run_morphseek(images, labels, model, iterations)
+            rows.setdefault(f"MorphSeek, refine {iterations}", []).append(row)
+        rows.setdefault(f"MorphSeek, best of {options.best_of}", []).append(
+            run_best_of(pair, loader, model, options.best_of)
+        )
+        rows.setdefault("greedy, NCC radius 2", []).append(run_greedy(images, labels, options.threads))
+    names = ("dice", "njd_percent", "sdlogj")
+    means = {
+        method: {name: statistics.fmean(r[name] for r in found) for name in names}
+        | {"seconds": statistics.median(r["seconds"] for r in found)}
+        for method, found in rows.items()
+    }
+    print(f"{'method':<28}{'Dice':>8}{'NJD %':>9}{'SDlogJ':>8}{'seconds':>9}{'x greedy':>10}")
+    for method, row in means.items():
+        row["ratio_to_greedy"] = row["seconds"] / means["greedy, NCC radius 2"]["seconds"]
+        print(
+            f"{method:<28}{row['dice']:>8.4f}{row['njd_percent']:>9.4f}{row['sdlogj']:>8.3f}{row['seconds']:>9.2f}"
+            f"{row['ratio_to_greedy']:>10.2f}"
+        )
+    if options.out:
+        content = {"means": means, "pairs": rows, "model": model.card.title, "software": software()}
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Test-time refinement: it lowers its objective, keeps the best, reaches a known answer, and can be stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cases import blob_grid, blob_image, blob_labels
+from test_registration import random_model
+from typer.testing import CliRunner
+
+from MorphSeekLib import fields
+from MorphSeekLib.cli import app
+from MorphSeekLib.errors import Cancelled
+from MorphSeekLib.images import write_image
+from MorphSeekLib.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.refinement import RefinementSettings, best_of, objective, optimize
+from MorphSeekLib.registration import register
+
+SHAPE = (16, 20, 16)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A smooth image, the same image moved by a known field, and a random network's answer for the pair."""
+    torch.manual_seed(0)
+    noise = torch.nn.functional.avg_pool3d(torch.rand(1, 1, *SHAPE), 5, 1, 2, count_include_pad=False)
+    moving = (noise - noise.min()) / (noise.max() - noise.min())
+    truth = 1.2 * torch.sin(fields.identity(SHAPE) / 5)
+    fixed = fields.warp(moving, truth)
+    settings = {"encoder": (4, 4), "decoder": (4,), "extra": (4,), "norm": "instance", "flow_stride": 2}
+    model = RegistrationModel(ModelSettings(backbone_settings=settings)).eval()
+    torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.02)
+    outer = torch.zeros(1, 3, *SHAPE)
+    with torch.no_grad():
+        latent = model.encode(moving, fixed)
+        total = fields.compose(outer, model.displacement(model.field(latent, latent.mu)))
+    return model, latent, outer, total, fixed, moving, truth
+
+
+def value_of(problem, settings):
+    _, _, _, _, fixed, moving, _ = problem
+    return objective(fixed, lambda u: fields.warp(moving, u), settings)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_never_worse_by_its_own_objective(problem, share):
+    model, latent, outer, total, *_ = problem
+    settings = RefinementSettings(iterations=10, latent_share=share, similarity="mse")
+    value = value_of(problem, settings)
+    before = [p.detach().clone() for p in model.parameters()]
+    count = 0
+
+    def counted() -> None:
+        nonlocal count
+        count += 1
+
+    refined = optimize(model, latent, outer, total, value, settings, counted)
+    assert count == 10
+    assert float(refined.objectives[0]) == pytest.approx(float(value(total)), rel=1e-5)
+    assert float(value(refined.total)) == pytest.approx(float(refined.objectives.min()), rel=1e-5)
+    assert refined.objectives.min() < refined.objectives[0]
+    assert not refined.total.requires_grad
+    assert all(
+        torch.equal(p, q) and p.requires_grad and p.grad is None
+        for p, q in zip(model.parameters(), before, strict=True)
+    )
+
+
+def test_a_diverging_step_keeps_the_networks_answer(problem):
+    model, latent, outer, total, *_ = problem
+    settings = RefinementSettings(iterations=4, latent_share=0.0, field_rate=100.0)
+    refined = optimize(model, latent, outer, total, value_of(problem, settings), settings)
+    assert torch.equal(refined.total, total)
+
+
+def test_finds_a_known_deformation(problem):
+    model, latent, outer, total, _, _, truth = problem
+    settings = RefinementSettings(iterations=150, latent_share=0.1, similarity="mse", regularization=1e-3)
+    refined = optimize(model, latent, outer, total, value_of(problem, settings), settings)
+    inner = (..., *(slice(3, -3),) * 3)
+    error = lambda u: float((u - truth)[inner].norm(dim=1).mean())  # noqa: E731
+    assert error(refined.total) < 0.5 * error(total)
+
+
+def test_best_of_takes_the_lowest(problem):
+    model, latent, outer, total, *_ = problem
+    value = value_of(problem, RefinementSettings())
+    found = best_of(model, latent, outer, total, value, 6, tau=3.0, generator=torch.Generator().manual_seed(0))
+    assert len(found.objectives) == 7
+    assert float(value(found.total)) == pytest.approx(float(found.objectives.min()), rel=1e-5)
+    assert len(set(found.objectives.tolist())) == 7
+
+
+def test_zero_z_and_zero_correction_start_at_the_networks_answer(problem):
+    """With steps too small to matter, what comes back is the network's answer to a hair."""
+    model, latent, outer, total, *_ = problem
+    settings = RefinementSettings(iterations=4, latent_rate=1e-7, field_rate=1e-7)
+    refined = optimize(model, latent, outer, total, value_of(problem, settings), settings)
+    torch.testing.assert_close(refined.total, total, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    labels = [blob_labels(n, blob_grid()) for n in range(2)]
+    return [blob_image(v, n) for n, v in enumerate(labels)]
+
+
+def test_register_reports_the_refinement(pair, tmp_path):
+    model = random_model(tmp_path / "random.safetensors")
+    plain = register(*pair, model, steps=2, inverse=False)
+    assert plain.report["refinement"] is None
+    events = []
+    settings = RefinementSettings(iterations=8)
+    result = register(*pair, model, steps=2, inverse=False, refinement=settings, on_event=events.append)
+    report = result.report["refinement"]
+    assert report["objective"]["refined"] < report["objective"]["network"]
+    assert report["network"] == result.report["steps"][-1]
+    assert result.report["steps"] == plain.report["steps"]
+    assert (
+        result.report["similarity"]["warped"] == report["refined"]["similarity"] > plain.report["similarity"]["warped"]
+    )
+    assert result.report["seconds"]["refinement"] > 0
+    assert [e.step for e in events if e.phase == "refine"] == list(range(1, 9))
+    fractions = [e.fraction for e in events]
+    assert fractions == sorted(fractions)
+
+
+def test_cancel_ends_it(pair, tmp_path):
+    model = random_model(tmp_path / "random.safetensors")
+    seen = []
+
+    def cancelled() -> bool:
+        return len(seen) >= 2
+
+    def on_event(event) -> None:
+        if event.phase == "refine":
+            seen.append(event)
+
+    settings = RefinementSettings(iterations=1000)
+    with pytest.raises(Cancelled):
+        register(*pair, model, inverse=False, refinement=settings, on_event=on_event, cancelled=cancelled)
+    assert len(seen) == 2
+
+
+def test_command_line(pair, tmp_path):
+    random_model(tmp_path / "random.safetensors")
+    for name, volume in zip(("f", "m"), pair, strict=True):
+        write_image(volume, tmp_path / f"{name}.nii.gz")
+    command = ["register", f"{tmp_path}/f.nii.gz", f"{tmp_path}/m.nii.gz", "--model", f"{tmp_path}/random.safetensors"]
+    done = CliRunner().invoke(app, [*command, "--refine", "3", "--refine-by", "mind", "-o", f"{tmp_path}/out"])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["refinement"]["settings"]["similarity"] == "mind"
+    for wrong in (["--refine", "-1"], ["--refine", "3", "--refine-by", "cc"]):
+        refused = CliRunner().invoke(app, [*command, *wrong, "-o", f"{tmp_path}/none"])
+        assert refused.exit_code == 2
+        assert not (tmp_path / "none").exists()
