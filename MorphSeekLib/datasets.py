@@ -1,7 +1,8 @@
 """Cases and pairs: Learn2Reg-style data sets (dataset.json), or a folder of label maps.
 
 dataset.json names splits of cases (``"training": [{"image": ..., "label": ...}]``) and of pairs
-(``"registration_test": [{"fixed": ..., "moving": ...}]``); paths are relative to it.
+(``"registration_test": [{"fixed": ..., "moving": ...}]``); paths are relative to it. A case may name ``"landmarks"``:
+points that correspond, in their order, to those of every other case; see :func:`read_landmarks`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .errors import MorphSeekError
-from .geometry import Grid, Volume, orientation_matrix, resample, smooth_for_spacing
+from .geometry import Grid, Volume, apply_affine, orientation_matrix, resample, smooth_for_spacing
 from .images import check_labels, read_image, read_labels
 from .preprocessing import Preprocessing, normalize, working_grid
 
@@ -23,10 +25,11 @@ IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".mgz")
 
 @dataclass(frozen=True)
 class Case:
-    """One scan: files, either of which may be missing."""
+    """One scan: files, any of which may be missing."""
 
     image: Path | None = None
     label: Path | None = None
+    landmarks: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def load_dataset(path: Path | str) -> Dataset:
     for split, rows in entries.items():
         if "image" in rows[0] or "label" in rows[0]:
             cases[split] = [
-                Case(_file(root, row.get("image"), path), _file(root, row.get("label"), path)) for row in rows
+                Case(*(_file(root, row.get(kind), path) for kind in ("image", "label", "landmarks"))) for row in rows
             ]
             by_image.update(
                 {row["image"]: case for row, case in zip(rows, cases[split], strict=True) if "image" in row}
@@ -122,8 +125,7 @@ def _case(row: dict, side: str, known: dict[str, Case], root: Path, path: Path) 
     image = row.get(side)
     if image in known:
         return known[image]
-    label = row.get(f"{side}_label")
-    return Case(_file(root, image, path), _file(root, label, path))
+    return Case(*(_file(root, name, path) for name in (image, row.get(f"{side}_label"), row.get(f"{side}_landmarks"))))
 
 
 def _file(root: Path, name: str | None, dataset: Path) -> Path | None:
@@ -134,6 +136,36 @@ def _file(root: Path, name: str | None, dataset: Path) -> Path | None:
     return root / name
 
 
+def read_landmarks(path: Path, grid: Grid) -> np.ndarray:
+    """Landmarks of an image, from a Slicer markups file (.mrk.json) or a table of voxel indices (.csv, as Learn2Reg's).
+
+    Args:
+        grid: the image's; a table's indices i, j, k are those of its voxels.
+
+    Returns:
+        (n, 3) LPS mm.
+
+    Raises:
+        MorphSeekError: unreadable, malformed or empty.
+    """
+    try:
+        if path.suffix == ".json":
+            markup = json.loads(path.read_text(encoding="utf-8"))["markups"][0]
+            points = np.array([point["position"] for point in markup["controlPoints"]], dtype=np.float64)
+            if markup.get("coordinateSystem", "LPS") in ("RAS", "0"):
+                points *= (-1, -1, 1)
+        else:
+            points = apply_affine(grid.affine, np.loadtxt(path, delimiter=",", ndmin=2))
+        if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
+            raise ValueError("it must hold three finite numbers a point, and at least one point")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise MorphSeekError(
+            f"The landmarks {path.name} cannot be read ({error}); give a Slicer markups file (.mrk.json), or a .csv "
+            "table without a header, a line 'i,j,k' of voxel indices for each point."
+        ) from error
+    return points
+
+
 @dataclass
 class PreparedPair:
     """A pair on the fixed case's working grid, as a training or validation step takes it.
@@ -142,6 +174,7 @@ class PreparedPair:
         fixed, moving: (1, 1, i, j, k), normalised.
         fixed_labels, moving_labels: (1, 1, i, j, k) int32, or None.
         grid: the working grid.
+        fixed_points, moving_points: (n, 3) landmarks in voxels of the working grid, or None.
     """
 
     fixed: Tensor
@@ -149,6 +182,8 @@ class PreparedPair:
     fixed_labels: Tensor | None
     moving_labels: Tensor | None
     grid: Grid
+    fixed_points: Tensor | None = None
+    moving_points: Tensor | None = None
 
 
 class PairLoader:
@@ -170,8 +205,25 @@ class PairLoader:
             None if volume is None else resample(volume, grid, matrix, mode="nearest").data[None, None]
             for volume, matrix in ((fixed_labels, None), (moving_labels, shift))
         ]
+        points = None, None
+        if pair.fixed.landmarks is not None and pair.moving.landmarks is not None:
+            found = read_landmarks(pair.fixed.landmarks, fixed.grid), read_landmarks(pair.moving.landmarks, moving.grid)
+            if len(found[0]) != len(found[1]):
+                names = f"{pair.fixed.landmarks.name} and {pair.moving.landmarks.name}"
+                raise MorphSeekError(
+                    f"{names} hold {len(found[0])} and {len(found[1])} landmarks; they must correspond one to one."
+                )
+            to_index = np.linalg.inv(grid.affine)
+            points = (
+                torch.from_numpy(apply_affine(to_index, found[0])).float(),
+                torch.from_numpy(apply_affine(to_index @ np.linalg.inv(shift), found[1])).float(),
+            )
         return PreparedPair(
-            resample(fixed, grid).data[None, None], resample(moving, grid, shift).data[None, None], *labels, grid
+            resample(fixed, grid).data[None, None],
+            resample(moving, grid, shift).data[None, None],
+            *labels,
+            grid,
+            *points,
         )
 
     def _read(self, case: Case) -> tuple[Volume, Volume | None]:

@@ -23,7 +23,15 @@ from .datasets import Dataset, Pair, PairLoader, PreparedPair
 from .distributed import World
 from .errors import MorphSeekError
 from .events import Event, OnEvent, ignore, never
-from .grpo import Group, PolicyGradientSettings, next_kl_weight, policy_at, policy_loss, sample_and_score
+from .grpo import (
+    Group,
+    PolicyGradientSettings,
+    advantages,
+    next_kl_weight,
+    policy_at,
+    policy_loss,
+    sample_and_score,
+)
 from .metrics import dice_per_label
 from .policy import RegistrationModel, draw
 from .rewards import RewardSettings, State, common_labels
@@ -132,6 +140,13 @@ def finetune(
     if len(cases) < 2:
         what = "labelled training cases" if needs_labels else "training cases"
         raise MorphSeekError(f"{dataset.path} offers {len(cases)} {what}; fine-tuning needs at least two.")
+    if config.policy.weight > 0 and config.reward.weights.get("landmarks"):
+        bare = next((case for case in cases if case.landmarks is None), None)
+        if bare is not None:
+            raise MorphSeekError(
+                f"The reward 'landmarks' needs landmarks of every training case, but {bare.image.name} has none; name "
+                f"them in {dataset.path.name}, or leave this reward out."
+            )
     loader = PairLoader(preprocessing, model.multiple_of, run.centered)
 
     def pairs_of(iteration: int) -> list[PreparedPair]:
@@ -238,7 +253,7 @@ def _iterate(
     for index, pair in enumerate(pairs):
         seed = (iteration * run.pairs + world.rank + index * world.size) ^ 0x5EED
         generator = generator_for(run.seed + 1, seed)
-        state, batch = _prepare(pair, config, device)
+        state, batch = prepare(pair, config, device)
         for _ in range(run.steps):
             figures.append(_step(model, state, batch, config, kl_weight, run.steps * run.pairs, generator))
             state = state.moved(figures[-1].pop("total"))
@@ -258,8 +273,8 @@ def _iterate(
     return metrics | {"learning_rate": rate, "kl_weight": kl_weight}
 
 
-def _prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -> tuple[State, Batch]:
-    """The pair on the device: hard labels for the reward, shares of the common labels for soft Dice."""
+def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -> tuple[State, Batch]:
+    """A pair on the device before its first step: hard labels for the reward, shares of the common for soft Dice."""
     zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=device)
     to = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
     state = State(
@@ -268,6 +283,8 @@ def _prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -
         zero,
         to(pair.fixed_labels),
         to(pair.moving_labels),
+        to(pair.fixed_points),
+        to(pair.moving_points),
         spacing=tuple(float(s) for s in pair.grid.spacing),
     )
     batch = Batch(state.fixed, state.moving)
@@ -298,16 +315,22 @@ def _step(
         group = sample_and_score(model, step.latent, step.field, state, policy, config.reward, generator)
         gain = policy_loss(policy_at(step.latent, step.field, policy), group, policy)
         loss = loss + policy.weight * gain
-        terms |= _group_figures(group, step.latent.log_sigma) | {"policy_loss": gain.detach()}
+        terms |= _group_figures(group, advantages(group, policy), step.latent.log_sigma) | {
+            "policy_loss": gain.detach()
+        }
         if policy.advance == "greedy":
             total = group.best
     (loss / parts).backward()
     return terms | {"loss": loss.detach(), "total": total}
 
 
-def _group_figures(group: Group, log_sigma: Tensor) -> dict[str, Tensor]:
+def _group_figures(group: Group, advantage: list[Tensor], log_sigma: Tensor) -> dict[str, Tensor]:
+    """For the curves: the group's rewards, its advantages (over trajectories and cells), the policy's sigma."""
     spread = group.rewards.std()
+    flat = torch.cat([a.flatten() for a in advantage])
     return {
+        "advantage_rms": flat.square().mean().sqrt(),
+        "advantage_largest": flat.abs().max(),
         "reward": group.rewards.mean(),
         "reward_best": group.rewards.max(),
         "reward_spread": spread,

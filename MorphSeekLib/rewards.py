@@ -8,7 +8,7 @@ the terms that its settings name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -133,18 +133,20 @@ def folding_magnitude(state: State, total: Tensor) -> Tensor:
     return -torch.relu(-determinant) / determinant[0].numel()
 
 
+def landmark_errors(total: Tensor, fixed_points: Tensor, moving_points: Tensor, spacing: Sequence[float]) -> Tensor:
+    """(J, n) mm between each fixed landmark, mapped by fields (J, 3, i, j, k), and its partner; points as in State."""
+    points = fixed_points.T.view(1, 3, -1, 1, 1)
+    mapped = (points + fields.sample(total, points, padding="border")).flatten(2)
+    scale = torch.tensor(spacing, dtype=mapped.dtype, device=total.device).view(1, 3, 1)
+    return ((mapped - moving_points.T[None]) * scale).norm(dim=1)
+
+
 def landmarks(state: State, total: Tensor) -> Tensor:
     """Gain in mean target registration error, mm; each landmark's gain lies at its fixed voxel."""
     if state.fixed_points is None or state.moving_points is None:
         raise ValueError("The reward 'landmarks' needs landmarks on both images.")
-    points = state.fixed_points.T.view(1, 3, -1, 1, 1)
-    spacing = torch.tensor(state.spacing, device=total.device).view(1, 3, 1)
-
-    def error(u: Tensor) -> Tensor:
-        mapped = (points + fields.sample(u, points, padding="border")).flatten(2)
-        return ((mapped - state.moving_points.T[None]) * spacing).norm(dim=1)  # (J, n)
-
-    gain = (error(state.total) - error(total)) / points.shape[2]
+    where = state.fixed_points, state.moving_points, state.spacing
+    gain = (landmark_errors(state.total, *where) - landmark_errors(total, *where)) / len(state.fixed_points)
     shape = total.shape[2:]
     limits = torch.tensor(shape, device=total.device) - 1
     at = torch.minimum(state.fixed_points.round().long().clamp(min=0), limits)

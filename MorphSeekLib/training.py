@@ -33,6 +33,7 @@ from .metrics import dice_per_label, folding
 from .policy import Latent, ModelSettings, RegistrationModel, kl_to_standard_normal, refine
 from .preprocessing import Preprocessing
 from .regularizers import diffusion, folding_penalty
+from .rewards import landmark_errors
 from .settings import to_dict
 from .similarity import SIMILARITIES
 from .synthesis import LabelMapSource, SynthesisSettings
@@ -386,6 +387,7 @@ VALIDATION_DEFINITIONS = {
     "dice_before": "the same before registration, on the working grid",
     "njd_percent": "share of working-grid voxels with a Jacobian determinant <= 0 (central differences)",
     "sdlogj": "standard deviation of log J over voxels, as metrics.folding defines it",
+    "tre_mm": "mean distance of mapped fixed landmarks to their partners, mm",
 }
 
 
@@ -411,6 +413,9 @@ def validate(
             known, before = pair.fixed_labels[0, 0], pair.moving_labels[0, 0]
             row["dice"] = _mean(dice_per_label(known, warped, moving_labels=before))
             row["dice_before"] = _mean(dice_per_label(known, before, moving_labels=before))
+        if pair.fixed_points is not None and pair.moving_points is not None:
+            spacing = pair.grid.spacing.tolist()
+            row["tre_mm"] = float(landmark_errors(total.cpu(), pair.fixed_points, pair.moving_points, spacing).mean())
         rows.append(row)
     names = rows[0] if rows else {}
     return {name: sum(row[name] for row in rows) / len(rows) for name in names}

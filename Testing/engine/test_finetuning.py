@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from cases import write_dataset
@@ -20,6 +22,7 @@ from MorphSeekLib.datasets import PairLoader, load_dataset
 from MorphSeekLib.errors import Cancelled, MorphSeekError
 from MorphSeekLib.finetuning import FinetuneConfig, FinetuneRun, finetune, score
 from MorphSeekLib.grpo import PolicyGradientSettings
+from MorphSeekLib.images import read_labels
 from MorphSeekLib.policy import ModelSettings, PolicySettings
 from MorphSeekLib.preprocessing import Preprocessing
 from MorphSeekLib.rewards import RewardSettings
@@ -76,7 +79,8 @@ def test_a_run_writes_card_curves_and_lines(dataset, init, tmp_path, place):
     assert card.model.policy.s == "sqrt_n"
     rows = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
-    logged = {"reward", "reward_spread", "groups_without_spread", "kl", "kl_weight", "sigma", "gradient_norm"}
+    logged = {"reward", "reward_spread", "groups_without_spread", "advantage_rms", "advantage_largest"}
+    logged |= {"kl", "kl_weight", "sigma", "gradient_norm"}
     assert logged <= set(rows[0])
     assert "validation/posterior_dice_spread" in rows[1]
     assert rows[1]["kl_weight"] != rows[0]["kl_weight"], "the controller acts"
@@ -130,6 +134,41 @@ def test_label_free_rewards_need_no_labels(dataset, init, tmp_path):
     assert checkpoint.read_card(tmp_path / "m.safetensors").results["validation"] == {}
     with pytest.raises(MorphSeekError, match="0 labelled training cases"):
         finetune(bare, CONFIG, init, tmp_path / "n.safetensors")
+
+
+def with_landmarks(folder, count=4):
+    """The blobs with the eight corners of the core's box and its middle as landmarks, and a held-out middle."""
+    path = write_dataset(folder, count)
+    values = json.loads(path.read_text())
+    for row in values["training"]:
+        labels = read_labels(folder / row["label"])
+        at = (labels.data == 2).nonzero().float()
+        low, high = at.min(dim=0).values, at.max(dim=0).values
+        corners = [[(low, high)[b][c] for c, b in enumerate(bits)] for bits in itertools.product((0, 1), repeat=3)]
+        row["landmarks"] = row["image"].replace(".nii.gz", ".csv")
+        np.savetxt(folder / row["landmarks"], np.array(corners), delimiter=",")
+    path.write_text(json.dumps(values))
+    return load_dataset(path)
+
+
+def test_landmark_rewards_bring_landmarks_together(init, tmp_path):
+    """Rewards of landmarks alone, no label and no image loss: the held-out pair's landmark error falls."""
+    marked = with_landmarks(tmp_path / "marked")
+    config = FinetuneConfig(
+        loss=LossSettings(similarity_weight=0.0, regularization=0.02, kl=0.0),
+        policy=PolicyGradientSettings(
+            trajectories=16, place="field", cell=4, credit="local", reach=1, antithetic=True, advance="mean"
+        ),
+        reward=RewardSettings({"landmarks": 1.0}),
+        training=FinetuneRun(iterations=40, steps=1, validate_every=1, learning_rate=1e-2),
+    )
+    finetune(marked, config, init, tmp_path / "m.safetensors")
+    rows = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
+    errors = [row["validation/tre_mm"] for row in rows]
+    assert sum(errors[-5:]) / 5 < 0.87 * errors[0]
+    bare = load_dataset(write_dataset(tmp_path / "bare"))
+    with pytest.raises(MorphSeekError, match=r"needs landmarks of every training case, but image_0.nii.gz has none"):
+        finetune(bare, config, init, tmp_path / "n.safetensors")
 
 
 def test_labels_limits_the_cases(dataset, init, tmp_path):

@@ -1,0 +1,69 @@
+"""Landmarks of cases: read in either form, and carried to the working grid with the images."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from MorphSeekLib.datasets import Case, Pair, PairLoader, read_landmarks
+from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.geometry import Grid, Volume, apply_affine
+from MorphSeekLib.images import write_image
+from MorphSeekLib.preprocessing import Preprocessing
+
+TURNED = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, -1.0]])
+
+
+def spot(folder, name, index, origin):
+    """An image of one soft bright spot on an oblique, left-handed grid, with the spot as its landmark."""
+    grid = Grid.from_parts((24, 22, 20), (1.0, 1.5, 2.0), TURNED, origin)
+    at = torch.stack(torch.meshgrid(*[torch.arange(n) for n in grid.shape], indexing="ij")).float()
+    distance = (at - torch.tensor(index).view(3, 1, 1, 1)).square().sum(dim=0)
+    write_image(Volume(200 * (-distance / 8).exp(), grid), folder / f"{name}.nii.gz")
+    np.savetxt(folder / f"{name}.csv", [index], delimiter=",")
+    return Case(folder / f"{name}.nii.gz", landmarks=folder / f"{name}.csv")
+
+
+def test_landmarks_lie_where_the_images_say(tmp_path):
+    """On the working grid each landmark is the brightest place of its image, centred or not."""
+    pair = Pair(
+        spot(tmp_path, "fixed", (10.0, 9.0, 11.0), (5, 6, 7)), spot(tmp_path, "moving", (13.0, 12.0, 8.0), (-4, 6, 9))
+    )
+    for centered in (True, False):
+        found = PairLoader(Preprocessing(spacing=(1.2, 1.2, 1.2), align="none"), 4, centered)(pair)
+        for image, points in ((found.fixed, found.fixed_points), (found.moving, found.moving_points)):
+            brightest = np.unravel_index(int(image[0, 0].argmax()), image.shape[2:])
+            assert np.abs(points[0].numpy() - brightest).max() <= 1.0
+
+
+def test_markups_and_tables_agree(tmp_path):
+    grid = Grid.from_parts((10, 10, 10), (1.0, 2.0, 3.0), TURNED, (5, 6, 7))
+    index = np.array([[1.0, 2.0, 3.0], [4.5, 0.0, 9.0]])
+    np.savetxt(tmp_path / "a.csv", index, delimiter=",")
+    expected = apply_affine(grid.affine, index)
+    np.testing.assert_allclose(read_landmarks(tmp_path / "a.csv", grid), expected)
+    for system, sign in (("LPS", (1, 1, 1)), ("RAS", (-1, -1, 1))):
+        points = [{"position": list(p * sign)} for p in expected]
+        markup = {"markups": [{"coordinateSystem": system, "controlPoints": points}]}
+        (tmp_path / "a.mrk.json").write_text(json.dumps(markup))
+        np.testing.assert_allclose(read_landmarks(tmp_path / "a.mrk.json", grid), expected)
+
+
+@pytest.mark.parametrize("text", ["x,y,z\n1,2,3", "1,2\n3,4", "", "1,2,nan"])
+@pytest.mark.filterwarnings("ignore:loadtxt")
+def test_unusable_landmarks_are_named(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(MorphSeekError, match=r"The landmarks a.csv cannot be read .*give a Slicer markups file"):
+        read_landmarks(tmp_path / "a.csv", Grid((4, 4, 4), np.eye(4)))
+
+
+def test_landmarks_must_correspond(tmp_path):
+    pair = Pair(
+        spot(tmp_path, "fixed", (10.0, 9.0, 11.0), (0, 0, 0)), spot(tmp_path, "moving", (9.0, 9.0, 9.0), (0, 0, 0))
+    )
+    (tmp_path / "moving.csv").write_text("1,2,3\n4,5,6\n")
+    with pytest.raises(MorphSeekError, match=r"fixed.csv and moving.csv hold 1 and 2 landmarks"):
+        PairLoader(Preprocessing(align="none"), 4, True)(pair)
