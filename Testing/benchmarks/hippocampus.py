@@ -1,0 +1,311 @@
+"""What fine-tuning adds on the hippocampus data: arms trained from one warm-up on one budget, tested on the same pairs.
+
+    python Testing/benchmarks/hippocampus.py EXPERIMENT DATASET.json [--runs FOLDER] [--part K/N] [--iterations 300]
+        [--out FOLDER]
+
+EXPERIMENT is one of those below: "gain" is the question itself (does GRPO add anything?), "labels" the label-efficiency
+curve, all others are ablations of the paper's form. A run that is done is not done again, so the same command resumes;
+``--part 1/2`` and ``--part 2/2``, started together, share the runs. When no run is missing any more, the table
+(EXPERIMENT.md), all figures (EXPERIMENT.json) and the plot (EXPERIMENT.png) are written to ``--out``.
+
+Every run is ``finetune`` from the same unsupervised warm-up of the plain VoxelMorph (hippocampus.toml without forces);
+its last weights count. Figures are means over the pairs of "registration_test" on the working grid, T steps as trained:
+Dice (hard labels, nearest-neighbour warped, mean over labels), HD95 (mm, Learn2Reg's definition), NJD (share of voxels
+with a Jacobian determinant <= 0, central differences, on the composed field), SDlogJ. p: Wilcoxon signed-rank over the
+pairs, seeds averaged, against the experiment's first arm of the same strength.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from scipy.stats import wilcoxon
+
+from MorphSeekLib import fields
+from MorphSeekLib.checkpoint import load, read_card, software
+from MorphSeekLib.datasets import PairLoader, load_dataset
+from MorphSeekLib.devices import network_autocast
+from MorphSeekLib.finetuning import FinetuneConfig, finetune
+from MorphSeekLib.metrics import dice_per_label, folding, hd95_per_label
+from MorphSeekLib.policy import refine
+from MorphSeekLib.settings import from_dict
+from MorphSeekLib.settings import load as load_settings
+from MorphSeekLib.training import TrainingConfig, warmup
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "Resources/Training/hippocampus.toml"
+WARM_ITERATIONS = 900
+
+Settings = dict[str, Any]
+# table.key -> value, over FinetuneConfig's defaults
+BASE: Settings = {
+    "loss.regularization": 1.0,
+    "loss.folding": 10.0,
+    "loss.dice": 1.0,
+    "policy.weight": 0.0,
+    "training.learning_rate": 3e-4,
+    "training.steps": 3,
+}
+PAPER: Settings = {"policy.weight": 0.05, "reward.weights": {"dice": 1.0, "folding": 1.0}}
+FIELD: Settings = {
+    "policy.weight": 20.0,
+    "policy.place": "field",
+    "policy.cell": 4,
+    "policy.sigma": 0.5,
+    "policy.credit": "local",
+    "policy.scale": "none",
+    "policy.s": "1",
+    "policy.antithetic": True,
+    "policy.advance": "mean",
+    "reward.weights": {"dice": 1.0, "folding": 20.0},
+}
+# the strength of regularisation
+STRENGTHS: dict[str, Settings] = {"strong": {}, "weak": {"loss.regularization": 0.3, "loss.folding": 3.0}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        settings: over BASE.
+        strengths: names in STRENGTHS.
+        seeds: of the training, at the first strength; the first of them at the others.
+        iterations: in units of the experiment's.
+        warm: start from the warm-up; else from fresh weights.
+    """
+
+    settings: Settings
+    strengths: tuple[str, ...] = ("strong",)
+    seeds: tuple[int, ...] = (0,)
+    iterations: int = 1
+    warm: bool = True
+
+
+BOTH = ("strong", "weak")
+FIRST = {"soft Dice": Arm({})}
+EXPERIMENTS: dict[str, dict[str, Arm]] = {
+    "gain": {
+        "soft Dice, T = 3": Arm({}, BOTH, (0, 1, 2)),
+        "warm-up only": Arm({"loss.dice": 0.0}, BOTH),
+        "soft Dice, T = 1": Arm({"training.steps": 1}, BOTH, iterations=3),
+        "+ GRPO, latent (paper)": Arm(PAPER, BOTH),
+        "+ GRPO, field, local credit": Arm(FIELD, BOTH, (0, 1, 2)),
+    },
+    # the same question with the losses' own balance moved towards Dice and against folds
+    "balance": {
+        "soft Dice 3, fold penalty 100": Arm({"loss.dice": 3.0, "loss.folding": 100.0}),
+        "soft Dice 3": Arm({"loss.dice": 3.0}),
+        "soft Dice 3, fold penalty 100, + GRPO, field": Arm(FIELD | {"loss.dice": 3.0, "loss.folding": 100.0}),
+    },
+    "labels": {
+        f"{name}, {cases} cases": Arm(settings | {"training.labels": cases})
+        for name, settings in (("soft Dice", {}), ("+ GRPO, field", FIELD))
+        for cases in (15, 38, 75, 150)
+    },
+    # rewards that no differentiable loss here expresses
+    "rewards": {
+        "soft Dice": Arm({}, seeds=(0, 1, 2)),
+        "+ surface tail (HD95)": Arm(
+            FIELD | {"policy.weight": 1.0, "reward.weights": {"surface_tail": 1.0, "folding": 400.0}}, seeds=(0, 1, 2)
+        ),
+        "+ folding count alone": Arm(FIELD | {"reward.weights": {"folding": 20.0}}),
+        "rewards alone, no soft Dice": Arm(FIELD | {"loss.dice": 0.0}),
+        "LNCC gain alone, no labels": Arm(FIELD | {"loss.dice": 0.0, "reward.weights": {"lncc": 1.0, "folding": 1.0}}),
+    },
+    "places": FIRST
+    | {
+        "latent (paper)": Arm(PAPER),
+        "latent, shuffled in effect (tau 0.01)": Arm(PAPER | {"policy.tau": 0.01}),
+        "latent, local credit": Arm(PAPER | {"policy.credit": "local", "policy.reach": 1}),
+        "level 1": Arm(PAPER | {"policy.levels": (1,), "policy.credit": "local", "policy.reach": 1}),
+        "levels 0 and 1": Arm(PAPER | {"policy.levels": (0, 1), "policy.credit": "local", "policy.reach": 1}),
+        "field, every 8": Arm(FIELD | {"policy.cell": 8}),
+        "field, every 4": Arm(FIELD),
+        "field, every 4, one reward": Arm(FIELD | {"policy.credit": "trajectory"}),
+    },
+    "trajectories": FIRST
+    | {
+        f"J = {j}, T = {t}": Arm(PAPER | {"policy.trajectories": j, "training.steps": t})
+        for j in (2, 6, 16)
+        for t in (1, 3)
+    },
+    "likelihood": FIRST
+    | {f"s = {name}": Arm(PAPER | {"policy.s": s}) for name, s in (("1", "1"), ("root N", "sqrt_n"), ("N", "2304"))},
+    "temperature": FIRST | {f"tau = {tau}": Arm(PAPER | {"policy.tau": tau}) for tau in (0.3, 1.0, 2.0)},
+    "warmup": {"with warm-up": Arm(PAPER), "without": Arm(PAPER, warm=False)},
+    "kl": {"with KL": Arm(PAPER), "without": Arm(PAPER | {"loss.kl": 0.0})},
+    "similarity": {"with similarity": Arm(PAPER), "without": Arm(PAPER | {"loss.similarity_weight": 0.0})},
+}
+
+
+def config_of(settings: Settings, iterations: int, seed: int) -> FinetuneConfig:
+    """The run's settings; its best weights are its last."""
+    run = {"training.iterations": iterations, "training.validate_every": iterations, "training.save_every": 50}
+    tables: dict[str, dict] = {}
+    for key, value in (BASE | settings | run | {"training.seed": seed, "training.folding_limit": 100.0}).items():
+        table, name = key.split(".")
+        tables.setdefault(table, {})[name] = value
+    return from_dict(FinetuneConfig, tables)
+
+
+def hash_of(config: FinetuneConfig) -> int:
+    """The same number for the same settings, in every process."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+
+
+def initial(dataset: Path, folder: Path, warm: bool, first: bool) -> Path:
+    """The checkpoint that all arms start from; the first part trains it, the others wait for it."""
+    out = folder / ("warm.safetensors" if warm else "fresh.safetensors")
+    while not out.is_file() and not first:
+        time.sleep(5)
+    if not out.is_file():
+        config = load_settings(TrainingConfig, RECIPE)
+        plain = dict(config.model.backbone_settings) | {"forces": 0, "features": 0}
+        run = dataclasses.replace(config.training, iterations=WARM_ITERATIONS if warm else 1)
+        config = dataclasses.replace(
+            config, training=run, model=dataclasses.replace(config.model, backbone_settings=plain)
+        )
+        print(f"training {out.name}", flush=True)
+        warmup(load_dataset(dataset), config, out)
+    return out
+
+
+@torch.inference_mode()
+def test(dataset: Path, checkpoint: Path) -> list[dict[str, float]]:
+    """A row a test pair."""
+    model, card = load(checkpoint)
+    model.eval()
+    loader = PairLoader(card.preprocessing, model.multiple_of, centered=True)
+    rows = []
+    for pair in load_dataset(dataset).split("registration_test"):
+        prepared = loader(pair)
+        with network_autocast(torch.device("cpu")):
+            total = refine(
+                model, lambda u, p=prepared: fields.warp(p.moving, u), prepared.fixed, card.preprocessing.steps
+            )
+        warped = fields.warp(prepared.moving_labels.float(), total, "nearest").int()[0, 0]
+        known, before = prepared.fixed_labels[0, 0], prepared.moving_labels[0, 0]
+        found = folding(total)
+        dice = dice_per_label(known, warped, moving_labels=before)
+        distance = hd95_per_label(known, warped, prepared.grid.spacing, moving_labels=before)
+        rows.append(
+            {
+                "dice": statistics.fmean(dice.values()),
+                "hd95": statistics.fmean(distance.values()),
+                "njd_percent": found.njd_percent,
+                "sdlogj": found.sdlogj,
+            }
+        )
+    return rows
+
+
+def report(name: str, results: dict[tuple[str, str], list[dict]], out: Path, iterations: int) -> None:
+    """Table, figures and plot; ``results``: (arm, strength) -> a result a seed."""
+    first = next(iter(EXPERIMENTS[name]))
+    lines = [
+        f"# {name}: {iterations} iterations from one warm-up, 60 test pairs\n",
+        "| arm | strength | seeds | Dice | HD95 mm | NJD % | SDlogJ | training s | p (Dice) | p (NJD) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    table = []
+    for (arm, strength), found in results.items():
+        per_pair = {k: _seeds_averaged(found, k) for k in found[0]["pairs"][0]}
+        mean = {k: statistics.fmean(v) for k, v in per_pair.items()}
+        tests = {}
+        if arm != first:
+            other = results[first, strength] if (first, strength) in results else results[first, "strong"]
+            for k in ("dice", "njd_percent", "hd95"):
+                reference = _seeds_averaged(other, k)
+                differs = any(a != b for a, b in zip(per_pair[k], reference, strict=True))
+                tests[k] = float(wilcoxon(per_pair[k], reference).pvalue) if differs else 1.0
+        seconds = statistics.fmean(r["seconds"] for r in found)
+        by_seed = {k: [statistics.fmean(row[k] for row in r["pairs"]) for r in found] for k in mean}
+        deviation = f" ± {statistics.stdev(by_seed['dice']):.4f}" if len(found) > 1 else ""
+        p = [f"{tests[k]:.2g}" if tests else "" for k in ("dice", "njd_percent")]
+        lines.append(
+            f"| {arm} | {strength} | {len(found)} | {mean['dice']:.4f}{deviation} | {mean['hd95']:.3f} "
+            f"| {mean['njd_percent']:.4f} | {mean['sdlogj']:.3f} | {seconds:.0f} | {p[0]} | {p[1]} |"
+        )
+        table.append({"arm": arm, "strength": strength, "mean": mean, "by_seed": by_seed, "p": tests, "runs": found})
+        axes.plot(mean["njd_percent"], mean["dice"], "o" if strength == "strong" else "^", label=f"{arm} ({strength})")
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xlabel("NJD, % of voxels")
+    axes.set_ylabel("Dice")
+    axes.set_title("60 test pairs; better is up and to the left")
+    axes.legend(fontsize=7)
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    content = {"iterations": iterations, "base": BASE, "arms": table, "software": software()}
+    (out / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    print("\n".join(lines))
+
+
+def _seeds_averaged(results: list[dict], figure: str) -> list[float]:
+    """A value a pair."""
+    return [
+        statistics.fmean(values) for values in zip(*([row[figure] for row in r["pairs"]] for r in results), strict=True)
+    ]
+
+
+def main() -> None:
+    """Train what is missing; report when nothing is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/hippocampus"))
+    parser.add_argument("--part", default="1/1")
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=ROOT / "Testing/benchmarks/results")
+    options = parser.parse_args()
+    part, parts = (int(n) for n in options.part.split("/"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // parts))
+    options.runs.mkdir(parents=True, exist_ok=True)
+    runs = [
+        (arm, strength, seed)
+        for arm, settings in EXPERIMENTS[options.experiment].items()
+        for strength in settings.strengths
+        for seed in settings.seeds[: None if strength == settings.strengths[0] else 1]
+    ]
+    results: dict[tuple[str, str], list[dict]] = {}
+    missing = False
+    for number, (name, strength, seed) in enumerate(runs):
+        arm = EXPERIMENTS[options.experiment][name]
+        config = config_of(STRENGTHS[strength] | arm.settings, options.iterations * arm.iterations, seed)
+        # by its settings: experiments that share a run train it once
+        key = f"{'warm' if arm.warm else 'fresh'}-{hash_of(config):016x}"
+        file = options.runs / f"{key}.json"
+        if not file.is_file() and number % parts == part - 1:
+            print(f"run {number + 1} of {len(runs)}: {name}, {strength}, seed {seed}", flush=True)
+            init = initial(options.dataset, options.runs, arm.warm, part == 1)
+            checkpoint = finetune(load_dataset(options.dataset), config, init, options.runs / f"{key}.safetensors")
+            seconds = read_card(checkpoint).provenance["seconds"]
+            rows = test(options.dataset, checkpoint)
+            content = {"name": name, "strength": strength, "seed": seed, "settings": dataclasses.asdict(config)}
+            file.write_text(json.dumps(content | {"seconds": seconds, "pairs": rows}) + "\n")
+            print({k: round(statistics.fmean(r[k] for r in rows), 4) for k in rows[0]}, f"{seconds:.0f} s", flush=True)
+        if file.is_file():
+            results.setdefault((name, strength), []).append(json.loads(file.read_text()))
+        else:
+            missing = True
+    if not missing:
+        report(options.experiment, results, options.out, options.iterations)
+
+
+if __name__ == "__main__":
+    main()
