@@ -119,7 +119,7 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
     "rewards": {
         "soft Dice": Arm({}, seeds=(0, 1, 2)),
         "+ surface tail (HD95)": Arm(
-            FIELD | {"policy.weight": 1.0, "reward.weights": {"surface_tail": 1.0, "folding": 400.0}}, seeds=(0, 1, 2)
+            FIELD | {"reward.weights": {"surface_tail": 0.3, "folding": 20.0}}, seeds=(0, 1, 2)
         ),
         "+ folding count alone": Arm(FIELD | {"reward.weights": {"folding": 20.0}}),
         "rewards alone, no soft Dice": Arm(FIELD | {"loss.dice": 0.0}),
@@ -175,9 +175,11 @@ def initial(dataset: Path, folder: Path, warm: bool, first: bool) -> Path:
     if not out.is_file():
         config = load_settings(TrainingConfig, RECIPE)
         plain = dict(config.model.backbone_settings) | {"forces": 0, "features": 0}
-        run = dataclasses.replace(config.training, iterations=WARM_ITERATIONS if warm else 1)
         config = dataclasses.replace(
-            config, training=run, model=dataclasses.replace(config.model, backbone_settings=plain)
+            config,
+            training=dataclasses.replace(config.training, iterations=WARM_ITERATIONS if warm else 1),
+            loss=dataclasses.replace(config.loss, regularization=1.0),
+            model=dataclasses.replace(config.model, backbone_settings=plain),
         )
         print(f"training {out.name}", flush=True)
         warmup(load_dataset(dataset), config, out)
