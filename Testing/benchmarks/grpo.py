@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from MorphSeekLib import fields
+from MorphSeekLib.devices import training_autocast
 from MorphSeekLib.finetuning import FinetuneConfig
 from MorphSeekLib.grpo import Group, PolicyGradientSettings, expand_latent, policy_at, policy_loss, sample_and_score
 from MorphSeekLib.policy import ModelSettings, RegistrationModel, draw
@@ -67,7 +68,9 @@ def graph(model: RegistrationModel, state: State, batch: Batch, policy: PolicyGr
         gaussians = policy_at(step.latent, step.field, policy)
         generator = torch.Generator().manual_seed(0)
         samples = draw(*gaussians[0], policy.tau, policy.trajectories, generator=generator).requires_grad_()
-        steps_j = model.displacement(model.field(expand_latent(step.latent, len(samples)), samples))
+        with training_autocast(samples.device):
+            field = model.field(expand_latent(step.latent, len(samples)), samples)
+        steps_j = model.displacement(field.float())
         totals = fields.compose(state.total, steps_j)
         maps = reward_map(state, totals, CONFIG.reward)
         rewards = maps.flatten(1).sum(dim=1)
