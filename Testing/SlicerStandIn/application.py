@@ -352,7 +352,7 @@ class Packaging:
 class SampleDataLogic:
     """SampleData.SampleDataLogic: what is registered stands in ``sources``."""
 
-    sources: list[dict] = []  # noqa: RUF012 - one list for all, as in Slicer
+    sources: list[dict] = []
 
     @staticmethod
     def registerCustomSampleDataSource(

@@ -269,7 +269,7 @@ def _all_nodes(scene) -> list:
 
 
 class ctkCollapsibleButton(QAbstractButton):
-    """A header to fold away what lies below it. Children that were hidden before it closed stay hidden when it opens."""
+    """A header to fold away what lies below it. What was hidden before it closed stays hidden when it opens."""
 
     contentsCollapsed = Signal(bool)
 
