@@ -45,6 +45,7 @@ class Views(QtWidgets.QWidget):
     def __init__(self, application: SlicerStandIn.Application) -> None:
         super().__init__()
         self.views = application.open_views(VIEW)
+        self.setAttribute(QtCore.Qt.WidgetAttribute.WA_StyledBackground)
         self.setStyleSheet("background: black")
         layout = QtWidgets.QGridLayout(self)
         layout.setSpacing(2)
@@ -103,7 +104,7 @@ def add_volume(name: str, volume):
     node.CreateDefaultDisplayNodes()
     array = slicer.util.arrayFromVolume(node)
     node.GetDisplayNode().AutoWindowLevelOff()
-    node.GetDisplayNode().SetWindowLevelMinMax(0.0, 1.3 * float(np.percentile(array[array > 0], 99.0)))
+    node.GetDisplayNode().SetWindowLevelMinMax(0.0, 1.05 * float(np.percentile(array[array > 0], 99.0)))
     return node
 
 

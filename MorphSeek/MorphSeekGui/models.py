@@ -93,7 +93,8 @@ def describe(model: Model) -> str:
     card = model.card
     lines = [(_("Model"), model.title), (_("Trained on"), _trained_on(card)), (_("Works on"), _grid(card))]
     lines += [(_("Measured"), text) for text in _figures(card)]
-    lines += [(_("Licence"), card.get("licence") or _("not stated")), (_("File"), str(model.path.name))]
+    lines += [(_("Licence"), card.get("licence") or _("not stated"))]
+    lines += [(_("File"), str(model.path))] if model.name == str(model.path) else []
     rows = (
         f"<tr><td style='padding-right:8px;color:gray'>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>"
         for name, text in lines

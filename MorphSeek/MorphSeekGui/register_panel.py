@@ -496,4 +496,4 @@ def _summary(report: dict) -> str:
     seconds = (report.get("seconds") or {}).get("total")
     if seconds is not None:
         lines.append(_("{n:.1f} s on {device}.").format(n=seconds, device=report.get("device", "?")))
-    return " ".join(lines)
+    return "\n".join(lines)
