@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo preview test lint clean
 
 setup: .venv/ready
 
@@ -15,6 +15,10 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/morphseek demo --output demo-output
 
+# the panel without Slicer: a window, or without a screen pictures in preview/
+preview: setup
+	$(BIN)/python Testing/preview.py
+
 test: setup
 	$(BIN)/python -m pytest -n 2
 
@@ -23,4 +27,4 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build demo-output runs *.egg-info
+	rm -rf .venv build demo-output preview runs *.egg-info

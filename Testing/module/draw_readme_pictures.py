@@ -60,7 +60,7 @@ def read_result(fixed: Path, folder: Path) -> scene.RegistrationNodes:
         warped=warped,
         transform=transform,
         jacobian=read_volume(folder / "jacobian.nii.gz"),
-        folding=scene._add_folding(slicer.mrmlScene, "folding", folding),
+        folding=scene._fill_folding(scene._new_folding(slicer.mrmlScene, "folding"), folding),
     )
 
 
