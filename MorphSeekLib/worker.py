@@ -132,6 +132,7 @@ class Worker:
         folding = Volume((result.jacobian.data <= 0).to(torch.uint8), fixed.grid)
         answer = {
             "warped": _reference(result.warped, output / "warped.npy"),
+            "aligned": _reference(result.aligned, output / "aligned.npy"),
             "jacobian": _reference(result.jacobian, output / "jacobian.npy"),
             "folding": _reference(folding, output / "folding.npy"),
             "warped_labels": _reference(result.warped_labels, output / "warped_labels.npy"),

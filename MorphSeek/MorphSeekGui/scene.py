@@ -33,6 +33,10 @@ except ImportError:  # slicer-core has no translations
 
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
+# the transform node's attribute that holds the report; it marks the transform as a registration's result
+REPORT = "MorphSeek.Report"
+_ROLES = ("fixed", "moving", "warped", "jacobian", "folding", "inverse", "aligned", "warped_labels")
+_OPTIONAL = ("inverse", "aligned", "warped_labels")
 # an initial transform is sampled on at most about this many points of the fixed grid (a 1 mm head has seven million)
 _MOST_SAMPLES = 8_000_000
 _SAME_MM = 1e-3
@@ -77,6 +81,8 @@ class RegistrationNodes:
         inverse: the other way round, or None.
         jacobian: determinant of the transform's Jacobian on the fixed grid; 1 keeps volume, <= 0 is folded.
         folding: segmentation with one segment, where the Jacobian is <= 0.
+        aligned: the moving volume on the fixed grid after the alignment alone, for "before"; None from a worker that
+            sends none.
         warped_labels: the moving labels on the fixed grid, or None.
         report: the engine's figures (report.json).
     """
@@ -88,6 +94,7 @@ class RegistrationNodes:
     jacobian: slicer.vtkMRMLScalarVolumeNode
     folding: slicer.vtkMRMLSegmentationNode
     inverse: slicer.vtkMRMLTransformNode | None = None
+    aligned: slicer.vtkMRMLScalarVolumeNode | None = None
     warped_labels: slicer.vtkMRMLLabelMapVolumeNode | None = None
     report: dict = field(default_factory=dict)
 
@@ -282,14 +289,16 @@ def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labe
     none is left.
 
     Args:
-        result: {"warped", "displacement", "inverse", "jacobian", "folding", "warped_labels", "report"}: references as
-            :func:`load_image` takes them, in the coordinates that were sent.
+        result: {"warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels", "report"}:
+            references as :func:`load_image` takes them, in the coordinates that were sent.
         fixed, moving: the volume nodes that were sent.
         moving_to_space: (4, 4) RAS, the moving volume's own coordinates -> those it was sent in; None if the same.
         labels: the moving labels that were sent, for the names and colours of the warped ones.
     """
-    names = ("warped", "displacement", "inverse", "jacobian", "folding", "warped_labels")
-    warped, displacement, inverse, jacobian, folding, warped_labels = (load_image(result.get(n)) for n in names)
+    names = ("warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels")
+    warped, aligned, displacement, inverse, jacobian, folding, warped_labels = (
+        load_image(result.get(n)) for n in names
+    )
     back = None if moving_to_space is None else np.linalg.inv(moving_to_space)
     transform = grid_transform(displacement, target=back)
     inverse = None if inverse is None else grid_transform(inverse, source=back)
@@ -305,13 +314,38 @@ def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labe
             report=result.get("report") or {},
         )
         nodes.folding.SetReferenceImageGeometryParameterFromVolumeNode(nodes.warped)
-        nodes.transform.SetAttribute("MorphSeek.Report", json.dumps(nodes.report))
         _copy_window(moving, nodes.warped)
+        if aligned is not None:
+            nodes.aligned = _add_volume(scene, f"{title} aligned", aligned)
+            _copy_window(moving, nodes.aligned)
         if inverse is not None:
             nodes.inverse = _add_transform(scene, f"{fixed.GetName()} to {title}", inverse, moving, fixed)
         if warped_labels is not None:
             nodes.warped_labels = _add_label_map(scene, f"{title} warped labels", warped_labels, labels or Labels(None))
+        _remember(nodes)
     return nodes
+
+
+def _remember(nodes: RegistrationNodes) -> None:
+    """Make the transform node know its registration, so that a saved scene still does when it is loaded again."""
+    nodes.transform.SetAttribute(REPORT, json.dumps(nodes.report))
+    for role in _ROLES:
+        node = getattr(nodes, role)
+        nodes.transform.SetNodeReferenceID(f"MorphSeek.{role}", node.GetID() if node is not None else None)
+
+
+def result_nodes(transform) -> RegistrationNodes | None:
+    """The registration that a transform node came from, or None if it is none of ours or not all of it is left."""
+    if transform is None or transform.GetAttribute(REPORT) is None:
+        return None
+    parts = {role: transform.GetNodeReference(f"MorphSeek.{role}") for role in _ROLES}
+    if any(parts[role] is None for role in _ROLES if role not in _OPTIONAL):
+        return None
+    try:
+        report = json.loads(transform.GetAttribute(REPORT))
+    except ValueError:
+        report = {}
+    return RegistrationNodes(transform=transform, report=report, **parts)
 
 
 def grid_transform(displacement: Image, source=None, target=None) -> vtk.vtkObject:
