@@ -331,7 +331,7 @@ def _composites(scene) -> list:
 
 def _grid_twin(scene, nodes: RegistrationNodes):
     """A transform node whose TransformToParent is fixed -> moving without its affine part; for display only."""
-    displacement = _displacement_of(nodes.transform)
+    displacement = displacement_of(nodes.transform)
     affine = _affine_part(displacement, nodes.warped)
     twin = scene.CreateNodeByClass("vtkMRMLTransformNode")
     twin.UnRegister(None)
@@ -351,7 +351,7 @@ def _grid_twin(scene, nodes: RegistrationNodes):
     return twin
 
 
-def _displacement_of(transform_node) -> Image:
+def displacement_of(transform_node) -> Image:
     """The transform node's grid as the engine's displacement image."""
     transform = transform_node.GetTransformFromParentAs("vtkOrientedGridTransform")
     image = transform.GetDisplacementGrid()
