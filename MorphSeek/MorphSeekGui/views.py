@@ -58,6 +58,13 @@ class ResultViews:
             self._front["flicker"] = (volume, 1.0 - opacity)
             self._show_layers()
 
+    def fade(self, opacity: float) -> None:
+        """Another opacity for the layer that is seen, without making it anew."""
+        if self._front:
+            name = list(self._front)[-1]
+            self._front[name] = (self._front[name][0], opacity)
+            self._show_layers()
+
     def checkerboard(self, on: bool, tile_mm: float = 20.0, opacity: float = 1.0) -> None:
         """Fixed and warped volume in turn, in blocks of ``tile_mm``: borders should run on from block to block.
 
