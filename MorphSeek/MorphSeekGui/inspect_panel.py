@@ -31,7 +31,6 @@ _COLORS = {
     "amber": ("#f5b83d", "#000000", "▲"),
     "red": ("#c62828", "#ffffff", "■"),
 }
-_RIGHT = 0x82  # Qt::AlignRight | Qt::AlignVCenter: a table item takes an int
 _OPACITY = {"blend": 0.5, "jacobian": 0.6}  # of a layer that is not opaque at first
 _POLL_MS, _REDRAW_MS = 100, 250
 _JACOBIAN_BAR = "stop:0 #542687, stop:0.5 #f7f7f7, stop:1 #e67305"
@@ -303,6 +302,7 @@ class InspectPanel(VTKObservationMixin):
             widget.visible = layer == "checkerboard"
         for widget in (ui.rateLabel, ui.rateSlider):
             widget.visible = layer == "flicker"
+        ui.gridLabel.visible = ui.gridCheckBox.checked
         if layer is not None:
             _set_silently(ui.opacitySlider, self._opacity[layer], "value")
         difference = _("Blue: fixed brighter. Black: equal. Orange: moving brighter.")
@@ -338,6 +338,7 @@ class InspectPanel(VTKObservationMixin):
             self._draw_grid()
 
     def _draw_grid(self) -> None:
+        self._show_controls()
         if self._views is not None:
             in_3d = self.ui.grid3DCheckBox.checked
             self._views.grid(self.ui.gridCheckBox.checked, self.ui.gridSpacingSlider.value, in_3d=in_3d)
@@ -481,7 +482,7 @@ def _cell(table, row: int, column: int, text: str, right: bool = False, editable
     flags = qt.Qt.ItemIsEnabled | qt.Qt.ItemIsSelectable
     item.setFlags(flags | qt.Qt.ItemIsEditable if editable else flags)
     if right:
-        item.setTextAlignment(_RIGHT)
+        item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
     item.setToolTip(tip)
     table.setItem(row, column, item)
     return item

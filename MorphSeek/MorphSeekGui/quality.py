@@ -281,8 +281,11 @@ def structures(report: dict, color_node=None) -> list[tuple[str, float | None, f
 
     Args:
         report: the engine's figures.
-        color_node: the colour table of the labels, which knows their names; None leaves the numbers.
+        color_node: the colour table of the labels, which knows their names; None leaves the numbers. So does one of
+            Slicer's own, which would call any label 3 "brain".
     """
+    if color_node is not None and color_node.GetType() != color_node.User:
+        color_node = None
     rows = []
     for label, dice in ((report.get("dice") or {}).get("labels") or {}).items():
         name = color_node.GetColorName(int(label)) if color_node is not None else None

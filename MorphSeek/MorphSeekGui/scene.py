@@ -303,15 +303,16 @@ def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labe
     transform = grid_transform(displacement, target=back)
     inverse = None if inverse is None else grid_transform(inverse, source=back)
     scene, title = slicer.mrmlScene, moving.GetName()
+    report = result.get("report") or {}
     with all_or_nothing(scene):
         nodes = RegistrationNodes(
             fixed=fixed,
             moving=moving,
             warped=_add_volume(scene, f"{title} warped", warped),
-            transform=_add_transform(scene, f"{title} to {fixed.GetName()}", transform, fixed, moving),
+            transform=_add_transform(scene, f"{title} to {fixed.GetName()}", transform, fixed, moving, report),
             jacobian=_add_volume(scene, f"{title} Jacobian", jacobian),
             folding=_add_folding(scene, f"{title} folding", folding),
-            report=result.get("report") or {},
+            report=report,
         )
         nodes.folding.SetReferenceImageGeometryParameterFromVolumeNode(nodes.warped)
         _copy_window(moving, nodes.warped)
@@ -328,7 +329,6 @@ def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labe
 
 def _remember(nodes: RegistrationNodes) -> None:
     """Make the transform node know its registration, so that a saved scene still does when it is loaded again."""
-    nodes.transform.SetAttribute(REPORT, json.dumps(nodes.report))
     for role in _ROLES:
         node = getattr(nodes, role)
         nodes.transform.SetNodeReferenceID(f"MorphSeek.{role}", node.GetID() if node is not None else None)
@@ -521,8 +521,13 @@ def _add_volume(scene, name: str, image: Image, kind: str = "vtkMRMLScalarVolume
     return node
 
 
-def _add_transform(scene, name: str, transform, onto, applied_to):
-    node = scene.AddNewNodeByClass("vtkMRMLTransformNode", scene.GenerateUniqueName(name))
+def _add_transform(scene, name: str, transform, onto, applied_to, report: dict | None = None):
+    node = scene.CreateNodeByClass("vtkMRMLTransformNode")
+    node.UnRegister(None)
+    node.SetName(scene.GenerateUniqueName(name))
+    if report is not None:  # before it is added: node selectors that look for it look at what is new only once
+        node.SetAttribute(REPORT, json.dumps(report))
+    scene.AddNode(node)
     node.SetAndObserveTransformFromParent(transform)
     node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetFixedNodeReferenceRole(), onto.GetID())
     node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetMovingNodeReferenceRole(), applied_to.GetID())
