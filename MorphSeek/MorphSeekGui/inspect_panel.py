@@ -234,7 +234,13 @@ class InspectPanel(VTKObservationMixin):
         table.setRowCount(len(shown))
         for row, region in enumerate(shown):
             position = ", ".join(f"{mm:.1f}" for mm in region.position)
-            texts = (row + 1, f"{region.mm3:,.3g}", f"{region.voxels:,}", f"{region.min_jacobian:.3f}", position)
+            texts = (
+                row + 1,
+                quality.volume_form(region.mm3).format(region.mm3),
+                f"{region.voxels:,}",
+                f"{region.min_jacobian:.3f}",
+                position,
+            )
             for column, text in enumerate(texts):
                 _cell(table, row, column, str(text), right=True)
         table.setCurrentCell(-1, -1)
@@ -491,6 +497,7 @@ def _cell(table, row: int, column: int, text: str, right: bool = False, editable
 def _spread(table, wide: int) -> None:
     """One column takes the room that is left."""
     header = table.horizontalHeader()
+    header.setHighlightSections(False)
     for column in range(table.columnCount):
         mode = qt.QHeaderView.Stretch if column == wide else qt.QHeaderView.ResizeToContents
         header.setSectionResizeMode(column, mode)

@@ -146,7 +146,7 @@ def measure(report: dict, regions: list[Region]) -> list[Figure]:
             _("Largest folded region, mm³"),
             _("Folded voxels that touch by face, edge or corner. One large region is worse than as many lone voxels."),
             regions[0].mm3 if regions else 0.0,
-            "{:,.3g}",
+            volume_form(regions[0].mm3 if regions else 0.0),
             "above",
         ),
         Figure(
@@ -292,6 +292,11 @@ def structures(report: dict, color_node=None) -> list[tuple[str, float | None, f
         shown = f"{name} ({label})" if name and name not in ("(none)", label) else str(label)
         rows.append((shown, *(_number(dice.get(stage)) for stage in ("input", "aligned", "warped"))))
     return rows
+
+
+def volume_form(mm3: float) -> str:
+    """How a volume is written: three digits, but all of a large one."""
+    return "{:,.0f}" if mm3 >= 100 else "{:.3g}"
 
 
 def _number(value) -> float | None:

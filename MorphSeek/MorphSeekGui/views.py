@@ -134,7 +134,8 @@ class ResultViews:
         Args:
             on: show or remove it.
             spacing_mm: distance of the lines; None makes about 24 of them along the fixed volume's longest side.
-            region: where it is drawn: a volume, region of interest or slice node; None is the fixed volume.
+            region: where it is drawn in 3D: a volume, region of interest or slice node; None is the axial (red) slice,
+                since a whole volume's lines hide each other. The slice views draw it in their own planes.
             in_3d: in the 3D views too.
         """
         if not on:
@@ -148,7 +149,7 @@ class ResultViews:
         display = self._twin.GetDisplayNode()
         blocked = display.StartModify()
         display.SetVisualizationMode(display.VIS_MODE_GRID)
-        display.SetAndObserveRegionNode(region or self.nodes.fixed)
+        display.SetAndObserveRegionNode(region or _first_slice(self._scene) or self.nodes.fixed)
         display.SetGridSpacingMm(spacing)
         display.SetGridResolutionMm(spacing / 6)
         display.SetGridLineDiameterMm(spacing / 12)
@@ -334,6 +335,11 @@ def _color_table(scene, name: str, names: list[str], colors: np.ndarray):
 def _composites(scene) -> list:
     kind = "vtkMRMLSliceCompositeNode"
     return [scene.GetNthNodeByClass(n, kind) for n in range(scene.GetNumberOfNodesByClass(kind))]
+
+
+def _first_slice(scene):
+    """The red slice's node, which is the axial one unless the person turned it; None without slice views."""
+    return scene.GetFirstNode("Red", "vtkMRMLSliceNode") or scene.GetFirstNodeByClass("vtkMRMLSliceNode")
 
 
 def _grid_twin(scene, nodes: RegistrationNodes):

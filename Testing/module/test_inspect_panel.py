@@ -173,6 +173,7 @@ def test_sliders_redraw_when_they_come_to_rest(panel, ui, nodes, view, stand_in)
     ui.gridSpacingSlider.value = 7
     stand_in.wait(lambda: display.GetGridSpacingMm() == 7, 5)
     assert not display.GetVisibility3D()
+    assert display.GetRegionNode() is view.node
     ui.grid3DCheckBox.click()
     assert display.GetVisibility3D()
 
@@ -250,7 +251,7 @@ def test_a_click_goes_to_the_region(panel, ui, nodes, view):
         sum(int(text.replace(",", "")) for text in texts(table, 2))
         == (slicer.util.arrayFromVolume(nodes.jacobian) <= 0).sum()
     )
-    sizes = [float(text) for text in texts(table, 1)]
+    sizes = [float(text.replace(",", "")) for text in texts(table, 1)]
     assert sizes == sorted(sizes, reverse=True)
     last = table.rowCount - 1
     for row in (0, last):

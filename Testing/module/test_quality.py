@@ -73,6 +73,8 @@ def test_figures_are_read_from_the_report_and_missing_ones_left_open():
     assert figures["folded_voxels"].text == "1,234"
     assert figures["largest_region_mm3"].value == 40.5
     assert figures["dice_change"].text == "+0.140"
+    large = measure(REPORT, [quality.Region(9, 16252.0, -0.4, (0, 0, 0))])
+    assert next(f for f in large if f.key == "largest_region_mm3").text == "16,252"
     bare = {figure.key: figure for figure in measure({}, [])}
     assert bare["njd_percent"].text == bare["dice"].text == "–"
     assert {figure.key for figure in measure(REPORT, []) if figure.worse} == set(DEFAULT_LIMITS)
@@ -127,6 +129,9 @@ def test_limits_survive_the_settings_and_nonsense_there():
 def test_structures_are_called_by_their_names(mrml):
     table = mrml.AddNewNodeByClass("vtkMRMLColorTableNode", "colors")
     table.SetTypeToUser()
+    builtin = mrml.GetNodeByID("vtkMRMLColorTableNodeLabels")
+    assert builtin.GetColorName(3), "a name that says nothing of our labels"
+    assert quality.structures(REPORT, builtin)[0][0] == "3"
     table.SetNumberOfColors(4)
     table.SetColor(3, "Hippocampus", 0.1, 0.8, 0.2, 1.0)
     assert quality.structures(REPORT, table) == [("Hippocampus (3)", 0.5, 0.6, 0.8), ("7", 0.3, None, None)]
