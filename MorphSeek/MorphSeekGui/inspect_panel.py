@@ -17,7 +17,7 @@ import vtk
 from slicer.util import VTKObservationMixin
 
 from . import quality, scene
-from .engine_client import EngineCancelled, EngineError, Request, shared_client
+from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
 from .scene import InputError, RegistrationNodes, _
 from .views import ResultViews
@@ -42,12 +42,12 @@ class InspectPanel(VTKObservationMixin):
 
     Args:
         parent: the section that it fills.
-        logic: the module's logic; not needed here.
+        logic: the module's logic, for its engine.
     """
 
     def __init__(self, parent, logic) -> None:
         VTKObservationMixin.__init__(self)
-        self._section = parent
+        self._logic = logic
         self.widget = slicer.util.loadUI(str(UI))
         parent.layout().addWidget(self.widget)
         self.ui = slicer.util.childWidgetVariables(self.widget)
@@ -57,7 +57,7 @@ class InspectPanel(VTKObservationMixin):
         self._figures: list[quality.Figure] = []
         self._regions: list[quality.Region] = []
         self._layer: str | None = None
-        self._export: tuple[Export, Request] | None = None
+        self._export: tuple[Export, EngineClient, Request] | None = None
         self._limits = quality.limits_from_text(qt.QSettings().value(LIMITS_SETTING))
         self._layer_buttons = {
             "blend": self.ui.blendButton,
@@ -103,9 +103,9 @@ class InspectPanel(VTKObservationMixin):
         self.removeObservers()
 
     def show(self, nodes: RegistrationNodes) -> None:
-        """Choose a registration that was just made and open the section."""
+        """Choose a registration that was just made, or made anew in the same nodes."""
         self.ui.resultSelector.setCurrentNode(nodes.transform)
-        self._section.collapsed = False
+        self._look_at(nodes.transform)
 
     # ---------------------------------------------------------------------------------------------------------- widgets
 
@@ -137,9 +137,12 @@ class InspectPanel(VTKObservationMixin):
         self._show_export(False)
 
     def _choose(self, transform) -> None:
-        """The registration to look at, by its transform node."""
-        if self._nodes is not None and transform is self._nodes.transform:
-            return
+        """The selector has another transform node."""
+        if self._nodes is None or transform is not self._nodes.transform:
+            self._look_at(transform)
+
+    def _look_at(self, transform) -> None:
+        """Read the registration that a transform node stands for."""
         self._forget()
         nodes = scene.result_nodes(transform)
         if nodes is None:
@@ -403,13 +406,14 @@ class InspectPanel(VTKObservationMixin):
             ui.exportLabel.text = escape(str(problem))
             return
         try:
-            request = shared_client().request("export", job.params, self._show_progress)
+            client = self._logic.client()
+            request = client.request("export", job.params, self._show_progress)
         except EngineError as problem:
             job.discard()
             ui.exportLabel.text = escape(str(problem))
             return
         qt.QSettings().setValue(FOLDER_SETTING, ui.folderButton.directory)
-        self._export = job, request
+        self._export = job, client, request
         self._show_export(True)
         self._poll.start()
 
@@ -418,10 +422,10 @@ class InspectPanel(VTKObservationMixin):
         self.ui.exportLabel.text = escape(progress.get("message", ""))
 
     def _poll_export(self) -> None:
-        shared_client().poll()
-        if self._export is None or not self._export[1].done:
+        job, client, request = self._export
+        client.poll()
+        if not request.done:
             return
-        job, request = self._export
         self._end_export()
         try:
             files = request.value().get("files", [])
@@ -438,7 +442,8 @@ class InspectPanel(VTKObservationMixin):
 
     def _cancel_export(self) -> None:
         if self._export is not None:
-            shared_client().cancel(self._export[1])
+            _job, client, request = self._export
+            client.cancel(request)
 
     def _end_export(self) -> None:
         self._poll.stop()

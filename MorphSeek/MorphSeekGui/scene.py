@@ -85,6 +85,7 @@ class RegistrationNodes:
             sends none.
         warped_labels: the moving labels on the fixed grid, or None.
         report: the engine's figures (report.json).
+        state: what the engine needs to take one more step, arrays included; None when the worker gave none.
     """
 
     fixed: slicer.vtkMRMLScalarVolumeNode
@@ -97,6 +98,7 @@ class RegistrationNodes:
     aligned: slicer.vtkMRMLScalarVolumeNode | None = None
     warped_labels: slicer.vtkMRMLLabelMapVolumeNode | None = None
     report: dict = field(default_factory=dict)
+    state: dict | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- nodes in
@@ -284,7 +286,9 @@ def all_or_nothing(scene) -> Iterator[None]:
         raise
 
 
-def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labels | None = None) -> RegistrationNodes:
+def create_nodes(
+    result: dict, fixed, moving, moving_to_space=None, labels: Labels | None = None, into: dict | None = None
+) -> RegistrationNodes:
     """Nodes from the worker's answer to "register". All is read before the first node is made, and if anything fails
     none is left.
 
@@ -294,6 +298,7 @@ def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labe
         fixed, moving: the volume nodes that were sent.
         moving_to_space: (4, 4) RAS, the moving volume's own coordinates -> those it was sent in; None if the same.
         labels: the moving labels that were sent, for the names and colours of the warped ones.
+        into: field of :class:`RegistrationNodes` -> node of the scene that takes the result instead of a new one.
     """
     names = ("warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels")
     warped, aligned, displacement, inverse, jacobian, folding, warped_labels = (
@@ -304,25 +309,39 @@ def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labe
     inverse = None if inverse is None else grid_transform(inverse, source=back)
     scene, title = slicer.mrmlScene, moving.GetName()
     report = result.get("report") or {}
+    into = {name: node for name, node in (into or {}).items() if node is not None and scene.IsNodePresent(node)}
     with all_or_nothing(scene):
         nodes = RegistrationNodes(
             fixed=fixed,
             moving=moving,
-            warped=_add_volume(scene, f"{title} warped", warped),
-            transform=_add_transform(scene, f"{title} to {fixed.GetName()}", transform, fixed, moving, report),
-            jacobian=_add_volume(scene, f"{title} Jacobian", jacobian),
-            folding=_add_folding(scene, f"{title} folding", folding),
+            warped=_fill_volume(into.get("warped") or _new_volume(scene, _("{name} warped"), title), warped),
+            transform=_fill_transform(
+                into.get("transform") or _new_transform(scene, title, fixed.GetName(), report),
+                transform,
+                fixed,
+                moving,
+                report,
+            ),
+            jacobian=_fill_volume(into.get("jacobian") or _new_volume(scene, _("{name} Jacobian"), title), jacobian),
+            folding=_fill_folding(into.get("folding") or _new_folding(scene, title), folding),
             report=report,
         )
         nodes.folding.SetReferenceImageGeometryParameterFromVolumeNode(nodes.warped)
-        _copy_window(moving, nodes.warped)
+        if "warped" not in into:
+            _copy_window(moving, nodes.warped)
         if aligned is not None:
-            nodes.aligned = _add_volume(scene, f"{title} aligned", aligned)
-            _copy_window(moving, nodes.aligned)
+            nodes.aligned = _fill_volume(into.get("aligned") or _new_volume(scene, _("{name} aligned"), title), aligned)
+            if "aligned" not in into:
+                _copy_window(moving, nodes.aligned)
         if inverse is not None:
-            nodes.inverse = _add_transform(scene, f"{fixed.GetName()} to {title}", inverse, moving, fixed)
+            nodes.inverse = _fill_transform(
+                into.get("inverse") or _new_transform(scene, fixed.GetName(), title), inverse, moving, fixed
+            )
         if warped_labels is not None:
-            nodes.warped_labels = _add_label_map(scene, f"{title} warped labels", warped_labels, labels or Labels(None))
+            nodes.warped_labels = into.get("warped_labels")
+            if nodes.warped_labels is None:
+                nodes.warped_labels = _new_label_map(scene, title, labels or Labels(None))
+            _fill_volume(nodes.warped_labels, warped_labels)
         _remember(nodes)
     return nodes
 
@@ -513,36 +532,45 @@ def _all_nodes(scene) -> list:
     return [scene.GetNthNode(n) for n in range(scene.GetNumberOfNodes())]
 
 
-def _add_volume(scene, name: str, image: Image, kind: str = "vtkMRMLScalarVolumeNode"):
-    node = scene.AddNewNodeByClass(kind, scene.GenerateUniqueName(name))
+def _new_volume(scene, title: str, name: str, kind: str = "vtkMRMLScalarVolumeNode"):
+    return scene.AddNewNodeByClass(kind, scene.GenerateUniqueName(title.format(name=name)))
+
+
+def _fill_volume(node, image: Image):
     slicer.util.updateVolumeFromArray(node, image.array.transpose(2, 1, 0))
     node.SetIJKToRASMatrix(to_vtk(FLIP @ image.affine))
+    node.SetAndObserveTransformNodeID(None)
     node.CreateDefaultDisplayNodes()
     return node
 
 
-def _add_transform(scene, name: str, transform, onto, applied_to, report: dict | None = None):
+def _new_transform(scene, name: str, onto: str, report: dict | None = None):
     node = scene.CreateNodeByClass("vtkMRMLTransformNode")
     node.UnRegister(None)
-    node.SetName(scene.GenerateUniqueName(name))
-    if report is not None:  # before it is added: node selectors that look for it look at what is new only once
-        node.SetAttribute(REPORT, json.dumps(report))
-    scene.AddNode(node)
+    node.SetName(scene.GenerateUniqueName(_("{name} to {onto}").format(name=name, onto=onto)))
+    _mark(node, report)  # before it is added: node selectors look at what is new only once
+    return scene.AddNode(node)
+
+
+def _mark(transform_node, report: dict | None) -> None:
+    """Make a transform node known as a registration's result, with its figures."""
+    if report is not None:
+        transform_node.SetAttribute(REPORT, json.dumps(report))
+
+
+def _fill_transform(node, transform, onto, applied_to, report: dict | None = None):
+    _mark(node, report)
+    node.SetAndObserveTransformNodeID(None)
     node.SetAndObserveTransformFromParent(transform)
     node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetFixedNodeReferenceRole(), onto.GetID())
     node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetMovingNodeReferenceRole(), applied_to.GetID())
     return node
 
 
-def _add_folding(scene, name: str, folding: Image):
-    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(name))
+def _new_folding(scene, name: str):
+    name = scene.GenerateUniqueName(_("{name} folding").format(name=name))
+    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
     node.CreateDefaultDisplayNodes()
-    image = slicer.vtkOrientedImageData()
-    image.SetDimensions(*folding.array.shape)
-    voxels = np.array(folding.array, dtype=np.uint8, order="F").ravel(order="F")
-    image.GetPointData().SetScalars(numpy_support.numpy_to_vtk(voxels, deep=True))
-    image.SetImageToWorldMatrix(to_vtk(FLIP @ folding.affine))
-    node.AddSegmentFromBinaryLabelmapRepresentation(image, _("Folding"), [1.0, 0.0, 0.0])
     node.GetDisplayNode().SetVisibility(False)  # until views.py is asked to show it
     # the surface shows every folded voxel: smoothing and decimation would swallow the small ones
     node.GetSegmentation().SetConversionParameter("Smoothing factor", "0.0")
@@ -550,11 +578,24 @@ def _add_folding(scene, name: str, folding: Image):
     return node
 
 
-def _add_label_map(scene, name: str, image: Image, labels: Labels):
-    node = _add_volume(scene, name, image, "vtkMRMLLabelMapVolumeNode")
+def _fill_folding(node, folding: Image):
+    node.GetSegmentation().RemoveAllSegments()
+    image = slicer.vtkOrientedImageData()
+    image.SetDimensions(*folding.array.shape)
+    voxels = np.array(folding.array, dtype=np.uint8, order="F").ravel(order="F")
+    image.GetPointData().SetScalars(numpy_support.numpy_to_vtk(voxels, deep=True))
+    image.SetImageToWorldMatrix(to_vtk(FLIP @ folding.affine))
+    node.AddSegmentFromBinaryLabelmapRepresentation(image, _("Folding"), [1.0, 0.0, 0.0])
+    return node
+
+
+def _new_label_map(scene, name: str, labels: Labels):
+    node = _new_volume(scene, _("{name} warped labels"), name, "vtkMRMLLabelMapVolumeNode")
+    node.CreateDefaultDisplayNodes()
     color_node_id = labels.color_node_id
     if labels.names:
-        table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", scene.GenerateUniqueName(f"{name} colors"))
+        title = scene.GenerateUniqueName(_("{name} colors").format(name=node.GetName()))
+        table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", title)
         table.SetTypeToUser()
         table.SetNumberOfColors(max(labels.names) + 1)
         table.SetColor(0, _("background"), 0.0, 0.0, 0.0, 0.0)

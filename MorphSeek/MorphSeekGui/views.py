@@ -34,7 +34,9 @@ class ResultViews:
     def __init__(self, nodes: RegistrationNodes) -> None:
         self.nodes = nodes
         self._scene = nodes.fixed.GetScene()
+        # by composite node's ID: what was there before us, and what we show instead
         self._before: dict[str, _Layers] = {}
+        self._shown: dict[str, _Layers] = {}
         self._crosshair_before: int | None = None
         # name -> (volume, opacity), in the order in which they were switched on
         self._front: dict[str, tuple] = {}
@@ -185,7 +187,8 @@ class ResultViews:
                 crosshair.SetCrosshairMode(slicer.vtkMRMLCrosshairNode.ShowBasic)
 
     def restore(self) -> None:
-        """Everything off, and the slice views as they were before the first switch; where they are stays."""
+        """Everything off, and the slice views as they were before the first switch, unless someone else has given them
+        other volumes meanwhile; where they are stays."""
         self._front.clear()
         self.folding(False)
         self._remove_twin()
@@ -212,14 +215,19 @@ class ResultViews:
 
     def _show_layers(self) -> None:
         for composite in _composites(self._scene):
-            before = self._before.setdefault(composite.GetID(), _Layers.of(composite))
+            key, now = composite.GetID(), _Layers.of(composite)
+            if key not in self._shown or not now.same_volumes(self._shown[key]):
+                self._before[key] = now  # not ours: someone else has chosen what the view shows
+                self._shown.pop(key, None)
+            before = self._before[key]
             if self._front:
                 volume, opacity = list(self._front.values())[-1]
-                _Layers(self.nodes.fixed.GetID(), volume.GetID(), opacity, before.label, before.label_opacity).show(
-                    composite
-                )
-            else:
+                shown = _Layers(self.nodes.fixed.GetID(), volume.GetID(), opacity, before.label, before.label_opacity)
+                shown.show(composite)
+                self._shown[key] = shown
+            elif key in self._shown:
                 before.show(composite)
+                del self._shown[key]
 
     def _grey(self, volume) -> np.ndarray:
         """(k, j, i) grey values from 0 to 1, as the volume is shown."""
@@ -288,6 +296,10 @@ class _Layers:
             composite.GetLabelVolumeID(),
             composite.GetLabelOpacity(),
         )
+
+    def same_volumes(self, other: _Layers) -> bool:
+        """Whether the background and the foreground are the same; a person may have faded or labelled them."""
+        return (self.background, self.foreground) == (other.background, other.foreground)
 
     def show(self, composite) -> None:
         blocked = composite.StartModify()

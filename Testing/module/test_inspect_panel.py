@@ -31,7 +31,7 @@ FOLDED = {
 
 @pytest.fixture
 def panel(module):
-    return module.representation.python.panels["inspectSection"]
+    return module.representation.python.panels["inspect"]
 
 
 @pytest.fixture
@@ -87,9 +87,7 @@ def test_it_opens_empty_and_waits_for_a_result(panel, ui, tmp_path):
     nodes = make_result(tmp_path / "one")
     assert ui.resultSelector.nodeCount() == 1
     assert ui.resultSelector.currentNode() is None
-    panel._section.collapsed = True
     panel.show(nodes)
-    assert not panel._section.collapsed
     assert ui.showSection.enabled
     assert ui.resultSelector.currentNode() is nodes.transform
 
@@ -219,7 +217,7 @@ def test_limits_are_typed_kept_refused_and_set_back(panel, ui, nodes, stand_in, 
     assert not ui.messageLabel.isVisibleTo(panel.widget)
     assert ui.verdictLabel.text.startswith("■ Red")
 
-    again = type(panel)(panel._section, None)  # as after a restart
+    again = type(panel)(module.representation.python.ui.inspectSection, None)  # as after a restart
     again.setMRMLScene(slicer.mrmlScene)
     again.show(nodes)
     assert again.ui.verdictLabel.text.startswith("■ Red")
@@ -276,6 +274,42 @@ def test_another_result_takes_its_place(panel, ui, nodes, view, tmp_path):
     ui.resultSelector.setCurrentNode(None)
     assert layers(view) == before
     assert not ui.showSection.enabled
+
+
+def test_one_more_step_in_the_same_nodes_is_looked_at_anew(panel, ui, nodes, tmp_path):
+    panel.show(nodes)
+    assert ui.verdictLabel.text.startswith("▲ Amber")
+    (tmp_path / "more").mkdir()
+    calm = worlds.result_of(worlds.make_world("upright", amplitude_mm=0.5), tmp_path / "more")
+    calm["report"] = {"folding": FOLDED["folding"] | {"folded_voxels": 0, "njd_percent": 0.0, "sdlogj": 0.1}}
+    names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
+    before = slicer.mrmlScene.GetNumberOfNodes()
+    into = {name: getattr(nodes, name) for name in names}
+    panel.show(scene.create_nodes(calm, nodes.fixed, nodes.moving, into=into))
+    assert slicer.mrmlScene.GetNumberOfNodes() == before
+    assert ui.verdictLabel.text.startswith("● Green")
+    assert ui.regionsLabel.text == "No voxel folds."
+
+
+def test_a_result_in_a_transform_that_the_person_chose(panel, ui, module, tmp_path):
+    world = worlds.make_world("upright")
+    chosen = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode", "mine")
+    result = worlds.result_of(world, tmp_path) | {"report": FOLDED}
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    panel.show(scene.create_nodes(result, fixed, moving, into={"transform": chosen}))
+    assert ui.resultSelector.currentNode() is chosen
+    assert ui.showSection.enabled
+
+
+def test_volumes_that_someone_else_shows_meanwhile_stay(panel, ui, nodes, view):
+    panel.show(nodes)
+    ui.blendButton.click()
+    slicer.util.setSliceViewerLayers(background=nodes.moving, foreground=nodes.aligned)
+    ui.restoreButton.click()
+    assert layers(view)[:2] == (nodes.moving.GetID(), nodes.aligned.GetID())
+    ui.jacobianButton.click()
+    ui.jacobianButton.click()
+    assert layers(view)[:2] == (nodes.moving.GetID(), nodes.aligned.GetID())
 
 
 def test_parts_that_leave_the_scene(panel, ui, nodes, view, stand_in):

@@ -69,8 +69,7 @@ def test_overlay_blends_the_warped_volume_over_the_fixed_one(shown):
     for opacity, shown_alone in ((0.0, nodes.fixed), (1.0, nodes.warped)):
         views.overlay(True, opacity=opacity)
         pictures.append(view.draw().astype(float))
-        slicer.util.setSliceViewerLayers(background=shown_alone, foreground=None)
-        assert np.abs(view.draw() - pictures[-1]).max() <= 1
+        assert np.abs(picture_of(shown_alone, view) - pictures[-1]).max() <= 1
     views.overlay(True, opacity=0.5)
     assert np.abs(view.draw() - sum(pictures) / 2).max() <= 2
     assert np.abs(pictures[0] - pictures[1]).mean() > 5
