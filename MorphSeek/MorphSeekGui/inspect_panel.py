@@ -347,10 +347,16 @@ class InspectPanel(VTKObservationMixin):
             self._draw_grid()
 
     def _draw_grid(self) -> None:
+        switch = self.ui.gridCheckBox
+        self._say("")
+        try:
+            if self._views is not None:
+                in_3d = self.ui.grid3DCheckBox.checked
+                self._views.grid(switch.checked, self.ui.gridSpacingSlider.value, in_3d=in_3d)
+        except InputError as problem:
+            _set_silently(switch, False)
+            self._say(str(problem))
         self._show_controls()
-        if self._views is not None:
-            in_3d = self.ui.grid3DCheckBox.checked
-            self._views.grid(self.ui.gridCheckBox.checked, self.ui.gridSpacingSlider.value, in_3d=in_3d)
 
     def _draw_folding(self) -> None:
         if self._views is not None:

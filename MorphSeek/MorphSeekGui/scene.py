@@ -360,6 +360,9 @@ def result_nodes(transform) -> RegistrationNodes | None:
     parts = {role: transform.GetNodeReference(f"MorphSeek.{role}") for role in _ROLES}
     if any(parts[role] is None for role in _ROLES if role not in _OPTIONAL):
         return None
+    # a scene whose files were moved has the nodes without their voxels
+    if any(parts[role].GetImageData() is None for role in ("fixed", "warped", "jacobian")):
+        return None
     try:
         report = json.loads(transform.GetAttribute(REPORT))
     except ValueError:

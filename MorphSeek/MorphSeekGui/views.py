@@ -377,8 +377,18 @@ def _grid_twin(scene, nodes: RegistrationNodes):
 
 
 def displacement_of(transform_node) -> Image:
-    """The transform node's grid as the engine's displacement image."""
-    transform = transform_node.GetTransformFromParentAs("vtkOrientedGridTransform")
+    """The transform node's grid as the engine's displacement image.
+
+    Raises:
+        InputError: it was inverted or replaced since the registration made it.
+    """
+    transform = transform_node.GetTransformFromParentAs("vtkOrientedGridTransform", False)
+    if transform is None or transform.GetDisplacementGrid() is None:
+        raise InputError(
+            _("'{node}' is no longer the transform that the registration made; register again.").format(
+                node=transform_node.GetName()
+            )
+        )
     image = transform.GetDisplacementGrid()
     affine = np.eye(4)
     direction = transform.GetGridDirectionMatrix()

@@ -361,6 +361,20 @@ def test_a_refusal_is_a_sentence_and_the_switch_goes_back(panel, ui, nodes, view
     assert not ui.messageLabel.text
 
 
+def test_a_transform_that_was_inverted_meanwhile(panel, ui, nodes, tmp_path):
+    panel.show(nodes)
+    nodes.transform.Inverse()
+    count = slicer.mrmlScene.GetNumberOfNodes()
+    ui.gridCheckBox.click()
+    assert not ui.gridCheckBox.checked
+    assert "'M to F' is no longer the transform that the registration made" in ui.messageLabel.text
+    assert slicer.mrmlScene.GetNumberOfNodes() == count
+    ui.folderButton.directory = str(tmp_path)
+    ui.exportButton.click()
+    assert "no longer the transform" in ui.exportLabel.text
+    assert ui.exportButton.enabled
+
+
 def test_export_through_the_real_worker(panel, ui, nodes, stand_in, tmp_path):
     panel.show(nodes)
     ui.folderButton.directory = str(tmp_path)

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
 
+import slicer.util
 import torch
 import worlds
 from MorphSeekGui import quality, scene
@@ -152,3 +153,36 @@ def test_a_result_is_found_again_from_its_transform(application, mrml, tmp_path)
     assert scene.result_nodes(nodes.transform) is None
     assert scene.result_nodes(mrml.AddNewNodeByClass("vtkMRMLTransformNode")) is None
     assert scene.result_nodes(None) is None
+
+
+def test_a_saved_scene_still_knows_its_results(application, mrml, tmp_path):
+    world = worlds.make_world("upright")
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    nodes = scene.create_nodes(worlds.result_of(world, tmp_path), fixed, moving)
+    arrays = {
+        name: np.array(slicer.util.arrayFromVolume(getattr(nodes, name))) for name in ("fixed", "warped", "jacobian")
+    }
+    report = nodes.report
+    mrml.SetSaveToXMLString(1)
+    mrml.Commit()
+    text = mrml.GetSceneXMLString()
+    mrml.Clear(True)
+    mrml.SetLoadFromXMLString(1)
+    mrml.SetSceneXMLString(text)
+    mrml.Connect()
+    transforms = [
+        node
+        for node in (
+            mrml.GetNthNodeByClass(n, "vtkMRMLTransformNode")
+            for n in range(mrml.GetNumberOfNodesByClass("vtkMRMLTransformNode"))
+        )
+        if node.GetAttribute(scene.REPORT) is not None
+    ]
+    assert len(transforms) == 1
+    assert scene.result_nodes(transforms[0]) is None, "the files of the voxels are missing"
+    for name, array in arrays.items():  # what reading the files would do
+        node = transforms[0].GetNodeReference(f"MorphSeek.{name}")
+        slicer.util.updateVolumeFromArray(node, array)
+    found = scene.result_nodes(transforms[0])
+    assert found.report == report
+    assert [found.fixed.GetName(), found.warped.GetName(), found.folding.GetName()] == ["F", "M warped", "M folding"]
