@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from . import __version__
 from .checkpoint import software
 from .errors import MorphSeekError
-from .geometry import Volume
+from .events import Event, OnEvent, ignore
+from .geometry import DenseTransform, Volume
 from .images import output_folder, write_image
 from .registration import Registration
 from .report import RegistrationPictures, write_report
@@ -28,6 +29,7 @@ FILES = {
     "report.json": "every figure, with its definition",
     "report.html": "the report to look at",
 }
+EXPORTS = ("report", "transform", "jacobian")
 
 
 def write_results(
@@ -77,6 +79,52 @@ def write_results(
             RegistrationPictures(fixed, result.aligned, result.warped, result.jacobian, result.transform),
         )
     return report
+
+
+def export_results(
+    folder: Path | str,
+    wanted: Collection[str],
+    pictures: RegistrationPictures,
+    inverse: DenseTransform | None,
+    report: dict,
+    on_event: OnEvent = ignore,
+) -> list[str]:
+    """Write some files of a registration that was done before, as :func:`write_results` would have; all or nothing.
+
+    Args:
+        folder: where to; made when missing.
+        wanted: of :data:`EXPORTS`.
+        pictures: the volumes and the transform.
+        inverse: the inverse transform, written beside the transform, or None.
+        report: the figures, as :func:`write_results` returns them.
+        on_event: told of every file; may raise to cancel.
+
+    Returns:
+        the names of the files.
+
+    Raises:
+        MorphSeekError: unknown or nothing wanted, or the folder cannot be written.
+    """
+    unknown = sorted(set(wanted) - set(EXPORTS))
+    if unknown or not wanted:
+        named = f"'{', '.join(unknown)}' cannot be exported" if unknown else "Nothing was chosen to be exported"
+        raise MorphSeekError(f"{named}; choose of {', '.join(EXPORTS)}.")
+    jacobian = pictures.jacobian
+    with output_folder(folder) as part:
+        if "transform" in wanted:
+            on_event(Event("write", 0.1, "Writing the transform"))
+            write_transform(pictures.transform, part / "transform.h5")
+            if inverse is not None:
+                write_transform(inverse, part / "inverse.h5")
+        if "jacobian" in wanted:
+            on_event(Event("write", 0.3, "Writing the Jacobian"))
+            write_image(jacobian, part / "jacobian.nii.gz")
+            write_image(Volume((jacobian.data <= 0).to(torch.uint8), jacobian.grid), part / "folding.nii.gz")
+        if "report" in wanted:
+            on_event(Event("write", 0.6, "Drawing the report"))
+            write_report(part, report, pictures)
+        on_event(Event("write", 0.95, "Moving the files to their place"))
+        return sorted(path.name for path in part.iterdir())
 
 
 def check_writable(folder: Path | str) -> None:

@@ -2,10 +2,10 @@
 
     python -m MorphSeekLib.worker
 
-Requests: hello, load, info, register, shutdown. Notifications out: progress. Notification in: cancel. Arrays travel as
-.npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see ``_volume``. A checkpoint
-is loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever the
-libraries print goes to stderr, so that stdout holds the protocol alone.
+Requests: hello, load, info, register, export, shutdown. Notifications out: progress. Notification in: cancel. Arrays
+travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see ``_volume``. A
+checkpoint is loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever
+the libraries print goes to stderr, so that stdout holds the protocol alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from .geometry import DenseTransform, Grid, Transform, Volume
 from .images import check_intensities
 from .refinement import RefinementSettings
 from .registration import LoadedModel, State, load_model, register
+from .report import RegistrationPictures
+from .results import export_results
 from .settings import from_dict, to_dict
 
 PROTOCOL = 1
@@ -59,6 +61,7 @@ class Worker:
             "load": self.load,
             "info": self.info,
             "register": self.register,
+            "export": self.export,
             "shutdown": lambda number, params: {},
         }
 
@@ -142,6 +145,7 @@ class Worker:
         folding = Volume((result.jacobian.data <= 0).to(torch.uint8), fixed.grid)
         answer = {
             "warped": _reference(result.warped, output / "warped.npy"),
+            "aligned": _reference(result.aligned, output / "aligned.npy"),
             "jacobian": _reference(result.jacobian, output / "jacobian.npy"),
             "folding": _reference(folding, output / "folding.npy"),
             "warped_labels": _reference(result.warped_labels, output / "warped_labels.npy"),
@@ -158,6 +162,29 @@ class Worker:
             "software": software(),
         }
         return answer
+
+    def export(self, number: Any, params: dict) -> dict:
+        """Files of a registration that was done before, into a folder of the person's. Takes the references that
+        "register" answered with, its ``report``, what is ``wanted`` (results.EXPORTS) and the ``output`` folder."""
+        self._report(number, Event("read", 0.0, "Reading the results"))
+        volumes = [
+            _volume(_get(params, name, dict), name, torch.float32)
+            for name in ("fixed", "aligned", "warped", "jacobian")
+        ]
+        transform, inverse = (
+            _displacement(_get(params, name, dict, None), name) for name in ("displacement", "inverse")
+        )
+        if transform is None:
+            raise _InvalidParamsError("displacement is missing")
+        files = export_results(
+            _get(params, "output", str),
+            _get(params, "wanted", list),
+            RegistrationPictures(*volumes, transform),
+            inverse,
+            _get(params, "report", dict),
+            on_event=lambda event: self._report(number, event),
+        )
+        return {"files": files}
 
     def _model(self, name: str, device: str) -> LoadedModel:
         """The model, from memory when its file has not changed; only the last one is kept."""
@@ -293,11 +320,17 @@ def _initial(reference: dict | None, name: str = "initial") -> Transform | None:
         return None
     if "matrix" in reference:
         return _affine(reference, name, "matrix")
-    field = _get(reference, "displacement", dict)
-    array = _array(field, name, 4)
+    return _displacement(_get(reference, "displacement", dict), name)
+
+
+def _displacement(reference: dict | None, name: str) -> DenseTransform | None:
+    """A transform from {"path": .npy (3, i, j, k), "affine": 4x4}, LPS mm; None stays None."""
+    if reference is None:
+        return None
+    array = _array(reference, name, 4)
     if array.shape[0] != 3 or not np.isfinite(array).all():
         raise _InvalidParamsError(f"{name}: the displacement must be (3, i, j, k) finite numbers")
-    return DenseTransform(torch.from_numpy(np.array(array, dtype=np.float32)), _grid(array.shape[1:], field, name))
+    return DenseTransform(torch.from_numpy(np.array(array, dtype=np.float32)), _grid(array.shape[1:], reference, name))
 
 
 def _state(given: dict | None) -> State | None:

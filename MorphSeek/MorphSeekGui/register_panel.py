@@ -166,7 +166,7 @@ class RegisterPanel(VTKObservationMixin):
         if what != self._what():
             self._fail(_("The inputs were changed since the last registration; press Register to start anew."))
             return
-        names = ("warped", "transform", "jacobian", "folding", "inverse", "warped_labels")
+        names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
         self._start(1, nodes.state, {name: getattr(nodes, name) for name in names})
 
     def cancel(self) -> None:

@@ -33,6 +33,10 @@ except ImportError:  # slicer-core has no translations
 
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
+# the transform node's attribute that holds the report; it marks the transform as a registration's result
+REPORT = "MorphSeek.Report"
+_ROLES = ("fixed", "moving", "warped", "jacobian", "folding", "inverse", "aligned", "warped_labels")
+_OPTIONAL = ("inverse", "aligned", "warped_labels")
 # an initial transform is sampled on at most about this many points of the fixed grid (a 1 mm head has seven million)
 _MOST_SAMPLES = 8_000_000
 _SAME_MM = 1e-3
@@ -77,6 +81,8 @@ class RegistrationNodes:
         inverse: the other way round, or None.
         jacobian: determinant of the transform's Jacobian on the fixed grid; 1 keeps volume, <= 0 is folded.
         folding: segmentation with one segment, where the Jacobian is <= 0.
+        aligned: the moving volume on the fixed grid after the alignment alone, for "before"; None from a worker that
+            sends none.
         warped_labels: the moving labels on the fixed grid, or None.
         report: the engine's figures (report.json).
         state: what the engine needs to take one more step, arrays included; None when the worker gave none.
@@ -89,6 +95,7 @@ class RegistrationNodes:
     jacobian: slicer.vtkMRMLScalarVolumeNode
     folding: slicer.vtkMRMLSegmentationNode
     inverse: slicer.vtkMRMLTransformNode | None = None
+    aligned: slicer.vtkMRMLScalarVolumeNode | None = None
     warped_labels: slicer.vtkMRMLLabelMapVolumeNode | None = None
     report: dict = field(default_factory=dict)
     state: dict | None = None
@@ -286,19 +293,22 @@ def create_nodes(
     none is left.
 
     Args:
-        result: {"warped", "displacement", "inverse", "jacobian", "folding", "warped_labels", "report"}: references as
-            :func:`load_image` takes them, in the coordinates that were sent.
+        result: {"warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels", "report"}:
+            references as :func:`load_image` takes them, in the coordinates that were sent.
         fixed, moving: the volume nodes that were sent.
         moving_to_space: (4, 4) RAS, the moving volume's own coordinates -> those it was sent in; None if the same.
         labels: the moving labels that were sent, for the names and colours of the warped ones.
         into: field of :class:`RegistrationNodes` -> node of the scene that takes the result instead of a new one.
     """
-    names = ("warped", "displacement", "inverse", "jacobian", "folding", "warped_labels")
-    warped, displacement, inverse, jacobian, folding, warped_labels = (load_image(result.get(n)) for n in names)
+    names = ("warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels")
+    warped, aligned, displacement, inverse, jacobian, folding, warped_labels = (
+        load_image(result.get(n)) for n in names
+    )
     back = None if moving_to_space is None else np.linalg.inv(moving_to_space)
     transform = grid_transform(displacement, target=back)
     inverse = None if inverse is None else grid_transform(inverse, source=back)
     scene, title = slicer.mrmlScene, moving.GetName()
+    report = result.get("report") or {}
     into = {name: node for name, node in (into or {}).items() if node is not None and scene.IsNodePresent(node)}
     with all_or_nothing(scene):
         nodes = RegistrationNodes(
@@ -306,16 +316,23 @@ def create_nodes(
             moving=moving,
             warped=_fill_volume(into.get("warped") or _new_volume(scene, _("{name} warped"), title), warped),
             transform=_fill_transform(
-                into.get("transform") or _new_transform(scene, title, fixed.GetName()), transform, fixed, moving
+                into.get("transform") or _new_transform(scene, title, fixed.GetName(), report),
+                transform,
+                fixed,
+                moving,
+                report,
             ),
             jacobian=_fill_volume(into.get("jacobian") or _new_volume(scene, _("{name} Jacobian"), title), jacobian),
             folding=_fill_folding(into.get("folding") or _new_folding(scene, title), folding),
-            report=result.get("report") or {},
+            report=report,
         )
         nodes.folding.SetReferenceImageGeometryParameterFromVolumeNode(nodes.warped)
-        nodes.transform.SetAttribute("MorphSeek.Report", json.dumps(nodes.report))
         if "warped" not in into:
             _copy_window(moving, nodes.warped)
+        if aligned is not None:
+            nodes.aligned = _fill_volume(into.get("aligned") or _new_volume(scene, _("{name} aligned"), title), aligned)
+            if "aligned" not in into:
+                _copy_window(moving, nodes.aligned)
         if inverse is not None:
             nodes.inverse = _fill_transform(
                 into.get("inverse") or _new_transform(scene, fixed.GetName(), title), inverse, moving, fixed
@@ -325,7 +342,32 @@ def create_nodes(
             if nodes.warped_labels is None:
                 nodes.warped_labels = _new_label_map(scene, title, labels or Labels(None))
             _fill_volume(nodes.warped_labels, warped_labels)
+        _remember(nodes)
     return nodes
+
+
+def _remember(nodes: RegistrationNodes) -> None:
+    """Make the transform node know its registration, so that a saved scene still does when it is loaded again."""
+    for role in _ROLES:
+        node = getattr(nodes, role)
+        nodes.transform.SetNodeReferenceID(f"MorphSeek.{role}", node.GetID() if node is not None else None)
+
+
+def result_nodes(transform) -> RegistrationNodes | None:
+    """The registration that a transform node came from, or None if it is none of ours or not all of it is left."""
+    if transform is None or transform.GetAttribute(REPORT) is None:
+        return None
+    parts = {role: transform.GetNodeReference(f"MorphSeek.{role}") for role in _ROLES}
+    if any(parts[role] is None for role in _ROLES if role not in _OPTIONAL):
+        return None
+    # a scene whose files were moved has the nodes without their voxels
+    if any(parts[role].GetImageData() is None for role in ("fixed", "warped", "jacobian")):
+        return None
+    try:
+        report = json.loads(transform.GetAttribute(REPORT))
+    except ValueError:
+        report = {}
+    return RegistrationNodes(transform=transform, report=report, **parts)
 
 
 def grid_transform(displacement: Image, source=None, target=None) -> vtk.vtkObject:
@@ -505,12 +547,22 @@ def _fill_volume(node, image: Image):
     return node
 
 
-def _new_transform(scene, name: str, onto: str):
-    name = scene.GenerateUniqueName(_("{name} to {onto}").format(name=name, onto=onto))
-    return scene.AddNewNodeByClass("vtkMRMLTransformNode", name)
+def _new_transform(scene, name: str, onto: str, report: dict | None = None):
+    node = scene.CreateNodeByClass("vtkMRMLTransformNode")
+    node.UnRegister(None)
+    node.SetName(scene.GenerateUniqueName(_("{name} to {onto}").format(name=name, onto=onto)))
+    _mark(node, report)  # before it is added: node selectors look at what is new only once
+    return scene.AddNode(node)
 
 
-def _fill_transform(node, transform, onto, applied_to):
+def _mark(transform_node, report: dict | None) -> None:
+    """Make a transform node known as a registration's result, with its figures."""
+    if report is not None:
+        transform_node.SetAttribute(REPORT, json.dumps(report))
+
+
+def _fill_transform(node, transform, onto, applied_to, report: dict | None = None):
+    _mark(node, report)
     node.SetAndObserveTransformNodeID(None)
     node.SetAndObserveTransformFromParent(transform)
     node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetFixedNodeReferenceRole(), onto.GetID())

@@ -1,21 +1,29 @@
-"""How a registration is looked at: overlay, deformation grid, Jacobian and folding, each switched on and off, and the
-way back to what was shown before.
+"""How a registration is looked at: overlay, flicker, checkerboard, differences, Jacobian, deformation grid and folding,
+each switched on and off, and the way back to what was shown before.
 
     views = ResultViews(nodes)
     views.overlay(True); views.grid(True); views.folding(True)
     views.restore()
+
+Overlay, flicker, checkerboard, differences and Jacobian all lie over the fixed volume as the slice views' foreground,
+which holds one volume: the one switched on last is seen, and what it covers comes back when it is switched off.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import slicer
+import slicer.util
 import vtk
 from vtk.util import numpy_support
 
-from .scene import FLIP, Image, RegistrationNodes, _, grid_transform, ijk_to_ras
+from . import comparison
+from .scene import FLIP, Image, InputError, RegistrationNodes, _, grid_transform, ijk_to_ras, to_vtk
 
 _JACOBIAN_COLORS = "MorphSeek Jacobian"
+_DIFFERENCE_COLORS = "MorphSeek difference"
 # a volume change of this factor, either way, has the full colour
 _JACOBIAN_LIMIT = 2.0
 
@@ -26,26 +34,97 @@ class ResultViews:
     def __init__(self, nodes: RegistrationNodes) -> None:
         self.nodes = nodes
         self._scene = nodes.fixed.GetScene()
+        # by composite node's ID: what was there before us, and what we show instead
         self._before: dict[str, _Layers] = {}
-        self._overlay = self._jacobian = False
-        self._opacity = {"overlay": 0.5, "jacobian": 0.6}
+        self._shown: dict[str, _Layers] = {}
+        self._crosshair_before: int | None = None
+        # name -> (volume, opacity), in the order in which they were switched on
+        self._front: dict[str, tuple] = {}
+        # volumes made for display only, by the name of their layer
+        self._pictures: dict[str, slicer.vtkMRMLScalarVolumeNode] = {}
         self._twin = None
 
     def overlay(self, on: bool, opacity: float = 0.5) -> None:
         """The warped volume over the fixed one, in all slice views."""
-        self._overlay, self._opacity["overlay"] = on, opacity
-        self._show_layers()
+        self._switch("overlay", self.nodes.warped if on else None, opacity)
+
+    def flicker(self, on: bool) -> None:
+        """The warped volume in place of the fixed one, and with every :meth:`flip` back and forth: what moves between
+        the two jumps to the eye."""
+        self._switch("flicker", self.nodes.warped if on else None, 1.0)
+
+    def flip(self) -> None:
+        """The other one of the two that flicker."""
+        if "flicker" in self._front:
+            volume, opacity = self._front["flicker"]
+            self._front["flicker"] = (volume, 1.0 - opacity)
+            self._show_layers()
+
+    def fade(self, opacity: float) -> None:
+        """Another opacity for the layer that is seen, without making it anew."""
+        if self._front:
+            name = list(self._front)[-1]
+            self._front[name] = (self._front[name][0], opacity)
+            self._show_layers()
+
+    def checkerboard(self, on: bool, tile_mm: float = 20.0, opacity: float = 1.0) -> None:
+        """Fixed and warped volume in turn, in blocks of ``tile_mm``: borders should run on from block to block.
+
+        Raises:
+            InputError: the fixed volume is no longer the one that was registered.
+        """
+
+        def board() -> np.ndarray:
+            spacing = self.nodes.warped.GetSpacing()[::-1]  # (k, j, i)
+            tile = tuple(max(1, round(tile_mm / mm)) for mm in spacing)
+            return comparison.checkerboard(self._grey(self.nodes.fixed), self._grey(self.nodes.warped), tile)
+
+        if not on:
+            self._switch("checkerboard", None)
+            return
+        picture = self._picture(
+            "checkerboard", _("{name} (checkerboard)"), board, (0.0, 1.0), "vtkMRMLColorTableNodeGrey"
+        )
+        self._switch("checkerboard", picture, opacity)
+
+    def difference(self, on: bool, before: bool = False, opacity: float = 1.0) -> None:
+        """Moving minus fixed volume in grey values: black where equal, orange where the moving one is brighter, blue
+        where the fixed one is. Both stages are shown on one scale.
+
+        Args:
+            on: show or remove it.
+            before: of the aligned moving volume, before the deformation, instead of the warped one.
+
+        Raises:
+            InputError: the fixed volume is no longer the one that was registered, or there is no aligned one.
+        """
+        name = "difference before" if before else "difference after"
+        if not on:
+            self._switch(name, None)
+            return
+        if before and self.nodes.aligned is None:
+            raise InputError(
+                _("The volume before the deformation is not in the scene; register again to compare with it.")
+            )
+        fixed = self._grey(self.nodes.fixed)
+        stage = self.nodes.aligned if before else self.nodes.warped
+        values = self._grey(stage) - fixed
+        limit = comparison.difference_limit(
+            values if before or self.nodes.aligned is None else self._grey(self.nodes.aligned) - fixed
+        )
+        title = _("{name} (difference before)") if before else _("{name} (difference after)")
+        colors = difference_colors(self._scene).GetID()
+        self._switch(name, self._picture(name, title, lambda: values, (-limit, limit), colors), opacity)
 
     def jacobian(self, on: bool, opacity: float = 0.6) -> None:
         """The Jacobian determinant over the fixed volume: purple where volume shrinks (from fixed to moving), white
-        where it stays, orange where it grows; half and double have the full colour. Goes before the overlay."""
-        self._jacobian, self._opacity["jacobian"] = on, opacity
+        where it stays, orange where it grows, even in the logarithm; half and double have the full colour."""
         if on:
             display = self.nodes.jacobian.GetDisplayNode()
             display.SetAndObserveColorNodeID(jacobian_colors(self._scene).GetID())
             display.AutoWindowLevelOff()
             display.SetWindowLevelMinMax(0.0, _JACOBIAN_LIMIT)
-        self._show_layers()
+        self._switch("jacobian", self.nodes.jacobian if on else None, opacity)
 
     def grid(self, on: bool, spacing_mm: float | None = None, region=None, in_3d: bool = False) -> None:
         """The deformation as a grid: straight lines of the fixed volume's space, drawn where the transform takes them
@@ -57,7 +136,8 @@ class ResultViews:
         Args:
             on: show or remove it.
             spacing_mm: distance of the lines; None makes about 24 of them along the fixed volume's longest side.
-            region: where it is drawn: a volume, region of interest or slice node; None is the fixed volume.
+            region: where it is drawn in 3D: a volume, region of interest or slice node; None is the axial (red) slice,
+                since a whole volume's lines hide each other. The slice views draw it in their own planes.
             in_3d: in the 3D views too.
         """
         if not on:
@@ -71,7 +151,7 @@ class ResultViews:
         display = self._twin.GetDisplayNode()
         blocked = display.StartModify()
         display.SetVisualizationMode(display.VIS_MODE_GRID)
-        display.SetAndObserveRegionNode(region or self.nodes.fixed)
+        display.SetAndObserveRegionNode(region or _first_slice(self._scene) or self.nodes.fixed)
         display.SetGridSpacingMm(spacing)
         display.SetGridResolutionMm(spacing / 6)
         display.SetGridLineDiameterMm(spacing / 12)
@@ -95,25 +175,101 @@ class ResultViews:
         display.SetVisibility3D(in_3d)
         display.SetVisibility(on)
 
+    def go_to(self, position: tuple[float, float, float]) -> None:
+        """Centre all slice views on a point (RAS mm) and put the crosshair there."""
+        slicer.vtkMRMLSliceNode.JumpAllSlices(self._scene, *position, slicer.vtkMRMLSliceNode.CenteredJumpSlice)
+        crosshair = self._scene.GetFirstNodeByClass("vtkMRMLCrosshairNode")
+        if crosshair is not None:
+            if self._crosshair_before is None:
+                self._crosshair_before = crosshair.GetCrosshairMode()
+            crosshair.SetCrosshairRAS(*position)
+            if crosshair.GetCrosshairMode() == slicer.vtkMRMLCrosshairNode.NoCrosshair:
+                crosshair.SetCrosshairMode(slicer.vtkMRMLCrosshairNode.ShowBasic)
+
     def restore(self) -> None:
-        """Everything off, and the slice views as they were before the first switch."""
-        self._overlay = self._jacobian = False
+        """Everything off, and the slice views as they were before the first switch, unless someone else has given them
+        other volumes meanwhile; where they are stays."""
+        self._front.clear()
         self.folding(False)
         self._remove_twin()
         self._show_layers()
         self._before.clear()
+        for name in list(self._pictures):
+            self._remove_picture(name)
+        crosshair = self._scene.GetFirstNodeByClass("vtkMRMLCrosshairNode")
+        if self._crosshair_before is not None and crosshair is not None:
+            crosshair.SetCrosshairMode(self._crosshair_before)
+        self._crosshair_before = None
+
+    def _switch(self, name: str, volume, opacity: float = 1.0) -> None:
+        """Show a layer before all others (again, if only its opacity changes), or take it away."""
+        if volume is None:
+            self._front.pop(name, None)
+        else:
+            if name in self._front and list(self._front)[-1] != name:
+                del self._front[name]
+            self._front[name] = (volume, opacity)
+        self._show_layers()
+        if volume is None:
+            self._remove_picture(name)
 
     def _show_layers(self) -> None:
         for composite in _composites(self._scene):
-            before = self._before.setdefault(composite.GetID(), _Layers.of(composite))
-            if self._jacobian:
-                front = (self.nodes.jacobian.GetID(), self._opacity["jacobian"])
-            elif self._overlay:
-                front = (self.nodes.warped.GetID(), self._opacity["overlay"])
-            else:
+            key, now = composite.GetID(), _Layers.of(composite)
+            if key not in self._shown or not now.same_volumes(self._shown[key]):
+                self._before[key] = now  # not ours: someone else has chosen what the view shows
+                self._shown.pop(key, None)
+            before = self._before[key]
+            if self._front:
+                volume, opacity = list(self._front.values())[-1]
+                shown = _Layers(self.nodes.fixed.GetID(), volume.GetID(), opacity, before.label, before.label_opacity)
+                shown.show(composite)
+                self._shown[key] = shown
+            elif key in self._shown:
                 before.show(composite)
-                continue
-            _Layers(self.nodes.fixed.GetID(), *front, before.label, before.label_opacity).show(composite)
+                del self._shown[key]
+
+    def _grey(self, volume) -> np.ndarray:
+        """(k, j, i) grey values from 0 to 1, as the volume is shown."""
+        if volume.GetImageData().GetDimensions() != self.nodes.warped.GetImageData().GetDimensions():
+            raise InputError(
+                _("'{node}' has changed its size since it was registered; register again.").format(
+                    node=volume.GetName()
+                )
+            )
+        if volume.GetDisplayNode() is None:
+            volume.CreateDefaultDisplayNodes()
+        display = volume.GetDisplayNode()
+        window = (display.GetWindowLevelMin(), display.GetWindowLevelMax())
+        return comparison.grey(slicer.util.arrayFromVolume(volume), window)
+
+    def _picture(self, name: str, title: str, make: Callable[[], np.ndarray], window, color_node_id: str):
+        """A volume for display only, on the fixed grid; made once and filled anew."""
+        values = make()
+        node = self._pictures.get(name)
+        if node is None or not self._scene.IsNodePresent(node):
+            node = self._scene.CreateNodeByClass("vtkMRMLScalarVolumeNode")
+            node.UnRegister(None)
+            node.SetName(self._scene.GenerateUniqueName(title.format(name=self.nodes.warped.GetName())))
+            node.SetHideFromEditors(True)
+            node.SetSaveWithScene(False)
+            self._scene.AddNode(node)
+            self._pictures[name] = node
+        slicer.util.updateVolumeFromArray(node, values)
+        node.SetIJKToRASMatrix(to_vtk(ijk_to_ras(self.nodes.warped)))
+        node.CreateDefaultDisplayNodes()
+        display = node.GetDisplayNode()
+        display.SetSaveWithScene(False)
+        display.SetAndObserveColorNodeID(color_node_id)
+        display.AutoWindowLevelOff()
+        display.SetWindowLevelMinMax(*window)
+        return node
+
+    def _remove_picture(self, name: str) -> None:
+        node = self._pictures.pop(name, None)
+        for part in (node, node.GetDisplayNode() if node is not None else None):
+            if part is not None and self._scene.IsNodePresent(part):
+                self._scene.RemoveNode(part)
 
     def _remove_twin(self) -> None:
         if self._twin is not None:
@@ -141,6 +297,10 @@ class _Layers:
             composite.GetLabelOpacity(),
         )
 
+    def same_volumes(self, other: _Layers) -> bool:
+        """Whether the background and the foreground are the same; a person may have faded or labelled them."""
+        return (self.background, self.foreground) == (other.background, other.foreground)
+
     def show(self, composite) -> None:
         blocked = composite.StartModify()
         composite.SetBackgroundVolumeID(self.background)
@@ -154,19 +314,33 @@ class _Layers:
 def jacobian_colors(scene):
     """The colour table for Jacobian determinants from 0 to 2, made once in a scene: as steep in log J as it is even,
     so that halving and doubling a volume look equally strong. Purple, white, orange: red is left to folding."""
-    table = scene.GetFirstNodeByName(_JACOBIAN_COLORS)
-    if table is not None:
-        return table
-    table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", _JACOBIAN_COLORS)
-    table.SetTypeToUser()
-    table.SetAttribute("Category", "MorphSeek")
-    table.SetNumberOfColors(256)
     values = np.linspace(0.0, _JACOBIAN_LIMIT, 256)
     steps = np.clip(np.log(np.maximum(values, 1e-6)) / np.log(_JACOBIAN_LIMIT), -1.0, 1.0)
-    for n, (value, step) in enumerate(zip(values, steps, strict=True)):
-        end = np.array((0.33, 0.15, 0.53)) if step < 0 else np.array((0.90, 0.45, 0.02))
-        rgb = (1 - abs(step)) * np.array((0.97, 0.97, 0.97)) + abs(step) * end
-        table.SetColor(n, f"{value:.2f}", *rgb.tolist(), 1.0)
+    ends = np.where(steps[:, None] < 0, (0.33, 0.15, 0.53), (0.90, 0.45, 0.02))
+    colors = (1 - np.abs(steps))[:, None] * 0.97 + np.abs(steps)[:, None] * ends
+    return _color_table(scene, _JACOBIAN_COLORS, [f"{value:.2f}" for value in values], colors)
+
+
+def difference_colors(scene):
+    """The colour table for differences, made once in a scene: dark in the middle as a subtraction image is, blue below
+    and orange above, ever brighter."""
+    stops = ((0.50, 0.83, 1.0), (0.12, 0.44, 0.82), (0.0, 0.0, 0.0), (0.82, 0.48, 0.06), (1.0, 0.88, 0.54))
+    where = np.linspace(0, 1, 256)
+    channels = [np.interp(where, np.linspace(0, 1, len(stops)), channel) for channel in zip(*stops, strict=True)]
+    names = [f"{2 * share - 1:+.2f}" for share in where]
+    return _color_table(scene, _DIFFERENCE_COLORS, names, np.stack(channels, axis=1))
+
+
+def _color_table(scene, name: str, names: list[str], colors: np.ndarray):
+    """The scene's table of that name; made without a file when it is not there yet."""
+    table = scene.GetFirstNodeByName(name)
+    if table is None:
+        table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", name)
+        table.SetTypeToUser()
+        table.SetAttribute("Category", "MorphSeek")
+        table.SetNumberOfColors(len(colors))
+        for number, (text, color) in enumerate(zip(names, colors, strict=True)):
+            table.SetColor(number, text, *color.tolist(), 1.0)
     return table
 
 
@@ -175,9 +349,14 @@ def _composites(scene) -> list:
     return [scene.GetNthNodeByClass(n, kind) for n in range(scene.GetNumberOfNodesByClass(kind))]
 
 
+def _first_slice(scene):
+    """The red slice's node, which is the axial one unless the person turned it; None without slice views."""
+    return scene.GetFirstNode("Red", "vtkMRMLSliceNode") or scene.GetFirstNodeByClass("vtkMRMLSliceNode")
+
+
 def _grid_twin(scene, nodes: RegistrationNodes):
     """A transform node whose TransformToParent is fixed -> moving without its affine part; for display only."""
-    displacement = _displacement_of(nodes.transform)
+    displacement = displacement_of(nodes.transform)
     affine = _affine_part(displacement, nodes.warped)
     twin = scene.CreateNodeByClass("vtkMRMLTransformNode")
     twin.UnRegister(None)
@@ -197,9 +376,19 @@ def _grid_twin(scene, nodes: RegistrationNodes):
     return twin
 
 
-def _displacement_of(transform_node) -> Image:
-    """The transform node's grid as the engine's displacement image."""
-    transform = transform_node.GetTransformFromParentAs("vtkOrientedGridTransform")
+def displacement_of(transform_node) -> Image:
+    """The transform node's grid as the engine's displacement image.
+
+    Raises:
+        InputError: it was inverted or replaced since the registration made it.
+    """
+    transform = transform_node.GetTransformFromParentAs("vtkOrientedGridTransform", False)
+    if transform is None or transform.GetDisplacementGrid() is None:
+        raise InputError(
+            _("'{node}' is no longer the transform that the registration made; register again.").format(
+                node=transform_node.GetName()
+            )
+        )
     image = transform.GetDisplacementGrid()
     affine = np.eye(4)
     direction = transform.GetGridDirectionMatrix()

@@ -11,10 +11,12 @@ import time
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from cases import blob_grid, blob_image, blob_labels
 from test_registration import random_model
 
 from MorphSeekLib.geometry import Volume
+from MorphSeekLib.images import read_image
 from MorphSeekLib.registration import load_model, register
 
 
@@ -131,6 +133,61 @@ def test_steps_are_shown_and_one_more_can_be_asked_for(client, request_of):
     assert np.abs(warped - expected).mean() < 0.02 * expected.std()
     error = client.call("register", request_of | {"state": {"total": "nowhere.npy", "figures": [], "align": "none"}})
     assert error["error"]["code"] == -32602
+
+
+def export_of(request, answer, folder, **changes):
+    """Parameters of an export of what a registration answered."""
+    names = ("aligned", "warped", "jacobian", "displacement", "inverse", "report")
+    sides = {side: {"path": f"{side} node", **answer["report"][side]} for side in ("fixed", "moving")}
+    return {
+        **{name: answer[name] for name in names},
+        "fixed": request["fixed"],
+        "report": answer["report"] | sides,
+        "wanted": ["report", "transform", "jacobian"],
+        "output": str(folder),
+    } | changes
+
+
+def test_export_writes_what_the_command_line_writes(client, request_of, tmp_path):
+    answer = client.call("register", request_of)["result"]
+    output = tmp_path / "exported"
+    files = client.call("export", export_of(request_of, answer, output))["result"]["files"]
+    expected = ["folding.nii.gz", "inverse.h5", "jacobian.nii.gz", "report.html", "report.json", "transform.h5"]
+    assert files == expected == sorted(path.name for path in output.iterdir())
+    jacobian = read_image(output / "jacobian.nii.gz")
+    np.testing.assert_allclose(jacobian.data, np.load(answer["jacobian"]["path"]), atol=1e-6)
+    transform = sitk.ReadTransform(str(output / "transform.h5"))
+    displacement, affine = np.load(answer["displacement"]["path"]), np.array(answer["displacement"]["affine"])
+    point = (affine @ [5, 6, 7, 1])[:3]
+    np.testing.assert_allclose(transform.TransformPoint(point), point + displacement[:, 5, 6, 7], atol=1e-3)
+    assert json.loads((output / "report.json").read_text())["folding"] == answer["report"]["folding"]
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2
+    assert "moving node registered onto fixed node" in page
+
+
+def test_export_writes_only_what_is_wanted_and_keeps_what_is_there(client, request_of, tmp_path):
+    answer = client.call("register", request_of)["result"]
+    (tmp_path / "warped.nii.gz").write_text("of someone else")
+    params = export_of(request_of, answer, tmp_path, wanted=["transform"], inverse=None)
+    assert client.call("export", params)["result"]["files"] == ["transform.h5"]
+    assert (tmp_path / "warped.nii.gz").read_text() == "of someone else"
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_export_refuses_in_a_sentence(client, request_of, tmp_path):
+    answer = client.call("register", request_of)["result"]
+    (tmp_path / "file").write_text("")
+    for changes, words in (
+        ({"wanted": ["poster"]}, "'poster' cannot be exported"),
+        ({"wanted": []}, "choose of report, transform, jacobian"),
+        ({"output": str(tmp_path / "file")}, "file"),
+    ):
+        error = client.call("export", export_of(request_of, answer, tmp_path / "new", **changes))["error"]
+        assert error["code"] == -32000
+        assert words in error["message"]
+    assert not (tmp_path / "new").exists()
+    assert client.call("export", export_of(request_of, answer, tmp_path, warped=None))["error"]["code"] == -32602
 
 
 def test_slicers_axis_order_needs_no_copy(client, request_of, tmp_path):

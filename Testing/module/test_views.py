@@ -10,7 +10,7 @@ pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core
 import slicer.util
 import worlds
 from MorphSeekGui import scene
-from MorphSeekGui.views import ResultViews, jacobian_colors
+from MorphSeekGui.views import ResultViews, difference_colors, jacobian_colors
 
 from MorphSeekLib import geometry
 
@@ -38,6 +38,18 @@ def layers(view) -> tuple:
     return c.GetBackgroundVolumeID(), c.GetForegroundVolumeID(), c.GetForegroundOpacity(), c.GetLabelVolumeID()
 
 
+def picture_of(volume, view) -> np.ndarray:
+    """What the view shows of a volume alone; then it shows what it showed before."""
+    c = view.composite
+    before = c.GetBackgroundVolumeID(), c.GetForegroundVolumeID()
+    c.SetBackgroundVolumeID(volume.GetID())
+    c.SetForegroundVolumeID(None)
+    picture = view.draw().astype(float)
+    c.SetBackgroundVolumeID(before[0])
+    c.SetForegroundVolumeID(before[1])
+    return picture
+
+
 def colored(pixels: np.ndarray) -> np.ndarray:
     """Which pixels are not grey."""
     return np.ptp(pixels.astype(int), axis=2) > 30
@@ -57,8 +69,7 @@ def test_overlay_blends_the_warped_volume_over_the_fixed_one(shown):
     for opacity, shown_alone in ((0.0, nodes.fixed), (1.0, nodes.warped)):
         views.overlay(True, opacity=opacity)
         pictures.append(view.draw().astype(float))
-        slicer.util.setSliceViewerLayers(background=shown_alone, foreground=None)
-        assert np.abs(view.draw() - pictures[-1]).max() <= 1
+        assert np.abs(picture_of(shown_alone, view) - pictures[-1]).max() <= 1
     views.overlay(True, opacity=0.5)
     assert np.abs(view.draw() - sum(pictures) / 2).max() <= 2
     assert np.abs(pictures[0] - pictures[1]).mean() > 5
@@ -66,11 +77,14 @@ def test_overlay_blends_the_warped_volume_over_the_fixed_one(shown):
     assert layers(view) == before
 
 
-def test_the_jacobian_goes_before_the_overlay_and_gives_way_to_it(shown):
+def test_the_last_layer_is_seen_and_gives_way_to_the_one_before(shown):
     nodes, view, views = shown
     views.overlay(True)
     views.jacobian(True)
     assert layers(view)[1] == nodes.jacobian.GetID()
+    views.overlay(True)
+    assert layers(view)[1] == nodes.warped.GetID()
+    views.jacobian(True)
     assert colored(view.draw()).mean() > 0.1
     views.jacobian(False)
     assert layers(view)[1] == nodes.warped.GetID()
@@ -142,10 +156,126 @@ def test_folding_is_red_in_slices_and_a_surface_in_3d(shown, application):
     assert not red(three_d.draw()).any()
 
 
+def test_the_checkerboard_takes_turns(shown, mrml):
+    nodes, view, views = shown
+    fixed, warped = picture_of(nodes.fixed, view), picture_of(nodes.warped, view)
+    apart = np.abs(fixed - warped).max(axis=2) > 20
+    before = mrml.GetNumberOfNodes()
+    views.checkerboard(True, tile_mm=15)
+    board = view.draw().astype(float)
+    # what is neither the one nor the other lies on the blocks' seams, where the display interpolates
+    as_fixed, as_warped = (np.abs(board - p).max(axis=2) <= 4 for p in (fixed, warped))
+    assert (as_fixed | as_warped)[apart].mean() > 0.85
+    assert min(as_fixed[apart].mean(), as_warped[apart].mean()) > 0.3
+    views.checkerboard(True, tile_mm=3)
+    assert np.abs(view.draw() - board).mean() > 3
+    made = [mrml.GetNthNode(n) for n in range(before, mrml.GetNumberOfNodes())]
+    assert len(made) == 2  # a volume and its display, for both sizes
+    assert not any(node.GetSaveWithScene() for node in made)
+    views.checkerboard(False)
+    assert mrml.GetNumberOfNodes() == before
+
+
+def test_differences_are_on_one_scale_and_smaller_afterwards(application, tmp_path):
+    world = worlds.make_world("oblique", amplitude_mm=3.0)
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    for node in (fixed, moving):
+        node.CreateDefaultDisplayNodes()
+        node.GetDisplayNode().AutoWindowLevelOff()
+        node.GetDisplayNode().SetWindowLevelMinMax(0, 600)
+    nodes = scene.create_nodes(worlds.result_of(world, tmp_path), fixed, moving)
+    view = application.slice_view(size=(200, 200))
+    slicer.util.setSliceViewerLayers(background=fixed)
+    view.fit()
+    views = ResultViews(nodes)
+    views.difference(True, before=True)
+    before = view.draw()
+    views.difference(True)
+    after = view.draw()
+    windows = {
+        (p.GetDisplayNode().GetWindowLevelMin(), p.GetDisplayNode().GetWindowLevelMax())
+        for p in views._pictures.values()
+    }
+    assert len(windows) == 1
+    assert before.mean() > 5
+    # the warped volume of this world is the fixed one: nothing is left
+    assert after.max() <= 2
+    one = slicer.util.arrayFromVolume(views._pictures["difference before"])
+    expected = (slicer.util.arrayFromVolume(nodes.aligned) - slicer.util.arrayFromVolume(fixed)) / 600
+    assert np.abs(one - expected).max() < 1e-5
+
+
+def test_difference_colors_tell_the_sign(mrml):
+    table = difference_colors(mrml).GetLookupTable()
+    table.SetRange(-1, 1)
+    colors = {value: np.zeros(3) for value in (-0.6, 0.0, 0.6)}
+    for value, color in colors.items():
+        table.GetColor(value, color)
+    assert colors[0.0].max() < 0.05
+    assert colors[0.6].argmax() == 0
+    assert colors[-0.6].argmax() == 2
+
+
+def test_before_needs_the_aligned_volume(shown):
+    nodes, view, views = shown
+    nodes.aligned = None
+    before = layers(view)
+    with pytest.raises(scene.InputError, match="register again to compare with it"):
+        views.difference(True, before=True)
+    assert layers(view) == before
+    views.difference(True)  # afterwards can still be seen
+    assert layers(view)[0] == nodes.fixed.GetID()
+
+
+def test_a_fixed_volume_that_was_cropped_meanwhile_is_refused(shown, mrml):
+    nodes, _view, views = shown
+    slicer.util.updateVolumeFromArray(nodes.fixed, np.zeros((4, 5, 6), np.float32))
+    before = mrml.GetNumberOfNodes()
+    for switch in (views.checkerboard, views.difference):
+        with pytest.raises(scene.InputError, match="'F' has changed its size since it was registered"):
+            switch(True)
+    assert mrml.GetNumberOfNodes() == before
+
+
+def test_flicker_shows_one_and_the_other(shown):
+    nodes, view, views = shown
+    before = layers(view)
+    fixed, warped = picture_of(nodes.fixed, view), picture_of(nodes.warped, view)
+    views.flip()  # nothing flickers yet
+    assert layers(view) == before
+    views.flicker(True)
+    for expected in (warped, fixed, warped):
+        assert np.abs(view.draw() - expected).max() <= 1
+        views.flip()
+    views.flicker(False)
+    assert layers(view) == before
+
+
+def test_go_to_centers_the_slices_and_sets_the_crosshair(shown, application, mrml):
+    _nodes, view, views = shown
+    sagittal = application.slice_view("Sagittal", name="Yellow", size=(100, 100))
+    crosshair = mrml.AddNewNodeByClass("vtkMRMLCrosshairNode")
+    crosshair.SetCrosshairMode(crosshair.NoCrosshair)
+    views.go_to((4.0, -3.0, 21.0))
+    assert view.logic.GetSliceOffset() == pytest.approx(21.0)
+    assert abs(sagittal.logic.GetSliceOffset()) == pytest.approx(4.0)  # along the normal, which points to the left
+    assert crosshair.GetCrosshairRAS() == (4.0, -3.0, 21.0)
+    assert crosshair.GetCrosshairMode() == crosshair.ShowBasic
+    half = [view.node.GetDimensions()[0] / 2, view.node.GetDimensions()[1] / 2, 0, 1]
+    middle = view.node.GetXYToRAS().MultiplyPoint(half)
+    assert middle[:2] == pytest.approx((4.0, -3.0), abs=1.0)
+    views.restore()
+    assert crosshair.GetCrosshairMode() == crosshair.NoCrosshair
+
+
 def test_restore_brings_back_what_was_there(shown, mrml):
     _nodes, view, views = shown
     before, picture = layers(view), view.draw()
+    count = mrml.GetNumberOfNodes()
     views.overlay(True)
+    views.checkerboard(True)
+    views.difference(True)
+    views.flicker(True)
     views.jacobian(True)
     views.grid(True)
     views.folding(True)
@@ -153,6 +283,7 @@ def test_restore_brings_back_what_was_there(shown, mrml):
     views.restore()
     assert layers(view) == before
     assert np.array_equal(view.draw(), picture)
+    assert mrml.GetNumberOfNodes() == count + 2, "the two colour tables may stay"
     views.restore()  # twice does no harm
     assert layers(view) == before
 

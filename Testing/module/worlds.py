@@ -114,6 +114,7 @@ def result_of(world: World, folder: Path, inverse: bool = True, labels: bool = T
     warped_labels = geometry.resample(label_volume, grid, transform, mode="nearest").data
     return {
         "warped": save("warped", geometry.resample(world.moving, grid, transform).data, grid.affine),
+        "aligned": save("aligned", geometry.resample(world.moving, grid, transform.affine_part()).data, grid.affine),
         "displacement": save("displacement", transform.displacement, transform.grid.affine),
         "inverse": save("inverse", back.displacement, back.grid.affine) if back else None,
         "jacobian": save("jacobian", jacobian, grid.affine),

@@ -1,0 +1,524 @@
+"""The panel's Inspect section: see a registration from all sides, read its figures against limits, go to where it
+folds, export it.
+
+What is shown stands in views.py, what is judged in quality.py, what is written in export.py; here are only the widgets
+and what they call.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+import qt
+import slicer
+import slicer.util
+import vtk
+from slicer.util import VTKObservationMixin
+
+from . import quality, scene
+from .engine_client import EngineCancelled, EngineClient, EngineError, Request
+from .export import Export, prepare
+from .scene import InputError, RegistrationNodes, _
+from .views import ResultViews
+
+UI = Path(__file__).resolve().parents[1] / "Resources" / "UI" / "Inspect.ui"
+LIMITS_SETTING, FOLDER_SETTING = "MorphSeek/Limits", "MorphSeek/ExportFolder"
+MOST_REGIONS = 200  # rows of the table; the smaller regions are only counted
+# background, text and sign (not everybody tells the colours apart)
+_COLORS = {
+    "green": ("#1a9850", "#ffffff", "●"),
+    "amber": ("#f5b83d", "#000000", "▲"),
+    "red": ("#c62828", "#ffffff", "■"),
+}
+_OPACITY = {"blend": 0.5, "jacobian": 0.6}  # of a layer that is not opaque at first
+_POLL_MS, _REDRAW_MS = 100, 250
+_JACOBIAN_BAR = "stop:0 #542687, stop:0.5 #f7f7f7, stop:1 #e67305"
+_DIFFERENCE_BAR = "stop:0 #7fd4ff, stop:0.25 #1f70d1, stop:0.5 #000000, stop:0.75 #d17a0f, stop:1 #ffe08a"
+
+
+class InspectPanel(VTKObservationMixin):
+    """Made by the module's widget; ``show`` takes a registration's nodes, the selector any that the scene holds.
+
+    Args:
+        parent: the section that it fills.
+        logic: the module's logic, for its engine.
+    """
+
+    def __init__(self, parent, logic) -> None:
+        VTKObservationMixin.__init__(self)
+        self._logic = logic
+        self.widget = slicer.util.loadUI(str(UI))
+        parent.layout().addWidget(self.widget)
+        self.ui = slicer.util.childWidgetVariables(self.widget)
+        self._scene = None
+        self._nodes: RegistrationNodes | None = None
+        self._views: ResultViews | None = None
+        self._figures: list[quality.Figure] = []
+        self._regions: list[quality.Region] = []
+        self._layer: str | None = None
+        self._export: tuple[Export, EngineClient, Request] | None = None
+        self._limits = quality.limits_from_text(qt.QSettings().value(LIMITS_SETTING))
+        self._layer_buttons = {
+            "blend": self.ui.blendButton,
+            "flicker": self.ui.flickerButton,
+            "checkerboard": self.ui.checkerboardButton,
+            "before": self.ui.differenceBeforeButton,
+            "after": self.ui.differenceAfterButton,
+            "jacobian": self.ui.jacobianButton,
+        }
+        self._opacity = {name: _OPACITY.get(name, 1.0) for name in self._layer_buttons}
+        self._flicker = _timer(self._flip)
+        self._redraw = _timer(self._draw_again, _REDRAW_MS, once=True)
+        self._poll = _timer(self._poll_export, _POLL_MS)
+        self._set_up()
+        self._choose(None)
+
+    # ----------------------------------------------------------------------------------- what the module's widget calls
+
+    def setMRMLScene(self, mrml_scene) -> None:
+        """The scene whose results can be chosen; None at the application's end."""
+        self._forget()
+        self.removeObservers()
+        self._scene = mrml_scene
+        self.widget.setMRMLScene(mrml_scene)
+        if mrml_scene is not None:
+            self.addObserver(mrml_scene, slicer.vtkMRMLScene.NodeAboutToBeRemovedEvent, self._node_leaves)
+            self.addObserver(mrml_scene, slicer.vtkMRMLScene.StartCloseEvent, self._scene_closes)
+
+    def enter(self) -> None:
+        """The person opens the module: parts of a result may have gone meanwhile, or come."""
+        if self._nodes is None:
+            self._choose(self.ui.resultSelector.currentNode())
+
+    def exit(self) -> None:
+        """The person goes elsewhere. What the views show stays, but nothing flickers behind another module's panel."""
+        self.ui.flickerButton.checked = False
+
+    def cleanup(self) -> None:
+        """The module is reloaded, or the application ends: the views as they were, no timer, no file half written."""
+        self._forget()
+        self._cancel_export()
+        self._end_export()
+        self.removeObservers()
+
+    def show(self, nodes: RegistrationNodes) -> None:
+        """Choose a registration that was just made, or made anew in the same nodes."""
+        self.ui.resultSelector.setCurrentNode(nodes.transform)
+        self._look_at(nodes.transform)
+
+    # ---------------------------------------------------------------------------------------------------------- widgets
+
+    def _set_up(self) -> None:
+        ui = self.ui
+        ui.resultSelector.addAttribute("vtkMRMLTransformNode", scene.REPORT)
+        ui.resultSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._choose)
+        for name, button in self._layer_buttons.items():
+            button.connect("toggled(bool)", lambda on, name=name: self._toggle_layer(name, on))
+        ui.opacitySlider.connect("valueChanged(double)", self._fade)
+        ui.tileSlider.connect("valueChanged(double)", lambda _value: self._redraw.start())
+        ui.rateSlider.connect("valueChanged(double)", lambda _value: self._set_rate())
+        ui.gridCheckBox.connect("toggled(bool)", lambda _on: self._draw_grid())
+        ui.gridSpacingSlider.connect("valueChanged(double)", lambda _value: self._redraw.start())
+        ui.grid3DCheckBox.connect("toggled(bool)", lambda _on: self._draw_grid())
+        ui.foldingCheckBox.connect("toggled(bool)", lambda _on: self._draw_folding())
+        ui.folding3DCheckBox.connect("toggled(bool)", lambda _on: self._draw_folding())
+        ui.restoreButton.connect("clicked(bool)", lambda _on: self._restore())
+        ui.figuresTable.connect("cellChanged(int,int)", self._edit_limit)
+        ui.defaultLimitsButton.connect("clicked(bool)", lambda _on: self._set_limits(dict(quality.DEFAULT_LIMITS)))
+        # the keyboard's arrows go from region to region; a click comes back to the one that is current
+        ui.regionsTable.connect("currentCellChanged(int,int,int,int)", lambda row: self._go_to(row))
+        ui.regionsTable.connect("cellClicked(int,int)", lambda row: self._go_to(row))
+        ui.folderButton.directory = qt.QSettings().value(FOLDER_SETTING) or str(Path.home())
+        ui.exportButton.connect("clicked(bool)", lambda _on: self._start_export())
+        ui.cancelExportButton.connect("clicked(bool)", lambda _on: self._cancel_export())
+        for table in (ui.figuresTable, ui.structuresTable, ui.regionsTable):
+            _spread(table, 0 if table is not ui.regionsTable else 4)
+        self._show_export(False)
+
+    def _choose(self, transform) -> None:
+        """The selector has another transform node."""
+        if self._nodes is None or transform is not self._nodes.transform:
+            self._look_at(transform)
+
+    def _look_at(self, transform) -> None:
+        """Read the registration that a transform node stands for."""
+        self._forget()
+        nodes = scene.result_nodes(transform)
+        if nodes is None:
+            if transform is not None:
+                self._say(_("Not everything of this registration is left in the scene; register again to inspect it."))
+            return
+        self._nodes, self._views = nodes, ResultViews(nodes)
+        self._regions = quality.folded_regions(nodes.jacobian)
+        self._figures = quality.measure(nodes.report, self._regions)
+        size = _longest_mm(nodes.warped)
+        self.ui.gridSpacingSlider.maximum = max(10.0, round(size / 4))
+        self.ui.gridSpacingSlider.value = max(1.0, round(size / 24))
+        self._redraw.stop()
+        self._fill()
+
+    def _forget(self) -> None:
+        """No registration any more, and the views as they were."""
+        self._restore()
+        self._nodes = self._views = None
+        self._figures, self._regions = [], []
+        self._say("")
+        self._fill()
+
+    def _fill(self) -> None:
+        there = self._nodes is not None
+        for section in (self.ui.showSection, self.ui.figuresSection, self.ui.regionsSection, self.ui.exportSection):
+            section.enabled = there
+        self.ui.differenceBeforeButton.enabled = there and self._nodes.aligned is not None
+        folding = (self._nodes.report.get("folding") or {}) if there else {}
+        self.ui.definitionLabel.text = folding.get("definition", "")
+        self._fill_figures()
+        self._fill_structures()
+        self._fill_regions()
+
+    def _fill_figures(self) -> None:
+        verdict = quality.judge(self._figures, self._limits)
+        table = self.ui.figuresTable
+        blocked = table.blockSignals(True)
+        table.setRowCount(len(self._figures))
+        for row, figure in enumerate(self._figures):
+            _cell(table, row, 0, figure.label, tip=figure.definition)
+            value = _cell(table, row, 1, figure.text, right=True, tip=figure.definition)
+            if figure.key in verdict.colors:
+                background, text, sign = _COLORS[verdict.colors[figure.key]]
+                value.setText(f"{sign} {figure.text}")
+                value.setBackground(qt.QBrush(qt.QColor(background)))
+                value.setForeground(qt.QBrush(qt.QColor(text)))
+            limits = self._limits[figure.key] if figure.worse else None
+            for column, bound in ((2, limits and f"{limits.amber:g}"), (3, limits and f"{limits.red:g}")):
+                _cell(table, row, column, bound or "", right=True, editable=limits is not None)
+        table.blockSignals(blocked)
+        _fit_height(table)
+        self._show_verdict(verdict)
+
+    def _show_verdict(self, verdict: quality.Verdict) -> None:
+        label = self.ui.verdictLabel
+        label.visible = self._nodes is not None
+        if verdict.color is None:
+            label.text = _("Nothing was measured that could be judged.")
+            label.styleSheet = ""
+            return
+        background, text, sign = _COLORS[verdict.color]
+        words = {
+            "green": _("Green: every figure is within its limits."),
+            "amber": _("Amber: have a look before you use it."),
+            "red": _("Red: do not use it without knowing why."),
+        }
+        label.text = "\n".join([f"{sign} {words[verdict.color]}", *verdict.reasons])
+        label.styleSheet = f"background: {background}; color: {text}; border-radius: 3px; font-weight: bold"
+
+    def _fill_structures(self) -> None:
+        labels = self._nodes.warped_labels if self._nodes is not None else None
+        display = labels.GetDisplayNode() if labels is not None else None
+        colors = display.GetColorNode() if display is not None else None
+        rows = quality.structures(self._nodes.report, colors) if self._nodes is not None else []
+        table = self.ui.structuresTable
+        table.setRowCount(len(rows))
+        for row, (name, *values) in enumerate(rows):
+            _cell(table, row, 0, name)
+            for column, value in enumerate(values, 1):
+                _cell(table, row, column, "–" if value is None else f"{value:.3f}", right=True)
+        _fit_height(table)
+        table.visible = bool(rows)
+        self.ui.structuresLabel.text = (
+            _("Overlap by structure (Dice)") if rows else _("No overlap: labels were not given for both volumes.")
+        )
+
+    def _fill_regions(self) -> None:
+        shown, count = self._regions[:MOST_REGIONS], len(self._regions)
+        table = self.ui.regionsTable
+        blocked = table.blockSignals(True)
+        table.setRowCount(len(shown))
+        for row, region in enumerate(shown):
+            position = ", ".join(f"{mm:.1f}" for mm in region.position)
+            texts = (
+                row + 1,
+                quality.volume_form(region.mm3).format(region.mm3),
+                f"{region.voxels:,}",
+                f"{region.min_jacobian:.3f}",
+                position,
+            )
+            for column, text in enumerate(texts):
+                _cell(table, row, column, str(text), right=True)
+        table.setCurrentCell(-1, -1)
+        table.blockSignals(blocked)
+        _fit_height(table)
+        table.visible = bool(shown)
+        if self._nodes is None:
+            text = ""
+        elif not count:
+            text = _("No voxel folds.")
+        else:
+            text = _("{n} folded regions, the largest first. Click one to go there.").format(n=count)
+            if count > len(shown):
+                text += " " + _("The {n} smallest are not listed.").format(n=count - len(shown))
+        self.ui.regionsLabel.text = text
+
+    def _say(self, text: str, problem: bool = True) -> None:
+        self.ui.messageLabel.text = text
+        self.ui.messageLabel.visible = bool(text)
+        self.ui.messageLabel.styleSheet = "color: #d32f2f" if problem else ""
+
+    # ------------------------------------------------------------------------------------------------------------- show
+
+    def _toggle_layer(self, name: str, on: bool) -> None:
+        """One layer at a time: the slice views have one foreground."""
+        self._say("")
+        if self._views is None:
+            self._layer_buttons[name].checked = False
+            return
+        try:
+            self._draw_layer(name, on)
+        except InputError as problem:
+            _set_silently(self._layer_buttons[name], False)
+            self._draw_layer(name, False)
+            self._say(str(problem))
+            return
+        if on and self._layer not in (None, name):
+            _set_silently(self._layer_buttons[self._layer], False)
+            self._draw_layer(self._layer, False)
+        if on or self._layer == name:
+            self._layer = name if on else None
+        self._show_controls()
+
+    def _draw_layer(self, name: str, on: bool) -> None:
+        opacity = self._opacity[name]
+        if name == "blend":
+            self._views.overlay(on, opacity)
+        elif name == "flicker":
+            self._views.flicker(on)
+            self._set_rate()
+            self._flicker.start() if on else self._flicker.stop()
+        elif name == "checkerboard":
+            self._views.checkerboard(on, self.ui.tileSlider.value, opacity)
+        elif name == "jacobian":
+            self._views.jacobian(on, opacity)
+        else:
+            self._views.difference(on, before=name == "before", opacity=opacity)
+
+    def _show_controls(self) -> None:
+        """Only the controls and the legend of the layer that is seen."""
+        ui, layer = self.ui, self._layer
+        for widget in (ui.opacityLabel, ui.opacitySlider):
+            widget.visible = layer not in (None, "flicker")
+        for widget in (ui.tileLabel, ui.tileSlider):
+            widget.visible = layer == "checkerboard"
+        for widget in (ui.rateLabel, ui.rateSlider):
+            widget.visible = layer == "flicker"
+        ui.gridLabel.visible = ui.gridCheckBox.checked
+        if layer is not None:
+            _set_silently(ui.opacitySlider, self._opacity[layer], "value")
+        difference = _("Blue: fixed brighter. Black: equal. Orange: moving brighter.")
+        bar, text = {
+            "jacobian": (
+                _JACOBIAN_BAR,
+                _("Volume from fixed to moving. Purple: half and less. White: kept. Orange: double and more."),
+            ),
+            "before": (_DIFFERENCE_BAR, difference),
+            "after": (_DIFFERENCE_BAR, difference),
+        }.get(layer, ("", ""))
+        ui.legendBar.visible = ui.legendLabel.visible = bool(bar)
+        ui.legendBar.styleSheet = f"background: qlineargradient(x1:0, y1:0, x2:1, y2:0, {bar})" if bar else ""
+        ui.legendLabel.text = text
+
+    def _fade(self, opacity: float) -> None:
+        if self._layer not in (None, "flicker"):
+            self._opacity[self._layer] = opacity
+            self._views.fade(opacity)
+
+    def _set_rate(self) -> None:
+        self._flicker.setInterval(round(1000 / self.ui.rateSlider.value))
+
+    def _flip(self) -> None:
+        if self._views is not None:
+            self._views.flip()
+
+    def _draw_again(self) -> None:
+        """After a slider came to rest."""
+        if self._layer == "checkerboard":
+            self._toggle_layer("checkerboard", True)
+        if self.ui.gridCheckBox.checked:
+            self._draw_grid()
+
+    def _draw_grid(self) -> None:
+        switch = self.ui.gridCheckBox
+        self._say("")
+        try:
+            if self._views is not None:
+                in_3d = self.ui.grid3DCheckBox.checked
+                self._views.grid(switch.checked, self.ui.gridSpacingSlider.value, in_3d=in_3d)
+        except InputError as problem:
+            _set_silently(switch, False)
+            self._say(str(problem))
+        self._show_controls()
+
+    def _draw_folding(self) -> None:
+        if self._views is not None:
+            self._views.folding(self.ui.foldingCheckBox.checked, self.ui.folding3DCheckBox.checked)
+
+    def _go_to(self, row: int) -> None:
+        if self._views is not None and 0 <= row < len(self._regions):
+            self._views.go_to(self._regions[row].position)
+
+    def _restore(self) -> None:
+        """All switches off, the views as they were."""
+        self._flicker.stop()
+        self._redraw.stop()
+        self._layer = None
+        for switch in (*self._layer_buttons.values(), self.ui.gridCheckBox, self.ui.foldingCheckBox):
+            _set_silently(switch, False)
+        if self._views is not None:
+            self._views.restore()
+        self._show_controls()
+
+    # ----------------------------------------------------------------------------------------------------------- limits
+
+    def _edit_limit(self, row: int, column: int) -> None:
+        """A person typed into the table."""
+        if column not in (2, 3) or not 0 <= row < len(self._figures):
+            return
+        figure = self._figures[row]
+        name = "amber" if column == 2 else "red"
+        self._say("")
+        try:
+            text = self.ui.figuresTable.item(row, column).text()
+            limits = self._limits | {figure.key: quality.edited_limits(figure, self._limits[figure.key], name, text)}
+        except ValueError as problem:
+            self._say(str(problem))
+            limits = self._limits  # the table shows what holds
+        self._set_limits(limits)
+
+    def _set_limits(self, limits: dict[str, quality.Limits]) -> None:
+        self._limits = limits
+        qt.QSettings().setValue(LIMITS_SETTING, quality.limits_to_text(limits))
+        self._fill_figures()
+
+    # ----------------------------------------------------------------------------------------------------------- export
+
+    def _start_export(self) -> None:
+        ui = self.ui
+        boxes = {"report": ui.reportCheckBox, "transform": ui.transformCheckBox, "jacobian": ui.jacobianCheckBox}
+        ui.exportLabel.text = ""
+        self._say("")
+        try:
+            job = prepare(self._nodes, ui.folderButton.directory, [name for name, box in boxes.items() if box.checked])
+        except InputError as problem:
+            ui.exportLabel.text = escape(str(problem))
+            return
+        try:
+            client = self._logic.client()
+            request = client.request("export", job.params, self._show_progress)
+        except EngineError as problem:
+            job.discard()
+            ui.exportLabel.text = escape(str(problem))
+            return
+        qt.QSettings().setValue(FOLDER_SETTING, ui.folderButton.directory)
+        self._export = job, client, request
+        self._show_export(True)
+        self._poll.start()
+
+    def _show_progress(self, progress: dict) -> None:
+        self.ui.exportProgressBar.value = round(100 * progress.get("fraction", 0))
+        self.ui.exportLabel.text = escape(progress.get("message", ""))
+
+    def _poll_export(self) -> None:
+        job, client, request = self._export
+        client.poll()
+        if not request.done:
+            return
+        self._end_export()
+        try:
+            files = request.value().get("files", [])
+        except EngineCancelled:
+            self.ui.exportLabel.text = _("Cancelled; no file was written.")
+        except EngineError as problem:
+            self.ui.exportLabel.text = escape(str(problem))
+            self.ui.exportLabel.toolTip = problem.details
+        else:
+            opened = job.output / "report.html" if "report.html" in files else job.output
+            self.ui.exportLabel.text = _("Written: {files} in {link}").format(
+                files=escape(", ".join(files)), link=f'<a href="{opened.as_uri()}">{escape(str(opened))}</a>'
+            )
+
+    def _cancel_export(self) -> None:
+        if self._export is not None:
+            _job, client, request = self._export
+            client.cancel(request)
+
+    def _end_export(self) -> None:
+        self._poll.stop()
+        if self._export is not None:
+            self._export[0].discard()
+            self._export = None
+        self._show_export(False)
+
+    def _show_export(self, running: bool) -> None:
+        self.ui.exportButton.enabled = not running
+        self.ui.cancelExportButton.visible = self.ui.exportProgressBar.visible = running
+        self.ui.exportProgressBar.value = 0
+
+    # ------------------------------------------------------------------------------------------------------------ scene
+
+    @vtk.calldata_type(vtk.VTK_OBJECT)
+    def _node_leaves(self, _caller, _event, node) -> None:
+        """Before a node of the registration goes, nothing may show it any more."""
+        if self._nodes is not None and any(node is part for part in vars(self._nodes).values()):
+            name = node.GetName()
+            self._forget()
+            if not self._scene.IsClosing():
+                self._say(_("'{node}' has left the scene; choose another registration.").format(node=name))
+
+    def _scene_closes(self, _caller=None, _event=None) -> None:
+        self._forget()
+
+
+def _timer(function, milliseconds: int = 1000, once: bool = False):
+    timer = qt.QTimer()
+    timer.setInterval(milliseconds)
+    timer.setSingleShot(once)
+    timer.connect("timeout()", function)
+    return timer
+
+
+def _set_silently(widget, value, name: str = "checked") -> None:
+    """Set a property without the widget telling anyone."""
+    blocked = widget.blockSignals(True)
+    setattr(widget, name, value)
+    widget.blockSignals(blocked)
+
+
+def _cell(table, row: int, column: int, text: str, right: bool = False, editable: bool = False, tip: str = ""):
+    """Set a table's cell; returns its item."""
+    item = qt.QTableWidgetItem(text)
+    flags = qt.Qt.ItemIsEnabled | qt.Qt.ItemIsSelectable
+    item.setFlags(flags | qt.Qt.ItemIsEditable if editable else flags)
+    if right:
+        item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
+    item.setToolTip(tip)
+    table.setItem(row, column, item)
+    return item
+
+
+def _spread(table, wide: int) -> None:
+    """One column takes the room that is left."""
+    header = table.horizontalHeader()
+    header.setHighlightSections(False)
+    for column in range(table.columnCount):
+        mode = qt.QHeaderView.Stretch if column == wide else qt.QHeaderView.ResizeToContents
+        header.setSectionResizeMode(column, mode)
+
+
+def _fit_height(table, most: int = 300) -> None:
+    """As high as its rows, up to ``most`` pixels: a panel scrolls, so its tables should not."""
+    needed = table.horizontalHeader().sizeHint.height() + table.verticalHeader().length() + 2 * table.frameWidth
+    table.setFixedHeight(min(most, needed + 2))
+
+
+def _longest_mm(volume) -> float:
+    return max(n * mm for n, mm in zip(volume.GetImageData().GetDimensions(), volume.GetSpacing(), strict=True))

@@ -1,0 +1,415 @@
+"""The Inspect section, driven as a person does: choose, switch, type, click, export, close the scene in the middle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
+pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essentials)")
+
+import slicer
+import slicer.util
+import worlds
+from MorphSeekGui import scene
+
+FOLDED = {
+    "folding": {
+        "folded_voxels": 39,
+        "njd_percent": 0.085,
+        "min_jacobian": -0.31,
+        "max_jacobian": 3.1,
+        "sdlogj": 0.6,
+        "definition": "J: by central differences.",
+    },
+    "dice": {
+        "mean": {"input": 0.3, "aligned": 0.61, "warped": 0.74},
+        "labels": {"3": {"input": 0.3, "aligned": 0.61, "warped": 0.74}},
+    },
+}
+
+
+@pytest.fixture
+def panel(module):
+    return module.representation.python.panels["inspect"]
+
+
+@pytest.fixture
+def ui(panel):
+    return panel.ui
+
+
+@pytest.fixture
+def view(module, stand_in):
+    return stand_in.open_views((200, 200))["Red"]
+
+
+@pytest.fixture
+def nodes(module, tmp_path):
+    return make_result(tmp_path / "one")
+
+
+def make_result(folder, name: str = "M") -> scene.RegistrationNodes:
+    """A registration that folds, in the scene."""
+    folder.mkdir()
+    world = worlds.make_world("upright")
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume(name, world.moving)
+    for node in (fixed, moving):
+        node.CreateDefaultDisplayNodes()
+    result = worlds.result_of(world, folder) | {"report": FOLDED}
+    return scene.create_nodes(result, fixed, moving)
+
+
+def layers(view) -> tuple:
+    c = view.composite
+    return c.GetBackgroundVolumeID(), c.GetForegroundVolumeID(), c.GetForegroundOpacity()
+
+
+def texts(table, column: int) -> list[str]:
+    return [table.item(row, column).text() for row in range(table.rowCount)]
+
+
+def row_of(table, label: str) -> int:
+    return next(n for n, text in enumerate(texts(table, 0)) if label in text)
+
+
+def type_into(table, row: int, column: int, text: str) -> None:
+    """What a person does in a cell's editor."""
+    table.item(row, column).setText(text)
+
+
+def test_it_opens_empty_and_waits_for_a_result(panel, ui, tmp_path):
+    assert not ui.showSection.enabled
+    assert not ui.exportSection.enabled
+    assert not ui.verdictLabel.isVisibleTo(panel.widget)
+    slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode", "someone else's")
+    assert ui.resultSelector.nodeCount() == 0
+    nodes = make_result(tmp_path / "one")
+    assert ui.resultSelector.nodeCount() == 1
+    assert ui.resultSelector.currentNode() is None
+    panel.show(nodes)
+    assert ui.showSection.enabled
+    assert ui.resultSelector.currentNode() is nodes.transform
+
+
+def test_every_layer_is_a_switch_and_one_button_undoes_all(panel, ui, nodes, view, stand_in):
+    other = worlds.add_volume("other", worlds.make_world("upright").moving)
+    slicer.util.setSliceViewerLayers(background=other, foreground=nodes.fixed, foregroundOpacity=0.2)
+    view.fit()
+    before, picture, count = layers(view), view.draw(), slicer.mrmlScene.GetNumberOfNodes()
+    panel.show(nodes)
+    buttons = (
+        ui.blendButton,
+        ui.flickerButton,
+        ui.checkerboardButton,
+        ui.differenceBeforeButton,
+        ui.differenceAfterButton,
+        ui.jacobianButton,
+    )
+    seen = []
+    for button in buttons:
+        button.click()
+        assert [b.checked for b in buttons].count(True) == 1
+        seen.append(view.draw())
+    for first in range(len(seen)):
+        for second in range(first):
+            assert not np.array_equal(seen[first], seen[second]), (first, second)
+    ui.jacobianButton.click()
+    assert layers(view) == before
+    ui.checkerboardButton.click()
+    ui.gridCheckBox.click()
+    ui.grid3DCheckBox.click()
+    ui.foldingCheckBox.click()
+    assert nodes.folding.GetDisplayNode().GetVisibility()
+    ui.restoreButton.click()
+    assert layers(view) == before
+    assert np.array_equal(view.draw(), picture)
+    assert not any(b.checked for b in (*buttons, ui.gridCheckBox, ui.foldingCheckBox))
+    assert slicer.mrmlScene.GetNumberOfNodes() <= count + 2  # colour tables
+    assert stand_in.take_errors() == []
+
+
+def test_the_slider_fades_and_each_layer_keeps_its_own(panel, ui, nodes, view):
+    panel.show(nodes)
+    assert not ui.opacitySlider.isVisibleTo(panel.widget)
+    ui.blendButton.click()
+    assert ui.opacitySlider.isVisibleTo(panel.widget)
+    ui.opacitySlider.value = 0.25
+    assert layers(view) == (nodes.fixed.GetID(), nodes.warped.GetID(), 0.25)
+    ui.jacobianButton.click()
+    assert ui.opacitySlider.value == pytest.approx(0.6)
+    assert layers(view)[1] == nodes.jacobian.GetID()
+    assert ui.legendBar.isVisibleTo(panel.widget)
+    ui.blendButton.click()
+    assert layers(view)[2] == 0.25
+    assert not ui.legendBar.isVisibleTo(panel.widget)
+
+
+def test_flicker_takes_turns_until_the_module_is_left(panel, ui, nodes, view, stand_in, module):
+    panel.show(nodes)
+    ui.rateSlider.value = 3
+    ui.flickerButton.click()
+    seen = set()
+    stand_in.wait(lambda: seen.add(layers(view)[2]) or seen == {0.0, 1.0}, 5)
+    module.representation.exit()
+    assert not ui.flickerButton.checked
+    assert not panel._flicker.active
+    assert layers(view)[1] is None
+
+
+def test_sliders_redraw_when_they_come_to_rest(panel, ui, nodes, view, stand_in):
+    panel.show(nodes)
+    ui.checkerboardButton.click()
+    view.fit()
+    board = view.draw()
+    ui.tileSlider.value = 5
+    stand_in.wait(lambda: not np.array_equal(view.draw(), board), 5)
+    ui.gridCheckBox.click()
+    assert ui.gridLabel.isVisibleTo(panel.widget)
+    display = panel._views._twin.GetDisplayNode()
+    assert display.GetGridSpacingMm() == ui.gridSpacingSlider.value
+    ui.gridSpacingSlider.value = 7
+    stand_in.wait(lambda: display.GetGridSpacingMm() == 7, 5)
+    assert not display.GetVisibility3D()
+    assert display.GetRegionNode() is view.node
+    ui.grid3DCheckBox.click()
+    assert display.GetVisibility3D()
+
+
+def test_folding_is_switched_in_slices_and_in_3d(panel, ui, nodes):
+    panel.show(nodes)
+    display = nodes.folding.GetDisplayNode()
+    ui.foldingCheckBox.click()
+    assert (display.GetVisibility(), display.GetVisibility3D()) == (1, 1)
+    ui.folding3DCheckBox.click()
+    assert (display.GetVisibility(), display.GetVisibility3D()) == (1, 0)
+    ui.foldingCheckBox.click()
+    assert not display.GetVisibility()
+
+
+def test_figures_verdict_and_definition(panel, ui, nodes):
+    panel.show(nodes)
+    table = ui.figuresTable
+    assert table.item(row_of(table, "NJD"), 1).text() == "● 0.085"
+    assert table.item(row_of(table, "SDlogJ"), 1).text() == "▲ 0.6"
+    assert table.item(row_of(table, "Smallest Jacobian"), 1).text() == "-0.31"
+    assert ui.verdictLabel.text.startswith("▲ Amber")
+    assert "Roughness (SDlogJ): 0.6 is above 0.5." in ui.verdictLabel.text
+    assert "central differences" in ui.definitionLabel.text
+    assert "Jacobian determinant is 0 or less" in table.item(row_of(table, "NJD"), 1).toolTip()
+    structures = ui.structuresTable
+    assert [structures.item(0, column).text() for column in range(4)] == ["3", "0.300", "0.610", "0.740"]
+
+
+def test_limits_are_typed_kept_refused_and_set_back(panel, ui, nodes, stand_in, module):
+    panel.show(nodes)
+    table = ui.figuresTable
+    row = row_of(table, "SDlogJ")
+    type_into(table, row, 2, "0.7")
+    assert table.item(row, 1).text() == "● 0.6"
+    type_into(table, row, 3, "nonsense")
+    assert ui.messageLabel.text == "'nonsense' is no number; type one such as 0.5."
+    assert table.item(row, 3).text() == "1"
+    type_into(table, row, 3, "0.1")
+    assert "Red must not lie below amber" in ui.messageLabel.text
+    type_into(table, row_of(table, "NJD"), 2, "0.01")
+    type_into(table, row_of(table, "NJD"), 3, "0.05")
+    assert not ui.messageLabel.isVisibleTo(panel.widget)
+    assert ui.verdictLabel.text.startswith("■ Red")
+
+    again = type(panel)(module.representation.python.ui.inspectSection, None)  # as after a restart
+    again.setMRMLScene(slicer.mrmlScene)
+    again.show(nodes)
+    assert again.ui.verdictLabel.text.startswith("■ Red")
+    again.ui.defaultLimitsButton.click()
+    assert again.ui.verdictLabel.text.startswith("▲ Amber")
+    again.cleanup()
+
+
+def test_cells_that_are_no_limits_cannot_be_edited(panel, ui, nodes):
+    import qt
+
+    panel.show(nodes)
+    table = ui.figuresTable
+    editable = {
+        (row, column)
+        for row in range(table.rowCount)
+        for column in range(4)
+        if table.item(row, column).flags() & qt.Qt.ItemIsEditable
+    }
+    judged = {row_of(table, name) for name in ("NJD", "Largest folded", "SDlogJ", "Overlap after", "Overlap gained")}
+    assert editable == {(row, column) for row in judged for column in (2, 3)}
+
+
+def test_a_click_goes_to_the_region(panel, ui, nodes, view):
+    panel.show(nodes)
+    table = ui.regionsTable
+    assert table.rowCount == len(panel._regions) > 0
+    assert (
+        sum(int(text.replace(",", "")) for text in texts(table, 2))
+        == (slicer.util.arrayFromVolume(nodes.jacobian) <= 0).sum()
+    )
+    sizes = [float(text.replace(",", "")) for text in texts(table, 1)]
+    assert sizes == sorted(sizes, reverse=True)
+    last = table.rowCount - 1
+    for row in (0, last):
+        table.setCurrentCell(row, 0)
+        region = panel._regions[row]
+        assert view.logic.GetSliceOffset() == pytest.approx(region.position[2])
+    view.logic.SetSliceOffset(0)
+    table.cellClicked(last, 1)  # the same one again
+    assert view.logic.GetSliceOffset() == pytest.approx(panel._regions[last].position[2])
+
+
+def test_another_result_takes_its_place(panel, ui, nodes, view, tmp_path):
+    panel.show(nodes)
+    before = layers(view)
+    ui.blendButton.click()
+    other = make_result(tmp_path / "two", "N")
+    panel.show(other)
+    assert layers(view) == before
+    assert not ui.blendButton.checked
+    ui.blendButton.click()
+    assert layers(view)[1] == other.warped.GetID()
+    ui.resultSelector.setCurrentNode(None)
+    assert layers(view) == before
+    assert not ui.showSection.enabled
+
+
+def test_one_more_step_in_the_same_nodes_is_looked_at_anew(panel, ui, nodes, tmp_path):
+    panel.show(nodes)
+    assert ui.verdictLabel.text.startswith("▲ Amber")
+    (tmp_path / "more").mkdir()
+    calm = worlds.result_of(worlds.make_world("upright", amplitude_mm=0.5), tmp_path / "more")
+    calm["report"] = {"folding": FOLDED["folding"] | {"folded_voxels": 0, "njd_percent": 0.0, "sdlogj": 0.1}}
+    names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
+    before = slicer.mrmlScene.GetNumberOfNodes()
+    into = {name: getattr(nodes, name) for name in names}
+    panel.show(scene.create_nodes(calm, nodes.fixed, nodes.moving, into=into))
+    assert slicer.mrmlScene.GetNumberOfNodes() == before
+    assert ui.verdictLabel.text.startswith("● Green")
+    assert ui.regionsLabel.text == "No voxel folds."
+
+
+def test_a_result_in_a_transform_that_the_person_chose(panel, ui, module, tmp_path):
+    world = worlds.make_world("upright")
+    chosen = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode", "mine")
+    result = worlds.result_of(world, tmp_path) | {"report": FOLDED}
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    panel.show(scene.create_nodes(result, fixed, moving, into={"transform": chosen}))
+    assert ui.resultSelector.currentNode() is chosen
+    assert ui.showSection.enabled
+
+
+def test_volumes_that_someone_else_shows_meanwhile_stay(panel, ui, nodes, view):
+    panel.show(nodes)
+    ui.blendButton.click()
+    slicer.util.setSliceViewerLayers(background=nodes.moving, foreground=nodes.aligned)
+    ui.restoreButton.click()
+    assert layers(view)[:2] == (nodes.moving.GetID(), nodes.aligned.GetID())
+    ui.jacobianButton.click()
+    ui.jacobianButton.click()
+    assert layers(view)[:2] == (nodes.moving.GetID(), nodes.aligned.GetID())
+
+
+def test_parts_that_leave_the_scene(panel, ui, nodes, view, stand_in):
+    panel.show(nodes)
+    before = layers(view)
+    ui.blendButton.click()
+    ui.gridCheckBox.click()
+    slicer.mrmlScene.RemoveNode(nodes.warped)
+    assert layers(view) == before
+    assert ui.messageLabel.text == "'M warped' has left the scene; choose another registration."
+    assert not ui.showSection.enabled
+    ui.resultSelector.setCurrentNode(None)
+    ui.resultSelector.setCurrentNode(nodes.transform)
+    assert "Not everything of this registration is left" in ui.messageLabel.text
+    assert stand_in.take_errors() == []
+
+
+def test_the_scene_closes_in_the_middle(panel, ui, nodes, view, stand_in, tmp_path):
+    panel.show(nodes)
+    ui.flickerButton.click()
+    ui.gridCheckBox.click()
+    ui.foldingCheckBox.click()
+    slicer.mrmlScene.Clear(False)
+    stand_in.process()
+    assert not ui.showSection.enabled
+    assert not panel._flicker.active
+    assert panel._nodes is None
+    panel.show(make_result(tmp_path / "after"))
+    assert ui.showSection.enabled
+
+
+def test_a_result_without_the_aligned_volume(panel, ui, nodes):
+    slicer.mrmlScene.RemoveNode(nodes.aligned)
+    panel.show(nodes)
+    assert not ui.differenceBeforeButton.enabled
+    ui.differenceAfterButton.click()
+    assert ui.differenceAfterButton.checked
+
+
+def test_a_refusal_is_a_sentence_and_the_switch_goes_back(panel, ui, nodes, view):
+    panel.show(nodes)
+    before = layers(view)
+    slicer.util.updateVolumeFromArray(nodes.fixed, np.zeros((4, 5, 6), np.float32))
+    ui.checkerboardButton.click()
+    assert not ui.checkerboardButton.checked
+    assert "'F' has changed its size" in ui.messageLabel.text
+    assert layers(view) == before
+    ui.blendButton.click()
+    assert not ui.messageLabel.text
+
+
+def test_a_transform_that_was_inverted_meanwhile(panel, ui, nodes, tmp_path):
+    panel.show(nodes)
+    nodes.transform.Inverse()
+    count = slicer.mrmlScene.GetNumberOfNodes()
+    ui.gridCheckBox.click()
+    assert not ui.gridCheckBox.checked
+    assert "'M to F' is no longer the transform that the registration made" in ui.messageLabel.text
+    assert slicer.mrmlScene.GetNumberOfNodes() == count
+    ui.folderButton.directory = str(tmp_path)
+    ui.exportButton.click()
+    assert "no longer the transform" in ui.exportLabel.text
+    assert ui.exportButton.enabled
+
+
+def test_export_through_the_real_worker(panel, ui, nodes, stand_in, tmp_path):
+    panel.show(nodes)
+    ui.folderButton.directory = str(tmp_path)
+    ui.exportButton.click()
+    assert not ui.exportButton.enabled
+    assert ui.cancelExportButton.isVisibleTo(panel.widget)
+    stand_in.wait(lambda: ui.exportButton.enabled, 120)
+    assert (tmp_path / "M to F" / "report.html").stat().st_size > 10_000
+    assert "report.html" in ui.exportLabel.text
+    assert not ui.cancelExportButton.isVisibleTo(panel.widget)
+
+    for box in (ui.reportCheckBox, ui.transformCheckBox, ui.jacobianCheckBox):
+        box.click()
+    ui.exportButton.click()
+    assert ui.exportLabel.text == "Choose what to export: report, transform or Jacobian."
+    ui.jacobianCheckBox.click()
+    ui.folderButton.directory = str(tmp_path / "gone")
+    ui.exportButton.click()
+    assert "Choose a folder that exists" in ui.exportLabel.text
+
+    ui.reportCheckBox.click()
+    ui.folderButton.directory = str(tmp_path)
+    ui.exportButton.click()
+    ui.cancelExportButton.click()
+    stand_in.wait(lambda: ui.exportButton.enabled, 120)
+    assert ui.exportLabel.text == "Cancelled; no file was written."
+    assert not (tmp_path / "M to F 2").exists()
+
+
+def test_cleanup_leaves_the_views_as_they_were(panel, ui, nodes, view, stand_in):
+    panel.show(nodes)
+    before = layers(view)
+    ui.flickerButton.click()
+    ui.foldingCheckBox.click()
+    panel.cleanup()
+    assert layers(view) == before
+    slicer.mrmlScene.RemoveNode(nodes.warped)  # nobody listens any more
+    assert stand_in.take_errors() == []
