@@ -295,8 +295,8 @@ def _step(
     loss, terms = warmup_loss(step, batch, config.loss, kl_weight)
     total = step.total.detach()
     if policy.weight > 0:
-        group = sample_and_score(model, step.latent, step.step, state, policy, config.reward, generator)
-        gain = policy_loss(policy_at(step.latent, step.step, policy), group, policy)
+        group = sample_and_score(model, step.latent, step.field, state, policy, config.reward, generator)
+        gain = policy_loss(policy_at(step.latent, step.field, policy), group, policy)
         loss = loss + policy.weight * gain
         terms |= _group_figures(group, step.latent.log_sigma) | {"policy_loss": gain.detach()}
         if policy.advance == "greedy":

@@ -4,9 +4,11 @@ Memory does not grow with the number J of trajectories: they are sampled, decode
 the log-likelihood of the stored samples is then recomputed on the encoder's graph, and one decode, that of the mean, is
 differentiated for the losses.
 
-The policy may act in two places. "latent" is the paper's: the Gaussian over the encoder's top feature. "field" is ours:
-a Gaussian over control-point displacements every few voxels around the network's own step. There one decode serves all
-trajectories, and a reward can be credited to the control points near which it arose.
+The policy may act in two places. "latent" is the paper's: the Gaussian over the encoder's top feature; ``levels`` lets
+it act on finer features too, or instead. "field" is ours: a Gaussian over control points, every few voxels, of the
+field that the decoder makes. There one decode serves all trajectories, and a reward can be credited to the control
+points near which it arose. Wherever it acts, the policy is a list of independent Gaussians; its likelihood is their
+product, and N, whose root LDVN divides by, the number of all their dimensions.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fields
+from .devices import training_autocast
+from .errors import MorphSeekError
 from .policy import Latent, RegistrationModel, draw, likelihood_normalizer
 from .rewards import RewardSettings, State, reward_map
 
@@ -38,10 +42,17 @@ class PolicyGradientSettings:
         trajectories: J.
         weight: lambda_policy, of L_policy.
         tau: temperature of the samples, above 0.
-        place: "latent" (the paper) or "field" (control points of the step's displacement).
+        place: "latent" (the paper) or "field" (control points of the decoder's field, displacement or velocity).
+        levels: "latent": the features that the policy acts on, counted from the coarsest: 0 the paper's top feature,
+            whose head says mu and sigma; 1, 2, ... the encoder's skips, whose own values are the mean.
         cell: "field": voxels between control points.
-        sigma: "field": standard deviation of a control point, voxels (times tau).
+        sigma: standard deviation (times tau) where no head says it: of a control point, in voxels; of a skip, in units
+            of that feature's root mean square.
+        smooth: noise is alike in blocks of so many cells along each axis; 1 for independent noise. The likelihood stays
+            that of independent noise: its gradient is then the reward's, averaged over the blocks (the covariance of
+            the noise preconditions it).
         credit: "trajectory" (one advantage per trajectory, the paper) or "local" (one per cell of the place's grid).
+        reach: "local": a cell is credited with the rewards of the cells up to so many away from it, too.
         baseline: what a reward is compared with: "group" (the group's mean), "leave_one_out" (the mean of the others)
             or "mean_rollout" (the roll-out at tau = 0).
         scale: "std" divides advantages by the group's spread (over trajectories and, for "local", over cells), "none"
@@ -57,9 +68,12 @@ class PolicyGradientSettings:
     weight: float = 1.0
     tau: float = 1.0
     place: str = "latent"
+    levels: tuple[int, ...] = (0,)
     cell: int = 4
     sigma: float = 1.0
+    smooth: int = 1
     credit: str = "trajectory"
+    reach: int = 0
     baseline: str = "group"
     scale: str = "std"
     antithetic: bool = False
@@ -79,13 +93,15 @@ class PolicyGradientSettings:
             raise ValueError("antithetic noise needs an even number of trajectories")
         if self.tau <= 0 or self.sigma <= 0:
             raise ValueError("tau and sigma must be above 0")
-        if self.cell < 1 or self.chunk < 1:
-            raise ValueError("cell and chunk must be at least 1")
+        if min(self.cell, self.chunk, self.smooth) < 1:
+            raise ValueError("cell, chunk and smooth must be at least 1")
+        if not self.levels or min(self.levels) < 0 or len(set(self.levels)) < len(self.levels) or self.reach < 0:
+            raise ValueError("levels must name at least one level, each once, from 0; reach must be 0 or more")
         likelihood_normalizer(self.s, 1)
 
 
 class Gaussian(NamedTuple):
-    """The policy at its place: (1, channels, a, b, c) each; the mean carries the gradient."""
+    """A part of the policy: (1, channels, a, b, c) each; the mean carries the gradient."""
 
     mu: Tensor
     log_sigma: Tensor
@@ -95,39 +111,78 @@ class Group(NamedTuple):
     """What sampling and scoring J trajectories left behind; nothing here carries a gradient.
 
     Attributes:
-        samples: (J, channels, a, b, c), at the policy's place.
+        samples: for each part of the policy (J, channels, a, b, c).
         rewards: (J,).
-        cells: (J, 1, a, b, c), rewards summed over the cells of the place's grid.
+        cells: for each part (J, 1, a, b, c): rewards summed over the cells of its grid, as far as they reach.
         best: (1, 3, i, j, k), the accumulated field of the trajectory with the highest reward.
-        mean_reward: the reward of the roll-out at tau = 0; ``mean_cells`` (1, 1, a, b, c) its map.
+        mean_reward: the reward of the roll-out at tau = 0; ``mean_cells`` the same in cells, for each part.
     """
 
-    samples: Tensor
+    samples: list[Tensor]
     rewards: Tensor
-    cells: Tensor
+    cells: list[Tensor]
     best: Tensor
     mean_reward: Tensor
-    mean_cells: Tensor
+    mean_cells: list[Tensor]
 
 
-def policy_at(latent: Latent, step: Tensor, settings: PolicyGradientSettings) -> Gaussian:
-    """The Gaussian at the settings' place, on the graph.
+def policy_at(latent: Latent, field: Tensor, settings: PolicyGradientSettings) -> list[Gaussian]:
+    """The policy at the settings' place, on the graph.
 
     Args:
         latent: of the encoder.
-        step: (1, 3, i, j, k), the displacement decoded from its mean.
+        field: (1, 3, i, j, k), what the decoder makes of its mean.
+
+    Raises:
+        MorphSeekError: a level that the backbone does not have.
     """
-    if settings.place == "latent":
-        return Gaussian(latent.mu, latent.log_sigma)
-    mean = F.avg_pool3d(step, settings.cell, ceil_mode=True)
-    return Gaussian(mean, torch.full_like(mean, math.log(settings.sigma)).detach())
+    if settings.place == "field":
+        mean = F.avg_pool3d(field, settings.cell, ceil_mode=True)
+        return [Gaussian(mean, torch.full_like(mean, math.log(settings.sigma)).detach())]
+    skips = latent.skips if isinstance(latent.skips, (list, tuple)) else []
+    parts = []
+    for level in settings.levels:
+        if level >= max(len(skips), 1):  # the finest skip is the pair of images itself
+            raise MorphSeekError(
+                f"policy.levels asks for level {level}; this backbone has 0 to {max(len(skips), 1) - 1}."
+            )
+        if level == 0:
+            parts.append(Gaussian(latent.mu, latent.log_sigma))
+        else:
+            mean = skips[-level].float()
+            deviation = settings.sigma * mean.detach().square().mean().sqrt().clamp(min=1e-6)
+            parts.append(Gaussian(mean, deviation.log().expand_as(mean)))
+    return parts
+
+
+def steps_of(
+    model: RegistrationModel,
+    latent: Latent,
+    field: Tensor,
+    policy: list[Gaussian],
+    samples: list[Tensor],
+    settings: PolicyGradientSettings,
+) -> Tensor:
+    """Displacements (J, 3, i, j, k) of the steps that samples (for each part of the policy (J, ...)) stand for."""
+    if settings.place == "field":
+        return model.displacement(field + upsample(samples[0] - policy[0].mu, field.shape[2:]))
+    latent = expand_latent(latent, len(samples[0]))
+    z, skips = latent.mu.expand(len(samples[0]), *latent.mu.shape[1:]), list(latent.skips)
+    for level, sample in zip(settings.levels, samples, strict=True):
+        if level == 0:
+            z = sample
+        else:
+            skips[-level] = sample
+    with training_autocast(z.device):
+        decoded = model.field(latent._replace(skips=skips), z)
+    return model.displacement(decoded.float())
 
 
 @torch.no_grad()
 def sample_and_score(
     model: RegistrationModel,
     latent: Latent,
-    step: Tensor,
+    field: Tensor,
     state: State,
     settings: PolicyGradientSettings,
     reward: RewardSettings,
@@ -136,23 +191,23 @@ def sample_and_score(
     """Draw J trajectories, decode, compose and reward them in chunks, without a graph.
 
     Args:
-        latent, step: the encoder's Gaussian and the displacement decoded from its mean.
+        latent, field: the encoder's Gaussian, and what the decoder makes of its mean.
         state: the pair before the step.
     """
-    policy = policy_at(latent, step, settings)
-    samples = draw(*policy, settings.tau, settings.trajectories, settings.antithetic, generator)
-    grid = policy.mu.shape[2:]
-    mean_map = reward_map(state, fields.compose(state.total, step), reward)
+    policy = policy_at(latent, field, settings)
+    drawn = (settings.tau, settings.trajectories, settings.antithetic, settings.smooth, generator)
+    samples = [draw(*part, *drawn) for part in policy]
+
+    def in_cells(maps: Tensor) -> list[Tensor]:
+        return [widen(sum_over_cells(maps, part.mu.shape[2:]), settings.reach) for part in policy]
+
+    mean_map = reward_map(state, fields.compose(state.total, model.displacement(field)), reward)
     rewards, cells, best, best_reward = [], [], None, None
-    for chunk in samples.split(settings.chunk):
-        if settings.place == "latent":
-            steps = model.displacement(model.field(expand_latent(latent, len(chunk)), chunk))
-        else:
-            steps = step + upsample(chunk - policy.mu, step.shape[2:])
-        totals = fields.compose(state.total, steps.float())
+    for chunk in zip(*(s.split(settings.chunk) for s in samples), strict=True):
+        totals = fields.compose(state.total, steps_of(model, latent, field, policy, list(chunk), settings))
         maps = reward_map(state, totals, reward)
         rewards.append(maps.flatten(1).sum(dim=1))
-        cells.append(sum_over_cells(maps, grid))
+        cells.append(in_cells(maps))
         top = rewards[-1].argmax(keepdim=True)  # chosen on the device, without waiting for it
         candidate, candidate_reward = totals[top], rewards[-1][top]
         if best is None:
@@ -160,20 +215,28 @@ def sample_and_score(
         better = candidate_reward > best_reward
         best = torch.where(better.view(1, 1, 1, 1, 1), candidate, best)
         best_reward = torch.where(better, candidate_reward, best_reward)
-    return Group(samples, torch.cat(rewards), torch.cat(cells), best, mean_map.sum(), sum_over_cells(mean_map, grid))
+    cells = [torch.cat(part) for part in zip(*cells, strict=True)]
+    return Group(samples, torch.cat(rewards), cells, best, mean_map.sum(), in_cells(mean_map))
 
 
-def advantages(group: Group, settings: PolicyGradientSettings, epsilon: float = 1e-4) -> Tensor:
-    """A of every trajectory, (J, 1, 1, 1, 1), or of every trajectory and cell, (J, 1, a, b, c).
+def advantages(group: Group, settings: PolicyGradientSettings, epsilon: float = 1e-4) -> list[Tensor]:
+    """For each part of the policy A of every trajectory, (J, 1, 1, 1, 1), or of each of its cells, (J, 1, a, b, c).
 
     "group" with "std" is METHOD.md C.3: (R_j - mean R) / (std R + epsilon), std over the J trajectories; with local
     credit the spread is the root mean square over trajectories and cells, so that cells where nothing happens stay
     silent instead of being blown up to unit spread.
     """
-    if settings.credit == "local":
-        rewards, rollout = group.cells, group.mean_cells
-    else:
-        rewards, rollout = group.rewards.view(-1, 1, 1, 1, 1), group.mean_reward.view(1, 1, 1, 1, 1)
+    if settings.credit == "trajectory":
+        whole = _compared(group.rewards.view(-1, 1, 1, 1, 1), group.mean_reward.view(1, 1, 1, 1, 1), settings, epsilon)
+        return [whole] * len(group.samples)
+    return [
+        _compared(cells, rollout, settings, epsilon / cells[0].numel())
+        for cells, rollout in zip(group.cells, group.mean_cells, strict=True)
+    ]
+
+
+def _compared(rewards: Tensor, rollout: Tensor, settings: PolicyGradientSettings, epsilon: float) -> Tensor:
+    """Rewards (J, 1, a, b, c) less their baseline, in the settings' scale."""
     count = len(rewards)
     mean = rewards.mean(dim=0, keepdim=True)
     if settings.baseline == "mean_rollout":
@@ -184,10 +247,8 @@ def advantages(group: Group, settings: PolicyGradientSettings, epsilon: float = 
         centred = rewards - mean
     if settings.scale == "none":
         return centred
-    if settings.credit == "local":
-        spread = (rewards - mean).square().mean().sqrt() * math.sqrt(count / (count - 1))
-        return centred / (spread + epsilon / rewards[0].numel())
-    return centred / (rewards.std(dim=0, keepdim=True) + epsilon)
+    spread = (rewards - mean).square().mean().sqrt() * math.sqrt(count / (count - 1))
+    return centred / (spread + epsilon)
 
 
 def log_likelihood_map(policy: Gaussian, samples: Tensor, tau: float, s: float) -> Tensor:
@@ -201,12 +262,14 @@ def log_likelihood_map(policy: Gaussian, samples: Tensor, tau: float, s: float) 
     return -(squared + math.log(2 * math.pi) + 2 * log_sigma).sum(dim=1, keepdim=True) / (2 * s)
 
 
-def policy_loss(policy: Gaussian, group: Group, settings: PolicyGradientSettings) -> Tensor:
+def policy_loss(policy: list[Gaussian], group: Group, settings: PolicyGradientSettings) -> Tensor:
     """L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (METHOD.md, C.5); one A for all cells is the paper's."""
-    likelihood = log_likelihood_map(
-        policy, group.samples, settings.tau, likelihood_normalizer(settings.s, policy.mu.numel())
+    s = likelihood_normalizer(settings.s, sum(part.mu.numel() for part in policy))
+    total = sum(
+        (advantage * log_likelihood_map(part, samples, settings.tau, s)).sum()
+        for part, samples, advantage in zip(policy, group.samples, advantages(group, settings), strict=True)
     )
-    return -(advantages(group, settings) * likelihood).sum() / len(group.samples)
+    return -total / len(group.rewards)
 
 
 def next_kl_weight(weight: float, kl: float, target: float, rate: float = 0.1) -> float:
@@ -229,6 +292,11 @@ def expand_latent(latent: Latent, count: int) -> Latent:
         return value
 
     return Latent(latent.mu, latent.log_sigma, expand(latent.skips))
+
+
+def widen(cells: Tensor, reach: int) -> Tensor:
+    """(J, 1, a, b, c) -> the same: each cell's sum over the cells up to ``reach`` away along every axis."""
+    return F.avg_pool3d(cells, 2 * reach + 1, 1, reach, divisor_override=1) if reach else cells
 
 
 def upsample(control: Tensor, shape: tuple[int, ...]) -> Tensor:

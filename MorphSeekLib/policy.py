@@ -150,6 +150,7 @@ def draw(
     tau: float,
     count: int,
     antithetic: bool = False,
+    smooth: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Samples z = mu + tau sigma epsilon, detached.
@@ -157,12 +158,18 @@ def draw(
     Args:
         mu, log_sigma: (1, channels, ...).
         count: how many; even for ``antithetic``, which draws noise in pairs of opposite sign.
+        smooth: noise is one value in blocks of so many cells along each axis.
         generator: of the CPU, where the noise is drawn, so that one seed gives the same samples on every device.
 
     Returns:
         (count, channels, ...).
     """
-    noise = torch.randn(count // 2 if antithetic else count, *mu.shape[1:], generator=generator).to(mu)
+    grid = mu.shape[2:]
+    blocks = [-(-n // smooth) for n in grid]
+    noise = torch.randn(count // 2 if antithetic else count, mu.shape[1], *blocks, generator=generator).to(mu)
+    for axis, n in enumerate(grid, start=2):
+        if smooth > 1:
+            noise = noise.repeat_interleave(smooth, dim=axis).narrow(axis, 0, n)
     if antithetic:
         noise = torch.cat([noise, -noise])
     return mu.detach() + tau * log_sigma.detach().exp() * noise

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software, write_atomically
 from .datasets import Dataset, Pair, PairLoader
+from .devices import network_autocast, training_autocast
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
 from .metrics import dice_per_label, folding
@@ -132,18 +133,20 @@ def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
 
 
 class Step(NamedTuple):
-    """One refinement step on the graph: the encoder's Gaussian, the step's displacement at its mean, the new total."""
+    """One refinement step on the graph: the encoder's Gaussian, what its mean decodes to, the new total."""
 
     latent: Latent
-    step: Tensor
+    field: Tensor
     total: Tensor
 
 
 def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
     """Encode the pair as it stands after ``outer`` (1, 3, i, j, k; detached), decode the mean, compose."""
-    latent = model.encode(fields.warp(batch.moving, outer), batch.fixed)
-    step = model.displacement(model.field(latent, latent.mu))
-    return Step(latent, step, fields.compose(outer, step))
+    moved = fields.warp(batch.moving, outer)
+    with training_autocast(outer.device):
+        latent = model.encode(moved, batch.fixed)
+        field = model.field(latent, latent.mu).float()
+    return Step(latent, field, fields.compose(outer, model.displacement(field)))
 
 
 def warmup_loss(
@@ -399,7 +402,7 @@ def validate(
         checkpoint()
         pair = make()
         fixed, moving = pair.fixed.to(device), pair.moving.to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), network_autocast(device):
             total = refine(model, lambda u, moving=moving: fields.warp(moving, u), fixed, steps)
         figures = folding(total.cpu())
         row = {"njd_percent": figures.njd_percent, "sdlogj": figures.sdlogj}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
+os.environ["MORPHSEEK_PRECISION"] = "float32"  # one result on every processor; what tests reduced precision unsets it
 torch.set_num_threads(1)  # pytest-xdist runs one worker a core
 
 

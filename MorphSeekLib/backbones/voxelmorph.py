@@ -4,12 +4,14 @@ Four (or more) stride-2 convolutions down; on the way up a convolution, nearest-
 that resolution, the last skip being the raw pair of images; then convolutions at the output's resolution and a flow
 head. The defaults are "vxm-2"; ``VXM1`` and the others are widths alone.
 
-Three settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops
+Four settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops
 at half resolution and doubles the field exactly, for a third of the time; and ``forces``, which hands the network,
 beside the images, the direction in which a small step would make their structure more alike, at several scales.
 Structure is MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it. The
 forces enter a second time before the last convolutions, which are then not normalised: how strong a force is says how
-far there is to go, and InstanceNorm would wipe that out, so that steps would never grow smaller.
+far there is to go, and InstanceNorm would wipe that out, so that steps would never grow smaller. ``features`` adds
+forces of the same kind between features that a small U-Net, one for both images, learns with the rest: with labels to
+learn from it finds what tells structures apart, where MIND-SSC knows edges alone.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class VoxelMorphSettings:
         norm: "none" (official) or "instance" (affine-free, before the activation).
         flow_stride: 1 (official) or 2: the field is made at half resolution.
         forces: 0 (official), or the number of scales (1, 1/2, 1/4, ...) of :func:`structure_force`.
+        features: 0 (official), or the number of learned features whose forces, at 1/2 and 1/4, stand beside those.
     """
 
     encoder: tuple[int, ...] = (16, 32, 32, 32)
@@ -43,6 +46,7 @@ class VoxelMorphSettings:
     norm: str = "none"
     flow_stride: int = 1
     forces: int = 0
+    features: int = 0
 
     def __post_init__(self) -> None:
         climbs = len(self.encoder) - (self.flow_stride == 2)
@@ -50,6 +54,8 @@ class VoxelMorphSettings:
             raise ValueError(f"flow_stride is {self.flow_stride}; it must be 1 or 2")
         if not 0 <= self.forces <= len(self.encoder):
             raise ValueError(f"forces is {self.forces}; it must be 0 to {len(self.encoder)}, the number of levels")
+        if self.features and not self.forces:
+            raise ValueError("features need forces to stand beside; set forces to at least 1")
         if self.norm not in ("none", "instance"):
             raise ValueError(f"norm is '{self.norm}'; it must be 'none' or 'instance'")
         if len(self.decoder) != climbs:
@@ -70,6 +76,25 @@ class ConvBlock(nn.Sequential):
         super().__init__(*layers, nn.LeakyReLU(0.2))
 
 
+class FeatureNet(nn.Module):
+    """A small U-Net from an image (batch, 1, i, j, k) to class-like features at half resolution, which sum to 1."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        widths = (8, 16, 32)
+        self.down = nn.ModuleList(ConvBlock(a, b, 2, "instance") for a, b in zip((1, 8, 16), widths, strict=True))
+        self.up = nn.ModuleList([ConvBlock(32 + 16, 16, 1, "instance"), ConvBlock(16 + 8, 8, 1, "instance")])
+        self.out = nn.Conv3d(8, features, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        half = self.down[0](image)
+        quarter = self.down[1](half)
+        x = self.down[2](quarter)
+        for block, skip in zip(self.up, (quarter, half), strict=True):
+            x = block(torch.cat([F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip], dim=1))
+        return torch.softmax(self.out(x).float(), dim=1)
+
+
 class VoxelMorph(nn.Module):
     """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
@@ -79,7 +104,8 @@ class VoxelMorph(nn.Module):
         encoder, norm = settings.encoder, settings.norm
         self.top_channels = encoder[-1]
         self.multiple_of = 2 ** len(encoder)
-        widths = [2 + 3 * settings.forces, *encoder]
+        self.features = FeatureNet(settings.features) if settings.features else None
+        widths = [2 + 3 * settings.forces + (6 if settings.features else 0), *encoder]
         self.down = nn.ModuleList(ConvBlock(a, b, 2, norm) for a, b in zip(widths, encoder, strict=False))
         skip_widths = widths[-2::-1]
         self.up = nn.ModuleList()
@@ -104,6 +130,12 @@ class VoxelMorph(nn.Module):
             with torch.no_grad():
                 force = structure_force(*(F.avg_pool3d(image.float(), 2**scale) for image in (moving, fixed)))
                 x = torch.cat([x, F.interpolate(force.to(x.dtype), scale_factor=2**scale, mode="nearest")], dim=1)
+        if self.features is not None:
+            learned = self.features(torch.cat([moving, fixed])).chunk(2)
+            for _ in range(2):
+                force = descriptor_force(*learned)
+                x = torch.cat([x, F.interpolate(force.to(x.dtype), size=x.shape[2:], mode="nearest")], dim=1)
+                learned = [F.avg_pool3d(f, 2) for f in learned]
         skips = []
         for block in self.down:
             skips.append(x)
@@ -121,23 +153,30 @@ class VoxelMorph(nn.Module):
             x = torch.cat([x, (F.avg_pool3d(raw, 2) if self.settings.flow_stride == 2 else raw).to(x.dtype)], dim=1)
         for block in self.extra:
             x = block(x)
-        return fields.resize(self.flow(x), skips[0].shape[2:])
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the field to a hundredth of itself
+            return fields.resize(self.flow(x.to(self.flow.weight.dtype)), skips[0].shape[2:])
 
 
 def structure_force(moving: Tensor, fixed: Tensor) -> Tensor:
-    """Gauss-Newton step, voxel by voxel, towards equal MIND-SSC descriptors (a demons force on structure).
+    """:func:`descriptor_force` between the MIND-SSC descriptors of two images (batch, 1, i, j, k)."""
+    with torch.autocast(moving.device.type, enabled=False):
+        return descriptor_force(*(mind_ssc(image.float(), radius=1) for image in (moving, fixed)))
+
+
+def descriptor_force(moving: Tensor, fixed: Tensor) -> Tensor:
+    """Gauss-Newton step, voxel by voxel, towards equal descriptors (a demons force on what they describe).
 
     f = sum_c (F_c - M_c) grad M_c / (sum_c |grad M_c|^2 + sum_c (F_c - M_c)^2), each sum averaged over 3x3x3 voxels
     first; after Vercauteren et al. (2009) and Heinrich et al. (2013).
 
     Args:
-        moving, fixed: (batch, 1, i, j, k).
+        moving, fixed: (batch, channels, i, j, k), values around 0 to 1.
 
     Returns:
-        (batch, 3, i, j, k), voxels, each component within about one voxel.
+        (batch, 3, i, j, k), voxels, each component within about one voxel; float32.
     """
     with torch.autocast(moving.device.type, enabled=False):
-        m, f = mind_ssc(moving.float(), radius=1), mind_ssc(fixed.float(), radius=1)
+        m, f = moving.float(), fixed.float()
         difference = f - m
         force, energy = [], difference.square().sum(dim=1, keepdim=True)
         for axis in (2, 3, 4):

@@ -54,8 +54,8 @@ def flat(model: RegistrationModel, state: State, batch: Batch, policy: PolicyGra
         step = advance(model, batch, state.total)
         loss, _ = warmup_loss(step, batch, CONFIG.loss)
         generator = torch.Generator().manual_seed(0)
-        group = sample_and_score(model, step.latent, step.step, state, policy, CONFIG.reward, generator)
-        (loss + policy_loss(policy_at(step.latent, step.step, policy), group, policy)).backward()
+        group = sample_and_score(model, step.latent, step.field, state, policy, CONFIG.reward, generator)
+        (loss + policy_loss(policy_at(step.latent, step.field, policy), group, policy)).backward()
         state = state.moved(group.best)
 
 
@@ -64,17 +64,17 @@ def graph(model: RegistrationModel, state: State, batch: Batch, policy: PolicyGr
     for _ in range(steps):
         step = advance(model, batch, state.total)
         loss, _ = warmup_loss(step, batch, CONFIG.loss)
-        gaussian = policy_at(step.latent, step.step, policy)
-        samples = draw(
-            *gaussian, policy.tau, policy.trajectories, generator=torch.Generator().manual_seed(0)
-        ).requires_grad_()
+        gaussians = policy_at(step.latent, step.field, policy)
+        generator = torch.Generator().manual_seed(0)
+        samples = draw(*gaussians[0], policy.tau, policy.trajectories, generator=generator).requires_grad_()
         steps_j = model.displacement(model.field(expand_latent(step.latent, len(samples)), samples))
         totals = fields.compose(state.total, steps_j)
         maps = reward_map(state, totals, CONFIG.reward)
         rewards = maps.flatten(1).sum(dim=1)
-        group = Group(samples, rewards, maps, totals[rewards.argmax()][None].detach(), rewards.mean(), maps[:1])
+        best = totals[rewards.argmax()][None].detach()
+        group = Group([samples], rewards, [maps], best, rewards.mean(), [maps[:1]])
         # the decodes take part in the backward pass, with weight zero
-        (loss + policy_loss(gaussian, group, policy) + 0 * totals.mean()).backward()
+        (loss + policy_loss(gaussians, group, policy) + 0 * totals.mean()).backward()
         state = state.moved(group.best)
 
 

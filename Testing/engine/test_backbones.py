@@ -131,3 +131,19 @@ def test_forces_are_extra_inputs_alone():
     assert forced.down[0][0].in_channels == plain.down[0][0].in_channels + 6
     skips, _ = forced.encode(torch.rand(1, 1, 16, 16, 32), torch.rand(1, 1, 16, 16, 32))
     assert skips[0].shape == (1, 8, 16, 16, 32)
+
+
+def test_learned_features_move_the_network_and_are_one_for_both_images():
+    """Their forces are inputs; the loss reaches the features through them."""
+    torch.manual_seed(0)
+    network = VoxelMorph(VoxelMorphSettings(forces=1, features=4))
+    moving, fixed = torch.rand(2, 1, 1, 16, 16, 32)
+    one, other = network.features(torch.cat([moving, fixed])), network.features(torch.cat([fixed, moving]))
+    torch.testing.assert_close(one, other.flip(0))
+    torch.testing.assert_close(one.sum(dim=1), torch.ones(2, 8, 8, 16))
+    skips, top = network.encode(moving, fixed)
+    assert skips[0].shape == (1, 2 + 3 + 6, 16, 16, 32)
+    top.sum().backward()
+    assert float(network.features.out.weight.grad.abs().max()) > 0
+    with pytest.raises(ValueError, match="features need forces"):
+        VoxelMorphSettings(features=4)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MorphSeekLib import fields
+from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.grpo import (
     Gaussian,
     Group,
@@ -22,7 +23,10 @@ from MorphSeekLib.grpo import (
     policy_at,
     policy_loss,
     sample_and_score,
+    steps_of,
     sum_over_cells,
+    upsample,
+    widen,
 )
 from MorphSeekLib.policy import ModelSettings, RegistrationModel, draw
 from MorphSeekLib.rewards import RewardSettings, State, reward_map
@@ -50,12 +54,18 @@ def pair():
 def group(rewards: torch.Tensor, cells: torch.Tensor | None = None, mean: float = 0.0) -> Group:
     cells = rewards.view(-1, 1, 1, 1, 1) if cells is None else cells
     empty = torch.zeros(())
-    return Group(empty, rewards, cells, empty, torch.tensor(mean), torch.full_like(cells[:1], mean))
+    return Group([empty], rewards, [cells], empty, torch.tensor(mean), [torch.full_like(cells[:1], mean)])
+
+
+def encoded(network: RegistrationModel, moving: torch.Tensor, fixed: torch.Tensor):
+    """The latent of a pair, and what its mean decodes to."""
+    latent = network.encode(moving, fixed)
+    return latent, network.field(latent, latent.mu)
 
 
 def test_advantages_are_the_papers():
     rewards = torch.tensor([0.1, 0.4, -0.2, 0.3])
-    found = advantages(group(rewards), PolicyGradientSettings(trajectories=4)).flatten()
+    found = advantages(group(rewards), PolicyGradientSettings(trajectories=4))[0].flatten()
     mean = 0.15
     deviation = math.sqrt(sum((float(r) - mean) ** 2 for r in rewards) / 3)
     expected = torch.tensor([(float(r) - mean) / (deviation + 1e-4) for r in rewards])
@@ -63,7 +73,7 @@ def test_advantages_are_the_papers():
 
 
 def test_a_group_without_spread_teaches_nothing():
-    found = advantages(group(torch.full((6,), 0.3)), PolicyGradientSettings())
+    [found] = advantages(group(torch.full((6,), 0.3)), PolicyGradientSettings())
     assert float(found.abs().max()) < 1e-3, "rounding alone"
 
 
@@ -72,9 +82,9 @@ def test_baselines():
     plain = PolicyGradientSettings(trajectories=3, scale="none")
     others = dataclasses.replace(plain, baseline="leave_one_out")
     expected = torch.tensor([0.1 - (0.4 - 0.2) / 2, 0.4 - (0.1 - 0.2) / 2, -0.2 - (0.1 + 0.4) / 2])
-    torch.testing.assert_close(advantages(group(rewards), others).flatten(), expected)
+    torch.testing.assert_close(advantages(group(rewards), others)[0].flatten(), expected)
     rollout = dataclasses.replace(plain, baseline="mean_rollout")
-    torch.testing.assert_close(advantages(group(rewards, mean=0.2), rollout).flatten(), rewards - 0.2)
+    torch.testing.assert_close(advantages(group(rewards, mean=0.2), rollout)[0].flatten(), rewards - 0.2)
 
 
 def test_local_advantages_compare_each_cell_with_itself():
@@ -82,7 +92,7 @@ def test_local_advantages_compare_each_cell_with_itself():
     cells[:, 0, 0, 0, 0] = torch.tensor([1.0, 3.0])
     cells[:, 0, 0, 0, 1] = 7.0
     local = PolicyGradientSettings(trajectories=2, credit="local")
-    found = advantages(group(torch.zeros(2), cells), local)
+    [found] = advantages(group(torch.zeros(2), cells), local)
     assert found[:, 0, 0, 0, 1].tolist() == [0.0, 0.0], "nothing differs in this cell"
     assert float(found[1, 0, 0, 0, 0]) == pytest.approx(-float(found[0, 0, 0, 0, 0]))
     assert float(found[1].max()) > 0
@@ -119,9 +129,9 @@ def test_policy_gradient_is_the_closed_form():
     options = PolicyGradientSettings(trajectories=3, tau=0.8)
     policy = Gaussian(mu, log_sigma)
     samples, rewards = draw(*policy, options.tau, 3), torch.tensor([0.1, 0.5, 0.2])
-    scored = group(rewards)._replace(samples=samples)
-    policy_loss(policy, scored, options).backward()
-    weights = advantages(scored, options)
+    scored = group(rewards)._replace(samples=[samples])
+    policy_loss([policy], scored, options).backward()
+    [weights] = advantages(scored, options)
     variance = (0.8 * math.exp(-0.5)) ** 2
     expected = -(weights * (samples - mu.detach()) / variance / math.sqrt(16)).mean(dim=0, keepdim=True)
     torch.testing.assert_close(mu.grad, expected)
@@ -135,8 +145,8 @@ def test_policy_gradient_points_uphill(credit):
     policy = Gaussian(mu, torch.zeros_like(mu))
     samples = draw(*policy, options.tau, options.trajectories, generator=torch.Generator().manual_seed(0))
     cells = -(samples - 1).square()
-    scored = group(cells.flatten(1).sum(dim=1), cells)._replace(samples=samples)
-    policy_loss(policy, scored, options).backward()
+    scored = group(cells.flatten(1).sum(dim=1), cells)._replace(samples=[samples])
+    policy_loss([policy], scored, options).backward()
     tolerance = 0.5 if credit == "trajectory" else 0.2
     torch.testing.assert_close(mu.grad, torch.full_like(mu, -2.0), atol=tolerance, rtol=0)
 
@@ -147,31 +157,39 @@ def test_antithetic_noise_has_mean_zero():
     torch.testing.assert_close(samples.mean(dim=0, keepdim=True), policy.mu)
 
 
-@pytest.mark.parametrize("place", ["latent", "field"])
+PLACES = [
+    {"place": "latent"},
+    {"place": "latent", "levels": (0, 1)},
+    {"place": "latent", "levels": (1,)},
+    {"place": "field"},
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_chunks_change_nothing(pair, place):
     network = model()
-    latent = network.encode(pair.moving, pair.fixed)
-    step = network.displacement(network.field(latent, latent.mu))
+    latent, field = encoded(network, pair.moving, pair.fixed)
     found = []
     for chunk in (1, 4):
-        options = PolicyGradientSettings(trajectories=4, place=place, chunk=chunk)
-        found.append(sample_and_score(network, latent, step, pair, options, REWARD, torch.Generator().manual_seed(3)))
+        options = PolicyGradientSettings(trajectories=4, chunk=chunk, **place)
+        found.append(sample_and_score(network, latent, field, pair, options, REWARD, torch.Generator().manual_seed(3)))
     torch.testing.assert_close(found[0].rewards, found[1].rewards)
     torch.testing.assert_close(found[0].best, found[1].best)
-    torch.testing.assert_close(found[0].cells.flatten(1).sum(dim=1), found[0].rewards, atol=1e-5, rtol=1e-4)
-    assert not any(value.requires_grad for value in found[0])
+    for cells in found[0].cells:
+        torch.testing.assert_close(cells.flatten(1).sum(dim=1), found[0].rewards, atol=1e-5, rtol=1e-4)
+    assert not found[0].rewards.requires_grad
+    assert not any(value.requires_grad for value in [*found[0].samples, *found[0].cells])
 
 
 def test_rewards_are_those_of_the_composed_fields(pair):
     """One decode at a time, composed with the state by hand."""
     network = model()
     before = State(pair.fixed, pair.moving, pair.total + 0.7, pair.fixed_labels, pair.moving_labels)
-    latent = network.encode(fields.warp(pair.moving, before.total), pair.fixed)
-    step = network.displacement(network.field(latent, latent.mu))
+    latent, field = encoded(network, fields.warp(pair.moving, before.total), pair.fixed)
     options = PolicyGradientSettings(trajectories=4)
-    scored = sample_and_score(network, latent, step, before, options, REWARD, torch.Generator().manual_seed(1))
+    scored = sample_and_score(network, latent, field, before, options, REWARD, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for sample, reward in zip(scored.samples, scored.rewards, strict=True):
+        for sample, reward in zip(scored.samples[0], scored.rewards, strict=True):
             total = fields.compose(before.total, network.displacement(network.field(latent, sample[None])))
             assert float(reward_map(before, total, REWARD).sum()) == pytest.approx(float(reward), abs=1e-5)
     best = reward_map(before, scored.best, REWARD).sum()
@@ -180,22 +198,83 @@ def test_rewards_are_those_of_the_composed_fields(pair):
 
 def test_latent_policy_gradient_reaches_encoder_and_heads_only(pair):
     network = model()
-    latent = network.encode(pair.moving, pair.fixed)
-    step = network.displacement(network.field(latent, latent.mu))
+    latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=4)
-    scored = sample_and_score(network, latent, step, pair, options, REWARD)
-    policy_loss(policy_at(latent, step, options), scored, options).backward()
+    scored = sample_and_score(network, latent, field, pair, options, REWARD)
+    policy_loss(policy_at(latent, field, options), scored, options).backward()
     reached = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert reached == {n for n, _ in network.named_parameters() if n.startswith(("backbone.down", "head"))}
 
 
+def test_a_policy_on_finer_features_reaches_the_encoder_only(pair):
+    network = model()
+    latent, field = encoded(network, pair.moving, pair.fixed)
+    options = PolicyGradientSettings(trajectories=4, levels=(1,), credit="local", reach=1)
+    scored = sample_and_score(network, latent, field, pair, options, REWARD)
+    assert scored.samples[0].shape == (4, *latent.skips[-1].shape[1:])
+    policy_loss(policy_at(latent, field, options), scored, options).backward()
+    reached = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
+    assert reached == {n for n, _ in network.named_parameters() if n.startswith("backbone.down.0")}
+
+
+def test_several_levels_are_one_policy(pair):
+    """Its likelihood is the product of the parts' densities, over the root of all their dimensions."""
+    network = model()
+    latent, field = encoded(network, pair.moving, pair.fixed)
+    options = PolicyGradientSettings(trajectories=2, levels=(0, 1), scale="none")
+    policy = policy_at(latent, field, options)
+    scored = sample_and_score(network, latent, field, pair, options, REWARD)
+    density = sum(
+        torch.distributions.Normal(part.mu, part.log_sigma.exp()).log_prob(samples).flatten(1).sum(dim=1)
+        for part, samples in zip(policy, scored.samples, strict=True)
+    )
+    n = sum(part.mu.numel() for part in policy)
+    weights = scored.rewards - scored.rewards.mean()
+    expected = -(weights * density).mean() / math.sqrt(n)
+    torch.testing.assert_close(policy_loss(policy, scored, options), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(MorphSeekError, match="asks for level 2; this backbone has 0 to 1"):
+        policy_at(latent, field, dataclasses.replace(options, levels=(2,)))
+
+
+def test_a_velocity_policy_acts_on_the_velocity(pair):
+    """Samples of the field's control points are integrated, so that every trajectory is diffeomorphic."""
+    network = model()
+    network.settings = dataclasses.replace(network.settings, output="velocity")
+    latent, field = encoded(network, pair.moving, pair.fixed)
+    options = PolicyGradientSettings(trajectories=2, place="field", cell=4)
+    policy = policy_at(latent, field, options)
+    samples = [policy[0].mu + torch.randn(2, *policy[0].mu.shape[1:], generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        steps = steps_of(network, latent, field, policy, samples, options)
+        for sample, step in zip(samples[0], steps, strict=True):
+            velocity = field + upsample(sample[None] - policy[0].mu, field.shape[2:])
+            torch.testing.assert_close(step[None], fields.integrate(velocity, 7))
+
+
+def test_smooth_noise_is_one_value_a_block():
+    part = Gaussian(torch.zeros(1, 2, 5, 4, 4), torch.zeros(1, 2, 5, 4, 4))
+    samples = draw(*part, 1.0, 400, smooth=2, generator=torch.Generator().manual_seed(0))
+    assert samples.shape == (400, 2, 5, 4, 4)
+    assert torch.equal(samples[:, :, :4:2, ::2, ::2], samples[:, :, 1:4:2, 1::2, 1::2])
+    assert not torch.equal(samples[:, :, 3], samples[:, :, 4])
+    assert float(samples.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_reach_adds_the_neighbours():
+    cells = torch.zeros(1, 1, 5, 5, 5)
+    cells[0, 0, 2, 2, 2] = 3.0
+    found = widen(cells, 1)
+    assert torch.equal(found[0, 0, 1:4, 1:4, 1:4], torch.full((3, 3, 3), 3.0))
+    assert float(found.sum()) == 27 * 3
+    assert torch.equal(widen(cells, 0), cells)
+
+
 def test_field_policy_gradient_reaches_everything_that_makes_the_step(pair):
     network = model()
-    latent = network.encode(pair.moving, pair.fixed)
-    step = network.displacement(network.field(latent, latent.mu))
+    latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=4, place="field", credit="local")
-    scored = sample_and_score(network, latent, step, pair, options, REWARD)
-    policy_loss(policy_at(latent, step, options), scored, options).backward()
+    scored = sample_and_score(network, latent, field, pair, options, REWARD)
+    policy_loss(policy_at(latent, field, options), scored, options).backward()
     missed = {n for n, p in network.named_parameters() if p.grad is None}
     assert missed == {"head.log_sigma.weight", "head.log_sigma.bias"}
 
@@ -227,6 +306,8 @@ def test_sums_over_cells_keep_the_total(shape, grid):
         ({"trajectories": 5, "antithetic": True}, "even number"),
         ({"tau": 0.0}, "above 0"),
         ({"s": "-1"}, "positive number"),
+        ({"levels": ()}, "at least one level"),
+        ({"levels": (1, 1)}, "each once"),
     ],
 )
 def test_settings_are_checked(values, words):

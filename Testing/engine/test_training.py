@@ -175,6 +175,23 @@ def test_warmup_loss_is_its_terms(dataset):
     assert set(terms) == {"kl", "diffusion", "similarity"}
 
 
+def test_reduced_precision_changes_the_gradient_little(dataset, monkeypatch):
+    """bfloat16, forced here: the network alone is cast, losses and the field's algebra stay in float32."""
+    pair = PairLoader(CONFIG.preprocessing, 4, True)(dataset.split("registration_val")[0])
+    batch, gradients = Batch(pair.fixed, pair.moving), []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("MorphSeekLib.devices.network_precision", lambda device, dtype=dtype: dtype)
+        torch.manual_seed(0)
+        model = RegistrationModel(TINY)
+        torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.05)
+        step = advance(model, batch, torch.zeros(1, 3, *pair.grid.shape))
+        assert step.total.dtype == step.latent.mu.dtype == torch.float32
+        warmup_loss(step, batch, CONFIG.loss)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert not torch.equal(*gradients)
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.95
+
+
 def test_soft_dice_of_hard_labels_is_dice():
     a = (torch.rand(1, 2, 6, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     b = (torch.rand(1, 2, 6, 6, 6, generator=torch.Generator().manual_seed(1)) > 0.5).float()

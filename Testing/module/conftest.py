@@ -10,10 +10,38 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "MorphSeek"))
 
 
+MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
+
+
 @pytest.fixture
-def application():
+def stand_in():
+    """Slicer's application layer over PySide6 (Testing/SlicerStandIn), with a fresh scene. A test fails if a slot
+    raised something that it did not expect."""
+    pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
+    pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essentials)")
+    import SlicerStandIn
+
+    application = SlicerStandIn.start()
+    application.fresh()
+    yield application
+    application.unload()
+    assert application.take_errors() == []
+
+
+@pytest.fixture
+def module(stand_in):
+    """The MorphSeek module, loaded and its panel open."""
+    module = stand_in.load_module(MODULE)
+    module.widgetRepresentation().enter()
+    return module
+
+
+@pytest.fixture
+def application(request):
     """A fresh scene with the application and module logics that Slicer would have (see offscreen.py)."""
     pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
+    if "stand_in" in request.fixturenames:
+        return request.getfixturevalue("stand_in").world
     from offscreen import Application
 
     return Application()

@@ -1,0 +1,362 @@
+"""slicer.app, the module factory, layout manager, i18n, packaging and sample data, and their installation."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import offscreen
+import slicer
+import slicer.util
+from PySide6 import QtCore, QtGui, QtWidgets
+from PySide6.QtCore import Property, Signal
+
+from . import parameters, scripted_module, ui_files, widgets
+from .pythonqt import QT_MODULES, QtModule, class_of, errors, native, wrap
+
+VERSION = (5, 13)
+_SCRIPTED = (
+    "ScriptedLoadableModule",
+    "ScriptedLoadableModuleWidget",
+    "ScriptedLoadableModuleLogic",
+    "ScriptedLoadableModuleTest",
+)
+_PARAMETERS = (
+    "Choice",
+    "Decimals",
+    "Default",
+    "Maximum",
+    "Minimum",
+    "SingleStep",
+    "WithinRange",
+    "parameterNodeWrapper",
+)
+
+
+class qSlicerApplication(QtWidgets.QApplication):
+    """slicer.app."""
+
+    startupCompleted = Signal()
+    mrmlSceneChangedObject = Signal(object)
+    SIGNALS = {"mrmlSceneChanged(vtkMRMLScene*)": "mrmlSceneChangedObject"}
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__(arguments)
+        self.testing = True
+        self._modules, self._layouts = qSlicerModuleFactoryManager(self), qSlicerLayoutManager(self)
+        self._folder = tempfile.TemporaryDirectory(prefix="slicer-stand-in-")
+        QtCore.QSettings.setDefaultFormat(QtCore.QSettings.Format.IniFormat)
+        QtCore.QSettings.setPath(QtCore.QSettings.Format.IniFormat, QtCore.QSettings.Scope.UserScope, self._folder.name)
+        self.setOrganizationName("SlicerStandIn")
+        self.setApplicationName("Slicer")
+
+    def mrmlScene(self):
+        return slicer.mrmlScene
+
+    def applicationLogic(self):
+        return self.world.logic
+
+    def moduleManager(self):
+        return self._modules
+
+    def layoutManager(self):
+        return self._layouts
+
+    def settings(self):
+        return QtCore.QSettings()
+
+    userSettings = settings
+
+    def testingEnabled(self) -> bool:
+        return self.testing
+
+    temporaryPath = Property(str, lambda self: self._folder.name)
+    majorVersion = Property(int, lambda self: VERSION[0])
+    minorVersion = Property(int, lambda self: VERSION[1])
+    applicationVersion = Property(str, lambda self: f"{VERSION[0]}.{VERSION[1]}.0")
+
+
+class qSlicerModuleFactoryManager(QtCore.QObject):
+    """slicer.app.moduleManager()."""
+
+    moduleAboutToBeUnloaded = Signal(str)
+    moduleLoaded = Signal(str)
+
+
+class qMRMLSliceWidget(QtCore.QObject):
+    """One slice view of the layout, without a window; drawn off screen."""
+
+    def __init__(self, view: offscreen.SliceView, parent) -> None:
+        super().__init__(parent)
+        self.view = view
+
+    def sliceLogic(self):
+        return self.view.logic
+
+    def mrmlSliceNode(self):
+        return self.view.node
+
+
+class qSlicerLayoutManager(QtCore.QObject):
+    """slicer.app.layoutManager(): the slice views that :meth:`Application.open_views` opened."""
+
+    layoutChanged = Signal(int)
+
+    def __init__(self, parent) -> None:
+        super().__init__(parent)
+        self.slices: dict[str, qMRMLSliceWidget] = {}
+        self._layout = 4
+
+    def sliceViewNames(self) -> list[str]:
+        return list(self.slices)
+
+    def sliceWidget(self, name: str):
+        return self.slices.get(name)
+
+    def resetSliceViews(self) -> None:
+        for widget in self.slices.values():
+            widget.view.logic.FitSliceToBackground()
+
+    def setLayout(self, number: int) -> None:
+        self._layout = number
+        self.layoutChanged.emit(number)
+
+    layout = Property(int, lambda self: self._layout, setLayout)
+
+
+class qSlicerScriptedLoadableModule(QtCore.QObject):
+    """What the factory makes of a module file, before any panel is opened."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._values = {"path": path}
+        self.python = None
+        self.representation = None
+
+    def widgetRepresentation(self):
+        """The panel's widget; made when first asked for, as Slicer does."""
+        if self.representation is None:
+            self.representation = qSlicerScriptedLoadableModuleWidget(self)
+            self.representation.reload()
+        return self.representation
+
+    def _value(name: str, kind, default):  # noqa: N805
+        def write(self, value) -> None:
+            self._values[name] = value
+
+        return Property(kind, lambda self: self._values.get(name, default), write)
+
+    path = Property(str, lambda self: self._values["path"])
+    name = Property(str, lambda self: Path(self._values["path"]).stem)
+    title = _value("title", str, "")
+    helpText = _value("helpText", str, "")
+    acknowledgementText = _value("acknowledgementText", str, "")
+    categories = _value("categories", "QStringList", [])
+    dependencies = _value("dependencies", "QStringList", [])
+    contributors = _value("contributors", "QStringList", [])
+    associatedNodeTypes = _value("associatedNodeTypes", "QStringList", [])
+    icon = _value("icon", QtGui.QIcon, QtGui.QIcon())
+    hidden = _value("hidden", bool, False)
+    index = _value("index", int, -1)
+
+
+class qSlicerScriptedLoadableModuleWidget(widgets.qMRMLWidget):
+    """The widget that holds a module's panel."""
+
+    def __init__(self, module: qSlicerScriptedLoadableModule) -> None:
+        super().__init__()
+        self._module, self._entered, self.python = module, False, None
+        QtWidgets.QVBoxLayout(self)
+        self._scene = slicer.mrmlScene
+
+    def reload(self) -> None:
+        """Make the panel anew from the class that the module file now defines."""
+        name = self._module.name
+        self.python = getattr(sys.modules[name], f"{name}Widget")(wrap(self))
+        self.python.setup()
+        setattr(slicer.modules, f"{name}Widget", self.python)
+        if self._entered:
+            self.enter()
+
+    def enter(self) -> None:
+        self._entered = True
+        getattr(self.python, "enter", lambda: None)()
+
+    def exit(self) -> None:
+        self._entered = False
+        getattr(self.python, "exit", lambda: None)()
+
+    def self(self):
+        return self.python
+
+    isEntered = Property(bool, lambda self: self._entered)
+
+
+class Application:
+    """The stand-in as tests and the preview use it."""
+
+    def __init__(self) -> None:
+        self.qt = qSlicerApplication(["Slicer"])
+        _install(self.qt)
+        self.fresh()
+
+    def fresh(self):
+        """A new scene (slicer.mrmlScene); modules must be loaded again. Returns the scene."""
+        self.unload()
+        self.world = self.qt.world = offscreen.Application()
+        self.qt.layoutManager().slices.clear()
+        self.qt.testing = True
+        QtCore.QSettings().clear()
+        errors.clear()
+        return slicer.mrmlScene
+
+    def open_views(self, size: tuple[int, int] = (400, 400)) -> dict[str, offscreen.SliceView]:
+        """The three slice views of the conventional layout."""
+        manager = self.qt.layoutManager()
+        for name, orientation in (("Red", "Axial"), ("Yellow", "Sagittal"), ("Green", "Coronal")):
+            manager.slices[name] = qMRMLSliceWidget(self.world.slice_view(orientation, name, size), manager)
+        return {name: widget.view for name, widget in manager.slices.items()}
+
+    def load_module(self, path: str | os.PathLike) -> qSlicerScriptedLoadableModule:
+        """Load a scripted module's file as Slicer's factory does, and say that the startup is complete."""
+        path = Path(path).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        source = importlib.util.module_from_spec(spec)
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        sys.modules[path.stem] = source
+        spec.loader.exec_module(source)
+        module = qSlicerScriptedLoadableModule(str(path))
+        module.python = getattr(source, path.stem)(wrap(module))
+        setattr(slicer.modules, path.stem.lower(), wrap(module))
+        setattr(slicer.modules, f"{path.stem}Instance", module.python)
+        self.qt.moduleManager().moduleLoaded.emit(path.stem)
+        self.qt.startupCompleted.emit()
+        return module
+
+    def unload(self) -> None:
+        """Unload all modules, as at the application's end; panels are cleaned up and deleted."""
+        for name in [
+            n for n, m in vars(slicer.modules).items() if isinstance(native(m), qSlicerScriptedLoadableModule)
+        ]:
+            module = native(getattr(slicer.modules, name))
+            self.qt.moduleManager().moduleAboutToBeUnloaded.emit(module.name)
+            if module.representation is not None:
+                if module.representation._entered:
+                    module.representation.exit()
+                module.representation.deleteLater()
+            for attribute in (name, f"{module.name}Widget", f"{module.name}Instance"):
+                vars(slicer.modules).pop(attribute, None)
+        wrap(self.qt).disconnect("startupCompleted()")
+        self.process()
+
+    def take_errors(self) -> list[BaseException]:
+        """What slots raised since the last time; a test that leaves some fails."""
+        taken = list(errors)
+        errors.clear()
+        return taken
+
+    def process(self) -> None:
+        """Let Qt handle what waits, deletions too."""
+        self.qt.processEvents()
+        self.qt.sendPostedEvents(None, QtCore.QEvent.Type.DeferredDelete)
+
+    def wait(self, condition, seconds: float = 60.0) -> None:
+        """Run the event loop until a condition holds.
+
+        Raises:
+            TimeoutError: it did not within that time.
+        """
+        timer = QtCore.QElapsedTimer()
+        timer.start()
+        while not condition():
+            if timer.elapsed() > 1000 * seconds:
+                raise TimeoutError(f"it did not happen within {seconds} seconds")
+            self.qt.processEvents(QtCore.QEventLoop.ProcessEventsFlag.AllEvents, 50)
+            QtCore.QThread.msleep(5)
+
+    def grab(self, widget, path: str | os.PathLike, width: int = 480) -> Path:
+        """A picture of a widget as it would stand in Slicer's module panel."""
+        widget = native(widget)
+        widget.setAttribute(QtCore.Qt.WidgetAttribute.WA_DontShowOnScreen)
+        widget.resize(width, widget.sizeHint().height())
+        widget.show()
+        self.process()
+        widget.resize(width, max(widget.minimumSizeHint().height(), widget.sizeHint().height()))
+        self.process()
+        widget.grab().save(str(path))
+        return Path(path)
+
+
+_application: Application | None = None
+
+
+def start() -> Application:
+    """The one stand-in of this process."""
+    global _application
+    if _application is None:
+        os.environ.setdefault("QT_QPA_PLATFORM", "offscreen" if sys.platform == "linux" else "")
+        _application = Application()
+    return _application
+
+
+def _install(app: qSlicerApplication) -> None:
+    qt = QtModule("qt", {"QUiLoader": ui_files.QUiLoader}, QT_MODULES)
+    sys.modules["qt"], sys.modules["ctk"] = qt, QtModule("ctk", widgets.CTK)
+    for name, cls in widgets.SLICER.items():
+        setattr(slicer, name, class_of(cls))
+    slicer.app = wrap(app)
+    slicer.modules = types.SimpleNamespace()
+    _module("slicer.i18n", tr=lambda text: text, translate=lambda context, text: text)
+    _module("slicer.ScriptedLoadableModule", **{n: getattr(scripted_module, n) for n in _SCRIPTED})
+    _module("slicer.parameterNodeWrapper", **{n: getattr(parameters, n) for n in _PARAMETERS})
+    packaging = Packaging()
+    _module("slicer.packaging", **{n: getattr(packaging, n) for n in ("pip_check", "pip_ensure", "pip_install")})
+    _module("SampleData", SampleDataLogic=SampleDataLogic)
+
+
+def _module(name: str, **attributes) -> types.ModuleType:
+    module = types.ModuleType(name)
+    vars(module).update(attributes)
+    # "from slicer.X import *" takes what Slicer's __all__ would give
+    module.__all__ = [n for n in attributes if not n.startswith("_")]
+    sys.modules[name] = module
+    if name.startswith("slicer."):
+        setattr(slicer, name.partition(".")[2], module)
+    return module
+
+
+class Packaging:
+    """slicer.packaging without pip: no test may change its own Python. Tests put their own functions in the place."""
+
+    def pip_check(self, requirement: str) -> bool:
+        raise NotImplementedError("a test that gets here must say what is installed")
+
+    def pip_ensure(
+        self, requirements, constraints=None, skip_packages=None, prompt_install=True, prompt_restart=True,
+        requester=None, skip_in_testing=True, show_progress=True,
+    ):  # fmt: skip
+        raise NotImplementedError("a test that gets here must say what pip does")
+
+    def pip_install(
+        self, requirements, constraints=None, no_deps_requirements=None, skip_packages=None, blocking=True,
+        show_progress=True, requester=None, logCallback=None, completedCallback=None,
+    ):  # fmt: skip
+        raise NotImplementedError("a test that gets here must say what pip does")
+
+
+class SampleDataLogic:
+    """SampleData.SampleDataLogic: what is registered stands in ``sources``."""
+
+    sources: list[dict] = []
+
+    @staticmethod
+    def registerCustomSampleDataSource(
+        category="Custom", sampleName=None, uris=None, fileNames=None, nodeNames=None, customDownloader=None,
+        thumbnailFileName=None, loadFileType=None, loadFiles=None, loadFileProperties=None, checksums=None,
+    ):  # fmt: skip
+        SampleDataLogic.sources.append(dict(locals()))

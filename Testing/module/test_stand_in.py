@@ -1,0 +1,271 @@
+"""The stand-in keeps Slicer's and PythonQt's rules. Each test names the place in their sources that makes the rule."""
+
+from __future__ import annotations
+
+import enum
+import pathlib
+from typing import Annotated
+
+import pytest
+
+pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
+pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essentials)")
+
+import slicer
+import slicer.util
+
+
+@pytest.fixture
+def qt(stand_in):
+    import qt
+
+    return qt
+
+
+@pytest.fixture
+def ctk(stand_in):
+    import ctk
+
+    return ctk
+
+
+def load_ui(tmp_path, body: str, head: str = ""):
+    """A .ui file with a qMRMLWidget around ``body``."""
+    path = tmp_path / "panel.ui"
+    path.write_text(
+        f'<ui version="4.0"><class>P</class><widget class="qMRMLWidget" name="P"><layout class="QVBoxLayout" '
+        f'name="layout">{body}</layout></widget>{head}</ui>'
+    )
+    return slicer.util.loadUI(str(path))
+
+
+# PythonQtInstanceWrapper.cpp, PythonQtInstanceWrapper_getattro: a property is read, not called
+def test_properties_are_attributes(qt):
+    button = qt.QPushButton("Go")
+    assert button.text == "Go"
+    button.text = "Stop"
+    assert button.text == "Stop"
+    with pytest.raises(TypeError, match="not callable"):
+        button.text()
+
+
+# the same, PythonQtInstanceWrapper_setattro: the four refusals
+def test_what_is_no_property_cannot_be_assigned(qt):
+    button = qt.QPushButton()
+    with pytest.raises(AttributeError, match="Slot 'click' can not be overwritten"):
+        button.click = None
+    with pytest.raises(AttributeError, match="creating new attributes on C\\+\\+ objects is not allowed"):
+        button.helper = 1
+    with pytest.raises(AttributeError, match="does not accept an object of type"):
+        button.text = None
+    with pytest.raises(AttributeError, match="is not writable"):
+        button.sizeHint = qt.QSize(1, 1)
+
+
+# PythonQtClassInfo.cpp: "try to map name to objectName"
+def test_name_is_the_object_name(qt):
+    button = qt.QPushButton()
+    button.name = "apply"
+    assert button.objectName == "apply"
+
+
+# PythonQtInstanceWrapper_getattro: dynamic properties, then "look for a child", else AttributeError
+def test_unknown_attributes(qt):
+    box = qt.QWidget()
+    child = qt.QLabel("inside", box)
+    child.name = "label"
+    box.setProperty("color", "red")
+    assert box.color == "red"
+    assert box.label == child
+    with pytest.raises(AttributeError, match="QWidget has no attribute named 'nothing'"):
+        _ = box.nothing
+
+
+# PythonQtStdDecorators::connect takes the signature; PythonQtSignalTarget::call passes what the function takes
+def test_signals(qt):
+    button, seen = qt.QPushButton(), []
+    button.connect("clicked(bool)", lambda: seen.append("none"))
+    button.connect("clicked()", lambda: seen.append("empty"))
+    button.clicked.connect(lambda checked: seen.append(checked))
+    button.click()
+    assert seen == ["none", "empty", False]
+    with pytest.raises(AttributeError, match="signal 'pressed\\(bool\\)' does not exist on QPushButton"):
+        button.connect("pressed(bool)", print)
+
+
+# PythonQtStdDecorators::disconnect: by the same function; a bound method equals itself
+def test_disconnect(qt):
+    class Listener:
+        count = 0
+
+        def hear(self) -> None:
+            self.count += 1
+
+    button, listener = qt.QPushButton(), Listener()
+    button.connect("clicked()", listener.hear)
+    button.click()
+    assert button.disconnect("clicked()", listener.hear)
+    button.click()
+    assert listener.count == 1
+    assert not button.disconnect("clicked()", listener.hear)
+
+
+# PythonQtSignalTarget::call ends in PythonQt::handleError: printed, and the application goes on
+def test_an_exception_in_a_slot_does_not_stop_the_application(qt, stand_in, capsys):
+    def fail() -> None:
+        raise ValueError("broken")
+
+    button = qt.QPushButton()
+    button.connect("clicked()", fail)
+    button.click()
+    errors = stand_in.take_errors()
+    assert [str(e) for e in errors] == ["broken"]
+    assert "broken" in capsys.readouterr().err
+
+
+# PythonQt has enum values on the class (PythonQtMemberInfo::EnumValue)
+def test_enums(qt):
+    assert qt.QMessageBox.Ok | qt.QMessageBox.Cancel
+    assert qt.Qt.AlignLeft == qt.Qt.AlignLeft
+    with pytest.raises(AttributeError, match="enum values on the class itself"):
+        _ = qt.QMessageBox.StandardButton.Ok
+
+
+# PythonQtSlotFunction_CallImpl: positional arguments only
+def test_no_keyword_arguments(qt):
+    with pytest.raises(TypeError, match="no keyword arguments"):
+        qt.QComboBox().addItem(text="a")
+
+
+# PythonQtStdDecorators::static_QTimer_singleShot
+def test_single_shot(qt, stand_in):
+    seen = []
+    qt.QTimer.singleShot(0, lambda: seen.append(1))
+    stand_in.wait(lambda: seen, 5)
+
+
+# slicer.util.loadUI and childWidgetVariables are Slicer's own; uitools makes the widgets
+def test_ui_files(stand_in, tmp_path):
+    widget = load_ui(
+        tmp_path,
+        '<item><widget class="ctkCollapsibleButton" name="advanced"><property name="collapsed"><bool>true</bool>'
+        '</property><layout class="QVBoxLayout" name="inner"><item><widget class="QSpinBox" name="steps"><property '
+        'name="SlicerParameterName" stdset="0"><string>steps</string></property></widget></item></layout></widget>'
+        "</item>",
+    )
+    ui = slicer.util.childWidgetVariables(widget)
+    assert ui.advanced.collapsed is True
+    assert ui.steps.property("SlicerParameterName") == "steps"
+    assert not ui.steps.isVisibleTo(ui.advanced)
+    ui.advanced.collapsed = False
+    assert ui.steps.isVisibleTo(ui.advanced)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('<item><widget class="ctkNothing" name="a"/></item>', "no widget class ctkNothing"),
+        (
+            '<item><widget class="QLabel" name="a"><property name="txet"><string>x</string></property></widget></item>',
+            "QLabel 'a' has no property 'txet'",
+        ),
+    ],
+)
+def test_ui_files_with_mistakes_are_refused(stand_in, tmp_path, body, message):
+    with pytest.raises(ValueError, match=message):
+        load_ui(tmp_path, body)
+
+
+# qMRMLWidget::mrmlSceneChanged is connected to the selectors' setMRMLScene in every .ui file of Slicer
+def test_connections_of_the_ui_file_are_made(stand_in, tmp_path, mrml):
+    connection = (
+        "<connections><connection><sender>P</sender><signal>mrmlSceneChanged(vtkMRMLScene*)</signal><receiver>"
+        "selector</receiver><slot>setMRMLScene(vtkMRMLScene*)</slot></connection></connections>"
+    )
+    body = '<item><widget class="qMRMLNodeComboBox" name="selector"/></item>'
+    widget = load_ui(tmp_path, body, connection)
+    widget.setMRMLScene(mrml)
+    assert widget.selector.mrmlScene() is mrml
+    with pytest.raises(AttributeError, match="sceneChanged"):
+        load_ui(tmp_path, body, connection.replace("mrmlSceneChanged", "sceneChanged"))
+
+
+# qMRMLNodeComboBox.cxx and qMRMLSortFilterProxyModel.cxx
+def test_node_selector(stand_in, mrml):
+    seen = []
+    selector = slicer.qMRMLNodeComboBox()
+    selector.nodeTypes = ["vtkMRMLScalarVolumeNode"]
+    selector.noneEnabled = True
+    selector.connect("currentNodeChanged(vtkMRMLNode*)", seen.append)
+    selector.setMRMLScene(mrml)
+    volume = mrml.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "V")
+    labels = mrml.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode", "L")
+    assert selector.nodeCount() == 2, "a label map is a scalar volume"
+    selector.showChildNodeTypes = False
+    assert selector.nodeCount() == 1
+    selector.setCurrentNode(volume)
+    selector.setCurrentNode(labels)
+    assert selector.currentNode() is None
+    selector.setCurrentNode(volume)
+    mrml.RemoveNode(volume)
+    assert seen == [volume, None, volume, None]
+    with pytest.raises(ValueError, match="no node class"):
+        selector.nodeTypes = ["vtkMRMLNothingNode"]
+
+
+class Mode(enum.Enum):
+    FAST = "fast"
+    GOOD = "good"
+
+    def label(self) -> str:
+        return f"the {self.value} one"
+
+
+# parameterNodeWrapper/wrapper.py, serializers.py, validators.py, guiConnectors.py
+def test_parameter_node(qt, ctk, stand_in, mrml):
+    from slicer.parameterNodeWrapper import WithinRange, parameterNodeWrapper
+
+    class Parameters:
+        volume: slicer.vtkMRMLScalarVolumeNode
+        steps: Annotated[int, WithinRange(1, 8)] = 2
+        mode: Mode
+        folder: pathlib.Path
+
+    Parameters.__annotations__ = {
+        "volume": slicer.vtkMRMLScalarVolumeNode,
+        "steps": Annotated[int, WithinRange(1, 8)],
+        "mode": Mode,
+        "folder": pathlib.Path,
+    }
+    parameters = parameterNodeWrapper(Parameters)(mrml.AddNewNodeByClass("vtkMRMLScriptedModuleNode"))
+    assert (parameters.volume, parameters.steps, parameters.mode) == (None, 2, Mode.FAST)
+    with pytest.raises(ValueError, match="within range"):
+        parameters.steps = 9
+    with pytest.raises(TypeError, match="Value must be of type"):
+        parameters.steps = "3"
+    spin, combo = qt.QSpinBox(), qt.QComboBox()
+    tag = parameters.connectParametersToGui({"steps": spin, "mode": combo})
+    assert (spin.value, spin.minimum, spin.maximum) == (2, 1, 8)
+    spin.value = 5
+    assert parameters.steps == 5
+    parameters.mode = Mode.GOOD
+    assert combo.currentText == "the good one"
+    parameters.disconnectGui(tag)
+    spin.value = 1
+    assert parameters.steps == 5
+    with pytest.raises(RuntimeError, match="Unable to create GUI connector"):
+        parameters.connectParametersToGui({"steps": qt.QLineEdit()})
+    with pytest.raises(RuntimeError, match="Choice annotation"):
+        parameters.connectParametersToGui({"steps": qt.QComboBox()})
+
+
+# a Python class cannot be derived from what PythonQt wraps without its own rules; the module has no need to
+def test_no_subclasses(qt):
+    with pytest.raises(TypeError, match="no Python subclasses"):
+        type("Mine", (qt.QWidget,), {})
+
+
+def test_slicer_util_is_slicers_own(stand_in, mrml):
+    assert slicer.util.settingsValue("nothing", 3) == 3
+    assert slicer.app.applicationName == "Slicer"
+    assert pathlib.Path(slicer.util.tempDirectory()).is_dir()
