@@ -63,8 +63,8 @@ def test_a_run_to_its_end(make):
     assert run.status().state == "new"
     run.start()
     assert run.status().alive
+    until(run.is_running)
     with pytest.raises(RunError, match="running already"):
-        until(run.is_running)
         run.start()
     until(lambda: not run.status().alive)
     status = run.status()
