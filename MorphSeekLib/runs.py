@@ -259,16 +259,17 @@ def _figures(out: Path, dataset: Dataset, model: Path, device: str, on_event, ca
 
 
 def _held_out(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """For card and panel: {"pairs", "aligned": {"dice"}, "start": {dice, hd95, njd_percent, sdlogj}, "result": the
-    same, "definitions"}; without "start" where nothing was started from."""
-    means = {name: {key: found["mean"][key] for key in _FIGURES} for name, found in figures.items()}
+    """For card and panel: the finished model's figures as `morphseek evaluate` gives them ("pairs", "mean",
+    "definitions"), and in "start" the same means of what it was started from, where there was something."""
     result = figures["result"]
-    return {
+    found = {
         "pairs": len(result["pairs"]),
-        "aligned": {"dice": result["mean"]["dice_aligned"]},
-        **means,
+        "mean": {name: result["mean"][name] for name in (*_FIGURES, "dice_aligned")},
         "definitions": {k: v for k, v in DEFINITIONS.items() if k in _FIGURES},
     }
+    if "start" in figures:
+        found["start"] = {name: figures["start"]["mean"][name] for name in _FIGURES}
+    return found
 
 
 def _part(tell: OnEvent, begin: float, share: float, prefix: str = "") -> OnEvent:

@@ -27,6 +27,7 @@ _LOGICS = {
     "Segmentations": "vtkSlicerSegmentationsModuleLogic",
     "Volumes": "vtkSlicerVolumesLogic",
     "Transforms": "vtkSlicerTransformLogic",
+    "Plots": "vtkSlicerPlotsLogic",
 }
 _SLICE_MANAGERS = (
     "vtkMRMLTransformsDisplayableManager2D",

@@ -69,7 +69,7 @@ def test_a_run_to_its_end(make):
     until(lambda: not run.status().alive)
     status = run.status()
     assert (status.state, status.fraction) == ("done", 1.0), status.message
-    assert status.held_out["result"]["dice"] > 0
+    assert status.held_out["mean"]["dice"] > 0
     assert status.model == str(run.folder / "m.safetensors")
     assert [row["iteration"] for row in run.curves("finetune")] == [1, 2]
     assert {"loss", "reward", "reward_spread", "kl"} <= set(run.curves("finetune")[0])
