@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -245,7 +246,7 @@ def train(
         stop, alone = threading.Event(), threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what a session's end sends
         if while_open:
-            threading.Thread(target=lambda: (sys.stdin.buffer.read(), alone.set()), daemon=True).start()
+            threading.Thread(target=_await_end, args=(sys.stdin.fileno(), alone), daemon=True).start()
         model = run(
             folder,
             on_event,
@@ -356,6 +357,14 @@ def print_report(report: dict) -> None:
         table.add_row("Inverse, residual mean / 95 %", f"{residual['mean']:.3f} / {residual['p95']:.3f} mm")
     table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
     console.print(table)
+
+
+def _await_end(source: int, ended: threading.Event) -> None:
+    """Set an event when a file descriptor has nothing more to give. Not through sys.stdin: a thread that waits in it
+    cannot be left behind at the process's end."""
+    while os.read(source, 4096):
+        pass
+    ended.set()
 
 
 def print_check(report: CheckReport) -> None:

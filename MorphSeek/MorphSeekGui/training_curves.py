@@ -63,6 +63,8 @@ class TrainingCurves:
 
     def update(self, title: str, rows: list[dict[str, float]]) -> None:
         """Show these figures, a row per iteration; a figure that a row lacks is left out of its curve."""
+        if not all(self.scene.IsNodePresent(node) for node in self._nodes):  # the scene was closed
+            self.remove()
         columns = _columns(rows)
         for name, (axis, lines) in CHARTS.items():
             found = {column: columns[column] for column, *_rest in lines if column in columns}

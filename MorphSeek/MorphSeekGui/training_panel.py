@@ -27,6 +27,7 @@ TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
 MODELS_FOLDER = "MorphSeek/ModelsFolder"  # where Register looks for models, too
 ENGINE_PYTHON = "MorphSeek/EnginePython"
 _POLL_MS = 1000
+_WIDEST_REMARK = 260  # pixels; a longer one is in its tool tip
 
 # settings that a network needs to train well from scratch, where they are not its defaults
 _RECIPES = {
@@ -91,6 +92,7 @@ class TrainingPanel:
         self._curves: TrainingCurves | None = None
         self._scene = None
         self._client: EngineClient | None = None
+        self._hello = None
         self._request = None
         self._export: Iterator[str] | None = None
         self._exported: tempfile.TemporaryDirectory | None = None
@@ -106,6 +108,8 @@ class TrainingPanel:
         header = self.ui.casesTable.horizontalHeader()
         header.setStretchLastSection(True)
         self.ui.casesTable.verticalHeader().visible = False
+        self.ui.casesTable.verticalHeader().defaultSectionSize = 24
+        self.ui.figuresText.visible = False
         self._show_source()
         self._show_stages()
 
@@ -256,6 +260,8 @@ class TrainingPanel:
     def _ask_engine(self, dataset: str) -> None:
         if self._client is None:
             self._client = EngineClient(engine_python())
+        if self._hello is None or self._hello.error is not None:
+            self._hello = self._client.request("hello")
         self._say(_("Starting the engine"))
         params = {"dataset": str(dataset), "labels": bool(self.ui.finetuneCheck.checked)}
         self._request = self._client.request("check", params, self._on_check_progress)
@@ -288,7 +294,17 @@ class TrainingPanel:
             self._say(str(problem), bad=True)
             return
         self._end_check()
+        self._offer(self.ui.backboneBox, self._hello.result.get("backbones", []))
+        self._offer(self.ui.deviceBox, ["auto", *(d["name"] for d in self._hello.result.get("devices", []))])
         self._show_report(report)
+
+    def _offer(self, box, names: list[str]) -> None:
+        """Put what the engine has into a box; what was chosen stays."""
+        chosen = box.currentText
+        for name in names:
+            if box.findText(name) < 0:
+                box.addItem(name)
+        box.setCurrentText(chosen)
 
     def _checking(self) -> bool:
         return self._export is not None or self._request is not None
@@ -322,17 +338,19 @@ class TrainingPanel:
         table = self.ui.casesTable
         table.setRowCount(len(report["cases"]))
         for row, case in enumerate(report["cases"]):
-            texts = [case["name"], _by(case["shape"]), _by(case["spacing"]), ", ".join(map(str, case["labels"]))]
-            texts.append(" ".join(case["problems"] + case["warnings"]) or _("good"))
+            remarks = " ".join(case["problems"] + case["warnings"]) or _("good")
+            labels = ", ".join(map(str, case["labels"]))
+            texts = [case["name"], remarks, labels, _by(case["shape"]), _by(case["spacing"])]
             for column, text in enumerate(texts):
                 item = qt.QTableWidgetItem(text)
                 item.setToolTip(text)
                 if case["problems"]:
                     item.setForeground(qt.QBrush(qt.QColor(190, 20, 20)))
-                elif case["warnings"] and column == 4:
+                elif case["warnings"] and column == 1:
                     item.setForeground(qt.QBrush(qt.QColor(160, 95, 0)))
                 table.setItem(row, column, item)
         table.resizeColumnsToContents()
+        table.setColumnWidth(1, min(table.columnWidth(1), _WIDEST_REMARK))
         table.visible = True
         left_out = sum(bool(case["problems"]) for case in report["cases"])
         if report["problems"]:
@@ -340,8 +358,8 @@ class TrainingPanel:
         else:
             names = [report["names"].get(str(label), str(label)) for label in report["common"]]
             text = _(
-                "{training} cases to train on, {validation} pairs to validate on, {test} held-out pairs for the "
-                "figures before and after. Labels in common: {labels}."
+                "Cases to train on: {training}. Pairs to validate on: {validation}. Held-out pairs for the figures "
+                "before and after: {test}. Labels in common: {labels}."
             ).format(
                 training=report["training"],
                 validation=report["validation_pairs"],
@@ -349,7 +367,7 @@ class TrainingPanel:
                 labels=", ".join(names) or _("none"),
             )
             if left_out:
-                text += " " + _("{count} cases with problems are left out.").format(count=left_out)
+                text += " " + _("Left out because of problems: {count}.").format(count=left_out)
             self._say(" ".join([text, *report["warnings"]]))
             if report["spacing"]:
                 self.ui.spacingBox.value = report["spacing"]
@@ -362,15 +380,19 @@ class TrainingPanel:
     # -------------------------------------------------------------------------------------------------- settings
 
     def _fill_start_box(self) -> None:
-        chosen = self.ui.startBox.currentData
-        self.ui.startBox.clear()
-        self.ui.startBox.addItem(_("from scratch"), "")
+        box = self.ui.startBox
+        chosen = box.currentData
+        blocked = box.blockSignals(True)
+        box.clear()
+        box.addItem(_("from scratch"), "")
         root = engine_root()
         bundled = sorted((root / "Resources/Checkpoints").glob("*.safetensors")) if root is not None else []
         own = sorted(models_folder().glob("*.safetensors"))
         for path in [*bundled, *own]:
-            self.ui.startBox.addItem(path.stem, str(path))
-        self.ui.startBox.setCurrentIndex(max(0, self.ui.startBox.findData(chosen)))
+            box.addItem(path.stem, str(path))
+        box.setCurrentIndex(max(0, box.findData(chosen)))
+        box.blockSignals(blocked)
+        self._show_stages()
 
     def _stages_changed(self, *_args) -> None:
         """Fine-tuning needs labels in every case, warm-up does not: the check says something else."""
@@ -642,7 +664,7 @@ def _sentence(status: RunStatus) -> str:
     if status.state == "stopping":
         return _("Stopping: the iteration under way is finished first. {message}").format(message=status.message)
     if status.state == "done":
-        return _("Done. The model is in the list: {path}").format(path=status.model)
+        return _("Done. The model '{name}' is in the list of models.").format(name=Path(status.model).stem)
     if status.state == "new":
         return _("Not started yet.")
     stages = {"warmup": _("Warm-up"), "finetune": _("Fine-tuning"), "evaluate": _("Figures")}

@@ -69,6 +69,7 @@ def test_a_run_to_its_end(make):
     until(lambda: not run.status().alive)
     status = run.status()
     assert (status.state, status.fraction) == ("done", 1.0), status.message
+    assert run._process.wait(10) == 0
     assert status.held_out["mean"]["dice"] > 0
     assert status.model == str(run.folder / "m.safetensors")
     assert [row["iteration"] for row in run.curves("finetune")] == [1, 2]
