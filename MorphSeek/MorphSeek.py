@@ -1,19 +1,29 @@
 """MorphSeek in Slicer: the module, its panel, its logic and its self test. Each is thin and delegates.
 
 The panel is made of sections, each a plain class in MorphSeekGui with a .ui file of its own: Register, Inspect and, once
-switched on in the settings, Fine-tune. What they do stands in the logic, which needs no panel:
+it is switched on, Fine-tune. What they do stands in the logic, which needs no panel:
 
     from MorphSeek import MorphSeekLogic
-    nodes = MorphSeekLogic().register(getNode("fixed"), getNode("moving"))
+
+    nodes = MorphSeekLogic().register(getNode("fixed"), getNode("moving"), steps=3)
+    getNode("moving").SetAndObserveTransformNodeID(nodes.transform.GetID())
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+import qt
 import slicer
 import slicer.util
+from MorphSeekGui import dependencies, registration
+from MorphSeekGui.engine_client import EngineClient, close_shared_client, shared_client
+from MorphSeekGui.parameters import MorphSeekParameterNode
+from MorphSeekGui.register_panel import ENGINE_PYTHON, RegisterPanel
+from MorphSeekGui.sample_data import register_sample_data
 from slicer.i18n import tr as _
 from slicer.i18n import translate
 from slicer.ScriptedLoadableModule import (
@@ -24,13 +34,8 @@ from slicer.ScriptedLoadableModule import (
 )
 from slicer.util import VTKObservationMixin
 
-# section of MorphSeek.ui -> (module in MorphSeekGui, its class)
-PANELS = {
-    "registerSection": ("register_panel", "RegisterPanel"),
-    "inspectSection": ("inspect_panel", "InspectPanel"),
-    "trainingSection": ("training_panel", "TrainingPanel"),
-}
-TRAINING_SETTING = "MorphSeek/Training"  # fine-tuning is shown when this is true, or in developer mode
+TRAINING = "MorphSeek/Training"  # setting: whether the section Fine-tune is shown outside developer mode
+RESOURCES = Path(__file__).resolve().parent / "Resources"
 
 
 class MorphSeek(ScriptedLoadableModule):
@@ -42,8 +47,16 @@ class MorphSeek(ScriptedLoadableModule):
         parent.categories = [translate("qSlicerAbstractCoreModule", "Registration")]
         parent.dependencies = ["Sequences"]
         parent.contributors = ["The MorphSeek developers"]
-        parent.helpText = _("Learned deformable registration that shows where the deformation folds.")
-        parent.acknowledgementText = _("MorphSeek: Zhang et al., CVPR 2026.")
+        parent.helpText = _(
+            "Registers two volumes with a learned deformation, refined step by step, and shows where the deformation "
+            "folds. Choose a fixed and a moving volume and press Register. The method is MorphSeek: Zhang et al., "
+            '"MorphSeek: Fine-grained Latent Representation-Level Policy Optimization for Deformable Image '
+            'Registration", CVPR 2026, {link}. For research; not a medical device.'
+        ).format(link='<a href="https://arxiv.org/abs/2511.17392">arXiv 2511.17392</a>')
+        parent.acknowledgementText = _(
+            "Built on 3D Slicer, PyTorch and SimpleITK. The engine runs in its own process and sends no data anywhere."
+        )
+        slicer.app.connect("startupCompleted()", register_sample_data)
 
 
 class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
@@ -58,25 +71,65 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def setup(self) -> None:
         ScriptedLoadableModuleWidget.setup(self)
         self.logic = MorphSeekLogic()
-        widget = slicer.util.loadUI(self.resourcePath("UI/MorphSeek.ui"))
+        widget = slicer.util.loadUI(self.logic.resource_path("UI/MorphSeek.ui"))
         self.layout.addWidget(widget)
         self.ui = slicer.util.childWidgetVariables(widget)
         widget.setMRMLScene(slicer.mrmlScene)
-        for section, (module, name) in PANELS.items():
-            if importlib.util.find_spec(f"MorphSeekGui.{module}") is None:
-                getattr(self.ui, section).visible = False
-                continue
-            make = getattr(importlib.import_module(f"MorphSeekGui.{module}"), name)
-            self.panels[section] = make(getattr(self.ui, section), self.logic)
-            self.panels[section].setMRMLScene(slicer.mrmlScene)
+        self.panels["register"] = register_panel = RegisterPanel(self.ui.registerSection, self.logic)
+        inspect_panel = self._make_panel("inspect", "InspectPanel", self.ui.inspectSection)
+        training_panel = self._make_panel("training", "TrainingPanel", self.ui.trainingSection)
+        for panel in self.panels.values():
+            panel.setMRMLScene(slicer.mrmlScene)
+        if inspect_panel is not None:
+            register_panel.on_result.append(self._inspect)
+        if training_panel is not None:
+            training_panel.on_checkpoint.append(register_panel.add_model)
+            switch = register_panel.ui.trainingCheckBox
+            switch.checked = slicer.util.settingsValue(TRAINING, False, converter=slicer.util.toBool)
+            switch.connect("toggled(bool)", self._show_training)
+            self._show_training(switch.checked)
+
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self._scene_closes)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self._scene_closed)
+        self._use_parameter_node()
+
+    def _make_panel(self, name: str, class_name: str, section):
+        """A further section, where its file is there."""
+        if importlib.util.find_spec(f"MorphSeekGui.{name}_panel") is None:
+            section.visible = False
+            return None
+        self.panels[name] = getattr(importlib.import_module(f"MorphSeekGui.{name}_panel"), class_name)(
+            section, self.logic
+        )
+        return self.panels[name]
+
+    def _inspect(self, nodes) -> None:
+        self.ui.inspectSection.collapsed = False
+        self.panels["inspect"].show(nodes)
+
+    def _show_training(self, on: bool) -> None:
+        qt.QSettings().setValue(TRAINING, on)
+        self.ui.trainingSection.visible = on or self.developerMode
+
+    def _use_parameter_node(self) -> None:
+        self.panels["register"].setParameterNode(self.logic.getParameterNode())
+
+    def _scene_closes(self, _caller, _event) -> None:
+        self.panels["register"].forget()
+        self.panels["register"].setParameterNode(None)
+
+    def _scene_closed(self, _caller, _event) -> None:
+        if self.parent.isEntered:
+            self._use_parameter_node()
 
     def enter(self) -> None:
         """The person opens the module."""
+        self._use_parameter_node()
         for panel in self.panels.values():
             panel.enter()
 
     def exit(self) -> None:
-        """The person goes to another module."""
+        """The person goes to another module; what runs goes on."""
         for panel in self.panels.values():
             panel.exit()
 
@@ -89,14 +142,106 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
 
 class MorphSeekLogic(ScriptedLoadableModuleLogic):
-    """What the module does; takes nodes, needs no panel."""
+    """What the module does, for scripts and for the panel; knows no widgets."""
 
     def __init__(self) -> None:
         ScriptedLoadableModuleLogic.__init__(self)
 
+    def getParameterNode(self) -> MorphSeekParameterNode:
+        """The Register section's state, kept in the scene."""
+        return MorphSeekParameterNode(super().getParameterNode())
+
+    def register(self, fixedNode, movingNode, **options) -> registration.RegistrationNodes:
+        """Register the moving volume to the fixed one and wait for the end.
+
+            nodes = MorphSeekLogic().register(fixed, moving, steps=3, inverse=True)
+            nodes.warped, nodes.transform, nodes.jacobian, nodes.folding, nodes.report["folding"]["njd_percent"]
+            more = MorphSeekLogic().register(fixed, moving, steps=1, state=nodes.state)  # one more step
+
+        Args:
+            fixedNode, movingNode: scalar volume nodes.
+            options: as for :func:`MorphSeekGui.registration.register`: model, steps, align, device,
+                initial_transform_node, fixed_labels_node, moving_labels_node, inverse, stop_early, state, into,
+                on_progress, cancelled.
+
+        Raises:
+            InputError, EngineError: one sentence that says what is wrong; no node was made.
+        """
+        return registration.register(fixedNode, movingNode, **{"client": self.client(), **options})
+
+    def registerBatch(self, pairs, **options) -> list[registration.Outcome]:
+        """Register many pairs, one after another; one that fails does not stop the others.
+
+            pairs = [{"fixed_node": atlas, "moving_node": scan} for scan in scans]
+            for outcome in MorphSeekLogic().registerBatch(pairs, steps=2):
+                print(outcome.pair["moving_node"].GetName(), outcome.error or outcome.nodes.report["folding"])
+
+        Args:
+            pairs: dicts of the arguments that differ, see :func:`MorphSeekGui.registration.register_batch`.
+            options: the arguments that all pairs share; also on_outcome, called after each pair.
+        """
+        return registration.register_batch(pairs, **{"client": self.client(), **options})
+
+    def client(self) -> EngineClient:
+        """The engine's process, started with the first request and alive until Slicer ends."""
+        return shared_client(self.engine_python())
+
+    def close_engine(self) -> None:
+        """End the engine's process; the next request starts a new one."""
+        close_shared_client()
+
+    def engine_python(self) -> str:
+        """The Python that the person chose for the engine; empty for Slicer's own."""
+        return slicer.util.settingsValue(ENGINE_PYTHON, "") or ""
+
+    def resource_path(self, name: str) -> str:
+        """A file of the module's Resources."""
+        return str(RESOURCES / name)
+
 
 class MorphSeekTest(ScriptedLoadableModuleTest):
-    """The self test that Slicer runs."""
+    """The self test that Slicer runs (Reload and Test, or ctest)."""
+
+    def setUp(self) -> None:
+        slicer.mrmlScene.Clear()
+
+    def test_parameters_are_kept_in_the_scene(self) -> None:
+        self.delayDisplay("Parameters")
+        logic = MorphSeekLogic()
+        logic.getParameterNode().steps = 5
+        self.assertEqual(MorphSeekLogic().getParameterNode().steps, 5)
+        with self.assertRaises(ValueError):
+            logic.getParameterNode().steps = 9
+
+    def test_a_wrong_input_is_refused_in_one_sentence(self) -> None:
+        self.delayDisplay("Refusals")
+        before = slicer.mrmlScene.GetNumberOfNodes()
+        with self.assertRaisesRegex(registration.InputError, "Choose a fixed and a moving volume"):
+            MorphSeekLogic().register(None, None)
+        self.assertEqual(slicer.mrmlScene.GetNumberOfNodes(), before)
+
+    def test_two_volumes_are_registered(self) -> None:
+        missing = dependencies.missing()
+        if missing and not MorphSeekLogic().engine_python():
+            self.delayDisplay(f"Registration is not tested: {', '.join(missing)} not installed")
+            return
+        self.delayDisplay("Registration")
+        fixed, moving = _ball("fixed", 0.0), _ball("moving", 6.0)
+        nodes = MorphSeekLogic().register(fixed, moving, device="cpu", steps=1, align="rigid")
+        error = [
+            np.abs(slicer.util.arrayFromVolume(fixed) - slicer.util.arrayFromVolume(n)) for n in (moving, nodes.warped)
+        ]
+        self.assertLess(error[1].mean(), 0.5 * error[0].mean())
+        self.delayDisplay("Passed")
 
 
-RESOURCES = Path(__file__).resolve().parent / "Resources"
+def _ball(name: str, shift: float):
+    """A volume with two overlapping balls, moved along i by ``shift`` mm."""
+    k, j, i = np.mgrid[:40, :44, :48] * 2.0
+    first = np.sqrt((i - 46 - shift) ** 2 + (j - 44) ** 2 + (k - 40) ** 2)
+    second = np.sqrt((i - 60 - shift) ** 2 + (j - 50) ** 2 + (k - 46) ** 2)
+    values = 100 / (1 + np.exp(first - 24)) + 80 / (1 + np.exp(second - 10))
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", name)
+    node.SetSpacing(2.0, 2.0, 2.0)
+    slicer.util.updateVolumeFromArray(node, values.astype(np.float32))
+    return node

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint as checkpoints
+from . import fields
 from .alignment import align as align_images
 from .checkpoint import Card
 from .devices import memory_advice, network_autocast, network_precision, pick_device, place
@@ -48,6 +49,8 @@ from .settings import to_dict
 from .similarity import lncc
 
 MAX_STEPS = 16
+# a step that raises LNCC by less than this does not help any more
+LEAST_GAIN = 0.002
 # working grids beyond this would need more memory than any machine of the field has
 MAX_WORKING_VOXELS = 512**3
 
@@ -84,6 +87,23 @@ def load_model(model: str | Path, device: str = "auto") -> LoadedModel:
         return LoadedModel(place(network, where), card, str(model), checkpoints.sha256(path), where)
 
 
+@dataclass(frozen=True)
+class State:
+    """Where a registration stands: enough to take further steps on the same images with the same model.
+
+    Attributes:
+        start: fixed point -> moving point, the alignment before the network.
+        align: its name.
+        total: (1, 3, i, j, k) voxels of the working grid, the steps so far, composed.
+        figures: after each step, index 0 before the first.
+    """
+
+    start: Transform
+    align: str
+    total: Tensor
+    figures: list[dict[str, float]]
+
+
 @dataclass
 class Registration:
     """What :func:`register` found. Volumes lie on the fixed image's own grid.
@@ -95,6 +115,7 @@ class Registration:
         jacobian: determinant of the whole transform; <= 0 is folded.
         warped_labels: the moving labels, or None.
         inverse: moving point -> fixed point, or None.
+        state: to continue from.
         report: figures, as report.json.
     """
 
@@ -104,6 +125,7 @@ class Registration:
     jacobian: Volume
     warped_labels: Volume | None
     inverse: DenseTransform | None
+    state: State
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -119,7 +141,10 @@ def register(
     moving_labels: Volume | None = None,
     inverse: bool = True,
     refinement: RefinementSettings | None = None,
+    stop_early: bool = False,
+    state: State | None = None,
     on_event: OnEvent = ignore,
+    on_step: Callable[[int, Volume], None] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> Registration:
     """Register a moving image to a fixed one.
@@ -134,7 +159,11 @@ def register(
         fixed_labels, moving_labels: integer volumes on their image's grid; both for Dice; the moving ones are warped.
         inverse: also compute the inverse transform.
         refinement: optimise this pair from the network's answer on, without labels; None: take the answer as it is.
+        stop_early: stop at a step that raises the similarity by less than LEAST_GAIN; one that lowers it is taken back.
+        state: of an earlier call with the same images and model; ``steps`` more are taken from there, and ``align`` and
+            ``initial`` are not looked at.
         on_event: told of every phase.
+        on_step: given each step's number and the moving image at full resolution after it, from 0 (aligned) on.
         cancelled: asked often; True ends the job.
 
     Raises:
@@ -148,22 +177,37 @@ def register(
         raise MorphSeekError(f"{steps} refinement steps were asked for; choose 1 to {MAX_STEPS}.")
     if align not in ALIGNMENTS:
         raise MorphSeekError(f"There is no alignment '{align}'; choose one of {', '.join(ALIGNMENTS)}.")
+    if state is not None and len(state.figures) - 1 + steps > MAX_STEPS:
+        raise MorphSeekError(f"{len(state.figures) - 1} steps were taken already, and {MAX_STEPS} are the most.")
     refinement = refinement or RefinementSettings()
     checkpoint = checkpoint_for(cancelled)
     clock = _Clock()
     background = min(0.0, float(moving.data.min()))
 
     with clock("align"):
-        on_event(Event("align", 0.02, "Aligning the images" if align != "none" else "Checking that the images overlap"))
-        start = align_images(
-            fixed,
-            moving,
-            align,
-            initial=initial,
-            checkpoint=checkpoint,
-            on_progress=lambda f: on_event(Event("align", 0.02 + 0.28 * f, f"Aligning the images ({align})")),
-        )
+        if state is not None:
+            start, align = state.start, state.align
+        else:
+            words = "Aligning the images" if align != "none" else "Checking that the images overlap"
+            on_event(Event("align", 0.02, words))
+            start = align_images(
+                fixed,
+                moving,
+                align,
+                initial=initial,
+                checkpoint=checkpoint,
+                on_progress=lambda f: on_event(Event("align", 0.02 + 0.28 * f, f"Aligning the images ({align})")),
+            )
         check_overlap(fixed, moving, start)
+
+    def warp(transform: Transform) -> Volume:
+        return resample(moving, fixed.grid, transform, background=background, device=device, checkpoint=checkpoint)
+
+    aligned = warped = None
+    if on_step is not None and state is None:
+        with clock("resample"), memory_advice(device):
+            aligned = warp(start)
+        on_step(0, aligned)
 
     with memory_advice(device), _interruptible(model.network, checkpoint):
         grid = working_grid(fixed.grid, card.preprocessing, model.network.multiple_of)
@@ -172,19 +216,28 @@ def register(
                 f"The fixed image would need a working grid of {' x '.join(map(str, grid.shape))} voxels; crop it to "
                 "the region of interest, or choose a model with a coarser working grid."
             )
+        if state is not None and tuple(state.total.shape[2:]) != grid.shape:
+            raise MorphSeekError("The steps so far were taken on another grid; register anew.")
+
+        def show(step: int, total: Tensor) -> None:
+            nonlocal warped
+            if on_step is not None:
+                warped = warp(dense_from_voxels(total, grid, start))
+                on_step(step, warped)
+
         total, step_figures, refined = _refine(
-            fixed, moving, start, grid, model, steps, refinement, clock, on_event, checkpoint
+            fixed, moving, start, grid, model, steps, refinement, stop_early, state, clock, on_event, show, checkpoint
         )
         transform = dense_from_voxels(total, grid, start)
 
     with clock("resample"), memory_advice(device):
         on_event(Event("resample", 0.72, "Warping the moving image at full resolution"))
-        to_fixed = {"device": device, "checkpoint": checkpoint}
-        warped = resample(moving, fixed.grid, transform, background=background, **to_fixed)
-        aligned = resample(moving, fixed.grid, start, background=background, **to_fixed)
+        warped = warp(transform) if warped is None or refined else warped
+        aligned = warp(start) if aligned is None else aligned
         warped_labels = None
         if moving_labels is not None:
-            warped_labels = resample(moving_labels, fixed.grid, transform, mode="nearest", **to_fixed)
+            to_fixed = {"mode": "nearest", "device": device, "checkpoint": checkpoint}
+            warped_labels = resample(moving_labels, fixed.grid, transform, **to_fixed)
 
     with clock("metrics"), memory_advice(device):
         on_event(Event("metrics", 0.82, "Measuring folding"))
@@ -231,7 +284,8 @@ def register(
         "seconds": clock.seconds,
     }
     checkpoint()
-    return Registration(transform, warped, aligned, jacobian, warped_labels, back, report)
+    state = State(start, align, total.detach().cpu(), step_figures)
+    return Registration(transform, warped, aligned, jacobian, warped_labels, back, state, report)
 
 
 def _refine(
@@ -242,18 +296,26 @@ def _refine(
     model: LoadedModel,
     steps: int,
     refinement: RefinementSettings,
+    stop_early: bool,
+    state: State | None,
     clock: _Clock,
     on_event: OnEvent,
+    show: Callable[[int, Tensor], None],
     checkpoint: Callable[[], None],
 ) -> tuple[Tensor, list[dict[str, float]], dict[str, Any] | None]:
-    """T steps on the working grid, and K iterations of refinement.
+    """T steps on the working grid, after those of the state, and K iterations of refinement.
 
     Returns:
         (1, 3, i, j, k) voxels; the figures after each step (index 0: before); what the refinement did, or None.
     """
     preprocessing, device = model.card.preprocessing, model.device
     done = 0.55 if refinement.iterations else 0.7  # the progress bar's share at the end of the steps
-    figures: list[dict[str, float]] = []
+    figures: list[dict[str, float]] = [] if state is None else list(state.figures)
+    taken = max(0, len(figures) - 1)
+    base = None if state is None else state.total.to(device)
+
+    def whole(total: Tensor) -> Tensor:
+        return total if base is None else fields.compose(base, total)
 
     def moving_at(total: Tensor) -> Tensor:
         checkpoint()
@@ -268,28 +330,36 @@ def _refine(
         names = ("similarity", "mean_displacement_mm", "njd_percent")
         return {"step": step, **dict(zip(names, values, strict=True))}
 
-    def on_step(step: int, total: Tensor, warped: Tensor) -> None:
+    def on_step(step: int, total: Tensor, warped: Tensor) -> bool:
         nonlocal last, before_last
-        before_last, last = last, total
-        figures.append(look(step, total, warped))
-        message = f"Refinement step {step} of {steps}"
-        on_event(Event("step", 0.3 + (done - 0.3) * step / steps, message, step, steps, figures[-1]))
+        after = look(taken + step, whole(total), warped)
+        gain = after["similarity"] - figures[-1]["similarity"]
+        message = f"Refinement step {taken + step} of {taken + steps}"
+        if stop_early and gain < LEAST_GAIN:
+            message = f"Step {taken + step} no longer helps: stopping here"
+        if not (stop_early and gain < 0):
+            before_last, last = last, whole(total)
+            figures.append(after)
+            show(taken + step, last)
+        on_event(Event("step", 0.3 + (done - 0.3) * step / steps, message, taken + step, taken + steps, after))
         checkpoint()
+        return stop_early and gain < LEAST_GAIN
 
     with clock("network"), torch.no_grad():
-        on_event(Event("step", 0.3, "Preparing the images", 0, steps))
+        on_event(Event("step", 0.3, "Preparing the images", taken, taken + steps))
         spacing = np.abs(grid.direction) @ grid.spacing  # along the world's axes
         prepared = [
             smooth_for_spacing(Volume(normalize(v.data, preprocessing), v.grid), spacing) for v in (fixed, moving)
         ]
         fixed_working = resample(prepared[0], grid, checkpoint=checkpoint).data[None, None].to(device)
         moving_data = prepared[1].data[None, None].to(device)
-        last = before_last = torch.zeros(1, 3, *grid.shape, device=device)
-        figures.append({"step": 0, "similarity": float(-lncc(fixed_working, moving_at(last)))})
+        last = before_last = torch.zeros(1, 3, *grid.shape, device=device) if base is None else base
+        if not figures:
+            figures.append({"step": 0, "similarity": float(-lncc(fixed_working, moving_at(last)))})
         with network_autocast(device):
-            total = refine(model.network, moving_at, fixed_working, steps, on_step)
+            refine(model.network, lambda total: moving_at(whole(total)), fixed_working, steps, on_step)
     if not refinement.iterations:
-        return total, figures, None
+        return last, figures, None
 
     iteration = 0
 
@@ -306,9 +376,9 @@ def _refine(
         with torch.no_grad(), network_autocast(device):
             latent = model.network.encode(moving_at(before_last), fixed_working)
         with network_autocast(device):
-            total, objectives = optimize(model.network, latent, before_last, total, value, refinement, on_iteration)
+            total, objectives = optimize(model.network, latent, before_last, last, value, refinement, on_iteration)
         with torch.no_grad():
-            after = look(steps, total, moving_at(total))
+            after = look(len(figures) - 1, total, moving_at(total))
     objectives = objectives.tolist()
     refined = {
         "settings": to_dict(refinement),

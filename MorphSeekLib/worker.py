@@ -35,7 +35,7 @@ from .events import Event
 from .geometry import DenseTransform, Grid, Transform, Volume
 from .images import check_intensities
 from .refinement import RefinementSettings
-from .registration import LoadedModel, load_model, register
+from .registration import LoadedModel, State, load_model, register
 from .settings import from_dict, to_dict
 
 PROTOCOL = 1
@@ -114,6 +114,13 @@ class Worker:
                 )
         initial = _initial(_get(params, "initial", dict, None))
         refinement = from_dict(RefinementSettings, _get(params, "refinement", dict, {}), "refinement")
+        state = _state(_get(params, "state", dict, None))
+
+        def on_step(step: int, warped: Volume) -> None:
+            # its own notification: the picture comes as soon as it can be shown
+            shown = {"step": step, "warped": _reference(warped, output / f"step-{step}.npy")}
+            self._send({"method": "progress", "params": {"id": number, "phase": "picture", **shown}})
+
         read = time.perf_counter()
         self._report(number, Event("load", 0.01, "Loading the model"))
         model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
@@ -127,6 +134,9 @@ class Worker:
             initial=initial,
             inverse=_get(params, "inverse", bool, False),
             refinement=refinement,
+            stop_early=_get(params, "stop_early", bool, False),
+            state=state,
+            on_step=on_step if _get(params, "show_steps", bool, False) else None,
             on_event=lambda event: self._report(number, event),
             cancelled=lambda: number in self.cancelled,
             **labels,
@@ -141,6 +151,7 @@ class Worker:
             "warped_labels": _reference(result.warped_labels, output / "warped_labels.npy"),
             "displacement": _reference(result.transform, output / "displacement.npy"),
             "inverse": _reference(result.inverse, output / "inverse.npy"),
+            "state": _write_state(result.state, output),
         }
         end = time.perf_counter()
         seconds = {"read": read - begin, "load": loaded - read, "write": end - registered, "total": end - begin}
@@ -290,31 +301,57 @@ def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
     return Volume(torch.from_numpy(values), _grid(array.shape, reference, name))
 
 
-def _initial(reference: dict | None) -> Transform | None:
+def _initial(reference: dict | None, name: str = "initial") -> Transform | None:
     """{"matrix": 4x4} or {"displacement": {"path": .npy (3, i, j, k), "affine": 4x4}}, LPS mm, fixed -> moving."""
     if reference is None:
         return None
     if "matrix" in reference:
-        return _affine(reference, "initial", "matrix")
+        return _affine(reference, name, "matrix")
     field = _get(reference, "displacement", dict)
-    array = _array(field, "initial", 4)
+    array = _array(field, name, 4)
     if array.shape[0] != 3 or not np.isfinite(array).all():
-        raise _InvalidParamsError("initial: the displacement must be (3, i, j, k) finite numbers")
-    return DenseTransform(torch.from_numpy(np.array(array, dtype=np.float32)), _grid(array.shape[1:], field, "initial"))
+        raise _InvalidParamsError(f"{name}: the displacement must be (3, i, j, k) finite numbers")
+    return DenseTransform(torch.from_numpy(np.array(array, dtype=np.float32)), _grid(array.shape[1:], field, name))
+
+
+def _state(given: dict | None) -> State | None:
+    """What an earlier answer gave as "state"."""
+    if given is None:
+        return None
+    total = _array({"path": _get(given, "total", str)}, "state", 4)
+    figures = _get(given, "figures", list)
+    if total.shape[0] != 3 or not figures:
+        raise _InvalidParamsError("state: it is not one that an earlier registration gave")
+    values = torch.from_numpy(np.array(total, dtype=np.float32))[None]
+    start = _initial(_get(given, "start", dict), "state")
+    return State(start, _get(given, "align", str), values, figures)
+
+
+def _write_state(state: State, output: Path) -> dict:
+    """Files and figures with which a later request can go on from here."""
+    if isinstance(state.start, np.ndarray):
+        start: dict[str, Any] = {"matrix": state.start.tolist()}
+    else:
+        start = {"displacement": _reference(state.start, output / "start.npy")}
+    _save(state.total[0], output / "total.npy")
+    return {"start": start, "align": state.align, "total": str(output / "total.npy"), "figures": state.figures}
 
 
 def _reference(result: Volume | DenseTransform | None, path: Path) -> dict | None:
     """Write a result and say where it is."""
     if result is None:
         return None
-    data: Tensor = result.data if isinstance(result, Volume) else result.displacement
+    _save(result.data if isinstance(result, Volume) else result.displacement, path)
+    return {"path": str(path), "affine": result.grid.affine.tolist(), "shape": list(result.grid.shape)}
+
+
+def _save(data: Tensor, path: Path) -> None:
     try:
         np.save(path, data.numpy(), allow_pickle=False)
     except OSError as error:
         raise MorphSeekError(
             f"The results cannot be handed over through {path.parent} ({error.strerror}); free some disk space."
         ) from error
-    return {"path": str(path), "affine": result.grid.affine.tolist(), "shape": list(result.grid.shape)}
 
 
 def _finite(value: Any) -> Any:

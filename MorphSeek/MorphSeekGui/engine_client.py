@@ -350,15 +350,32 @@ def engine_root() -> Path | None:
 
 
 _shared: EngineClient | None = None
+_shared_python = ""
 
 
-def shared_client() -> EngineClient:
-    """The one engine of this application, for callers that bring none; it ends with the application."""
-    global _shared
-    if _shared is None:
-        _shared = EngineClient()
-        atexit.register(_shared.close)
+def shared_client(python: str | os.PathLike = "") -> EngineClient:
+    """The one engine of this application, which ends with it.
+
+    Args:
+        python: the Python that runs it, empty for Slicer's own; another one than before ends the engine and starts a
+            new one.
+    """
+    global _shared, _shared_python
+    if _shared is None or str(python) != _shared_python:
+        close_shared_client()
+        _shared, _shared_python = EngineClient(python or None), str(python)
     return _shared
+
+
+def close_shared_client() -> None:
+    """End the application's engine; the next call of :func:`shared_client` makes a new one."""
+    global _shared
+    if _shared is not None:
+        _shared.close()
+        _shared = None
+
+
+atexit.register(close_shared_client)
 
 
 def _read(stream, name: str, inbox: queue.SimpleQueue) -> None:

@@ -4,14 +4,13 @@
     nodes = register(getNode("fixed"), getNode("moving"))
     getNode("moving").SetAndObserveTransformNodeID(nodes.transform.GetID())
 
-A panel that must not block takes the three parts of :func:`register` one by one: :func:`prepare`, a request to its
-client that a timer polls, :meth:`Job.finish`.
+A panel that must not block uses :func:`prepare` and a :class:`Run`, which a timer polls.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import numpy as np
 import slicer
 
 from . import scene
-from .engine_client import EngineClient, shared_client
+from .engine_client import EngineCancelled, EngineClient, EngineError, shared_client
 from .scene import InputError, RegistrationNodes, _
 
-__all__ = ["InputError", "Job", "RegistrationNodes", "prepare", "register"]
+__all__ = ["InputError", "Job", "Outcome", "RegistrationNodes", "Run", "prepare", "register", "register_batch"]
 
 
 @dataclass
@@ -38,6 +37,8 @@ class Job:
     moving: slicer.vtkMRMLScalarVolumeNode
     moving_to_space: np.ndarray
     labels: scene.Labels | None
+    into: dict
+    places: list  # where the two volumes stand, LPS
     folder: tempfile.TemporaryDirectory
 
     def finish(self, result: dict) -> RegistrationNodes:
@@ -54,13 +55,73 @@ class Job:
                             "'{node}' has left the scene, so its result has no place; load it and register again."
                         ).format(node=node.GetName())
                     )
-            return scene.create_nodes(result, self.fixed, self.moving, self.moving_to_space, self.labels)
+            state = _read_state(result.get("state"), self.places)
+            nodes = scene.create_nodes(
+                result, self.fixed, self.moving, self.moving_to_space, self.labels, into=self.into
+            )
+            nodes.state = state
+            return nodes
         finally:
             self.discard()
 
     def discard(self) -> None:
         """Remove the folder with the arrays; twice does no harm."""
         self.folder.cleanup()
+
+
+class Run:
+    """A registration under way in the engine. Call :meth:`poll` from a timer until it is true, then :meth:`finish`.
+
+    Args:
+        job: from :func:`prepare`.
+        client: the engine.
+        on_progress: called with each message, a dict (phase, step, steps, fraction, message, metrics).
+        on_picture: called with a step's number and the moving image after it, as :class:`scene.Image` in world
+            coordinates; only when the job was prepared with ``show_steps``.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        client: EngineClient,
+        on_progress: Callable[[dict], None] = lambda message: None,
+        on_picture: Callable[[int, scene.Image], None] = lambda step, image: None,
+    ) -> None:
+        self.job, self.client = job, client
+        self._on_progress, self._on_picture = on_progress, on_picture
+        try:
+            self.request = client.request("register", job.params, self._hear)
+        except BaseException:
+            job.discard()
+            raise
+
+    def _hear(self, message: dict) -> None:
+        if self.request.cancelled_at is not None:
+            return  # what was on its way when Cancel was pressed
+        if message["phase"] == "picture":
+            self._on_picture(message["step"], scene.load_image(message["warped"]))
+        else:
+            self._on_progress(message)
+
+    def poll(self) -> bool:
+        """Handle what has arrived; whether it is over."""
+        self.client.poll()
+        return self.request.done
+
+    def cancel(self) -> None:
+        """Ask the engine to give up; :meth:`poll` tells when it has."""
+        self.client.cancel(self.request)
+
+    def finish(self) -> RegistrationNodes:
+        """The nodes, once it is over.
+
+        Raises:
+            EngineCancelled, EngineDied, EngineError, InputError: no node was made.
+        """
+        try:
+            return self.job.finish(self.request.value())
+        finally:
+            self.job.discard()
 
 
 def prepare(
@@ -75,12 +136,20 @@ def prepare(
     fixed_labels_node=None,
     moving_labels_node=None,
     inverse: bool = False,
+    stop_early: bool = False,
+    show_steps: bool = False,
+    state: dict | None = None,
+    into: dict | None = None,
 ) -> Job:
-    """Read the nodes and write what the worker needs; the scene is not touched. Arguments as :func:`register`.
+    """Read the nodes and write what the worker needs; the scene is not touched. Arguments as :func:`register`, and:
+
+    Args:
+        show_steps: the worker hands over the warped image after each step.
 
     Raises:
         InputError: a node cannot be used.
     """
+    _check_outputs(into or {}, fixed_node, moving_node, initial_transform_node)
     fixed = scene.read_volume(fixed_node)
     # a moving volume that already hangs under its initial transform is not moved by it a second time
     space = initial_transform_node if _is_ancestor(initial_transform_node, moving_node) else None
@@ -88,6 +157,9 @@ def prepare(
     moving_to_space = scene.matrix_to_space(moving_node, space)
     fixed_labels, moving_labels = scene.read_label_pair(fixed_labels_node, fixed_node, moving_labels_node, moving_node)
     initial = None if initial_transform_node is None else scene.read_transform(initial_transform_node, fixed)
+    places = [fixed.affine, moving.affine]
+    if state is not None and not np.allclose(places, state["places"], atol=1e-4):
+        raise InputError(_("A volume has moved since the last step; press Register to start anew."))
 
     folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)
     try:
@@ -114,13 +186,16 @@ def prepare(
             "align": align,
             "initial": initial,
             "inverse": inverse,
+            "stop_early": stop_early,
+            "show_steps": show_steps,
+            "state": None if state is None else _write_state(state, path),
             "output": str(path / "out"),
         }
         (path / "out").mkdir()
     except BaseException:
         folder.cleanup()
         raise
-    return Job(params, fixed_node, moving_node, moving_to_space, moving_labels, folder)
+    return Job(params, fixed_node, moving_node, moving_to_space, moving_labels, into or {}, places, folder)
 
 
 def register(
@@ -135,6 +210,9 @@ def register(
     fixed_labels_node=None,
     moving_labels_node=None,
     inverse: bool = False,
+    stop_early: bool = False,
+    state: dict | None = None,
+    into: dict | None = None,
     client: EngineClient | None = None,
     on_progress: Callable[[dict], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
@@ -152,6 +230,9 @@ def register(
         fixed_labels_node, moving_labels_node: label maps (matched by value) or segmentations (matched by segment
             name); with both, the report tells Dice before and after; the moving ones are warped too.
         inverse: also compute the inverse transform.
+        stop_early: stop at a step that no longer brings the images closer.
+        state: of an earlier result with the same volumes and model: ``steps`` more are taken from there.
+        into: nodes that take the results instead of new ones, by their name in :class:`scene.RegistrationNodes`.
         client: the engine to use; None uses the application's own, which stays alive for the next registration.
         on_progress: called with dicts (phase, step, steps, fraction, message, metrics).
         cancelled: asked ten times a second; True cancels.
@@ -171,12 +252,90 @@ def register(
         fixed_labels_node=fixed_labels_node,
         moving_labels_node=moving_labels_node,
         inverse=inverse,
+        stop_early=stop_early,
+        state=state,
+        into=into,
     )
     try:
         result = (client or shared_client()).call("register", job.params, on_progress, cancelled)
         return job.finish(result)
     finally:
         job.discard()
+
+
+@dataclass
+class Outcome:
+    """What became of one pair of a batch: its nodes, or the reason why there are none."""
+
+    pair: dict
+    nodes: RegistrationNodes | None = None
+    error: str = ""
+
+
+def register_batch(
+    pairs: Iterable[dict],
+    *,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    cancelled: Callable[[], bool] | None = None,
+    **options,
+) -> list[Outcome]:
+    """Register one pair after another. A pair that fails does not stop the others.
+
+    Args:
+        pairs: the arguments of :func:`register` that differ, "fixed_node" and "moving_node" at least.
+        on_outcome: called after each pair.
+        cancelled: True ends the batch; the pairs that were not reached have no outcome.
+        options: the arguments of :func:`register` that all pairs share.
+    """
+    outcomes = []
+    for pair in pairs:
+        if cancelled is not None and cancelled():
+            break
+        try:
+            outcome = Outcome(pair, register(**{**options, **pair}, cancelled=cancelled))
+        except EngineCancelled:
+            break
+        except (InputError, EngineError) as problem:
+            outcome = Outcome(pair, error=str(problem))
+        outcomes.append(outcome)
+        on_outcome(outcome)
+    return outcomes
+
+
+def _check_outputs(into: dict, fixed_node, moving_node, initial_transform_node) -> None:
+    """Refuse to write a result over what it is computed from."""
+    for node in into.values():
+        if node is None:
+            continue
+        used = node in (fixed_node, moving_node, initial_transform_node)
+        used = used or _is_ancestor(node, fixed_node) or _is_ancestor(node, moving_node)
+        if used:
+            raise InputError(
+                _(
+                    "'{node}' is an input of this registration and cannot take its result too; choose another output."
+                ).format(node=node.GetName())
+            )
+
+
+def _read_state(state: dict | None, places: list) -> dict | None:
+    """The worker's state with its arrays in memory: the folder they lie in will go."""
+    if state is None:
+        return None
+    start = dict(state["start"])
+    if "displacement" in start:
+        image = scene.load_image(start["displacement"])
+        start["displacement"] = scene.Image(np.array(image.array), image.affine)
+    total = np.load(state["total"], allow_pickle=False)
+    return {"start": start, "align": state["align"], "figures": state["figures"], "total": total, "places": places}
+
+
+def _write_state(state: dict, folder: Path) -> dict:
+    """The state as the worker takes it, its arrays in the folder."""
+    start = dict(state["start"])
+    if "displacement" in start:
+        start["displacement"] = scene.save_image(start["displacement"], folder / "start.npy")
+    np.save(folder / "total.npy", state["total"])
+    return {"start": start, "align": state["align"], "figures": state["figures"], "total": str(folder / "total.npy")}
 
 
 def _is_ancestor(transform_node, node) -> bool:

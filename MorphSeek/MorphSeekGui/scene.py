@@ -79,6 +79,7 @@ class RegistrationNodes:
         folding: segmentation with one segment, where the Jacobian is <= 0.
         warped_labels: the moving labels on the fixed grid, or None.
         report: the engine's figures (report.json).
+        state: what the engine needs to take one more step, arrays included; None when the worker gave none.
     """
 
     fixed: slicer.vtkMRMLScalarVolumeNode
@@ -90,6 +91,7 @@ class RegistrationNodes:
     inverse: slicer.vtkMRMLTransformNode | None = None
     warped_labels: slicer.vtkMRMLLabelMapVolumeNode | None = None
     report: dict = field(default_factory=dict)
+    state: dict | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- nodes in
@@ -277,7 +279,9 @@ def all_or_nothing(scene) -> Iterator[None]:
         raise
 
 
-def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labels | None = None) -> RegistrationNodes:
+def create_nodes(
+    result: dict, fixed, moving, moving_to_space=None, labels: Labels | None = None, into: dict | None = None
+) -> RegistrationNodes:
     """Nodes from the worker's answer to "register". All is read before the first node is made, and if anything fails
     none is left.
 
@@ -287,6 +291,7 @@ def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labe
         fixed, moving: the volume nodes that were sent.
         moving_to_space: (4, 4) RAS, the moving volume's own coordinates -> those it was sent in; None if the same.
         labels: the moving labels that were sent, for the names and colours of the warped ones.
+        into: field of :class:`RegistrationNodes` -> node of the scene that takes the result instead of a new one.
     """
     names = ("warped", "displacement", "inverse", "jacobian", "folding", "warped_labels")
     warped, displacement, inverse, jacobian, folding, warped_labels = (load_image(result.get(n)) for n in names)
@@ -294,23 +299,32 @@ def create_nodes(result: dict, fixed, moving, moving_to_space=None, labels: Labe
     transform = grid_transform(displacement, target=back)
     inverse = None if inverse is None else grid_transform(inverse, source=back)
     scene, title = slicer.mrmlScene, moving.GetName()
+    into = {name: node for name, node in (into or {}).items() if node is not None and scene.IsNodePresent(node)}
     with all_or_nothing(scene):
         nodes = RegistrationNodes(
             fixed=fixed,
             moving=moving,
-            warped=_add_volume(scene, f"{title} warped", warped),
-            transform=_add_transform(scene, f"{title} to {fixed.GetName()}", transform, fixed, moving),
-            jacobian=_add_volume(scene, f"{title} Jacobian", jacobian),
-            folding=_add_folding(scene, f"{title} folding", folding),
+            warped=_fill_volume(into.get("warped") or _new_volume(scene, _("{name} warped"), title), warped),
+            transform=_fill_transform(
+                into.get("transform") or _new_transform(scene, title, fixed.GetName()), transform, fixed, moving
+            ),
+            jacobian=_fill_volume(into.get("jacobian") or _new_volume(scene, _("{name} Jacobian"), title), jacobian),
+            folding=_fill_folding(into.get("folding") or _new_folding(scene, title), folding),
             report=result.get("report") or {},
         )
         nodes.folding.SetReferenceImageGeometryParameterFromVolumeNode(nodes.warped)
         nodes.transform.SetAttribute("MorphSeek.Report", json.dumps(nodes.report))
-        _copy_window(moving, nodes.warped)
+        if "warped" not in into:
+            _copy_window(moving, nodes.warped)
         if inverse is not None:
-            nodes.inverse = _add_transform(scene, f"{fixed.GetName()} to {title}", inverse, moving, fixed)
+            nodes.inverse = _fill_transform(
+                into.get("inverse") or _new_transform(scene, fixed.GetName(), title), inverse, moving, fixed
+            )
         if warped_labels is not None:
-            nodes.warped_labels = _add_label_map(scene, f"{title} warped labels", warped_labels, labels or Labels(None))
+            nodes.warped_labels = into.get("warped_labels")
+            if nodes.warped_labels is None:
+                nodes.warped_labels = _new_label_map(scene, title, labels or Labels(None))
+            _fill_volume(nodes.warped_labels, warped_labels)
     return nodes
 
 
@@ -479,31 +493,35 @@ def _all_nodes(scene) -> list:
     return [scene.GetNthNode(n) for n in range(scene.GetNumberOfNodes())]
 
 
-def _add_volume(scene, name: str, image: Image, kind: str = "vtkMRMLScalarVolumeNode"):
-    node = scene.AddNewNodeByClass(kind, scene.GenerateUniqueName(name))
+def _new_volume(scene, title: str, name: str, kind: str = "vtkMRMLScalarVolumeNode"):
+    return scene.AddNewNodeByClass(kind, scene.GenerateUniqueName(title.format(name=name)))
+
+
+def _fill_volume(node, image: Image):
     slicer.util.updateVolumeFromArray(node, image.array.transpose(2, 1, 0))
     node.SetIJKToRASMatrix(to_vtk(FLIP @ image.affine))
+    node.SetAndObserveTransformNodeID(None)
     node.CreateDefaultDisplayNodes()
     return node
 
 
-def _add_transform(scene, name: str, transform, onto, applied_to):
-    node = scene.AddNewNodeByClass("vtkMRMLTransformNode", scene.GenerateUniqueName(name))
+def _new_transform(scene, name: str, onto: str):
+    name = scene.GenerateUniqueName(_("{name} to {onto}").format(name=name, onto=onto))
+    return scene.AddNewNodeByClass("vtkMRMLTransformNode", name)
+
+
+def _fill_transform(node, transform, onto, applied_to):
+    node.SetAndObserveTransformNodeID(None)
     node.SetAndObserveTransformFromParent(transform)
     node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetFixedNodeReferenceRole(), onto.GetID())
     node.SetNodeReferenceID(slicer.vtkMRMLTransformNode.GetMovingNodeReferenceRole(), applied_to.GetID())
     return node
 
 
-def _add_folding(scene, name: str, folding: Image):
-    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", scene.GenerateUniqueName(name))
+def _new_folding(scene, name: str):
+    name = scene.GenerateUniqueName(_("{name} folding").format(name=name))
+    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
     node.CreateDefaultDisplayNodes()
-    image = slicer.vtkOrientedImageData()
-    image.SetDimensions(*folding.array.shape)
-    voxels = np.array(folding.array, dtype=np.uint8, order="F").ravel(order="F")
-    image.GetPointData().SetScalars(numpy_support.numpy_to_vtk(voxels, deep=True))
-    image.SetImageToWorldMatrix(to_vtk(FLIP @ folding.affine))
-    node.AddSegmentFromBinaryLabelmapRepresentation(image, _("Folding"), [1.0, 0.0, 0.0])
     node.GetDisplayNode().SetVisibility(False)  # until views.py is asked to show it
     # the surface shows every folded voxel: smoothing and decimation would swallow the small ones
     node.GetSegmentation().SetConversionParameter("Smoothing factor", "0.0")
@@ -511,11 +529,24 @@ def _add_folding(scene, name: str, folding: Image):
     return node
 
 
-def _add_label_map(scene, name: str, image: Image, labels: Labels):
-    node = _add_volume(scene, name, image, "vtkMRMLLabelMapVolumeNode")
+def _fill_folding(node, folding: Image):
+    node.GetSegmentation().RemoveAllSegments()
+    image = slicer.vtkOrientedImageData()
+    image.SetDimensions(*folding.array.shape)
+    voxels = np.array(folding.array, dtype=np.uint8, order="F").ravel(order="F")
+    image.GetPointData().SetScalars(numpy_support.numpy_to_vtk(voxels, deep=True))
+    image.SetImageToWorldMatrix(to_vtk(FLIP @ folding.affine))
+    node.AddSegmentFromBinaryLabelmapRepresentation(image, _("Folding"), [1.0, 0.0, 0.0])
+    return node
+
+
+def _new_label_map(scene, name: str, labels: Labels):
+    node = _new_volume(scene, _("{name} warped labels"), name, "vtkMRMLLabelMapVolumeNode")
+    node.CreateDefaultDisplayNodes()
     color_node_id = labels.color_node_id
     if labels.names:
-        table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", scene.GenerateUniqueName(f"{name} colors"))
+        title = scene.GenerateUniqueName(_("{name} colors").format(name=node.GetName()))
+        table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", title)
         table.SetTypeToUser()
         table.SetNumberOfColors(max(labels.names) + 1)
         table.SetColor(0, _("background"), 0.0, 0.0, 0.0, 0.0)

@@ -16,16 +16,15 @@ import qt
 import slicer
 import slicer.util
 
-from .engine_client import EngineCancelled, EngineClient, EngineError, engine_root
+from . import dependencies, models
+from .engine_client import EngineCancelled, EngineClient, EngineError
+from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
 from .training_curves import CHARTS, TrainingCurves
 from .training_run import STAGES, RunError, RunStatus, TrainingRun, create_run, find_runs
 
-SHOWN_SETTING = "MorphSeek/Training"  # true: the section is there; in developer mode it is in any case
 TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
-MODELS_FOLDER = "MorphSeek/ModelsFolder"  # where Register looks for models, too
-ENGINE_PYTHON = "MorphSeek/EnginePython"
 _POLL_MS = 1000
 _WIDEST_REMARK = 260  # pixels; a longer one is in its tool tip
 
@@ -48,14 +47,6 @@ _FIGURES = {
 }
 
 
-def is_shown() -> bool:
-    """Whether the person switched fine-tuning on, or Slicer is in developer mode."""
-    return any(
-        slicer.util.settingsValue(key, False, converter=slicer.util.toBool)
-        for key in (SHOWN_SETTING, "Developer/DeveloperMode")
-    )
-
-
 def trainings_folder() -> Path:
     """Where the runs' folders are kept."""
     return Path(slicer.util.settingsValue(TRAININGS_FOLDER, "") or Path.home() / "MorphSeek" / "Trainings")
@@ -64,11 +55,6 @@ def trainings_folder() -> Path:
 def models_folder() -> Path:
     """Where finished models go."""
     return Path(slicer.util.settingsValue(MODELS_FOLDER, "") or Path.home() / "MorphSeek" / "Models")
-
-
-def engine_python() -> str | None:
-    """The Python that the engine runs in, None for Slicer's own."""
-    return slicer.util.settingsValue(ENGINE_PYTHON, "") or None
 
 
 class TrainingPanel:
@@ -149,8 +135,7 @@ class TrainingPanel:
         self._curves = TrainingCurves(scene) if scene is not None else None
 
     def enter(self) -> None:
-        """Show the section if it is wanted, and what runs."""
-        self.parent.visible = is_shown()
+        """Show what there is to start from, and what runs."""
         self._fill_start_box()
         self.find_runs()
 
@@ -259,12 +244,23 @@ class TrainingPanel:
 
     def _ask_engine(self, dataset: str) -> None:
         if self._client is None:
-            self._client = EngineClient(engine_python())
+            self._client = EngineClient(self._python())
         if self._hello is None or self._hello.error is not None:
             self._hello = self._client.request("hello")
         self._say(_("Starting the engine"))
         params = {"dataset": str(dataset), "labels": bool(self.ui.finetuneCheck.checked)}
         self._request = self._client.request("check", params, self._on_check_progress)
+
+    def _python(self) -> str | None:
+        """The Python that runs the engine, None for Slicer's own.
+
+        Raises:
+            InputError: that has no engine yet.
+        """
+        python = self.logic.engine_python() or None
+        if python is None and dependencies.missing():
+            raise InputError(_("The engine is not installed yet; press Install in the section Register."))
+        return python
 
     def _on_check_progress(self, progress: dict) -> None:
         self.ui.checkProgress.maximum = max(1, progress["steps"])
@@ -385,11 +381,10 @@ class TrainingPanel:
         blocked = box.blockSignals(True)
         box.clear()
         box.addItem(_("from scratch"), "")
-        root = engine_root()
-        bundled = sorted((root / "Resources/Checkpoints").glob("*.safetensors")) if root is not None else []
-        own = sorted(models_folder().glob("*.safetensors"))
-        for path in [*bundled, *own]:
-            box.addItem(path.stem, str(path))
+        for model in models.available(models_folder()):
+            if not model.problem:
+                box.addItem(model.path.stem, str(model.path))
+                box.setItemData(box.count - 1, model.title, qt.Qt.ToolTipRole)
         box.setCurrentIndex(max(0, box.findData(chosen)))
         box.blockSignals(blocked)
         self._show_stages()
@@ -493,8 +488,8 @@ class TrainingPanel:
             if self._exported is not None:
                 Path(self._exported.name).chmod(0o755)
                 shutil.copytree(self._exported.name, run.folder / "cases")
-            run.start(keep=bool(self.ui.keepCheck.checked), python=engine_python())
-        except (RunError, OSError) as problem:
+            run.start(keep=bool(self.ui.keepCheck.checked), python=self._python())
+        except (InputError, RunError, OSError) as problem:
             shutil.rmtree(run.folder, ignore_errors=True)
             self._say_status(str(problem), True)
             return
@@ -512,7 +507,7 @@ class TrainingPanel:
                 self.run.kill()
             else:
                 self.run.stop()
-        except (RunError, OSError) as problem:
+        except (InputError, RunError, OSError) as problem:
             self._say_status(str(problem), True)
             return
         self.refresh()
@@ -522,8 +517,8 @@ class TrainingPanel:
         if self.run is None:
             return
         try:
-            self.run.start(keep=bool(self.ui.keepCheck.checked), python=engine_python())
-        except (RunError, OSError) as problem:
+            self.run.start(keep=bool(self.ui.keepCheck.checked), python=self._python())
+        except (InputError, RunError, OSError) as problem:
             self._say_status(str(problem), True)
             return
         self.refresh()

@@ -7,11 +7,13 @@ import os
 import sys
 import tempfile
 import types
+from importlib import metadata
 from pathlib import Path
 
 import offscreen
 import slicer
 import slicer.util
+from packaging import requirements
 from PySide6 import QtCore, QtGui, QtWidgets
 from PySide6.QtCore import Property, Signal
 
@@ -120,6 +122,9 @@ class qSlicerLayoutManager(QtCore.QObject):
     def resetSliceViews(self) -> None:
         for widget in self.slices.values():
             widget.view.logic.FitSliceToBackground()
+
+    def mrmlSliceLogics(self):
+        return slicer.app.applicationLogic().GetSliceLogics()
 
     def setLayout(self, number: int) -> None:
         self._layout = number
@@ -335,8 +340,12 @@ def _module(name: str, **attributes) -> types.ModuleType:
 class Packaging:
     """slicer.packaging without pip: no test may change its own Python. Tests put their own functions in the place."""
 
-    def pip_check(self, requirement: str) -> bool:
-        raise NotImplementedError("a test that gets here must say what is installed")
+    def pip_check(self, requirement) -> bool:
+        requirement = requirements.Requirement(str(requirement))
+        try:
+            return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+        except metadata.PackageNotFoundError:
+            return False
 
     def pip_ensure(
         self, requirements, constraints=None, skip_packages=None, prompt_install=True, prompt_restart=True,

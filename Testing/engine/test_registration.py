@@ -167,6 +167,47 @@ def test_fixed_spacing_of_none_keeps_the_images_own(pair, tmp_path):
     assert sorted(report["working_grid"]["spacing"]) == pytest.approx(sorted(fixed.grid.spacing.tolist()))
 
 
+def test_one_more_step_continues_where_the_first_call_stopped(pair, model):
+    fixed, moving, fixed_labels, moving_labels = pair
+    labels = {"fixed_labels": fixed_labels, "moving_labels": moving_labels}
+    three = register(fixed, moving, model, steps=3, align="center", **labels)
+    two = register(fixed, moving, model, steps=2, align="center")
+    more = register(fixed, moving, model, steps=1, state=two.state, **labels)
+    # composing (a o b) o c and a o (b o c) on a grid differs by interpolation only
+    moved = three.report["displacement_mm"]["mean"]
+    difference = (more.transform.displacement - three.transform.displacement).norm(dim=0).mean()
+    assert difference < 0.02 * moved
+    assert [f["step"] for f in more.report["steps"]] == [0, 1, 2, 3]
+    assert more.report["align"] == "center"
+    assert more.report["dice"]["mean"]["aligned"] == three.report["dice"]["mean"]["aligned"], "counted from the start"
+    assert more.report["similarity"]["aligned"] == three.report["similarity"]["aligned"]
+    with pytest.raises(MorphSeekError, match="2 steps were taken already, and 16 are the most"):
+        register(fixed, moving, model, steps=15, state=two.state)
+
+
+def test_each_step_shows_the_moving_image(pair, model):
+    fixed, moving, *_ = pair
+    shown = {}
+    result = register(fixed, moving, model, steps=3, on_step=shown.__setitem__)
+    assert list(shown) == [0, 1, 2, 3]
+    assert torch.equal(shown[0].data, result.aligned.data)
+    assert torch.equal(shown[3].data, result.warped.data)
+    assert not torch.equal(shown[1].data, shown[2].data)
+
+
+def test_it_stops_when_a_step_no_longer_helps(pair, model):
+    """Two equal images: the random network can only make them differ."""
+    fixed, *_ = pair
+    shown, said = {}, []
+    options = {"stop_early": True, "on_step": shown.__setitem__, "on_event": lambda e: said.append(e.message)}
+    result = register(fixed, fixed, model, steps=8, **options)
+    assert len(result.report["steps"]) == 1, "the step that made it worse was taken back"
+    assert result.report["displacement_mm"]["max"] == 0
+    assert torch.allclose(result.warped.data, fixed.data, atol=1e-3)
+    assert list(shown) == [0]
+    assert "Step 1 no longer helps: stopping here" in said
+
+
 def test_cancel(pair, model):
     fixed, moving, _, _ = pair
     asked = []

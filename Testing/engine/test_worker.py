@@ -118,6 +118,21 @@ def test_register_gives_what_the_engine_gives(client, request_of, model_file):
     assert steps[-2:] == [1, 2]
 
 
+def test_steps_are_shown_and_one_more_can_be_asked_for(client, request_of):
+    client.notes.clear()
+    first = client.call("register", request_of | {"steps": 1, "show_steps": True})["result"]
+    pictures = [n for n in client.notes if n["phase"] == "picture"]
+    assert [p["step"] for p in pictures] == [0, 1]
+    np.testing.assert_array_equal(np.load(pictures[1]["warped"]["path"]), np.load(first["warped"]["path"]))
+    again = client.call("register", request_of | {"steps": 1, "state": first["state"]})["result"]
+    assert [f["step"] for f in again["report"]["steps"]] == [0, 1, 2]
+    straight = client.call("register", request_of | {"steps": 2})["result"]
+    warped, expected = np.load(again["warped"]["path"]), np.load(straight["warped"]["path"])
+    assert np.abs(warped - expected).mean() < 0.02 * expected.std()
+    error = client.call("register", request_of | {"state": {"total": "nowhere.npy", "figures": [], "align": "none"}})
+    assert error["error"]["code"] == -32602
+
+
 def test_slicers_axis_order_needs_no_copy(client, request_of, tmp_path):
     """A Fortran-ordered file, which is what (k, j, i) arrays transposed become."""
     array = np.load(request_of["fixed"]["path"])

@@ -28,6 +28,7 @@ _LOGICS = {
     "Volumes": "vtkSlicerVolumesLogic",
     "Transforms": "vtkSlicerTransformLogic",
     "Plots": "vtkSlicerPlotsLogic",
+    "Sequences": "vtkSlicerSequencesLogic",
 }
 _SLICE_MANAGERS = (
     "vtkMRMLTransformsDisplayableManager2D",

@@ -270,7 +270,7 @@ def test_a_failure_midway_removes_what_was_made(mrml, computed, monkeypatch):
         seen.append(mrml.GetNumberOfNodes())
         raise MemoryError
 
-    monkeypatch.setattr(scene, "_add_label_map", full)
+    monkeypatch.setattr(scene, "_new_label_map", full)
     with pytest.raises(MemoryError):
         scene.create_nodes(result, fixed, moving)
     assert seen[0] > len(before)

@@ -16,12 +16,14 @@ import slicer
 import slicer.util
 import worlds
 from cases import blob_grid, blob_image, blob_labels, write_dataset
+from MorphSeekGui.training_run import TrainingRun
 
 from MorphSeekLib.datasets import load_dataset
 from MorphSeekLib.runs import RunSettings
 from MorphSeekLib.settings import from_dict
 from MorphSeekLib.training import TrainingConfig, warmup
 
+MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
 PICTURES = os.environ.get("MORPHSEEK_PICTURES")  # a folder: pictures of the states, to be looked at
 WARM = {
     "model": {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "flow_stride": 2}},
@@ -51,31 +53,24 @@ def home(files, tmp_path, monkeypatch):
 @pytest.fixture
 def panel(stand_in, home):
     """The section in the module's own panel; what runs at the end is killed."""
-    from conftest import MODULE
-
     slicer.app.userSettings().setValue("MorphSeek/Training", True)
-    stand_in.open_module = lambda: open_module(stand_in, MODULE)
-    panel = stand_in.open_module()
+    panel = open_module(stand_in)
     yield panel
     for folder in (home / "Trainings").glob("*"):
-        type_of_run(panel)(folder).kill()
+        TrainingRun(folder).kill()
 
 
-def open_module(stand_in, path):
-    module = stand_in.load_module(path)
+def open_module(stand_in):
+    """The module as Slicer opens it; its Fine-tune section."""
+    module = stand_in.load_module(MODULE)
     module.widgetRepresentation().enter()
-    sections = module.widgetRepresentation().python.panels
-    return next(panel for panel in sections.values() if type(panel).__name__ == "TrainingPanel")
-
-
-def type_of_run(panel):
-    from MorphSeekGui.training_run import TrainingRun
-
-    return TrainingRun
+    return module.widgetRepresentation().python.panels["training"]
 
 
 def picture(stand_in, panel, name):
     if PICTURES:
+        widget = slicer.modules.morphseek.widgetRepresentation()
+        widget.self().ui.registerSection.collapsed = True
         panel.parent.collapsed = False
         stand_in.grab(slicer.modules.morphseek.widgetRepresentation(), Path(PICTURES) / f"{name}.png", 480)
         # a second time: sections that have just opened have their size by then
@@ -101,15 +96,18 @@ def choose(panel, name="My organ", iterations=3, start="tiny", grpo=True):
 
 
 def test_hidden_until_switched_on(stand_in, home, module):
-    from MorphSeekGui.training_panel import is_shown
-
-    section = module.widgetRepresentation().python.ui.trainingSection
-    assert not section.visible
-    slicer.app.userSettings().setValue("Developer/DeveloperMode", True)
-    assert is_shown()
-    module.widgetRepresentation().exit()
-    module.widgetRepresentation().enter()
+    panel = module.widgetRepresentation().python
+    section, switch = panel.ui.trainingSection, panel.panels["register"].ui.trainingCheckBox
+    assert section.isHidden()
+    switch.checked = True
     assert not section.isHidden()
+    switch.checked = False
+    assert section.isHidden()
+
+
+def test_shown_in_developer_mode(stand_in, home):
+    slicer.app.userSettings().setValue("Developer/DeveloperMode", True)
+    assert not open_module(stand_in).parent.isHidden()
 
 
 def test_from_cases_to_a_model_with_figures(stand_in, panel, files, home):
@@ -214,7 +212,7 @@ def test_slicer_closes_and_opens_again(stand_in, panel, files, home, keep):
     if not keep:
         stand_in.wait(lambda: not run.is_running())
     slicer.app.userSettings().setValue("MorphSeek/Training", True)
-    again = stand_in.open_module()
+    again = open_module(stand_in)
     assert again.run.folder == run.folder
     assert again.ui.keepCheck.checked == keep
     if keep:
@@ -308,6 +306,14 @@ def test_a_check_can_be_cancelled(stand_in, panel, files):
     assert not panel.ui.startButton.enabled
     check(stand_in, panel)
     assert "Cases to train on" in panel.ui.casesSummary.text
+
+
+def test_without_the_engine_it_says_what_to_do(stand_in, panel, files, monkeypatch):
+    from MorphSeekGui import dependencies
+
+    monkeypatch.setattr(dependencies, "missing", lambda: ["torch"])
+    check(stand_in, panel, files / "cases")
+    assert "press Install in the section Register" in panel.ui.casesSummary.text
 
 
 def test_a_failed_training_says_why(stand_in, panel, files, home):

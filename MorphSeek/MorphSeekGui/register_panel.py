@@ -1,0 +1,500 @@
+"""The Register section: choose, press, watch, cancel; one more step; look back at the steps.
+
+The engine runs in its own process; a timer asks it what is new, so the window stays live. Nothing is added to the scene
+before the result is there, but for the volume that shows the steps, and that goes again if the run does not end well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import qt
+import slicer
+import slicer.util
+import vtk
+from slicer.util import VTKObservationMixin
+
+from . import dependencies, models
+from .engine_client import EngineCancelled, EngineError
+from .registration import Run, prepare
+from .scene import Image, InputError, RegistrationNodes, _
+from .steps import Steps
+from .views import _composites, _Layers
+
+POLL_MS = 50
+MODELS_FOLDER = "MorphSeek/ModelsFolder"
+ENGINE_PYTHON = "MorphSeek/EnginePython"
+
+
+class RegisterPanel(VTKObservationMixin):
+    """See the module's text.
+
+    Attributes:
+        widget: the section's top widget.
+        on_result: called with the nodes of each registration that succeeded.
+    """
+
+    def __init__(self, parent, logic) -> None:
+        VTKObservationMixin.__init__(self)
+        self.logic = logic
+        self.widget = slicer.util.loadUI(logic.resource_path("UI/Register.ui"))
+        parent.layout().addWidget(self.widget)
+        self.ui = slicer.util.childWidgetVariables(self.widget)
+        self.on_result: list[Callable[[RegistrationNodes], None]] = []
+        self._parameters, self._gui_tag = None, None
+        self._models: list[models.Model] = []
+        self._more_models: list[str] = []
+        self._devices: list[dict] = []
+        self._run: Run | None = None
+        self._hello = None
+        self._started = 0.0
+        self._steps: Steps | None = None
+        self._what_runs: tuple = ()
+        self._before: list[tuple] = []  # what the slice views showed
+        self._last: tuple | None = None  # (what was registered, nodes)
+        self._installing = False
+        self._after_install: Callable[[], None] | None = None
+        self._reason = ""  # why Register cannot be pressed
+        self._timer = qt.QTimer()
+        self._timer.setInterval(POLL_MS)
+        self._timer.connect("timeout()", self._poll)
+
+        ui = self.ui
+        ui.registerButton.connect("clicked(bool)", self.register)
+        ui.cancelButton.connect("clicked(bool)", self.cancel)
+        ui.moreButton.connect("clicked(bool)", self.one_more_step)
+        ui.installButton.connect("clicked(bool)", self.install)
+        ui.browseModelButton.connect("clicked(bool)", self._browse)
+        ui.refreshDevicesButton.connect("clicked(bool)", self._ask_devices)
+        ui.modelSelector.connect("currentIndexChanged(int)", self._choose_model)
+        ui.deviceSelector.connect("currentIndexChanged(int)", self._choose_device)
+        ui.stepSlider.connect("valueChanged(int)", self._show_step)
+        folder = slicer.util.settingsValue(MODELS_FOLDER, "")
+        if folder:
+            ui.modelsFolderButton.directory = folder
+        ui.modelsFolderButton.connect("directoryChanged(QString)", self._set_models_folder)
+        ui.enginePythonEdit.currentPath = slicer.util.settingsValue(ENGINE_PYTHON, "")
+        ui.enginePythonEdit.connect("currentPathChanged(QString)", self._set_engine_python)
+        self._show_devices([{"name": "cpu", "label": _("Processor")}])
+
+    # --------------------------------------------------------------------------------------- what Slicer and others say
+
+    def setMRMLScene(self, scene) -> None:
+        """The scene that the selectors list."""
+        self.widget.setMRMLScene(scene)
+
+    def setParameterNode(self, parameters) -> None:
+        """Show and keep this parameter node; None while a scene is closed."""
+        if self._parameters is not None:
+            self._parameters.disconnectGui(self._gui_tag)
+            self.removeObserver(self._parameters, vtk.vtkCommand.ModifiedEvent, self._update)
+        self._parameters = parameters
+        if parameters is not None:
+            self._gui_tag = parameters.connectGui(self.ui)
+            self.addObserver(parameters, vtk.vtkCommand.ModifiedEvent, self._update)
+            self.refresh_models()
+            self._update()
+
+    def enter(self) -> None:
+        """The module is opened: see what is installed, and ask the engine for its devices."""
+        self._update_setup()
+        if not self._devices and self._ready():
+            self._ask_devices()
+
+    def exit(self) -> None:
+        """Another module is opened; what runs goes on."""
+
+    def cleanup(self) -> None:
+        """The panel goes: whatever runs is given up, and the engine ended."""
+        self._timer.stop()
+        if self._run is not None:
+            self._run.cancel()
+            self._run.job.discard()
+            self._run = None
+            self._undo()
+        self.setParameterNode(None)
+        self.removeObservers()
+        self.logic.close_engine()
+
+    def forget(self) -> None:
+        """The scene is being closed: a run has no place to go to."""
+        if self._run is not None:
+            self._run.cancel()
+            self._status(_("The scene was closed; the registration was given up."))
+        self._steps, self._last, self._before = None, None, []
+        self.ui.resultWidget.visible = False
+
+    def add_model(self, path) -> None:
+        """List a checkpoint that lies in no folder of models, say one that was just trained."""
+        self._more_models.append(str(path))
+        self.refresh_models()
+
+    def refresh_models(self, chosen: str | None = None) -> None:
+        """Read the list of models again; ``chosen`` becomes the current one."""
+        if self._parameters is None:
+            return
+        chosen = chosen or self._parameters.model
+        self._models = models.available(slicer.util.settingsValue(MODELS_FOLDER, ""), [*self._more_models, chosen])
+        selector = self.ui.modelSelector
+        blocked = selector.blockSignals(True)
+        selector.clear()
+        for model in self._models:
+            selector.addItem(model.title)
+        names = [m.name for m in self._models]
+        selector.currentIndex = names.index(chosen) if chosen in names else 0 if names else -1
+        selector.blockSignals(blocked)
+        self._choose_model()
+
+    # ----------------------------------------------------------------------------------------------------- run, and end
+
+    def register(self) -> None:
+        """Register what is chosen; first install the engine's packages if they are missing."""
+        if not self._ready():
+            self._after_install = self.register
+            self.install()
+            return
+        p = self._parameters
+        into = {"warped": p.outputVolume, "transform": p.outputTransform}
+        self._start(p.steps, None, into, stop_early=p.stopEarly)
+
+    def one_more_step(self) -> None:
+        """One step further from the last result, whose nodes are updated."""
+        if self._last is None:
+            return
+        what, nodes = self._last
+        if what != self._what():
+            self._fail(_("The inputs were changed since the last registration; press Register to start anew."))
+            return
+        names = ("warped", "transform", "jacobian", "folding", "inverse", "warped_labels")
+        self._start(1, nodes.state, {name: getattr(nodes, name) for name in names})
+
+    def cancel(self) -> None:
+        """Give the run up; the scene goes back to what it was as soon as the engine has heard it."""
+        if self._run is not None:
+            self._run.cancel()
+            self.ui.cancelButton.enabled = False
+            self._status(_("Cancelling ..."))
+
+    def _start(self, steps: int, state: dict | None, into: dict, stop_early: bool = False) -> None:
+        p = self._parameters
+        if self._run is not None or p is None:
+            return
+        self._status(_("Reading the volumes ..."))
+        slicer.app.processEvents()
+        try:
+            job = prepare(
+                p.fixedVolume,
+                p.movingVolume,
+                model=p.model,
+                steps=steps,
+                align=p.alignment.value,
+                device=p.device,
+                initial_transform_node=p.initialTransform,
+                fixed_labels_node=p.fixedLabels,
+                moving_labels_node=p.movingLabels,
+                inverse=p.inverse,
+                stop_early=stop_early,
+                show_steps=p.showSteps,
+                state=state,
+                into=into,
+            )
+            if state is None or self._steps is None or not self._steps.count:
+                self._drop_steps()
+                self._steps = Steps(p.fixedVolume, p.movingVolume)
+            self._before = [(node, _Layers.of(node)) for node in _composites(slicer.mrmlScene)]
+            self._what_runs = self._what()
+            self._run = Run(job, self.logic.client(), self._hear, self._picture)
+        except (InputError, EngineError) as problem:
+            self._fail(str(problem))
+            return
+        self._started = time.monotonic()
+        self._timer.start()
+        self._show_running(True)
+
+    def _poll(self) -> None:
+        client = self.logic.client()
+        client.poll()
+        if self._hello is not None and self._hello.done:
+            self._finish_hello()
+        if self._run is not None and self._run.poll():
+            self._finish()
+        if self._run is None and self._hello is None:
+            self._timer.stop()
+
+    def _hear(self, message: dict) -> None:
+        fraction = message.get("fraction") or 0.0
+        self.ui.progressBar.value = round(1000 * fraction)
+        self._status(" ".join(filter(None, [message.get("message", ""), self._time_left(fraction)])))
+
+    def _time_left(self, fraction: float) -> str:
+        elapsed = time.monotonic() - self._started
+        if elapsed < 2 or not 0.1 < fraction < 1:
+            return ""
+        seconds = elapsed * (1 - fraction) / fraction
+        if seconds > 90:
+            return _("(about {n} minutes left)").format(n=round(seconds / 60))
+        return _("(about {n} seconds left)").format(n=max(1, round(seconds)))
+
+    def _picture(self, step: int, image: Image) -> None:
+        """A step is done: show the moving volume as it now lies over the fixed one."""
+        if not slicer.mrmlScene.IsNodePresent(self._run.job.fixed):
+            return
+        first = self._steps.volume is None
+        self._steps.add(step, image)
+        if first:
+            slicer.util.setSliceViewerLayers(
+                background=self._run.job.fixed, foreground=self._steps.volume, foregroundOpacity=0.5, fit=True
+            )
+        self._show_steps()
+
+    def _finish(self) -> None:
+        run, self._run = self._run, None
+        self._show_running(False)
+        try:
+            nodes = run.finish()
+        except EngineCancelled:
+            self._undo()
+            self._status(_("Cancelled; the scene is as it was."))
+        except (InputError, EngineError) as problem:
+            self._undo()
+            self._fail(str(problem), getattr(problem, "details", ""))
+        else:
+            if self._steps is not None:
+                self._steps.keep()
+            self._last = (self._what_runs, nodes)
+            if self._steps is None or not self._steps.count:
+                slicer.util.setSliceViewerLayers(nodes.fixed, nodes.warped, foregroundOpacity=0.5, fit=True)
+            self._status(_summary(nodes.report))
+            self._show_steps()
+            self.ui.resultWidget.visible = True
+            for function in self.on_result:
+                function(nodes)
+        self._update()
+
+    def _undo(self) -> None:
+        """The scene and the views as before the run."""
+        if self._steps is not None:
+            self._steps.undo()
+        for composite, layers in self._before:
+            if slicer.mrmlScene.IsNodePresent(composite):
+                layers.show(composite)
+        self._show_steps()
+
+    def _drop_steps(self) -> None:
+        """The steps of the last registration belong to the person now; the slider lets go of them."""
+        self._steps, self._last = None, None
+        self.ui.resultWidget.visible = False
+
+    # ----------------------------------------------------------------------------------------------- what it looks like
+
+    def _update(self, _caller=None, _event=None) -> None:
+        """What can be pressed, and why not."""
+        p, ui = self._parameters, self.ui
+        running = self._run is not None
+        model = self._model()
+        if p is None or p.fixedVolume is None or p.movingVolume is None:
+            reason = _("Choose a fixed and a moving volume.")
+        elif p.fixedVolume is p.movingVolume:
+            reason = _("The fixed and the moving volume are the same; choose two.")
+        elif model is None or model.problem:
+            reason = model.problem if model is not None else _("Choose a model.")
+        else:
+            reason = ""
+        ui.registerButton.enabled = not reason and not running and not self._installing
+        ui.registerButton.toolTip = reason or _("Register the moving volume to the fixed one.")
+        more = self._last is not None and self._last[1].state is not None and not running
+        ui.moreButton.enabled = more and self._last[0] == self._what()
+        if not running and not self._installing and self._last is None and ui.statusLabel.text in ("", self._reason):
+            self._status(reason)
+        self._reason = reason
+
+    def _what(self) -> tuple:
+        """What a further step must find unchanged."""
+        p = self._parameters
+        nodes = (p.fixedVolume, p.movingVolume, p.fixedLabels, p.movingLabels, p.initialTransform)
+        return (*[node.GetID() if node is not None else None for node in nodes], p.model)
+
+    def _show_running(self, running: bool) -> None:
+        ui = self.ui
+        ui.settingsWidget.enabled = not running
+        ui.cancelButton.visible = ui.cancelButton.enabled = running
+        ui.progressBar.visible = running
+        ui.progressBar.value = 0
+        self._update()
+
+    def _show_steps(self) -> None:
+        count = self._steps.count if self._steps is not None else 0
+        slider = self.ui.stepSlider
+        blocked = slider.blockSignals(True)
+        slider.maximum = max(0, count - 1)
+        slider.value = slider.maximum
+        slider.blockSignals(blocked)
+        slider.enabled = count > 1
+        self.ui.stepLabel.text = self._step_text(slider.value) if count else ""
+
+    def _show_step(self, item: int) -> None:
+        if self._steps is not None and self._steps.count:
+            self._steps.show(item)
+            self.ui.stepLabel.text = self._step_text(item)
+
+    @staticmethod
+    def _step_text(item: int) -> str:
+        return _("aligned") if item == 0 else _("{n} done").format(n=item)
+
+    def _status(self, text: str) -> None:
+        self.ui.statusLabel.text = text
+
+    def _fail(self, text: str, details: str = "") -> None:
+        """What went wrong, where the person looks; the details where the curious do."""
+        self._status(text)
+        self.ui.statusLabel.toolTip = details
+        if details:
+            print(details)
+
+    # ----------------------------------------------------------------------------------------------- models and devices
+
+    def _model(self) -> models.Model | None:
+        index = self.ui.modelSelector.currentIndex
+        return self._models[index] if 0 <= index < len(self._models) else None
+
+    def _choose_model(self) -> None:
+        model = self._model()
+        self.ui.cardLabel.text = models.describe(model) if model is not None else _("No model is installed.")
+        if model is not None and self._parameters is not None:
+            if self._parameters.model != model.name and "preprocessing" in model.card:
+                self._parameters.steps = min(8, max(1, model.card["preprocessing"].get("steps", 2)))
+            self._parameters.model = model.name
+        self._update()
+
+    def _browse(self) -> None:
+        path = qt.QFileDialog.getOpenFileName(
+            self.widget, _("Choose a checkpoint"), "", _("MorphSeek checkpoints (*.safetensors)")
+        )
+        path = path[0] if isinstance(path, tuple) else path  # PythonQt gives the name alone
+        if path:
+            self.refresh_models(path)
+
+    def _set_models_folder(self, folder: str) -> None:
+        qt.QSettings().setValue(MODELS_FOLDER, folder)
+        self.refresh_models()
+
+    def _set_engine_python(self, path: str) -> None:
+        qt.QSettings().setValue(ENGINE_PYTHON, path)
+        self.logic.close_engine()
+        self._hello, self._devices = None, []
+        self._update_setup()
+
+    def _ask_devices(self) -> None:
+        """Ask the engine, without waiting; the answer fills the list."""
+        if self._run is not None or self._hello is not None or not self._ready():
+            return
+        try:
+            self._hello = self.logic.client().request("hello")
+        except EngineError as problem:
+            self._fail(str(problem))
+            return
+        self._timer.start()
+
+    def _finish_hello(self) -> None:
+        hello, self._hello = self._hello, None
+        try:
+            self._devices = hello.value()["devices"]
+        except EngineError as problem:
+            self._fail(str(problem), problem.details)
+            return
+        self._show_devices(self._devices)
+
+    def _show_devices(self, devices: list[dict]) -> None:
+        selector = self.ui.deviceSelector
+        wanted = self._parameters.device if self._parameters is not None else "auto"
+        blocked = selector.blockSignals(True)
+        selector.clear()
+        selector.addItem(_("Automatic"), "auto")
+        for device in devices:
+            label = device["label"]
+            if "free_bytes" in device:
+                label = _("{label}, {n:.1f} GB free").format(label=label, n=device["free_bytes"] / 1e9)
+            selector.addItem(label, device["name"])
+        selector.currentIndex = max(0, selector.findData(wanted))
+        selector.blockSignals(blocked)
+        self._choose_device()
+
+    def _choose_device(self) -> None:
+        if self._parameters is not None:
+            self._parameters.device = self.ui.deviceSelector.currentData or "auto"
+
+    # --------------------------------------------------------------------------------------------------- the first time
+
+    def _ready(self) -> bool:
+        """Whether the engine can start: its packages are there, or it has a Python of its own."""
+        return bool(self.logic.engine_python()) or not dependencies.missing()
+
+    def _update_setup(self) -> None:
+        missing = [] if self.logic.engine_python() else dependencies.missing()
+        self.ui.setupFrame.visible = bool(missing) or self._installing
+        if missing and not self._installing:
+            self.ui.setupLabel.text = _(
+                "MorphSeek's engine needs Python packages that Slicer does not have yet: {names}. They are installed "
+                "once, with your consent; nothing that Slicer brings is replaced. PyTorch is large: some gigabytes "
+                "with GPU support."
+            ).format(names=", ".join(missing))
+
+    def install(self) -> None:
+        """Ask, then install what is missing, with the log in sight."""
+        missing = dependencies.missing()
+        if self._installing:
+            return
+        question = _("Install these Python packages for MorphSeek?\n\n{names}").format(names="\n".join(missing))
+        if missing and not slicer.util.confirmOkCancelDisplay(question, "MorphSeek"):
+            self._installed(dependencies.Declined())
+            return
+        self._installing = True
+        self.ui.installButton.enabled = False
+        self.ui.installLog.visible = True
+        self.ui.installLog.clear()
+        self._update()
+        self._status(_("Installing ..."))
+        dependencies.install(self.ui.installLog.appendPlainText, self._installed)
+
+    def _installed(self, problem: Exception | None) -> None:
+        self._installing = False
+        self.ui.installButton.enabled = True
+        self._update_setup()
+        then, self._after_install = self._after_install, None
+        if isinstance(problem, dependencies.Declined):
+            self._status(_("Nothing was installed. MorphSeek can register as soon as its packages are there."))
+        elif problem is not None:
+            self._fail(str(problem))
+        else:
+            self._status(_("All packages are installed."))
+            self.logic.close_engine()
+            if then is not None:
+                then()
+            else:
+                self._ask_devices()
+        self._update()
+
+
+def _summary(report: dict) -> str:
+    """What came out, in a few lines."""
+    lines = []
+    similarity, folding, dice = report.get("similarity"), report.get("folding"), report.get("dice")
+    if similarity:
+        before, after = similarity["aligned"], similarity["warped"]
+        lines.append(_("Similarity {before:.3f} to {after:.3f} (LNCC, 1 is best).").format(before=before, after=after))
+    if dice:
+        mean = dice["mean"]
+        lines.append(
+            _("Dice {before:.3f} to {after:.3f}, mean of {n} labels.").format(
+                before=mean["aligned"], after=mean["warped"], n=len(dice["labels"])
+            )
+        )
+    if folding:
+        lines.append(
+            _("Folding {njd:.3g} % ({n} voxels).").format(njd=folding["njd_percent"], n=folding["folded_voxels"])
+        )
+    seconds = (report.get("seconds") or {}).get("total")
+    if seconds is not None:
+        lines.append(_("{n:.1f} s on {device}.").format(n=seconds, device=report.get("device", "?")))
+    return " ".join(lines)

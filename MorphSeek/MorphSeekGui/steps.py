@@ -1,0 +1,87 @@
+"""The moving volume after each refinement step: shown as it comes, and a Sequence to scrub through afterwards."""
+
+from __future__ import annotations
+
+import slicer
+
+from .scene import FLIP, Image, _, to_vtk
+
+
+class Steps:
+    """A volume node that shows one step at a time, and the sequence of all.
+
+    Until :meth:`keep` is called everything can be taken back by :meth:`undo`: a cancelled registration leaves the scene
+    as it was, a cancelled further step leaves the steps before it.
+    """
+
+    def __init__(self, fixed, moving) -> None:
+        self._scene, self._fixed, self._moving = fixed.GetScene(), fixed, moving
+        self.volume = self.sequence = self.browser = None
+        self._kept: list[str] = []
+
+    def add(self, step: int, image: Image) -> None:
+        """A step's image, in world coordinates on the fixed grid; it is shown at once."""
+        if self.volume is None:
+            self._make()
+        slicer.util.updateVolumeFromArray(self.volume, image.array.transpose(2, 1, 0))
+        self.volume.SetIJKToRASMatrix(to_vtk(FLIP @ image.affine))
+        self.sequence.SetDataNodeAtValue(self.volume, str(step))
+        self.browser.SetSelectedItemNumber(self.count - 1)
+
+    @property
+    def count(self) -> int:
+        """How many steps there are, the alignment (step 0) included."""
+        there = self.sequence is not None and self._scene.IsNodePresent(self.sequence)
+        return self.sequence.GetNumberOfDataNodes() if there else 0
+
+    def show(self, item: int) -> None:
+        """Show the step with this position in the sequence."""
+        if 0 <= item < self.count:
+            self.browser.SetSelectedItemNumber(item)
+
+    def keep(self) -> None:
+        """What is there now stays."""
+        self._kept = [self.sequence.GetNthIndexValue(n) for n in range(self.count)]
+
+    def undo(self) -> None:
+        """Take back what was added since the last :meth:`keep`; without one, all nodes go."""
+        if not self.count:
+            return
+        for value in [self.sequence.GetNthIndexValue(n) for n in range(self.count)]:
+            if value not in self._kept:
+                self.sequence.RemoveDataNodeAtValue(value)
+        if self._kept:
+            self.show(self.count - 1)
+        else:
+            self.remove()
+
+    def remove(self) -> None:
+        """All nodes go."""
+        for node in (self.browser, self.sequence, self.volume):
+            if node is not None and self._scene.IsNodePresent(node):
+                if node is self.volume and node.GetDisplayNode() is not None:
+                    self._scene.RemoveNode(node.GetDisplayNode())
+                self._scene.RemoveNode(node)
+        self.volume = self.sequence = self.browser = None
+        self._kept = []
+
+    def _make(self) -> None:
+        name = self._moving.GetName()
+        unique = self._scene.GenerateUniqueName
+        add = self._scene.AddNewNodeByClass
+        self.volume = add("vtkMRMLScalarVolumeNode", unique(_("{name} by step").format(name=name)))
+        self.volume.CreateDefaultDisplayNodes()
+        shown = self._moving.GetDisplayNode()
+        if isinstance(shown, slicer.vtkMRMLScalarVolumeDisplayNode):
+            display = self.volume.GetDisplayNode()
+            display.SetAndObserveColorNodeID(shown.GetColorNodeID())
+            display.AutoWindowLevelOff()
+            display.SetWindowLevel(shown.GetWindow(), shown.GetLevel())
+        self.sequence = add("vtkMRMLSequenceNode", unique(_("{name} steps").format(name=name)))
+        self.sequence.SetIndexName(_("step"))
+        self.sequence.SetIndexUnit("")
+        self.sequence.SetIndexTypeFromString("numeric")
+        self.browser = add("vtkMRMLSequenceBrowserNode", unique(_("{name} step browser").format(name=name)))
+        self.browser.SetAndObserveMasterSequenceNodeID(self.sequence.GetID())
+        self.browser.AddProxyNode(self.volume, self.sequence, False)
+        self.browser.SetOverwriteProxyName(self.sequence, False)
