@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import random
 import re
 import statistics
@@ -167,7 +168,9 @@ def check(
         name = name_of(case, dataset)
         message = f"Checking case {index + 1} of {len(cases)}: {name}"
         on_event(Event("read", index / len(cases), message, index + 1, len(cases)))
-        rows.append(_check_case(case, name, labels, seen))
+        row = _check_case(case, name, labels, seen)
+        row.problems = [text.replace(f"{_root(dataset)}{os.sep}", "") for text in row.problems]
+        rows.append(row)
     report = CheckReport(rows, names=dataset.labels)
     good = [row for row in rows if not row.problems]
     labelled = [row for row in good if row.labels]
@@ -243,9 +246,13 @@ def _pairs_of(held: list[Case], others: list[Case]) -> list[Pair]:
 
 def name_of(case: Case, dataset: Dataset) -> str:
     """What a case is called: its image's path, relative to the data set where it lies in it."""
-    path = case.image or case.label
-    root = dataset.path if dataset.path.is_dir() else dataset.path.parent
+    path, root = case.image or case.label, _root(dataset)
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _root(dataset: Dataset) -> Path:
+    """The folder that the data set lies in."""
+    return dataset.path if dataset.path.is_dir() else dataset.path.parent
 
 
 def _all_cases(dataset: Dataset) -> list[Case]:

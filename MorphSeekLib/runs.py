@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import socket
 import statistics
@@ -49,6 +50,7 @@ except ModuleNotFoundError:  # Windows
 
 WARMUP, FINETUNE = "warmup", "finetune"
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes
+_FEWEST = 10  # iterations that such a budget must allow
 _STATUS_SECONDS = 0.5
 _FIGURES = ("dice", "hd95", "njd_percent", "sdlogj")
 
@@ -241,14 +243,16 @@ def _fit(
     waits = [after - before for before, after in itertools.pairwise(times)]
     iteration = statistics.median(waits[1:-1])  # the first one reads files, the last one validates
     validation = max(0.0, waits[-1] - iteration)
-    iterations = int((60 * minutes - 10 * validation) / iteration)
-    if iterations < 10:
-        least = (10 * iteration + 10 * validation) / 60
+    # at most ten validations, and at least one, in a fifth of the time
+    validations = min(10, max(1, int(0.2 * 60 * minutes / max(validation, 1e-6))))
+    iterations = int((60 * minutes - validations * validation) / iteration)
+    if iterations < _FEWEST:
+        least = (_FEWEST * iteration + validation) / 60
         raise MorphSeekError(
-            f"{minutes:g} minutes are too short: ten iterations and their validation take {least:.1f} minutes here; "
+            f"{minutes:g} minutes are too short: {_FEWEST} iterations and a validation take {least:.1f} minutes here; "
             "give more time, or a coarser working grid."
         )
-    return iterations, max(1, iterations // 10)
+    return iterations, math.ceil(iterations / validations)
 
 
 def _figures(out: Path, dataset: Dataset, model: Path, device: str, on_event, cancelled) -> dict[str, Any]:

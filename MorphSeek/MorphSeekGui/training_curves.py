@@ -18,10 +18,11 @@ from .scene import _
 _SMOOTH = 20  # iterations of the moving mean: one pair each makes a noisy curve
 
 BLUE, PALE, ORANGE, GREY = (0.12, 0.40, 0.75), (0.62, 0.76, 0.92), (0.88, 0.45, 0.05), (0.55, 0.55, 0.55)
-# chart -> its axis, and its lines: (column, legend, colour, width)
+# chart -> the figure it shows, its axis, and its lines: (column, legend, colour, width)
 CHARTS = {
-    "loss": (_("loss"), [("loss", _("each iteration"), PALE, 1), ("loss mean", _("mean of 20"), BLUE, 3)]),
+    "loss": ("loss", _("loss"), [("loss", _("each iteration"), PALE, 1), ("loss mean", _("mean of 20"), BLUE, 3)]),
     "reward": (
+        "reward",
         _("reward of a group"),
         [
             ("reward high", _("mean + spread"), PALE, 1),
@@ -30,22 +31,33 @@ CHARTS = {
         ],
     ),
     "spread": (
+        "reward_spread",
         _("reward's spread in a group"),
         [
             ("reward_spread", _("each iteration"), PALE, 1),
             ("reward_spread mean", _("mean of 20"), BLUE, 3),
         ],
     ),
-    "kl": (_("KL to N(0, I), mean over dimensions"), [("kl", _("KL"), BLUE, 2)]),
+    "kl": ("kl", _("KL to N(0, I), mean over dimensions"), [("kl", _("KL"), BLUE, 2)]),
     "dice": (
+        "validation/dice",
         _("Dice of the validation pairs"),
         [
             ("validation/dice", _("registered"), BLUE, 3),
             ("validation/dice_before", _("before"), GREY, 1),
         ],
     ),
-    "njd": (_("NJD of the validation pairs, %"), [("validation/njd_percent", _("folded voxels, %"), ORANGE, 3)]),
+    "njd": (
+        "validation/njd_percent",
+        _("NJD of the validation pairs, %"),
+        [("validation/njd_percent", _("folded voxels, %"), ORANGE, 3)],
+    ),
 }
+
+
+def has_curve(name: str, rows: Iterable[dict[str, float]]) -> bool:
+    """Whether there is anything to draw in a chart."""
+    return any(CHARTS[name][0] in row for row in rows)
 
 
 class TrainingCurves:
@@ -66,7 +78,7 @@ class TrainingCurves:
         if not all(self.scene.IsNodePresent(node) for node in self._nodes):  # the scene was closed
             self.remove()
         columns = _columns(rows)
-        for name, (axis, lines) in CHARTS.items():
+        for name, (_figure, axis, lines) in CHARTS.items():
             found = {column: columns[column] for column, *_rest in lines if column in columns}
             if not found:
                 continue

@@ -21,7 +21,7 @@ from .engine_client import EngineCancelled, EngineClient, EngineError
 from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
-from .training_curves import CHARTS, TrainingCurves
+from .training_curves import CHARTS, TrainingCurves, has_curve
 from .training_run import STAGES, RunError, RunStatus, TrainingRun, create_run, find_runs
 
 TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
@@ -76,6 +76,7 @@ class TrainingPanel:
         self._runs: list[TrainingRun] = []
         self._alive = False
         self._curves: TrainingCurves | None = None
+        self._layout_before = 0
         self._scene = None
         self._client: EngineClient | None = None
         self._hello = None
@@ -123,8 +124,8 @@ class TrainingPanel:
         ui.stopButton.connect("clicked(bool)", self.stop)
         ui.resumeButton.connect("clicked(bool)", self.resume)
         ui.folderButton.connect("clicked(bool)", self.open_folder)
-        ui.curveBox.connect("currentIndexChanged(int)", self._show_plot_if_shown)
-        ui.plotButton.connect("clicked(bool)", self.show_plot)
+        ui.curveBox.connect("currentIndexChanged(int)", self._choose_curve)
+        ui.plotButton.connect("toggled(bool)", self.plot)
 
     # -------------------------------------------------------------------------------------- what the module calls
 
@@ -402,7 +403,15 @@ class TrainingPanel:
         for name in ("backboneBox", "spacingBox"):
             getattr(self.ui, name).enabled = from_scratch
         finetune = self.ui.finetuneCheck.checked
-        for name in ("trajectoriesBox", "diceBox", "policyBox", "rewardDiceBox", "rewardFoldingBox", "klBox"):
+        for name in (
+            "trajectoriesBox",
+            "smoothnessFinetuneBox",
+            "diceBox",
+            "policyBox",
+            "rewardDiceBox",
+            "rewardFoldingBox",
+            "klBox",
+        ):
             getattr(self.ui, name).enabled = finetune
         self._show_start()
 
@@ -451,7 +460,7 @@ class TrainingPanel:
             warmup["model"] = {"backbone": backbone, "backbone_settings": _RECIPES.get(backbone, {})}
             warmup["preprocessing"] = {"spacing": [ui.spacingBox.value] * 3, "align": "center"}
         finetune = {
-            "loss": loss | {"dice": ui.diceBox.value},
+            "loss": loss | {"regularization": ui.smoothnessFinetuneBox.value, "dice": ui.diceBox.value},
             "policy": {"trajectories": ui.trajectoriesBox.value, "weight": ui.policyBox.value},
             "reward": {"weights": {"dice": ui.rewardDiceBox.value, "folding": ui.rewardFoldingBox.value}},
             "training": run | {"learning_rate": rate} | ({"kl_target": ui.klBox.value} if ui.klBox.value else {}),
@@ -552,7 +561,6 @@ class TrainingPanel:
         run = self._runs[index] if 0 <= index < len(self._runs) else None
         if run is not self.run:
             self.run, self._alive = run, False
-            self._curves.clear()
         if run is not None:
             blocked = self.ui.keepCheck.blockSignals(True)
             self.ui.keepCheck.checked = run.kept or (self.ui.keepCheck.checked and not run.is_running())
@@ -604,29 +612,44 @@ class TrainingPanel:
     # ----------------------------------------------------------------------------------------------------- curves
 
     def _show_curves(self) -> None:
-        """The curves of the last stage that has any."""
+        """Whether there is something to plot; and, where the plot is shown, the latest figures in it."""
+        rows = self._rows()[1]
+        self.ui.plotButton.enabled = self.ui.plotButton.checked or has_curve(self._curve(), rows)
+        if self.ui.plotButton.checked:
+            self._update_curves()
+
+    def _rows(self) -> tuple[str, list[dict[str, float]]]:
+        """Title and figures of the last stage that has any."""
         titles = {"warmup": _("warm-up"), "finetune": _("fine-tuning")}
-        rows = {stage: self.run.curves(stage) for stage in STAGES}
-        stage = next((stage for stage in reversed(STAGES) if rows[stage]), None)
-        if stage is not None:
-            self._curves.update(f"{self.run.name}, {titles[stage]}", rows[stage])
-        self.ui.plotButton.enabled = self._curves.chart(self._curve()) is not None
+        found = {stage: self.run.curves(stage) for stage in STAGES} if self.run is not None else {}
+        stage = next((stage for stage in reversed(STAGES) if found.get(stage)), None)
+        return (f"{self.run.name}, {titles[stage]}", found[stage]) if stage is not None else ("", [])
+
+    def _update_curves(self) -> None:
+        title, rows = self._rows()
+        if rows:
+            self._curves.update(title, rows)
+        else:
+            self._curves.clear()
 
     def _curve(self) -> str:
         return list(CHARTS)[self.ui.curveBox.currentIndex]
 
-    def show_plot(self, *_args) -> None:
-        """The chosen curve, in a layout with a plot view."""
-        chart = self._curves.chart(self._curve())
-        if chart is not None:
-            slicer.modules.plots.logic().ShowChartInLayout(chart)
-            self.ui.plotButton.checkable = True
-            self.ui.plotButton.checked = True
+    def plot(self, on: bool) -> None:
+        """The chosen curve in a layout with a plot view, live; off, the charts go and the layout is as before."""
+        if on:
+            self._layout_before = slicer.app.layoutManager().layout
+            self._choose_curve()
+        else:
+            self._curves.remove()
+            slicer.app.layoutManager().setLayout(self._layout_before)
+            self._show_curves()
 
-    def _show_plot_if_shown(self, *_args) -> None:
-        self.ui.plotButton.enabled = self._curves is not None and self._curves.chart(self._curve()) is not None
-        if self.ui.plotButton.checked:
-            self.show_plot()
+    def _choose_curve(self, *_args) -> None:
+        self._show_curves()
+        chart = self._curves.chart(self._curve())
+        if self.ui.plotButton.checked and chart is not None:
+            slicer.modules.plots.logic().ShowChartInLayout(chart)
 
 
 def figures_table(held_out: dict) -> str:

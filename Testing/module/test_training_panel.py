@@ -143,9 +143,12 @@ def test_from_cases_to_a_model_with_figures(stand_in, panel, files, home):
     assert (ui.startBox.currentText, ui.warmupCheck.checked) == ("tiny", False), "the list's renewal changes no choice"
     assert not panel._timer.active, "nobody looks at what is over"
     assert slicer.util.settingsValue("MorphSeek/ModelsFolder", "") == str(home / "Models")
-    for name in ("loss", "reward", "spread", "kl", "dice", "njd"):
-        assert panel._curves.chart(name) is not None
+    for index in range(ui.curveBox.count):
+        ui.curveBox.setCurrentIndex(index)
+        assert ui.plotButton.enabled, f"there is a curve of {ui.curveBox.currentText}"
     picture(stand_in, panel, "training-done")
+    ui.advancedSection.collapsed = False
+    picture(stand_in, panel, "training-advanced")
 
     # a second one of that name would replace it
     check(stand_in, panel)
@@ -166,7 +169,8 @@ def test_every_setting_reaches_the_engine(stand_in, panel, files, home):
     assert settings.warmup.preprocessing.spacing == (2.0, 2.0, 2.0)
     assert settings.warmup.model.backbone == "voxelmorph"
     assert settings.warmup.loss.dice == 0
-    assert settings.finetune.loss.dice == 1.0
+    assert (settings.finetune.loss.dice, settings.finetune.loss.regularization) == (1.0, 3.0)
+    assert settings.warmup.loss.regularization == 1.0
     assert settings.finetune.loss.similarity == "mind"
     assert settings.finetune.training.kl_target == 0.7
     assert settings.finetune.policy.weight == 0.25
@@ -336,16 +340,30 @@ def test_curves_go_into_the_plot_view(stand_in, panel, files, home):
     (run / "run.json").write_text(json.dumps({"name": "Old"}))
     rows = [{"iteration": n, "loss": 1 / n, "reward": 0.1, "reward_spread": 0.2, "kl": 1.0} for n in range(1, 50)]
     (run / "finetune.safetensors.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before, layouts = slicer.mrmlScene.GetNumberOfNodes(), slicer.app.layoutManager()
+    layouts.setLayout(3)
     panel.find_runs()
-    assert panel.ui.runsBox.currentText == "Old  (2026-01-01-old)"
-    assert panel.ui.plotButton.enabled
-    panel.ui.plotButton.click()
+    ui = panel.ui
+    assert ui.runsBox.currentText == "Old  (2026-01-01-old)"
+    assert slicer.mrmlScene.GetNumberOfNodes() == before, "nothing is put into the scene unasked"
+    ui.plotButton.click()
     assert view.GetPlotChartNodeID() == panel._curves.chart("loss").GetID()
     assert panel._curves.chart("loss").GetTitle() == "Old, fine-tuning"
-    panel.ui.curveBox.setCurrentIndex(1)
+    ui.curveBox.setCurrentIndex(1)
     assert view.GetPlotChartNodeID() == panel._curves.chart("reward").GetID()
-    panel.ui.curveBox.setCurrentIndex(4)
-    assert not panel.ui.plotButton.enabled, "nothing was validated"
+    table = panel._curves.chart("loss").GetNthPlotSeriesNode(0).GetTableNode()
+    with (run / "finetune.safetensors.jsonl").open("a") as file:
+        file.write(json.dumps(rows[-1] | {"iteration": 50}) + "\n")
+    panel.refresh()
+    assert table.GetNumberOfRows() == 50, "live"
+    layouts.setLayout(30)  # as Slicer's layout follows the layout node
+    ui.plotButton.click()
+    assert slicer.mrmlScene.GetNumberOfNodes() == before
+    assert layouts.layout == 3
+    ui.curveBox.setCurrentIndex(4)
+    assert not ui.plotButton.enabled, "nothing was validated"
+    ui.curveBox.setCurrentIndex(0)
+    ui.plotButton.click()
     slicer.mrmlScene.Clear()
     panel.refresh()  # a scene that was closed takes the charts along; they come again
     assert slicer.mrmlScene.IsNodePresent(panel._curves.chart("loss"))

@@ -14,7 +14,7 @@ import slicer.util
 import worlds
 from MorphSeekGui.scene import InputError
 from MorphSeekGui.training_cases import export_cases, matching_cases
-from MorphSeekGui.training_curves import CHARTS, TrainingCurves, moving_mean
+from MorphSeekGui.training_curves import CHARTS, TrainingCurves, has_curve, moving_mean
 
 from MorphSeekLib import geometry
 from MorphSeekLib.cases import check, find_cases
@@ -110,10 +110,11 @@ def test_curves_are_tables_series_and_charts(mrml):
     curves = TrainingCurves(mrml)
     assert curves.chart("loss") is None
     data = list(rows())
+    assert [has_curve(name, data[:10]) for name in CHARTS] == [True] * 4 + [False] * 2
     curves.update("Liver", data[:10])
     assert curves.chart("dice") is None, "nothing was validated yet"
     curves.update("Liver", data)
-    for name, (_axis, lines) in CHARTS.items():
+    for name, (_figure, _axis, lines) in CHARTS.items():
         chart = curves.chart(name)
         assert chart.GetTitle() == "Liver"
         assert chart.GetNumberOfPlotSeriesNodes() == len(lines)
