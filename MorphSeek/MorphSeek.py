@@ -1,7 +1,7 @@
 """MorphSeek in Slicer: the module, its panel, its logic and its self test. Each is thin and delegates.
 
-The panel is made of sections, each a plain class in MorphSeekGui with a .ui file of its own: Register, Inspect and, once
-it is switched on, Fine-tune. What they do stands in the logic, which needs no panel:
+The panel is made of sections, each a plain class in MorphSeekGui with a .ui file of its own: Register, Inspect and, if
+switched on, Fine-tune. What they do stands in the logic, which needs no panel:
 
     from MorphSeek import MorphSeekLogic
 
@@ -227,7 +227,7 @@ class MorphSeekTest(ScriptedLoadableModuleTest):
             return
         self.delayDisplay("Registration")
         fixed, moving = _ball("fixed", 0.0), _ball("moving", 6.0)
-        nodes = MorphSeekLogic().register(fixed, moving, device="cpu", steps=1, align="rigid")
+        nodes = MorphSeekLogic().register(fixed, moving, device="cpu", steps=1, align="none")
         error = [
             np.abs(slicer.util.arrayFromVolume(fixed) - slicer.util.arrayFromVolume(n)) for n in (moving, nodes.warped)
         ]

@@ -11,6 +11,9 @@ from slicer.parameterNodeWrapper import WithinRange, parameterNodeWrapper
 from .models import DEFAULT
 from .scene import _
 
+# Slicer's wrapper can be given no node only where the union says so
+LabelsNode = Union[slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLLabelMapVolumeNode, None]  # noqa: UP007
+
 
 class Alignment(enum.Enum):
     """What is done before the network; values as the engine names them, None for the model's own choice."""
@@ -42,8 +45,8 @@ class MorphSeekParameterNode:
 
     fixedVolume: slicer.vtkMRMLScalarVolumeNode
     movingVolume: slicer.vtkMRMLScalarVolumeNode
-    fixedLabels: Union[slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLLabelMapVolumeNode]  # noqa: UP007 - Slicer 5.10
-    movingLabels: Union[slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLLabelMapVolumeNode]  # noqa: UP007
+    fixedLabels: LabelsNode
+    movingLabels: LabelsNode
     initialTransform: slicer.vtkMRMLTransformNode
     alignment: Alignment = Alignment.MODEL
     model: str = DEFAULT

@@ -274,11 +274,11 @@ class RegisterPanel(VTKObservationMixin):
 
     def _undo(self) -> None:
         """The scene and the views as before the run."""
-        if self._steps is not None:
-            self._steps.undo()
         for composite, layers in self._before:
             if slicer.mrmlScene.IsNodePresent(composite):
                 layers.show(composite)
+        if self._steps is not None:
+            self._steps.undo()
         self._show_steps()
 
     def _drop_steps(self) -> None:
@@ -371,7 +371,6 @@ class RegisterPanel(VTKObservationMixin):
         path = qt.QFileDialog.getOpenFileName(
             self.widget, _("Choose a checkpoint"), "", _("MorphSeek checkpoints (*.safetensors)")
         )
-        path = path[0] if isinstance(path, tuple) else path  # PythonQt gives the name alone
         if path:
             self.refresh_models(path)
 

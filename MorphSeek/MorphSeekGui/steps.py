@@ -57,10 +57,10 @@ class Steps:
 
     def remove(self) -> None:
         """All nodes go."""
-        for node in (self.browser, self.sequence, self.volume):
+        # the display node last: a volume that a slice view shows without one is given a new one at once
+        display = self.volume.GetDisplayNode() if self.volume is not None else None
+        for node in (self.browser, self.sequence, self.volume, display):
             if node is not None and self._scene.IsNodePresent(node):
-                if node is self.volume and node.GetDisplayNode() is not None:
-                    self._scene.RemoveNode(node.GetDisplayNode())
                 self._scene.RemoveNode(node)
         self.volume = self.sequence = self.browser = None
         self._kept = []

@@ -286,13 +286,18 @@ class Application:
             self.qt.processEvents(QtCore.QEventLoop.ProcessEventsFlag.AllEvents, 50)
             QtCore.QThread.msleep(5)
 
-    def grab(self, widget, path: str | os.PathLike, width: int = 480) -> Path:
-        """A picture of a widget as it would stand in Slicer's module panel."""
+    def show(self, widget, width: int = 480) -> None:
+        """Show a widget as it would stand in Slicer's module panel, without a window on the screen."""
         widget = native(widget)
         widget.setAttribute(QtCore.Qt.WidgetAttribute.WA_DontShowOnScreen)
         widget.resize(width, widget.sizeHint().height())
         widget.show()
         self.process()
+
+    def grab(self, widget, path: str | os.PathLike, width: int = 480) -> Path:
+        """A picture of a widget as it would stand in Slicer's module panel."""
+        self.show(widget, width)
+        widget = native(widget)
         widget.resize(width, max(widget.minimumSizeHint().height(), widget.sizeHint().height()))
         self.process()
         widget.grab().save(str(path))

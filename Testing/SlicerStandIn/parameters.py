@@ -140,8 +140,16 @@ def _is_enum(kind) -> bool:
 
 
 def _node_classes(kind) -> tuple:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) else (kind,)
+    """The node classes that a type allows; empty if it is no node type.
+
+    Raises:
+        TypeError: a union of node classes without None (UnionSerializer could never be given no node).
+    """
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    kinds = typing.get_args(kind) if union else (kind,)
     nodes = tuple(k for k in kinds if isinstance(k, type) and issubclass(k, slicer.vtkMRMLNode))
+    if nodes and union and type(None) not in kinds:
+        raise TypeError(f"{kind}: a union of node types needs None")
     return nodes if len(nodes) == len([k for k in kinds if k is not type(None)]) else ()
 
 

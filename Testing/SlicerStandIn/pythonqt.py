@@ -11,7 +11,7 @@ PythonQt's rules that are kept (PythonQtInstanceWrapper.cpp, PythonQtSignalRecei
 - An exception in a slot is printed and does not stop anything; here it is kept in :data:`errors` too, for tests.
 - Enum values belong to the class: ``qt.QMessageBox.Ok``; the scoped form of PySide6 is refused.
 
-Values that are no QObjects (QIcon, QColor, QSize, table items) have no properties in PythonQt either: they are PySide6's.
+Values that are no QObjects (QIcon, QColor, QSize, table items) have no properties in PythonQt either and are PySide6's.
 """
 
 from __future__ import annotations
@@ -215,7 +215,14 @@ def _class_attribute(native_class: type, name: str):
     if isinstance(value, enum.Enum):
         return value
     if inspect.isbuiltin(value) or inspect.isfunction(value):
-        return lambda *arguments: wrap(value(*[_argument(a) for a in arguments]))
+        # PySide6 returns what C++ writes into its arguments too (the chosen filter); PythonQt the name alone
+        first = native_class is QtWidgets.QFileDialog and name.startswith("getOpen")
+
+        def call(*arguments):
+            result = value(*[_argument(a) for a in arguments])
+            return result[0] if first else wrap(result)
+
+        return call
     raise AttributeError(f"type object '{native_class.__name__}' has no attribute '{name}'")
 
 

@@ -32,6 +32,7 @@ def stand_in():
 def module(stand_in):
     """The MorphSeek module, loaded and its panel open."""
     module = stand_in.load_module(MODULE)
+    stand_in.show(module.widgetRepresentation())
     module.widgetRepresentation().enter()
     return module
 
@@ -51,3 +52,21 @@ def application(request):
 def mrml(application):
     """The fresh scene, which is slicer.mrmlScene too."""
     return application.scene
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """A checkpoint whose random weights move things by some millimetres, and fold here and there."""
+    import torch
+
+    from MorphSeekLib import checkpoint
+    from MorphSeekLib.policy import ModelSettings, RegistrationModel
+    from MorphSeekLib.preprocessing import Preprocessing
+
+    torch.manual_seed(1)
+    widths = {"encoder": (4, 4), "decoder": (4, 4), "extra": (4,)}
+    network = RegistrationModel(ModelSettings(backbone_settings=widths))
+    torch.nn.init.normal_(network.backbone.flow.weight, 0.0, 2.0)
+    path = tmp_path_factory.mktemp("model") / "random.safetensors"
+    checkpoint.save(path, network, checkpoint.Card("random", preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5))))
+    return str(path)

@@ -255,6 +255,9 @@ def test_parameter_node(qt, ctk, stand_in, mrml):
     assert parameters.steps == 5
     with pytest.raises(RuntimeError, match="Unable to create GUI connector"):
         parameters.connectParametersToGui({"steps": qt.QLineEdit()})
+    union = type("U", (), {"__annotations__": {"labels": slicer.vtkMRMLModelNode | slicer.vtkMRMLTextNode}})
+    with pytest.raises(TypeError, match="needs None"):
+        parameterNodeWrapper(union)
     with pytest.raises(RuntimeError, match="Choice annotation"):
         parameters.connectParametersToGui({"steps": qt.QComboBox()})
 

@@ -11,15 +11,12 @@ pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core
 
 import slicer
 import slicer.util
-import torch
 import worlds
 from MorphSeekGui import scene
 from MorphSeekGui.engine_client import EngineCancelled, EngineClient, EngineError
 from MorphSeekGui.registration import register
 
-from MorphSeekLib import checkpoint, geometry
-from MorphSeekLib.policy import ModelSettings, RegistrationModel
-from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib import geometry
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +26,6 @@ def client():
         with EngineClient() as client:
             client.call("hello")
             yield client
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    """A checkpoint whose random weights move things by some millimetres, and fold here and there."""
-    torch.manual_seed(1)
-    widths = {"encoder": (4, 4), "decoder": (4, 4), "extra": (4,)}
-    network = RegistrationModel(ModelSettings(backbone_settings=widths))
-    torch.nn.init.normal_(network.backbone.flow.weight, 0.0, 2.0)
-    path = tmp_path_factory.mktemp("model") / "random.safetensors"
-    checkpoint.save(path, network, checkpoint.Card("random", preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5))))
-    return str(path)
 
 
 @pytest.mark.parametrize("name", sorted(worlds.GRIDS))

@@ -1,0 +1,375 @@
+"""The Register section, driven as a person does: the real module file, .ui, MRML and worker."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
+pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essentials)")
+
+import slicer
+import slicer.util
+import worlds
+from MorphSeekGui.scene import InputError
+
+from MorphSeekLib import geometry
+
+
+@pytest.fixture
+def panel(module, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return slicer.modules.MorphSeekWidget.panels["register"]
+
+
+@pytest.fixture
+def ui(panel):
+    return panel.ui
+
+
+@pytest.fixture
+def pair(panel, model):
+    """Two volumes in the scene and a small model, chosen."""
+    world = worlds.make_world("oblique")
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    panel.ui.fixedSelector.setCurrentNode(fixed)
+    panel.ui.movingSelector.setCurrentNode(moving)
+    panel.refresh_models(model)
+    return SimpleNamespace(world=world, fixed=fixed, moving=moving)
+
+
+def large(fixed):
+    """The fixed volume on a grid three times as fine, so that a run takes some seconds."""
+    affine = fixed.grid.affine @ np.diag([1 / 3, 1 / 3, 1 / 3, 1.0])
+    return geometry.resample(fixed, geometry.Grid(tuple(3 * n for n in fixed.grid.shape), affine))
+
+
+def scene_state() -> tuple:
+    """The scene's nodes, and what the slice views show; the parameter node is the panel's own."""
+    scene = slicer.mrmlScene
+    nodes = [scene.GetNthNode(n) for n in range(scene.GetNumberOfNodes())]
+    layers = [
+        (n.GetBackgroundVolumeID(), n.GetForegroundVolumeID(), n.GetForegroundOpacity())
+        for n in nodes
+        if n.IsA("vtkMRMLSliceCompositeNode")
+    ]
+    return sorted(n.GetID() for n in nodes), layers
+
+
+def run(stand_in, panel, seconds: float = 120) -> None:
+    stand_in.wait(lambda: panel._run is None, seconds)
+
+
+def test_two_volumes_are_enough(panel, ui):
+    assert ui.registerButton.enabled is False
+    assert ui.statusLabel.text == "Choose a fixed and a moving volume."
+    world = worlds.make_world("upright")
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    ui.fixedSelector.setCurrentNode(fixed)
+    ui.movingSelector.setCurrentNode(fixed)
+    assert ui.registerButton.enabled is False
+    assert "are the same" in ui.registerButton.toolTip
+    ui.movingSelector.setCurrentNode(moving)
+    assert ui.registerButton.enabled is True
+    assert ui.modelSelector.currentText.startswith("Brain MR")
+    assert "brain_labels, 14 cases" in ui.cardLabel.text
+    assert "Apache-2.0" in ui.cardLabel.text
+    assert not ui.setupFrame.visible
+
+
+def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
+    stand_in.open_views((120, 120))
+    results, said, seen = [], [], []
+    panel.on_result.append(results.append)
+    hear, picture = panel._hear, panel._picture
+    panel._hear = lambda message: (hear(message), said.append(ui.statusLabel.text))
+    panel._picture = lambda step, image: (picture(step, image), seen.append(step))
+    ui.stopEarlyCheckBox.checked = False
+    ui.alignSelector.currentText = "Nothing"
+    ui.inverseCheckBox.checked = True
+    ui.registerButton.click()
+    assert ui.cancelButton.visible
+    assert ui.settingsWidget.enabled is False
+    run(stand_in, panel)
+    assert [t for t in said if t.startswith("Refinement step")] == ["Refinement step 1 of 2", "Refinement step 2 of 2"]
+    assert seen == [0, 1, 2]
+    assert ui.settingsWidget.enabled is True
+    assert not ui.progressBar.visible
+    [nodes] = results
+    assert "Similarity" in ui.statusLabel.text
+    assert nodes.inverse is not None
+    assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 1
+    composite = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSliceCompositeNode")
+    assert composite.GetBackgroundVolumeID() == pair.fixed.GetID()
+    assert composite.GetForegroundVolumeID() == panel._steps.volume.GetID()
+
+    def shown() -> np.ndarray:
+        return slicer.util.arrayFromVolume(panel._steps.volume).copy()
+
+    warped = slicer.util.arrayFromVolume(nodes.warped)
+    assert np.array_equal(shown(), warped)
+    ui.stepSlider.value = 0
+    assert ui.stepLabel.text == "aligned"
+    in_place = slicer.vtkSlicerVolumesLogic.ResampleVolumeToReferenceVolume(pair.moving, pair.fixed)
+    assert (np.abs(shown() - slicer.util.arrayFromVolume(in_place)) > 1).mean() < 0.02
+    ui.stepSlider.value = 2
+    assert np.array_equal(shown(), warped)
+
+    before = set(scene_state()[0])
+    ui.moreButton.click()
+    run(stand_in, panel)
+    assert [s["step"] for s in results[1].report["steps"]] == [0, 1, 2, 3]
+    assert results[1].warped is nodes.warped, "the result's nodes are updated"
+    assert results[1].folding is nodes.folding
+    assert set(scene_state()[0]) == before
+    assert ui.stepSlider.maximum == 3
+    assert np.array_equal(shown(), slicer.util.arrayFromVolume(nodes.warped))
+    ui.initialSelector.setCurrentNode(worlds.linear_transform("other"))
+    assert ui.moreButton.enabled is False, "from other inputs there is no further step"
+
+
+def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair):
+    stand_in.open_views((120, 120))
+    ui.fixedSelector.setCurrentNode(worlds.add_volume("large", large(pair.world.fixed)))
+    ui.fixedSelector.currentNode().CreateDefaultDisplayNodes()  # as every loaded volume has
+    ui.stepsSpinBox.value = 8
+    ui.stopEarlyCheckBox.checked = False
+    before = scene_state()
+    ui.registerButton.click()
+    stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 2)
+    assert scene_state() != before, "the steps are seen while it runs"
+    pressed = time.monotonic()
+    ui.cancelButton.click()
+    assert ui.statusLabel.text == "Cancelling ..."
+    run(stand_in, panel)
+    assert time.monotonic() - pressed < 6
+    assert scene_state() == before
+    assert ui.statusLabel.text == "Cancelled; the scene is as it was."
+    assert ui.registerButton.enabled is True
+    assert panel.logic.client().running, "the engine stays for the next run"
+
+
+def test_an_engine_that_dies_is_told_in_a_sentence(stand_in, panel, ui, pair):
+    ui.fixedSelector.setCurrentNode(worlds.add_volume("large", large(pair.world.fixed)))
+    before = scene_state()
+    ui.registerButton.click()
+    stand_in.wait(lambda: ui.statusLabel.text.startswith("Aligning"))
+    panel.logic.client()._kill()
+    run(stand_in, panel)
+    assert ui.statusLabel.text.startswith("The engine was killed, most likely because memory ran out")
+    assert scene_state() == before
+    assert ui.registerButton.enabled is True
+
+
+def test_chosen_outputs_take_the_result(stand_in, panel, ui, pair):
+    taken = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", "mine")
+    ui.outputVolumeSelector.setCurrentNode(taken)
+    ui.outputTransformSelector.addNode()
+    ui.showStepsCheckBox.checked = False
+    results = []
+    panel.on_result.append(results.append)
+    ui.registerButton.click()
+    run(stand_in, panel)
+    assert results[0].warped is taken
+    assert results[0].transform is ui.outputTransformSelector.currentNode()
+    assert taken.GetName() == "mine"
+    assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 0
+    ui.outputVolumeSelector.setCurrentNode(pair.moving)
+    ui.registerButton.click()
+    assert "'M' is an input of this registration and cannot take its result too" in ui.statusLabel.text
+
+
+def test_closing_the_scene_in_the_middle(stand_in, panel, ui, pair):
+    ui.registerButton.click()
+    stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 1)
+    slicer.mrmlScene.Clear(0)
+    run(stand_in, panel)
+    assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == 0
+    assert ui.fixedSelector.currentNode() is None
+    assert ui.registerButton.enabled is False
+    world = worlds.make_world("upright")
+    ui.fixedSelector.setCurrentNode(worlds.add_volume("F", world.fixed))
+    ui.movingSelector.setCurrentNode(worlds.add_volume("M", world.moving))
+    assert ui.registerButton.enabled is True, "the panel is of use again"
+
+
+def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, panel, ui, pair):
+    ui.registerButton.click()
+    stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 1)
+    process = panel.logic.client()._process
+    slicer.util.reloadScriptedModule("MorphSeek")
+    assert process.poll() is not None
+    again = slicer.modules.MorphSeekWidget.panels["register"]
+    assert again is not panel
+    assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 0
+    assert again.ui.fixedSelector.currentNode() is pair.fixed, "what was chosen is kept in the scene"
+    assert again.ui.registerButton.enabled is True
+
+
+class Pip:
+    """An installation as Slicer does it, in the background; what it is told is kept."""
+
+    def __init__(self, stand_in, monkeypatch, code: int = 0) -> None:
+        import slicer.packaging
+        from MorphSeekGui import dependencies
+
+        self.stand_in, self.code, self.there, self.calls = stand_in, code, False, []
+        monkeypatch.setattr(dependencies, "missing", lambda: [] if self.there else ["safetensors>=0.5"])
+        monkeypatch.setattr(slicer.packaging, "pip_install", self.install)
+
+    def install(self, requirements, constraints, blocking, show_progress, requester, logCallback, completedCallback):
+        import qt
+
+        held = Path(constraints).read_text(encoding="utf-8")
+        self.calls.append((requirements, held))
+        assert not blocking
+
+        def work() -> None:
+            logCallback("Collecting safetensors")
+            self.there = self.code == 0
+            completedCallback(self.code)
+
+        qt.QTimer.singleShot(20, work)
+
+
+def test_first_run_asks_installs_and_goes_on(stand_in, panel, ui, pair, monkeypatch):
+    pip = Pip(stand_in, monkeypatch)
+    asked = []
+    monkeypatch.setattr(slicer.util, "confirmOkCancelDisplay", lambda text, title=None, **_: asked.append(text) or True)
+    panel.enter()
+    assert not ui.setupFrame.isHidden()
+    assert "safetensors" in ui.setupLabel.text
+    results = []
+    panel.on_result.append(results.append)
+    ui.registerButton.click()
+    assert ui.registerButton.enabled is False
+    stand_in.wait(lambda: results)
+    assert "Collecting safetensors" in ui.installLog.toPlainText()
+    assert ui.setupFrame.isHidden()
+    assert len(asked) == 1
+    [(requirements, held)] = pip.calls
+    assert requirements == ["safetensors>=0.5"]
+    assert f"numpy=={np.__version__}\n" in held, "what is there is held at its version"
+    assert "safetensors==" not in held
+
+
+def test_declined_or_failed_is_a_clear_state(stand_in, panel, ui, pair, monkeypatch):
+    pip = Pip(stand_in, monkeypatch, code=1)
+    answers = [False, True]
+    monkeypatch.setattr(slicer.util, "confirmOkCancelDisplay", lambda *_arguments, **_options: answers.pop(0))
+    panel.enter()
+    before = scene_state()
+    ui.registerButton.click()
+    assert ui.statusLabel.text.startswith("Nothing was installed.")
+    assert ui.registerButton.enabled is True
+    ui.installButton.click()
+    stand_in.wait(lambda: not panel._installing)
+    assert ui.statusLabel.text == "The packages could not be installed (pip ended with 1); the log says why."
+    assert not ui.setupFrame.isHidden()
+    assert scene_state() == before
+    assert not pip.there
+
+
+def test_torch_comes_through_its_extension_alone(stand_in, panel, monkeypatch):
+    from MorphSeekGui import dependencies
+
+    monkeypatch.setattr(dependencies, "missing", lambda: ["torch>=2.4"])
+    ended, log = [], []
+    monkeypatch.setitem(sys.modules, "PyTorchUtils", None)
+    dependencies.install(log.append, ended.append)
+    assert "extension 'PyTorch', which is not installed" in str(ended[0])
+    asked = {}
+
+    class Logic:
+        def installTorch(self, **options):  # noqa: N802
+            asked.update(options)
+
+    monkeypatch.setitem(sys.modules, "PyTorchUtils", SimpleNamespace(PyTorchUtilsLogic=Logic))
+    dependencies.install(log.append, ended.append)
+    assert isinstance(ended[1], dependencies.Declined)
+    assert asked == {"askConfirmation": False, "torchVersionRequirement": ">=2.4"}
+
+
+def test_models_of_a_folder_and_a_file_that_is_none(panel, ui, tmp_path, model):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "mine.safetensors").write_bytes(Path(model).read_bytes())
+    (folder / "broken.safetensors").write_bytes(b"no model at all")
+    ui.modelsFolderButton.directory = str(folder)
+    texts = [ui.modelSelector.itemText(n) for n in range(ui.modelSelector.count)]
+    assert texts[-2:] == ["broken", "random"]
+    ui.modelSelector.currentIndex = texts.index("broken")
+    assert "broken.safetensors is no MorphSeek checkpoint" in ui.cardLabel.text
+    assert panel.logic.getParameterNode().model == str(folder / "broken.safetensors")
+    assert ui.registerButton.enabled is False
+
+
+def test_devices_are_asked_of_the_engine(stand_in, panel, ui):
+    stand_in.wait(lambda: any("threads" in ui.deviceSelector.itemText(n) for n in range(ui.deviceSelector.count)))
+    ui.deviceSelector.currentIndex = ui.deviceSelector.count - 1
+    assert panel.logic.getParameterNode().device == "cpu"
+
+
+def test_the_settings_are_saved_with_the_scene(stand_in, panel, ui, pair, tmp_path):
+    ui.stepsSpinBox.value = 4
+    slicer.mrmlScene.SetURL(str(tmp_path / "scene.mrml"))
+    slicer.mrmlScene.Commit()
+    slicer.mrmlScene.Clear(0)
+    slicer.modules.MorphSeekWidget.enter()
+    assert ui.stepsSpinBox.value == 2
+    slicer.mrmlScene.Connect()
+    slicer.modules.MorphSeekWidget.enter()
+    assert ui.stepsSpinBox.value == 4
+
+
+def test_batch_goes_on_after_a_pair_that_fails(stand_in, panel, pair, model):
+    told = []
+    logic = panel.logic
+    pairs = [
+        {"fixed_node": pair.fixed, "moving_node": pair.moving},
+        {"fixed_node": pair.fixed, "moving_node": None},
+        {"fixed_node": pair.fixed, "moving_node": pair.moving, "steps": 2},
+    ]
+    outcomes = logic.registerBatch(pairs, model=model, steps=1, align="none", device="cpu", on_outcome=told.append)
+    assert told == outcomes
+    assert [len(o.nodes.report["steps"]) - 1 if o.nodes else o.error[:8] for o in outcomes] == [1, "Choose a", 2]
+
+
+def test_self_test(stand_in, module):
+    module.python.runTest(msec=0)
+
+
+def test_what_slicers_lists_say(module):
+    assert module.title == "MorphSeek"
+    assert module.categories == ["Registration"]
+    assert "CVPR 2026" in module.helpText
+    assert not module.icon.isNull()
+    import SampleData
+
+    source = SampleData.SampleDataLogic.sources[-1]
+    assert source["nodeNames"] == ["MorphSeekFixed", "MorphSeekMoving"]
+    for uri, checksum in zip(source["uris"], source["checksums"], strict=True):
+        assert uri.endswith(checksum.removeprefix("SHA256:"))
+        assert len(checksum) == len("SHA256:") + 64
+
+
+def test_every_control_has_a_help_text(ui):
+    import qt
+
+    silent = []
+    for name, widget in vars(ui).items():
+        if isinstance(widget, (qt.QAbstractButton, qt.QComboBox, qt.QAbstractSpinBox, slicer.qMRMLNodeComboBox)):
+            section = "Section" in name or name.startswith("qt_") or widget.parent().className().startswith("ctk")
+            if not widget.toolTip and not section:
+                silent.append(name)
+    assert silent == []
+
+
+def test_logic_refuses_in_one_sentence(panel):
+    with pytest.raises(InputError, match="Choose a fixed and a moving volume"):
+        panel.logic.register(None, None)
