@@ -1,9 +1,10 @@
-"""The command line: ``morphseek register | evaluate | warmup | finetune | info | demo``."""
+"""The command line: ``morphseek register | evaluate | check | warmup | finetune | train | info | demo``."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -22,6 +24,7 @@ from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent
 
 if TYPE_CHECKING:
+    from .cases import CheckReport
     from .refinement import RefinementSettings
 
 app = typer.Typer(
@@ -144,6 +147,27 @@ def evaluate(
 
 
 @app.command()
+def check(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json, or a folder of images and label maps named alike.")],
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write the findings to.")] = None,
+    labels: Annotated[bool, typer.Option(help="Whether every case needs labels (warm-up alone does not).")] = True,
+) -> None:
+    """Look through the cases of a training before it: grids, labels in common, counts. Exit code 2: no start."""
+    with job() as (on_event, cancelled):
+        from .cases import check as run
+        from .cases import find_cases
+        from .checkpoint import write_atomically
+        from .settings import to_dict
+
+        report = run(find_cases(dataset), labels=labels, on_event=on_event, cancelled=cancelled)
+        if out is not None:
+            write_atomically(out, json.dumps(to_dict(report), indent=1).encode())
+    print_check(report)
+    if report.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
 def warmup(
     dataset: Annotated[Path, typer.Argument(help="dataset.json, or a folder of label maps for synthetic training.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
@@ -206,6 +230,29 @@ def finetune(
             cancelled=cancelled,
         )  # fmt: skip
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+@app.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="A training run: a folder with run.json, as Slicer makes it.")],
+    while_open: Annotated[
+        bool, typer.Option(help="Stop when standard input is closed, unless the folder then holds a file 'keep'.")
+    ] = False,
+) -> None:
+    """Warm up, fine-tune and measure as a run's folder says. Run it again to resume; a file 'stop' there stops it."""
+    with job() as (on_event, cancelled):
+        from .runs import run
+
+        stop, alone = threading.Event(), threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what a session's end sends
+        if while_open:
+            threading.Thread(target=_await_end, args=(sys.stdin.fileno(), alone), daemon=True).start()
+        model = run(
+            folder,
+            on_event,
+            lambda: cancelled() or stop.is_set() or (alone.is_set() and not (folder / "keep").exists()),
+        )
+    console.print(f"Wrote {model}", soft_wrap=True)
 
 
 @app.command()
@@ -310,6 +357,35 @@ def print_report(report: dict) -> None:
         table.add_row("Inverse, residual mean / 95 %", f"{residual['mean']:.3f} / {residual['p95']:.3f} mm")
     table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
     console.print(table)
+
+
+def _await_end(source: int, ended: threading.Event) -> None:
+    """Set an event when a file descriptor has nothing more to give. Not through sys.stdin: a thread that waits in it
+    cannot be left behind at the process's end."""
+    while os.read(source, 4096):
+        pass
+    ended.set()
+
+
+def print_check(report: CheckReport) -> None:
+    """The findings about a data set, as a table and sentences."""
+    table = Table("case", "voxels", "mm", "labels", "remarks", title="Cases")
+    for case in report.cases:
+        remarks = [f"[red]{escape(text)}[/red]" for text in case.problems] + [escape(text) for text in case.warnings]
+        numbers = (" x ".join(f"{n:g}" for n in values) for values in (case.shape, case.spacing))
+        table.add_row(escape(case.name), *numbers, str(len(case.labels)), "\n".join(remarks))
+    console.print(table)
+    for text in report.warnings:
+        console.print(text, soft_wrap=True, markup=False)
+    for text in report.problems:
+        errors.print(text, style="red", markup=False)
+    if not report.problems:
+        left_out = f"; {len(report.unusable)} are left out" if report.unusable else ""
+        console.print(
+            f"{report.training} cases to train on, {report.validation_pairs} pairs to validate on, {report.test_pairs} "
+            f"held-out pairs for the figures before and after; labels in common: {len(report.common)}{left_out}.",
+            soft_wrap=True,
+        )
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python -m MorphSeekLib.worker
 
-Requests: hello, load, info, register, export, shutdown. Notifications out: progress. Notification in: cancel. Arrays
+Requests: hello, load, info, register, check, export, shutdown. Notifications out: progress. Notification in: cancel. Arrays
 travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see ``_volume``. A
 checkpoint is loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever
 the libraries print goes to stderr, so that stdout holds the protocol alone.
@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .backbones import BACKBONES
+from .cases import check, find_cases
 from .checkpoint import bundled, find, read_card, software
 from .devices import describe_devices
 from .errors import Cancelled, MorphSeekError
@@ -62,6 +64,7 @@ class Worker:
             "info": self.info,
             "register": self.register,
             "export": self.export,
+            "check": self.check,
             "shutdown": lambda number, params: {},
         }
 
@@ -74,7 +77,7 @@ class Worker:
                 return
 
     def hello(self, number: Any, params: dict) -> dict:
-        """Versions, devices, bundled models."""
+        """Versions, devices, bundled models, backbones."""
         models = [{"name": n, "title": read_card(p).title, "path": str(p)} for n, p in bundled().items()]
         return {
             "version": __version__,
@@ -82,6 +85,7 @@ class Worker:
             **{k: v for k, v in software().items() if k != "morphseek"},
             "devices": describe_devices(),
             "models": models,
+            "backbones": sorted(BACKBONES),
         }
 
     def load(self, number: Any, params: dict) -> dict:
@@ -185,6 +189,16 @@ class Worker:
             on_event=lambda event: self._report(number, event),
         )
         return {"files": files}
+
+    def check(self, number: Any, params: dict) -> dict:
+        """Look through the cases of a training; see :mod:`MorphSeekLib.cases`."""
+        report = check(
+            find_cases(_get(params, "dataset", str)),
+            labels=_get(params, "labels", bool, True),
+            on_event=lambda event: self._report(number, event),
+            cancelled=lambda: number in self.cancelled,
+        )
+        return to_dict(report)
 
     def _model(self, name: str, device: str) -> LoadedModel:
         """The model, from memory when its file has not changed; only the last one is kept."""

@@ -214,6 +214,8 @@ class Application:
         self.unload()
         self.world = self.qt.world = offscreen.Application()
         self.qt.layoutManager().slices.clear()
+        # of Slicer's own modules, those that are asked for their logic
+        slicer.modules.plots = types.SimpleNamespace(logic=lambda: self.world.logic.GetModuleLogic("Plots"))
         self.qt.testing = True
         QtCore.QSettings().clear()
         errors.clear()

@@ -27,6 +27,7 @@ _LOGICS = {
     "Segmentations": "vtkSlicerSegmentationsModuleLogic",
     "Volumes": "vtkSlicerVolumesLogic",
     "Transforms": "vtkSlicerTransformLogic",
+    "Plots": "vtkSlicerPlotsLogic",
     "Sequences": "vtkSlicerSequencesLogic",
 }
 _SLICE_MANAGERS = (

@@ -1,0 +1,327 @@
+"""A training run as Slicer sees it: a folder, and the process that works in it and may outlive Slicer.
+
+The folder is the whole contract with the engine (MorphSeekLib/runs.py, `morphseek train FOLDER`). Nothing is remembered
+but what lies in it, so that a run is found again after Slicer, or the computer, was restarted:
+
+- run.json says what is wanted, status.json where it stands, *.safetensors.jsonl are the curves, log.txt the log;
+- "lock" is held by the process as long as it lives. That, and not its number, says whether it runs: numbers are given
+  out again, a lock is freed by the system however its holder ends;
+- a file "stop" asks it to stop, on every system and without a signal; it keeps what it needs to go on;
+- a file "keep" lets it go on when its standard input, which Slicer holds, is closed: by Slicer's end or crash.
+
+Neither slicer nor qt is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .engine_client import default_python, engine_root
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    import msvcrt
+
+STAGES = ("warmup", "finetune")
+_START_SECONDS = 90.0  # a process that holds no lock after so long (torch is slow to import) is not coming
+
+
+class RunError(ValueError):
+    """A run that cannot be made or started; the text is one sentence that says why and what to do."""
+
+
+@dataclass
+class RunStatus:
+    """Where a run stands.
+
+    Attributes:
+        state: "new" (never started), "starting", "running", "stopping", "stopped", "interrupted" (its process was
+            killed, or the computer went off), "failed" or "done".
+        stage: "warmup", "finetune", "evaluate" or "".
+        fraction: share that is done, 0 to 1.
+        message: a sentence for the person.
+        held_out: figures before and after on the held-out pairs, when done.
+        model: the finished checkpoint, when done.
+    """
+
+    state: str
+    stage: str = ""
+    fraction: float = 0.0
+    message: str = ""
+    held_out: dict = field(default_factory=dict)
+    model: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process is at work."""
+        return self.state in ("starting", "running", "stopping")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether starting it (again) makes sense."""
+        return self.state in ("new", "stopped", "interrupted", "failed")
+
+
+class TrainingRun:
+    """One run's folder."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self._process: subprocess.Popen | None = None
+        self._started = 0.0
+        self._curves = {stage: _Lines(self.folder / f"{stage}.safetensors.jsonl") for stage in STAGES}
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.settings().get("name") or self.folder.name
+
+    def settings(self) -> dict:
+        """run.json; empty if it cannot be read."""
+        return _read_json(self.folder / "run.json")
+
+    # ------------------------------------------------------------------------------------------------- the process
+
+    def start(self, keep: bool = False, python: str | None = None, command: Sequence[str] | None = None) -> None:
+        """Start it, or go on where it was stopped.
+
+        Args:
+            keep: let it go on when Slicer is closed; see :meth:`keep`.
+            python: the Python with the engine; Slicer's own by default.
+            command: what to run instead of the engine's `morphseek`, for tests.
+
+        Raises:
+            RunError: it runs already, or no process can be started.
+        """
+        if self.is_running():
+            raise RunError(f"The training '{self.name}' is running already.")
+        self.keep(keep)
+        for name in ("stop", "status.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+        root = engine_root()
+        if root is not None:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+        # a session of its own: neither Slicer's end nor a Ctrl+C in its terminal reaches it
+        if os.name == "nt":
+            group = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
+        else:
+            group = {"start_new_session": True}
+        command = list(command or [str(python or default_python()), "-m", "MorphSeekLib.cli"])
+        try:
+            with open(self.folder / "log.txt", "ab") as log:
+                self._process = subprocess.Popen(
+                    [*command, "train", str(self.folder), "--while-open"],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    cwd=self.folder,
+                    **group,
+                )
+        except OSError as problem:
+            raise RunError(
+                f"The training could not be started with '{command[0]}' ({problem.strerror or problem}); check that "
+                "this Python exists and may be run, and that the run's folder can be written."
+            ) from problem
+        self._started = time.monotonic()
+
+    def keep(self, on: bool) -> None:
+        """Whether the training goes on without Slicer; may be changed while it runs."""
+        if on:
+            (self.folder / "keep").touch()
+        else:
+            (self.folder / "keep").unlink(missing_ok=True)
+
+    @property
+    def kept(self) -> bool:
+        """See :meth:`keep`."""
+        return (self.folder / "keep").exists()
+
+    def stop(self) -> None:
+        """Ask it to stop after the iteration under way; it keeps its state."""
+        (self.folder / "stop").touch()
+
+    def kill(self) -> None:
+        """End its process at once; it resumes from the last state it saved.
+
+        Raises:
+            RunError: it runs on another computer.
+        """
+        holder = _read_json(self.folder / "lock") if self.is_running() else {}
+        if holder and holder.get("host") != socket.gethostname():
+            raise RunError(f"The training runs on {holder.get('host')}; end it there.")
+        number = holder.get("pid")
+        if number is None and self._process is not None and self._process.poll() is None:
+            number = self._process.pid
+        if number is None:
+            return
+        if os.name == "nt":
+            subprocess.run(
+                ["taskkill", "/F", "/T", "/PID", str(number)],
+                capture_output=True,
+                check=False,
+                creationflags=subprocess.CREATE_NO_WINDOW,
+            )
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5.0)
+
+    def release(self) -> None:
+        """Slicer lets go of it: it goes on if it is kept, and stops by itself if not."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            # whoever goes on is not ours to wait for any more; without this, Python warns when it forgets it
+            self._process.returncode = self._process.poll() or 0
+            self._process = None
+        if self.is_running() and not self.kept:
+            self.stop()
+
+    def is_running(self) -> bool:
+        """Whether a process holds the run's lock."""
+        path = self.folder / "lock"
+        if not path.is_file():
+            return False
+        try:
+            with open(path, "r+", encoding="utf-8") as file:
+                return not _try_lock(file)
+        except OSError:
+            return False
+
+    # --------------------------------------------------------------------------------------------- what it left
+
+    def status(self) -> RunStatus:
+        """Where it stands, from the folder and, if this Slicer started it, from its process."""
+        running = self.is_running()
+        values = _read_json(self.folder / "status.json")
+        known = {name: values[name] for name in RunStatus.__dataclass_fields__ if name in values}
+        status = RunStatus(**({"state": "new"} | known))
+        if running:
+            status.state = "stopping" if (self.folder / "stop").exists() else "running"
+            return status
+        code = self._process.poll() if self._process is not None else None
+        if status.state in ("stopped", "failed", "done"):
+            return status
+        if self._process is not None and code is None and time.monotonic() - self._started < _START_SECONDS:
+            # the first lock is not taken yet, or the last word not written yet
+            status.state, status.message = "starting", "Starting the engine"
+        elif self._process is not None and code not in (None, 0) and not values:
+            status.state, status.message = "failed", _why(self.log())
+        elif values or self._begun():
+            status.state = "interrupted"
+            status.message = "It was interrupted; Resume goes on from the last state it saved."
+        return status
+
+    def curves(self, stage: str) -> list[dict[str, float]]:
+        """A row of figures per iteration; what was read before is not read again."""
+        return self._curves[stage].read()
+
+    def log(self, lines: int = 40) -> list[str]:
+        """The end of its log."""
+        try:
+            with open(self.folder / "log.txt", "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 200 * lines))
+                return file.read().decode("utf-8", "replace").splitlines()[-lines:]
+        except OSError:
+            return []
+
+    def _begun(self) -> bool:
+        return (self.folder / "log.txt").exists()
+
+
+def create_run(root: Path | str, settings: dict) -> TrainingRun:
+    """A new run's folder under ``root``, named after the model, with its run.json.
+
+    Args:
+        root: where runs are kept; made when missing.
+        settings: run.json, see MorphSeekLib/runs.py: RunSettings.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    stem = re.sub(r"[^\w.-]+", "-", settings["name"]).strip("-.") or "training"
+    folder, number = Path(root) / f"{time.strftime('%Y-%m-%d')}-{stem}", 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{time.strftime('%Y-%m-%d')}-{stem}-{number}")
+    try:
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    except OSError as problem:
+        raise RunError(
+            f"The folder {folder} cannot be written ({problem.strerror}); choose another one for the runs, or free "
+            "some space."
+        ) from problem
+    return TrainingRun(folder)
+
+
+def find_runs(root: Path | str) -> list[TrainingRun]:
+    """All runs under ``root``, the newest first."""
+    found = [path.parent for path in Path(root).glob("*/run.json")]
+    return [TrainingRun(f) for f in sorted(found, key=lambda f: (f / "run.json").stat().st_mtime_ns, reverse=True)]
+
+
+class _Lines:
+    """A growing file of JSON lines, read bit by bit; a resumed run writes again what it had beyond its state."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows, self._offset = path, [], 0
+
+    def read(self) -> list[dict[str, float]]:
+        try:
+            with open(self.path, "rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:
+                    self.rows, self._offset = [], 0
+                file.seek(self._offset)
+                new = file.read()
+        except OSError:
+            return self.rows
+        whole = new[: new.rfind(b"\n") + 1]  # the last line may be half written
+        rows = [json.loads(line) for line in whole.splitlines()]
+        if rows and self.rows and rows[0]["iteration"] != self.rows[-1]["iteration"] + 1:
+            self.rows, self._offset = [], 0  # written anew meanwhile
+            return self.read()
+        self._offset += len(whole)
+        self.rows += rows
+        return self.rows
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _why(log: list[str]) -> str:
+    last = next((line.strip() for line in reversed(log) if line.strip()), "nothing")
+    return f"The training could not begin; its log says: {last}"
+
+
+def _try_lock(file) -> bool:
+    """As MorphSeekLib/runs.py locks it; but shared, so that two who ask do not disturb each other."""
+    try:
+        if os.name == "nt":
+            file.seek(1 << 20)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,219 @@
+"""Cases found in folders, checked, and held out, on real files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from cases import blob_grid, blob_image, blob_labels, write_dataset
+from typer.testing import CliRunner
+
+from MorphSeekLib.cases import TEST, VALIDATION, check, find_cases, hold_out, name_of
+from MorphSeekLib.cli import app
+from MorphSeekLib.datasets import Dataset
+from MorphSeekLib.errors import Cancelled, MorphSeekError
+from MorphSeekLib.geometry import Grid, Volume
+from MorphSeekLib.images import write_image
+
+
+def write_case(image, label, seed, grid=None):
+    """A blob case in two files of any names."""
+    for path in (image, label):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    labels = blob_labels(seed, grid or blob_grid())
+    write_image(blob_image(labels, seed), image)
+    write_image(labels, label)
+
+
+LAYOUTS = {
+    "folders": ("images/p{}.nii.gz", "labels/p{}.nii.gz"),
+    "nnU-Net": ("imagesTr/p{}_0000.nii.gz", "labelsTr/p{}.nii.gz"),
+    "suffixes": ("p{}.nii.gz", "p{}_seg.nrrd"),
+    "a folder each": ("p{}/image.nii.gz", "p{}/segmentation.nii.gz"),
+    "a folder each, with names": ("p{}/t1.nii.gz", "p{}/t1-label.nii.gz"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cases_are_matched_by_name(tmp_path, layout):
+    for seed in range(2):
+        write_case(*(tmp_path / name.format(seed) for name in LAYOUTS[layout]), seed)
+    dataset = find_cases(tmp_path)
+    image, label = (tmp_path / name for name in LAYOUTS[layout])
+    assert [(c.image, c.label) for c in dataset.cases["training"]] == [
+        tuple(type(image)(str(path).format(seed)) for path in (image, label)) for seed in range(2)
+    ]
+
+
+def test_a_description_goes_before_names(tmp_path):
+    write_dataset(tmp_path, 2)
+    assert find_cases(tmp_path).labels[1] == "shell"
+    (tmp_path / "dataset.json").rename(tmp_path / "OASIS_dataset.json")
+    assert find_cases(tmp_path).labels[1] == "shell"
+    assert find_cases(tmp_path / "OASIS_dataset.json").labels[1] == "shell"
+
+
+def test_folders_that_say_nothing_are_refused(tmp_path):
+    with pytest.raises(MorphSeekError, match="holds no images"):
+        find_cases(tmp_path)
+    with pytest.raises(MorphSeekError, match="no file or folder"):
+        find_cases(tmp_path / "gone")
+    write_case(tmp_path / "a.nii.gz", tmp_path / "a_seg.nii.gz", 0)
+    shutil.copy(tmp_path / "a_seg.nii.gz", tmp_path / "a_mask.nii.gz")
+    with pytest.raises(MorphSeekError, match=r"a_mask.nii.gz and a_seg.nii.gz are both label maps of one case"):
+        find_cases(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Six good cases, and one of every kind of trouble."""
+    folder = tmp_path_factory.mktemp("mixed")
+
+    def names(name):
+        return folder / "images" / f"{name}.nii.gz", folder / "labels" / f"{name}.nii.gz"
+
+    for seed in range(6):
+        write_case(*names(f"good{seed}"), seed)
+    write_case(*names("twin"), 7)
+    shutil.copy(names("good0")[0], names("twin")[0])
+    write_case(*names("bare"), 8)
+    names("bare")[1].unlink()
+    write_case(*names("broken"), 9)
+    names("broken")[0].write_bytes(names("broken")[0].read_bytes()[:2000])
+    write_case(*names("alien"), 10)
+    labels = blob_labels(10, blob_grid())
+    write_image(Volume((labels.data > 0).int() * 77, labels.grid), names("alien")[1])
+    write_case(*names("elsewhere"), 11)
+    away = blob_grid().affine.copy()
+    away[:3, 3] += 900
+    write_image(Volume(labels.data, Grid(labels.grid.shape, away)), names("elsewhere")[1])
+    write_case(*names("coarse_labels"), 12)
+    coarse = Grid.from_parts((12, 14, 10), (4.0, 4.0, 5.0), np.eye(3), blob_grid().origin)
+    write_image(blob_labels(12, coarse), names("coarse_labels")[1])
+    write_case(*names("no_ball"), 13)
+    labels = blob_labels(13, blob_grid())
+    write_image(Volume(labels.data.masked_fill(labels.data == 3, 1), labels.grid), names("no_ball")[1])
+    write_case(*names("huge_voxels"), 14, Grid.from_parts((24, 28, 20), (20.0, 20.0, 25.0), np.eye(3), (0, 0, 0)))
+    return folder
+
+
+def test_every_kind_of_trouble_is_named(mixed):
+    events = []
+    report = check(find_cases(mixed), on_event=events.append)
+    rows = {case.name.removeprefix("images/").removesuffix(".nii.gz"): case for case in report.cases}
+    problems = {name: " ".join(row.problems) for name, row in rows.items() if row.problems}
+    assert set(problems) == {"twin", "bare", "broken", "alien", "elsewhere"}
+    assert "same image as images/good0.nii.gz" in problems["twin"]
+    assert "no label map" in problems["bare"]
+    assert problems["broken"].startswith("images/broken.nii.gz"), "without the folder, which all share"
+    assert "(77) are none of those that most cases have (1, 2, 3)" in problems["alien"]
+    assert "labels nothing in its image" in problems["elsewhere"]
+    warnings = {name: " ".join(row.warnings) for name, row in rows.items() if row.warnings}
+    assert set(warnings) == {"coarse_labels", "no_ball", "huge_voxels"}
+    assert "another grid (12 x 14 x 10)" in warnings["coarse_labels"]
+    assert "lacks the labels 3" in warnings["no_ball"]
+    assert "1000 times as large as usual" in warnings["huge_voxels"]
+    assert report.common == (1, 2)
+    assert report.labels == {1: 9, 2: 9, 3: 8}
+    assert not report.problems
+    assert (report.training, report.validation_pairs, report.test_pairs) == (7, 2, 2)
+    assert rows["good0"].shape == (24, 28, 20)
+    assert [e.step for e in events] == [*range(1, 15), 14]
+
+
+def test_cases_without_labels_will_do_for_warmup(mixed):
+    report = check(find_cases(mixed), labels=False)
+    assert "images/bare.nii.gz" not in report.unusable
+    assert "images/broken.nii.gz" in report.unusable
+
+
+def test_a_check_can_be_cancelled(mixed):
+    seen = []
+    with pytest.raises(Cancelled):
+        check(find_cases(mixed), on_event=seen.append, cancelled=lambda: len(seen) > 1)
+    assert len(seen) == 2
+
+
+def test_labels_without_any_in_common(tmp_path):
+    for seed in range(4):
+        write_case(tmp_path / f"{seed}.nii.gz", tmp_path / f"{seed}_label.nii.gz", seed)
+        labels = blob_labels(seed, blob_grid())
+        write_image(Volume((labels.data > 0).int() * (seed + 1), labels.grid), tmp_path / f"{seed}_label.nii.gz")
+    report = check(find_cases(tmp_path))
+    assert "none of those" in report.cases[0].problems[0]
+    assert any("0 usable training cases" in text for text in report.problems)
+
+
+def test_a_data_sets_own_pairs_are_held_out(tmp_path):
+    dataset = find_cases(write_dataset(tmp_path, 5))
+    used = hold_out(dataset)
+    assert [name_of(c, dataset) for c in used.cases["training"]] == [f"image_{n}.nii.gz" for n in (2, 3, 4)]
+    assert (len(used.pairs[VALIDATION]), len(used.pairs[TEST])) == (1, 2)
+    with pytest.raises(MorphSeekError, match="leaves 1 usable training cases"):
+        hold_out(dataset, ["image_2.nii.gz", "image_3.nii.gz"])
+
+
+@pytest.mark.parametrize("count", [4, 5, 10, 23])
+def test_held_out_cases_are_not_trained_on(tmp_path, count):
+    (tmp_path / "dataset.json").write_text(json.dumps(description(tmp_path, count)))
+    dataset = find_cases(tmp_path)
+    used = hold_out(dataset)
+    training = set(used.cases["training"])
+    fixed = {split: {pair.fixed for pair in used.pairs[split]} for split in (VALIDATION, TEST)}
+    assert not training & (fixed[VALIDATION] | fixed[TEST])
+    assert not fixed[VALIDATION] & fixed[TEST]
+    assert len(training) + len(fixed[VALIDATION]) + len(fixed[TEST]) == count
+    assert len(fixed[TEST]) == max(1, count // 5)
+    moving = {pair.moving for split in (VALIDATION, TEST) for pair in used.pairs[split]}
+    assert (moving <= training) == (count < 10), "a single held-out case needs a partner, several have each other"
+    assert hold_out(dataset) == used, "the same each time"
+
+
+def test_three_cases_are_too_few(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps(description(tmp_path, 3)))
+    with pytest.raises(MorphSeekError, match=r"leaves 3 usable training cases .* at least 4"):
+        hold_out(find_cases(tmp_path))
+
+
+def test_a_secret_test_set_is_not_held_against_it(tmp_path):
+    """Learn2Reg publishes test pairs without labels: no problem, and others are held out instead."""
+    values = description(tmp_path, 6)
+    (tmp_path / "secret.nii.gz").touch()
+    values["registration_test"] = [{"fixed": "secret.nii.gz", "moving": "secret.nii.gz"}]
+    (tmp_path / "dataset.json").write_text(json.dumps(values))
+    used = hold_out(find_cases(tmp_path))
+    assert all(pair.fixed.label for pair in used.pairs[TEST])
+
+
+def description(folder, count):
+    for n in range(count):
+        (folder / f"{n}.nii.gz").touch()
+    return {"training": [{"image": f"{n}.nii.gz", "label": f"{n}.nii.gz"} for n in range(count)]}
+
+
+def test_the_command(mixed, tmp_path):
+    done = CliRunner().invoke(app, ["check", str(mixed), "--out", str(tmp_path / "check.json")], terminal_width=200)
+    assert done.exit_code == 0, done.output
+    assert "7 cases to train on, 2 pairs to validate on, 2 held-out pairs" in " ".join(done.output.split())
+    written = json.loads((tmp_path / "check.json").read_text())
+    assert len(written["cases"]) == 14
+    assert written["common"] == [1, 2]
+    one = tmp_path / "one"
+    write_case(one / "a.nii.gz", one / "a_seg.nii.gz", 0)
+    done = CliRunner().invoke(app, ["check", str(one)])
+    assert done.exit_code == 2
+    assert "leaves 1 usable training cases" in " ".join(done.output.split())
+
+
+def test_the_suggested_grid_is_handy(tmp_path):
+    write_case(tmp_path / "a.nii.gz", tmp_path / "a_seg.nii.gz", 0)
+    assert check(find_cases(tmp_path)).spacing == 2.0
+    data = torch.rand(300, 300, 100)
+    grid = Grid.from_parts(data.shape, (1.0, 1.0, 2.0), np.eye(3), (0, 0, 0))
+    write_image(Volume(data, grid), tmp_path / "a.nii.gz")
+    dataset = find_cases(tmp_path)
+    spacing = check(Dataset(tmp_path, dataset.cases), labels=False).spacing
+    assert 300 * 300 * 200 / spacing**3 < 2.2e6

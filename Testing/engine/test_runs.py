@@ -1,0 +1,229 @@
+"""A run's folder: trained by real processes, stopped, killed, resumed, finished, with its figures before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cases import write_dataset
+
+from MorphSeekLib import checkpoint
+from MorphSeekLib.errors import Cancelled, MorphSeekError
+from MorphSeekLib.runs import locked, run
+
+MODEL = {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "norm": "instance", "flow_stride": 2}}
+WARMUP = {
+    "model": MODEL,
+    "preprocessing": {"spacing": [2.5, 2.5, 2.5], "align": "center"},
+    "training": {"iterations": 3, "steps": 1, "validate_every": 2},
+}
+FINETUNE = {
+    "policy": {"trajectories": 4, "weight": 0.1},
+    "training": {"iterations": 3, "steps": 2, "validate_every": 2, "save_every": 1},
+}
+COMMAND = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from MorphSeekLib.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("blobs"), 5)
+
+
+def make(folder, cases, **changes):
+    """A run's folder with its run.json."""
+    values = {"name": "Blobs", "dataset": str(cases), "model": "blobs.safetensors", "device": "cpu"}
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(values | {"warmup": WARMUP, "finetune": FINETUNE} | changes))
+    return folder
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def rows(folder, stage):
+    return [json.loads(line) for line in (folder / f"{stage}.safetensors.jsonl").read_text().splitlines()]
+
+
+def long_run(folder, dataset, init):
+    """More iterations than any test waits for."""
+    training = FINETUNE["training"] | {"iterations": 100_000, "validate_every": 50_000}
+    return make(folder, dataset, init=str(init), warmup=None, finetune=FINETUNE | {"training": training})
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A run from scratch to its end; its folder and events."""
+    folder, events = make(tmp_path_factory.mktemp("runs") / "whole", dataset), []
+    run(folder, events.append)
+    return folder, events
+
+
+def test_a_run_ends_with_a_checkpoint_and_figures(whole):
+    folder, events = whole
+    card = checkpoint.read_card(folder / "blobs.safetensors")
+    assert card.title == "Blobs"
+    assert card.provenance["stage"] == "GRPO fine-tuning"
+    assert card.provenance["cases"] == 3, "the cases of the held-out pairs were not trained on"
+    held_out = card.results["held_out"]
+    assert held_out["pairs"] == 2
+    assert set(held_out["start"]) == {"dice", "hd95", "njd_percent", "sdlogj"}
+    assert set(held_out["mean"]) == set(held_out["start"]) | {"dice_aligned"}
+    assert 0 < held_out["mean"]["dice_aligned"] < 1
+    written = json.loads((folder / "result.json").read_text())
+    assert held_out["mean"]["dice"] == written["mean"]["dice"]
+    assert {k: status(folder)[k] for k in ("state", "fraction")} == {"state": "done", "fraction": 1.0}
+    assert status(folder)["held_out"] == held_out
+    assert status(folder)["model"] == str(folder / "blobs.safetensors")
+    fractions = [event.fraction for event in events]
+    assert fractions == sorted(fractions), "the bar never goes back"
+    assert fractions[-1] == 1.0
+    assert [row["iteration"] for row in rows(folder, "warmup")] == [1, 2, 3]
+    assert "validation/njd_percent" in rows(folder, "finetune")[1]
+
+
+def test_a_finished_run_does_nothing_anew(whole):
+    folder, _ = whole
+    before = (folder / "finetune.safetensors").stat().st_mtime_ns
+    events = []
+    run(folder, events.append)
+    assert (folder / "finetune.safetensors").stat().st_mtime_ns == before
+    assert not [event for event in events if event.phase == "train"]
+
+
+def test_warmup_from_a_checkpoint_takes_its_model(whole, dataset, tmp_path):
+    init = whole[0] / "warmup.safetensors"
+    other = WARMUP | {"model": {}, "preprocessing": {}}
+    folder = make(tmp_path / "run", dataset, init=str(init), warmup=other, finetune=None)
+    run(folder)
+    card = checkpoint.read_card(folder / "blobs.safetensors")
+    assert card.model == checkpoint.read_card(init).model
+    assert card.preprocessing.spacing == (2.5, 2.5, 2.5)
+    assert {"start", "mean"} < set(card.results["held_out"])
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(whole, dataset, tmp_path):
+    folder = make(tmp_path / "cut", dataset)
+
+    def stop_in_finetuning(event):
+        if event.phase == "train" and (folder / "finetune.safetensors.jsonl").exists():
+            (folder / "stop").touch()
+
+    with pytest.raises(Cancelled):
+        run(folder, stop_in_finetuning)
+    assert status(folder)["state"] == "stopped"
+    assert not (folder / "blobs.safetensors").exists()
+    run(folder)
+    assert not (folder / "stop").exists()
+    one, two = (checkpoint.load(f / "blobs.safetensors")[0].state_dict() for f in (whole[0], folder))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_minutes_become_iterations_once(dataset, whole, tmp_path):
+    init = whole[0] / "warmup.safetensors"
+    folder = make(tmp_path / "run", dataset, init=str(init), warmup=None, minutes=0.1)
+    begin = time.monotonic()
+    run(folder)
+    planned = json.loads((folder / "finetune.json").read_text())["training"]
+    assert 10 <= planned["iterations"] == len(rows(folder, "finetune"))
+    validated = [row for row in rows(folder, "finetune") if "validation/dice" in row]
+    assert 1 <= len(validated) <= 10
+    assert "validation/dice" in rows(folder, "finetune")[-1]
+    assert time.monotonic() - begin < 60
+    short = make(tmp_path / "short", dataset, init=str(init), warmup=None, minutes=1e-4)
+    with pytest.raises(MorphSeekError, match="minutes are too short"):
+        run(short)
+    assert status(short)["state"] == "failed"
+    assert "too short" in status(short)["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"warmup": None}, "needs a checkpoint to start from"),
+        ({"warmup": None, "finetune": None}, "neither a warmup nor a finetune"),
+        ({"model": "a.pt"}, "must end with .safetensors"),
+        ({"minutes": 0}, "minutes must be above 0"),
+        ({"speed": 1}, "no setting 'speed'"),
+        ({"init": "brain-xr"}, "no model 'brain-xr'"),
+        ({"dataset": "gone"}, "no file or folder"),
+        ({"leave_out": ["image_2.nii.gz", "image_3.nii.gz"]}, "leaves 1 usable training cases"),
+    ],
+)
+def test_bad_settings_are_one_sentence(dataset, tmp_path, changes, words):
+    folder = make(tmp_path / "run", dataset, **changes)
+    with pytest.raises(MorphSeekError, match=words):
+        run(folder)
+    assert status(folder)["state"] == "failed"
+    assert words in status(folder)["message"]
+
+
+def test_no_run_in_a_folder(tmp_path):
+    with pytest.raises(MorphSeekError, match="no training run"):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_never_train_in_one_folder(dataset, tmp_path):
+    folder = make(tmp_path / "run", dataset)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from MorphSeekLib.runs import locked\n"
+         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(folder)],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert json.loads((folder / "lock").read_text())["pid"] == holder.pid
+        with pytest.raises(MorphSeekError, match="Another process is training"):
+            run(folder)
+        assert not (folder / "status.json").exists(), "the other's status is not touched"
+    finally:
+        holder.kill()
+        holder.wait()
+    with locked(folder):  # free as soon as its holder is gone, whatever way it went
+        assert json.loads((folder / "lock").read_text())["pid"] == os.getpid()
+
+
+def start(folder, *options, **more):
+    return subprocess.Popen([*COMMAND, "train", str(folder), *options], stderr=subprocess.DEVNULL, **more)
+
+
+def wait_for_training(folder, process, lines=2):
+    log = folder / "finetune.safetensors.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < lines:
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_processes_stop_as_asked_and_resume(dataset, whole, tmp_path):
+    """Three processes, one after the other, on one run: ended by the file, by SIGTERM, and by the parent's death."""
+    folder = long_run(tmp_path / "run", dataset, whole[0] / "warmup.safetensors")
+    process = start(folder)
+    wait_for_training(folder, process)
+    (folder / "stop").touch()
+    assert process.wait(60) == 130
+    first = len(rows(folder, "finetune"))
+    assert status(folder)["state"] == "stopped"
+
+    process = start(folder)
+    wait_for_training(folder, process, first + 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    second = len(rows(folder, "finetune"))
+    assert second > first
+
+    (folder / "keep").touch()
+    process = start(folder, "--while-open", stdin=subprocess.PIPE)
+    process.stdin.close()
+    wait_for_training(folder, process, second + 3)  # goes on alone, as it was asked to
+    (folder / "keep").unlink()
+    assert process.wait(60) == 130
+    assert [row["iteration"] for row in rows(folder, "finetune")] == list(range(1, len(rows(folder, "finetune")) + 1))
