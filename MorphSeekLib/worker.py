@@ -2,10 +2,10 @@
 
     python -m MorphSeekLib.worker
 
-Requests: hello, load, info, register, check, export, shutdown. Notifications out: progress. Notification in: cancel. Arrays
-travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see ``_volume``. A
-checkpoint is loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever
-the libraries print goes to stderr, so that stdout holds the protocol alone.
+Requests: hello, load, info, register, check, export, shutdown. Notifications out: progress. Notification in: cancel.
+Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
+``_volume``. A checkpoint is loaded once and kept. The process ends when its stdin closes, so that it never outlives
+Slicer; whatever the libraries print goes to stderr, so that stdout holds the protocol alone.
 """
 
 from __future__ import annotations

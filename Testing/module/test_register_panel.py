@@ -96,7 +96,10 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert ui.cancelButton.visible
     assert ui.settingsWidget.enabled is False
     run(stand_in, panel)
-    assert [t for t in said if t.startswith("Refinement step")] == ["Refinement step 1 of 2", "Refinement step 2 of 2"]
+    assert [t.split(" (about")[0] for t in said if t.startswith("Refinement step")] == [
+        "Refinement step 1 of 2",
+        "Refinement step 2 of 2",
+    ]
     assert seen == [0, 1, 2]
     assert ui.settingsWidget.enabled is True
     assert not ui.progressBar.visible
