@@ -96,7 +96,8 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert ui.cancelButton.visible
     assert ui.settingsWidget.enabled is False
     run(stand_in, panel)
-    assert [t for t in said if t.startswith("Refinement step")] == ["Refinement step 1 of 2", "Refinement step 2 of 2"]
+    steps = [text.partition(" (about")[0] for text in said if text.startswith("Refinement step")]
+    assert steps == ["Refinement step 1 of 2", "Refinement step 2 of 2"]
     assert seen == [0, 1, 2]
     assert ui.settingsWidget.enabled is True
     assert not ui.progressBar.visible
@@ -147,7 +148,7 @@ def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair):
     ui.cancelButton.click()
     assert ui.statusLabel.text == "Cancelling ..."
     run(stand_in, panel)
-    assert time.monotonic() - pressed < 6
+    assert time.monotonic() - pressed < 10, "a second or two, with room for a loaded machine"
     assert scene_state() == before
     assert ui.statusLabel.text == "Cancelled; the scene is as it was."
     assert ui.registerButton.enabled is True
