@@ -3,7 +3,7 @@
 
 Opens a window with the panel, on Testing/SlicerStandIn, beside slice views that slicer-core draws, with two heads to
 register. Without a screen it photographs instead what a person would see: the panel before, during and after a
-registration, into a folder.
+registration, in Inspect and in Fine-tune, into a folder.
 
     python Testing/preview.py [--photograph FOLDER]
 
@@ -145,6 +145,20 @@ def main() -> None:
     photograph("register-running.png")
     application.wait(lambda: panel._run is None, 600)
     photograph("register.png")
+    sections = slicer.modules.MorphSeekWidget.ui
+    sections.registerSection.collapsed = True
+    inspect = slicer.modules.MorphSeekWidget.panels["inspect"].ui
+    inspect.jacobianButton.checked = True
+    inspect.gridCheckBox.checked = True
+    inspect.foldingCheckBox.checked = True
+    application.process()
+    photograph("inspect.png")
+    sections.inspectSection.collapsed = True
+    panel.ui.trainingCheckBox.checked = True
+    sections.trainingSection.collapsed = False
+    application.process()
+    photograph("training.png")
+    panel.ui.trainingCheckBox.checked = False
     application.unload()
 
 
