@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ import slicer
 import slicer.util
 import worlds
 from MorphSeekGui import scene
+from MorphSeekGui.engine_client import close_shared_client, shared_client
 
 FOLDED = {
     "folding": {
@@ -30,8 +33,30 @@ FOLDED = {
 
 
 @pytest.fixture
-def panel(module):
-    return module.representation.python.panels["inspect"]
+def panel(stand_in):
+    """The section alone, as the module's widget makes it; Register would start an engine for every test."""
+    import ctk
+    import qt
+    from MorphSeekGui.inspect_panel import InspectPanel
+
+    section = ctk.ctkCollapsibleButton()
+    section.setLayout(qt.QVBoxLayout())
+    panel = InspectPanel(section, SimpleNamespace(client=shared_client))
+    panel.setMRMLScene(slicer.mrmlScene)
+    stand_in.show(section)
+    panel.enter()
+    yield panel
+    panel.cleanup()
+    section.deleteLater()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The engine of these tests, which ends with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    close_shared_client()
 
 
 @pytest.fixture
@@ -40,12 +65,12 @@ def ui(panel):
 
 
 @pytest.fixture
-def view(module, stand_in):
+def view(stand_in):
     return stand_in.open_views((200, 200))["Red"]
 
 
 @pytest.fixture
-def nodes(module, tmp_path):
+def nodes(stand_in, tmp_path):
     return make_result(tmp_path / "one")
 
 
@@ -145,13 +170,13 @@ def test_the_slider_fades_and_each_layer_keeps_its_own(panel, ui, nodes, view):
     assert not ui.legendBar.isVisibleTo(panel.widget)
 
 
-def test_flicker_takes_turns_until_the_module_is_left(panel, ui, nodes, view, stand_in, module):
+def test_flicker_takes_turns_until_the_module_is_left(panel, ui, nodes, view, stand_in):
     panel.show(nodes)
     ui.rateSlider.value = 3
     ui.flickerButton.click()
     seen = set()
     stand_in.wait(lambda: seen.add(layers(view)[2]) or seen == {0.0, 1.0}, 5)
-    module.representation.exit()
+    panel.exit()
     assert not ui.flickerButton.checked
     assert not panel._flicker.active
     assert layers(view)[1] is None
@@ -201,7 +226,7 @@ def test_figures_verdict_and_definition(panel, ui, nodes):
     assert [structures.item(0, column).text() for column in range(4)] == ["3", "0.300", "0.610", "0.740"]
 
 
-def test_limits_are_typed_kept_refused_and_set_back(panel, ui, nodes, stand_in, module):
+def test_limits_are_typed_kept_refused_and_set_back(panel, ui, nodes, stand_in):
     panel.show(nodes)
     table = ui.figuresTable
     row = row_of(table, "SDlogJ")
@@ -217,7 +242,7 @@ def test_limits_are_typed_kept_refused_and_set_back(panel, ui, nodes, stand_in, 
     assert not ui.messageLabel.isVisibleTo(panel.widget)
     assert ui.verdictLabel.text.startswith("■ Red")
 
-    again = type(panel)(module.representation.python.ui.inspectSection, None)  # as after a restart
+    again = type(panel)(panel.widget.parent(), None)  # as after a restart
     again.setMRMLScene(slicer.mrmlScene)
     again.show(nodes)
     assert again.ui.verdictLabel.text.startswith("■ Red")
@@ -291,7 +316,7 @@ def test_one_more_step_in_the_same_nodes_is_looked_at_anew(panel, ui, nodes, tmp
     assert ui.regionsLabel.text == "No voxel folds."
 
 
-def test_a_result_in_a_transform_that_the_person_chose(panel, ui, module, tmp_path):
+def test_a_result_in_a_transform_that_the_person_chose(panel, ui, tmp_path):
     world = worlds.make_world("upright")
     chosen = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode", "mine")
     result = worlds.result_of(world, tmp_path) | {"report": FOLDED}
@@ -413,3 +438,14 @@ def test_cleanup_leaves_the_views_as_they_were(panel, ui, nodes, view, stand_in)
     assert layers(view) == before
     slicer.mrmlScene.RemoveNode(nodes.warped)  # nobody listens any more
     assert stand_in.take_errors() == []
+
+
+def test_the_module_hands_a_result_over(module, tmp_path):
+    widget = module.representation.python
+    nodes = make_result(tmp_path / "one")
+    assert widget.ui.inspectSection.collapsed
+    for function in widget.panels["register"].on_result:
+        function(nodes)
+    assert not widget.ui.inspectSection.collapsed
+    assert widget.panels["inspect"].ui.resultSelector.currentNode() is nodes.transform
+    assert widget.panels["inspect"].ui.verdictLabel.text.startswith("▲ Amber")
