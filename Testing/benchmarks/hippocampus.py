@@ -252,7 +252,7 @@ def report(name: str, results: dict[tuple[str, str], list[dict]], out: Path, ite
     axes.legend(fontsize=7)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
-    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"iterations": iterations, "base": BASE, "arms": table, "software": software()}
     (out / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
     print("\n".join(lines))

@@ -47,7 +47,7 @@ def test_the_report_names_who_is_better_and_how_surely(benchmark, tmp_path):
     assert table[1]["by_seed"]["dice"][1] - table[1]["by_seed"]["dice"][0] == pytest.approx(0.02)
     assert table[1]["p"]["dice"] == pytest.approx(2 / 2**12)
     assert table[1]["p"]["njd_percent"] == 1.0
-    assert "0.7255" in (tmp_path / "kl.md").read_text()
+    assert "0.7255" in (tmp_path / "kl.md").read_text(encoding="utf-8")
     assert (tmp_path / "kl.png").stat().st_size > 5000
 
 

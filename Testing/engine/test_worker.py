@@ -161,7 +161,7 @@ def test_export_writes_what_the_command_line_writes(client, request_of, tmp_path
     point = (affine @ [5, 6, 7, 1])[:3]
     np.testing.assert_allclose(transform.TransformPoint(point), point + displacement[:, 5, 6, 7], atol=1e-3)
     assert json.loads((output / "report.json").read_text())["folding"] == answer["report"]["folding"]
-    page = (output / "report.html").read_text()
+    page = (output / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 2
     assert "moving node registered onto fixed node" in page
 
