@@ -53,6 +53,10 @@ from .training import (
 )
 
 SILENT_GROUPS = 50
+FIELD_POLICY = PolicyGradientSettings(
+    weight=20.0, place="field", sigma=0.5, credit="local", scale="none", s="1", antithetic=True, advance="mean"
+)
+"""The policy on control points with local credit, in the rewards' own units: the gradient of the expected reward."""
 POSTERIOR_SAMPLES = 10
 
 
@@ -80,20 +84,21 @@ class FinetuneRun(WarmupSettings):
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A whole settings file.
+    """A whole settings file. The defaults are the form that did best in Testing/benchmarks/results/gain.md.
 
     Attributes:
         title, licence: for the card.
         loss: lambda_warm's terms and ``dice``, lambda_Dice.
-        policy: lambda_policy and how a group is sampled; ``policy.weight = 0`` samples nothing.
+        policy: lambda_policy and how a group is sampled; ``policy.weight = 0`` samples nothing. The paper's form is
+            Resources/Training/finetune-paper.toml.
         reward: the terms of the reward and their weights.
     """
 
     title: str = ""
     licence: str = ""
-    loss: LossSettings = field(default_factory=lambda: LossSettings(regularization=3.0, folding=10.0, dice=1.0))
-    policy: PolicyGradientSettings = field(default_factory=PolicyGradientSettings)
-    reward: RewardSettings = field(default_factory=RewardSettings)
+    loss: LossSettings = field(default_factory=lambda: LossSettings(regularization=1.0, folding=10.0, dice=1.0))
+    policy: PolicyGradientSettings = field(default_factory=lambda: FIELD_POLICY)
+    reward: RewardSettings = field(default_factory=lambda: RewardSettings({"dice": 1.0, "folding": 20.0}))
     training: FinetuneRun = field(default_factory=FinetuneRun)
 
 

@@ -1,6 +1,7 @@
 """Settings: dataclasses, filled from TOML or JSON files, where an unknown key is an error.
 
-Nested dataclasses are nested tables. Lists become tuples, so that settings compare and hash.
+Nested dataclasses are nested tables; a table that names some of its settings leaves the others as the whole's defaults
+have them. Lists become tuples, so that settings compare and hash.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ except ModuleNotFoundError:  # Python 3.10
 T = TypeVar("T")
 
 
-def from_dict(settings_type: type[T], values: dict[str, Any], where: str = "settings") -> T:
+def from_dict(settings_type: type[T], values: dict[str, Any], where: str = "settings", base: T | None = None) -> T:
     """A settings dataclass from a plain dict, checked key by key and type by type.
+
+    Args:
+        base: has the values of the keys that are not given; None for the dataclass's own defaults.
 
     Raises:
         MorphSeekError: an unknown key (named, with the known ones) or a value of the wrong type.
@@ -31,12 +35,13 @@ def from_dict(settings_type: type[T], values: dict[str, Any], where: str = "sett
     if not isinstance(values, dict):
         raise MorphSeekError(f"{where} must be a table of settings, not {type(values).__name__}.")
     hints = typing.get_type_hints(settings_type)
-    known = [field.name for field in dataclasses.fields(settings_type)]
+    known = {field.name: field for field in dataclasses.fields(settings_type)}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise MorphSeekError(f"{where} has no setting '{unknown[0]}'; known settings: {', '.join(known)}.")
     try:
-        return settings_type(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+        given = {k: _convert(hints[k], v, f"{where}.{k}", _default(known[k], base)) for k, v in values.items()}
+        return settings_type(**given) if base is None else dataclasses.replace(base, **given)
     except (TypeError, ValueError) as error:
         raise MorphSeekError(f"{where}: {error}") from error
 
@@ -79,10 +84,19 @@ def load(settings_type: type[T], path: Path | str | None) -> T:
     return from_dict(settings_type, values, path.name)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _default(field: dataclasses.Field, base: Any) -> Any:
+    """What the field holds where nothing is given; None where it must be given."""
+    if base is not None:
+        return getattr(base, field.name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     """``value`` as the type hint says, or MorphSeekError."""
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
+        return from_dict(hint, value, where, default)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:

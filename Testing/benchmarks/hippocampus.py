@@ -34,7 +34,8 @@ from MorphSeekLib import fields
 from MorphSeekLib.checkpoint import load, read_card, software
 from MorphSeekLib.datasets import PairLoader, load_dataset
 from MorphSeekLib.devices import network_autocast
-from MorphSeekLib.finetuning import FinetuneConfig, finetune
+from MorphSeekLib.finetuning import FIELD_POLICY, FinetuneConfig, finetune
+from MorphSeekLib.grpo import PolicyGradientSettings
 from MorphSeekLib.metrics import dice_per_label, folding, hd95_per_label
 from MorphSeekLib.policy import refine
 from MorphSeekLib.settings import from_dict
@@ -49,8 +50,10 @@ RECIPE = ROOT / "Resources/Training/hippocampus.toml"
 WARM_ITERATIONS = 900
 
 Settings = dict[str, Any]
-# table.key -> value, over FinetuneConfig's defaults
+# table.key -> value: the paper's policy (of weight 0 at first), over FinetuneConfig's other defaults
 BASE: Settings = {
+    **{f"policy.{name}": value for name, value in dataclasses.asdict(PolicyGradientSettings()).items()},
+    "reward.weights": {"dice": 1.0, "folding": 1.0},
     "loss.regularization": 1.0,
     "loss.folding": 10.0,
     "loss.dice": 1.0,
@@ -58,17 +61,9 @@ BASE: Settings = {
     "training.learning_rate": 3e-4,
     "training.steps": 3,
 }
-PAPER: Settings = {"policy.weight": 0.05, "reward.weights": {"dice": 1.0, "folding": 1.0}}
+PAPER: Settings = {"policy.weight": 0.05}
 FIELD: Settings = {
-    "policy.weight": 20.0,
-    "policy.place": "field",
-    "policy.cell": 4,
-    "policy.sigma": 0.5,
-    "policy.credit": "local",
-    "policy.scale": "none",
-    "policy.s": "1",
-    "policy.antithetic": True,
-    "policy.advance": "mean",
+    **{f"policy.{name}": value for name, value in dataclasses.asdict(FIELD_POLICY).items()},
     "reward.weights": {"dice": 1.0, "folding": 20.0},
 }
 # the strength of regularisation

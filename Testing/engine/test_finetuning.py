@@ -73,7 +73,7 @@ def test_a_run_writes_card_curves_and_lines(dataset, init, tmp_path, place):
     finetune(dataset, config, init, tmp_path / "m.safetensors")
     card = checkpoint.read_card(tmp_path / "m.safetensors")
     assert card.provenance["stage"] == "GRPO fine-tuning"
-    assert card.provenance["settings"]["reward"]["weights"] == {"dice": 1.0, "folding": 1.0}
+    assert card.provenance["settings"]["reward"]["weights"] == {"dice": 1.0, "folding": 20.0}
     assert card.provenance["init"]["stage"] == "warm-up"
     assert card.preprocessing.steps == 2
     assert card.model.policy.s == "sqrt_n"

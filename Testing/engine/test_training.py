@@ -359,3 +359,14 @@ def test_training_runs_on_the_device_asked_for(dataset, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     run(dataset, CONFIG, tmp_path / "m.safetensors", device="cuda")
+
+
+def test_a_partial_table_leaves_the_other_defaults():
+    """[policy] with one key changes that key alone, not the rest back to the table's own defaults."""
+    from MorphSeekLib.finetuning import FIELD_POLICY, FinetuneConfig
+
+    found = from_dict(FinetuneConfig, {"policy": {"trajectories": 8}, "loss": {"dice": 2.0}})
+    assert found.policy == dataclasses.replace(FIELD_POLICY, trajectories=8)
+    assert found.loss == dataclasses.replace(FinetuneConfig().loss, dice=2.0)
+    paper = load(FinetuneConfig, Path(__file__).parents[2] / "Resources/Training/finetune-paper.toml").policy
+    assert (paper.place, paper.credit, paper.s, paper.advance) == ("latent", "trajectory", "sqrt_n", "greedy")
