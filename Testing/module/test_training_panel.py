@@ -169,7 +169,7 @@ def test_every_setting_reaches_the_engine(stand_in, panel, files, home):
     assert settings.warmup.preprocessing.spacing == (2.0, 2.0, 2.0)
     assert settings.warmup.model.backbone == "voxelmorph"
     assert settings.warmup.loss.dice == 0
-    assert (settings.finetune.loss.dice, settings.finetune.loss.regularization) == (1.0, 3.0)
+    assert (settings.finetune.loss.dice, settings.finetune.loss.regularization) == (1.0, 1.0)
     assert settings.warmup.loss.regularization == 1.0
     assert settings.finetune.loss.similarity == "mind"
     assert settings.finetune.training.kl_target == 0.7
