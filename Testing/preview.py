@@ -36,7 +36,7 @@ from MorphSeekLib.demo import COLIN27, deformed, template
 from MorphSeekLib.images import read_image
 
 VIEW = (380, 380)
-PANEL_WIDTH = 500
+PANEL_WIDTH = 570
 
 
 class Views(QtWidgets.QWidget):

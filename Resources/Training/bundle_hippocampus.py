@@ -2,7 +2,9 @@
 
     morphseek warmup hippocampus/dataset.json --config Resources/Training/hippocampus.toml --out warm.safetensors
     morphseek finetune hippocampus/dataset.json --init warm.safetensors \\
-        --config Resources/Training/hippocampus-finetune.toml --out trained.safetensors
+        --config Resources/Training/hippocampus-finetune.toml --out supervised.safetensors
+    morphseek finetune hippocampus/dataset.json --init supervised.safetensors \\
+        --config Resources/Training/hippocampus-grpo.toml --out trained.safetensors
     morphseek evaluate hippocampus/dataset.json --model trained.safetensors --out figures.json
     python Resources/Training/bundle_hippocampus.py trained.safetensors --figures figures.json
 """
@@ -27,7 +29,9 @@ def main() -> None:
     figures = json.loads(options.figures.read_text(encoding="utf-8"))
     tested = {k: figures[k] for k in ("dataset", "split", "mean", "std", "definitions", "folding_definition", "steps")}
     results = card.results | {"test": tested | {"pairs": len(figures["pairs"])}}
-    save(BUNDLED / "hippocampus-mr.safetensors", model, dataclasses.replace(card, results=results))
+    title = "Hippocampus MR crops, fine-tuned on 150 labelled cases"
+    card = dataclasses.replace(card, title=title, results=results)
+    save(BUNDLED / "hippocampus-mr.safetensors", model, card)
 
 
 if __name__ == "__main__":
