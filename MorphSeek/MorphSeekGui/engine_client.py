@@ -212,23 +212,13 @@ class EngineClient:
             self._process.stdin.close()
 
     def _start(self) -> None:
-        environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-        root = engine_root()
-        if root is not None:
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-        # a group of its own, so that the whole tree can be ended (Slicer's PythonSlicer is a launcher with a child)
-        if os.name == "nt":
-            group = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
-        else:
-            group = {"start_new_session": True}
         try:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=environment,
-                **group,
+                **process_of_its_own(),
             )
         except OSError as problem:
             raise EngineDied(
@@ -341,6 +331,22 @@ def default_python() -> str:
         if (folder / name).is_file():
             return str(folder / name)
     return shutil.which("PythonSlicer") or sys.executable
+
+
+def process_of_its_own() -> dict:
+    """Arguments of subprocess.Popen for a process of the engine: it finds MorphSeekLib, and has a group of its own.
+
+    So the whole tree can be ended (Slicer's PythonSlicer is a launcher with a child), and neither Slicer's end nor a
+    Ctrl+C in its terminal reaches it.
+    """
+    environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    root = engine_root()
+    if root is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+    if os.name == "nt":
+        flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
+        return {"env": environment, "creationflags": flags}
+    return {"env": environment, "start_new_session": True}
 
 
 def engine_root() -> Path | None:

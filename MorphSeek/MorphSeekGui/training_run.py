@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .engine_client import default_python, engine_root
+from .engine_client import default_python, process_of_its_own
 
 try:
     import fcntl
@@ -109,15 +109,6 @@ class TrainingRun:
         self.keep(keep)
         for name in ("stop", "status.json"):
             (self.folder / name).unlink(missing_ok=True)
-        environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-        root = engine_root()
-        if root is not None:
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-        # a session of its own: neither Slicer's end nor a Ctrl+C in its terminal reaches it
-        if os.name == "nt":
-            group = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
-        else:
-            group = {"start_new_session": True}
         command = list(command or [str(python or default_python()), "-m", "MorphSeekLib.cli"])
         try:
             with open(self.folder / "log.txt", "ab") as log:
@@ -126,9 +117,8 @@ class TrainingRun:
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
-                    env=environment,
                     cwd=self.folder,
-                    **group,
+                    **process_of_its_own(),
                 )
         except OSError as problem:
             raise RunError(
