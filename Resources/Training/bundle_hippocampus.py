@@ -4,7 +4,7 @@
     morphseek finetune hippocampus/dataset.json --init warm.safetensors \\
         --config Resources/Training/hippocampus-finetune.toml --out supervised.safetensors
     morphseek finetune hippocampus/dataset.json --init supervised.safetensors \\
-        --config Resources/Training/hippocampus-grpo.toml --out trained.safetensors
+        --config Resources/Training/hippocampus-finetune-grpo.toml --out trained.safetensors
     morphseek evaluate hippocampus/dataset.json --model trained.safetensors --out figures.json
     python Resources/Training/bundle_hippocampus.py trained.safetensors --figures figures.json
 """
