@@ -192,11 +192,11 @@ class PairLoader:
     def __init__(self, preprocessing: Preprocessing, multiple_of: int, centered: bool) -> None:
         """``centered``: put the middles of the two images together; else their world coordinates count as they are."""
         self.preprocessing, self.multiple_of, self.centered = preprocessing, multiple_of, centered
-        self._cases: dict[Case, tuple[Volume, Volume | None]] = {}
+        self._cases: dict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = {}
 
     def __call__(self, pair: Pair) -> PreparedPair:
-        fixed, fixed_labels = self._read(pair.fixed)
-        moving, moving_labels = self._read(pair.moving)
+        fixed, fixed_labels, fixed_points = self._read(pair.fixed)
+        moving, moving_labels, moving_points = self._read(pair.moving)
         grid = working_grid(fixed.grid, self.preprocessing, self.multiple_of)
         shift = np.eye(4)
         if self.centered:
@@ -206,17 +206,17 @@ class PairLoader:
             for volume, matrix in ((fixed_labels, None), (moving_labels, shift))
         ]
         points = None, None
-        if pair.fixed.landmarks is not None and pair.moving.landmarks is not None:
-            found = read_landmarks(pair.fixed.landmarks, fixed.grid), read_landmarks(pair.moving.landmarks, moving.grid)
-            if len(found[0]) != len(found[1]):
+        if fixed_points is not None and moving_points is not None:
+            if len(fixed_points) != len(moving_points):
                 names = f"{pair.fixed.landmarks.name} and {pair.moving.landmarks.name}"
                 raise MorphSeekError(
-                    f"{names} hold {len(found[0])} and {len(found[1])} landmarks; they must correspond one to one."
+                    f"{names} hold {len(fixed_points)} and {len(moving_points)} landmarks; they must correspond one to "
+                    "one."
                 )
             to_index = np.linalg.inv(grid.affine)
             points = (
-                torch.from_numpy(apply_affine(to_index, found[0])).float(),
-                torch.from_numpy(apply_affine(to_index @ np.linalg.inv(shift), found[1])).float(),
+                torch.from_numpy(apply_affine(to_index, fixed_points)).float(),
+                torch.from_numpy(apply_affine(to_index @ np.linalg.inv(shift), moving_points)).float(),
             )
         return PreparedPair(
             resample(fixed, grid).data[None, None],
@@ -226,7 +226,7 @@ class PairLoader:
             *points,
         )
 
-    def _read(self, case: Case) -> tuple[Volume, Volume | None]:
+    def _read(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
         if case not in self._cases:
             if case.image is None:
                 raise MorphSeekError(f"{case.label} has no image beside it; training on images needs one per case.")
@@ -234,9 +234,10 @@ class PairLoader:
             labels = None
             if case.label is not None:
                 labels = check_labels(read_labels(case.label), image, case.label.name)
+            points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
             image = Volume(normalize(image.data, self.preprocessing), image.grid)
             if self.preprocessing.spacing is not None:
                 direction = orientation_matrix(self.preprocessing.orientation)
                 image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))
-            self._cases[case] = image, labels
+            self._cases[case] = image, labels, points
         return self._cases[case]
