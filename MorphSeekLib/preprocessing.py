@@ -50,8 +50,13 @@ class Preprocessing:
 
 
 def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) -> Grid:
-    """The grid the network works on; it covers the whole fixed image."""
-    return covering_grid(fixed, preprocessing.spacing, preprocessing.orientation, multiple_of, preprocessing.shape)
+    """The grid the network works on; it covers the whole fixed image.
+
+    It has at least two cells of the coarsest feature: networks that normalise over a feature's voxels refuse one.
+    """
+    wanted = (fixed, preprocessing.spacing, preprocessing.orientation, multiple_of)
+    grid = covering_grid(*wanted, preprocessing.shape)
+    return covering_grid(*wanted, (2 * multiple_of, 1, 1)) if max(grid.shape) == multiple_of else grid
 
 
 def normalize(data: Tensor, preprocessing: Preprocessing) -> Tensor:
