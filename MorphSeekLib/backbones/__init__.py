@@ -41,12 +41,15 @@ class Architecture:
         settings: the backbone's settings under which official weights give the official output.
         from_official: renames the official code's weights as ours and drops what is none (grids, index tables).
         source: who published it, and where the code stands.
+        infer: where settings are no part of the name: (weights under our names, the constructor's arguments if the
+            file holds them) -> the settings that they imply.
     """
 
     backbone: str
     settings: Any
     from_official: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     source: str
+    infer: Callable[[dict[str, Tensor], dict[str, Any]], Any] | None = None
 
 
 VXM = "Balakrishnan et al. 2019, as the TransMorph repository compares with it"
@@ -56,6 +59,7 @@ ARCHITECTURES = {
     "vxm-2": Architecture("voxelmorph", voxelmorph.VXM2, voxelmorph.from_official, VXM),
     "vxm-x2": Architecture("voxelmorph", voxelmorph.VXM_X2, voxelmorph.from_official, VXM),
     "vxm-huge": Architecture("voxelmorph", voxelmorph.VXM_HUGE, voxelmorph.from_official, VXM),
+    "vxm": Architecture("voxelmorph", voxelmorph.VXM2, voxelmorph.from_official, VXM, voxelmorph.widths_of),
 }
 
 

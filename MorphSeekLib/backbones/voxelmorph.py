@@ -201,3 +201,15 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(official, own)
         renamed[name] = value
     return renamed
+
+
+def widths_of(state: dict[str, Tensor], _arguments: dict) -> VoxelMorphSettings:
+    """The settings that weights of the TransMorph repository's form imply, under our names."""
+
+    def widths(part: str) -> tuple[int, ...]:
+        count = sum(name.startswith(f"{part}.") and name.endswith(".weight") for name in state)
+        return tuple(len(state[f"{part}.{n}.0.weight"]) for n in range(count) if f"{part}.{n}.0.weight" in state)
+
+    if not widths("down") or len(widths("up")) != len(widths("down")):
+        return VoxelMorphSettings()  # weights of another network, which do not fit the defaults either
+    return VoxelMorphSettings(widths("down"), widths("up"), widths("extra"))
