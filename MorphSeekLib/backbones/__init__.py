@@ -16,9 +16,11 @@ from torch import nn
 
 from ..errors import MorphSeekError
 from ..settings import from_dict
+from .lapirn import LapIRN, LapIRNSettings
 from .voxelmorph import VoxelMorph, VoxelMorphSettings
 
 BACKBONES = {
+    "lapirn": (LapIRNSettings, LapIRN),
     "voxelmorph": (VoxelMorphSettings, VoxelMorph),
 }
 
