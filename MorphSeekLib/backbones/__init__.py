@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from ..errors import MorphSeekError
 from ..settings import from_dict
-from . import voxelmorph
+from . import lapirn, voxelmorph
+from .lapirn import LapIRN, LapIRNSettings
 from .voxelmorph import VoxelMorph, VoxelMorphSettings
 
 BACKBONES = {
+    "lapirn": (LapIRNSettings, LapIRN),
     "voxelmorph": (VoxelMorphSettings, VoxelMorph),
 }
 
@@ -53,6 +55,7 @@ class Architecture:
 
 
 VXM = "Balakrishnan et al. 2019, as the TransMorph repository compares with it"
+MOK = "Mok and Chung, MICCAI 2020, LapIRN's repository"
 
 ARCHITECTURES = {
     "vxm-1": Architecture("voxelmorph", voxelmorph.VXM1, voxelmorph.from_official, VXM),
@@ -60,6 +63,8 @@ ARCHITECTURES = {
     "vxm-x2": Architecture("voxelmorph", voxelmorph.VXM_X2, voxelmorph.from_official, VXM),
     "vxm-huge": Architecture("voxelmorph", voxelmorph.VXM_HUGE, voxelmorph.from_official, VXM),
     "vxm": Architecture("voxelmorph", voxelmorph.VXM2, voxelmorph.from_official, VXM, voxelmorph.widths_of),
+    "lapirn-disp": Architecture("lapirn", lapirn.DISPLACEMENT, lapirn.from_official, MOK),
+    "lapirn-diff": Architecture("lapirn", lapirn.DIFFEOMORPHIC, lapirn.from_official, MOK),
 }
 
 

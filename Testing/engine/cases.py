@@ -12,6 +12,7 @@ from MorphSeekLib.geometry import Grid, Volume
 from MorphSeekLib.images import write_image
 
 TINY = {
+    "lapirn": {"width": 8, "blocks": 1},
     "voxelmorph": {"encoder": [4, 8, 8], "decoder": [8, 8, 4], "extra": [4]},
 }
 """Settings of each backbone that keep tests fast."""
