@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import fields
-from .siamese import ChannelNorm, Expansion, FlowHead, Pyramid, double, rename, run, shared_names
+from .siamese import ChannelNorm, Expansion, FlowHead, Pyramid, double, pair_features, rename, run, shared_names
 
 LEVELS = 4
 SLAB = 2**15  # voxels of a slab in windows
@@ -86,7 +86,7 @@ class CorrMLP(nn.Module):
         Args:
             fixed_features: :meth:`features` of ``fixed``, where they are known.
         """
-        *skips, coarsest = self.pyramid.pair(moving, fixed, fixed_features)
+        *skips, coarsest = pair_features(self.features, moving, fixed, fixed_features)
         return skips, self._run(self.compare[-1], *coarsest.chunk(2, dim=1))
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:

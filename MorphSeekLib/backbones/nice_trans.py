@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import fields
 from ..errors import MorphSeekError
-from .siamese import Expansion, FlowHead, Pyramid, conv_block, double, rename, run, shared_names
+from .siamese import Expansion, FlowHead, Pyramid, conv_block, double, pair_features, rename, run, shared_names
 
 LEVELS = 5
 
@@ -98,7 +98,7 @@ class NICETrans(nn.Module):
         Args:
             fixed_features: :meth:`features` of ``fixed``, where they are known.
         """
-        *skips, coarsest = self.pyramid.pair(moving, fixed, fixed_features)
+        *skips, coarsest = pair_features(self.features, moving, fixed, fixed_features)
         return skips, self.attend[-1](self.fuse[-1](coarsest))
 
     def affine(self, top: Tensor) -> Tensor:

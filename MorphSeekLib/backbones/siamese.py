@@ -7,6 +7,8 @@ fixed image's pyramid does not depend on the moving image, it can be made once f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,17 +36,21 @@ class Pyramid(nn.ModuleList):
             features.append(run(block, F.avg_pool3d(features[-1], 2) if features else image, save=self.checkpointing))
         return features
 
-    def pair(self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None) -> list[Tensor]:
-        """Features of both images, fine to coarse: (batch, 2 channels, ...), the fixed image's first.
 
-        Args:
-            fixed_features: of ``fixed``, where they are known.
-        """
-        if fixed_features is not None:
-            return [torch.cat(both, dim=1) for both in zip(fixed_features, self(moving), strict=True)]
-        # as one batch: small convolutions are up to twice as fast
-        both = self(torch.cat([fixed, moving]))
-        return [level.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2) for level in both]
+def pair_features(
+    features: Callable[[Tensor], list[Tensor]], moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None
+) -> list[Tensor]:
+    """Features of both images, fine to coarse: (batch, 2 channels, ...), the fixed image's first.
+
+    Args:
+        features: of one image.
+        fixed_features: of ``fixed``, where they are known.
+    """
+    if fixed_features is not None:
+        return [torch.cat(both, dim=1) for both in zip(fixed_features, features(moving), strict=True)]
+    # as one batch, which makes small convolutions up to twice as fast
+    both = features(torch.cat([fixed, moving]))
+    return [level.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2) for level in both]
 
 
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
