@@ -24,12 +24,16 @@ from torch import Tensor, nn
 
 from ..errors import MorphSeekError
 from ..settings import from_dict
-from . import lapirn, voxelmorph
+from . import corrmlp, lapirn, nice_trans, voxelmorph
+from .corrmlp import CorrMLP, CorrMLPSettings
 from .lapirn import LapIRN, LapIRNSettings
+from .nice_trans import NICETrans, NICETransSettings
 from .voxelmorph import VoxelMorph, VoxelMorphSettings
 
 BACKBONES = {
+    "corrmlp": (CorrMLPSettings, CorrMLP),
     "lapirn": (LapIRNSettings, LapIRN),
+    "nice_trans": (NICETransSettings, NICETrans),
     "voxelmorph": (VoxelMorphSettings, VoxelMorph),
 }
 
@@ -56,6 +60,8 @@ class Architecture:
 
 VXM = "Balakrishnan et al. 2019, as the TransMorph repository compares with it"
 MOK = "Mok and Chung, MICCAI 2020, LapIRN's repository"
+MENG = "Meng et al., MICCAI 2023, NICE-Trans's repository"
+MENG_MLP = "Meng et al., CVPR 2024, CorrMLP's repository"
 
 ARCHITECTURES = {
     "vxm-1": Architecture("voxelmorph", voxelmorph.VXM1, voxelmorph.from_official, VXM),
@@ -65,6 +71,8 @@ ARCHITECTURES = {
     "vxm": Architecture("voxelmorph", voxelmorph.VXM2, voxelmorph.from_official, VXM, voxelmorph.widths_of),
     "lapirn-disp": Architecture("lapirn", lapirn.DISPLACEMENT, lapirn.from_official, MOK),
     "lapirn-diff": Architecture("lapirn", lapirn.DIFFEOMORPHIC, lapirn.from_official, MOK),
+    "nice-trans": Architecture("nice_trans", nice_trans.OFFICIAL, nice_trans.from_official, MENG),
+    "corrmlp": Architecture("corrmlp", corrmlp.OFFICIAL, corrmlp.from_official, MENG_MLP),
 }
 
 

@@ -20,6 +20,7 @@ from MorphSeekLib.settings import to_dict
 
 COUNTS = {"vxm-1": 274_387, "vxm-2": 301_411, "vxm-x2": 1_197_251, "vxm-huge": 63_252_939}
 COUNTS |= {"lapirn-disp": 923_748, "lapirn-diff": 923_748}
+COUNTS |= {"nice-trans": 5_706_508, "corrmlp": 4_190_834}
 """Parameters of the official networks, as counted on the official code (its unused weights left out)."""
 
 

@@ -20,8 +20,10 @@ from MorphSeekLib.preprocessing import Preprocessing
 from MorphSeekLib.registration import load_model, register
 
 FIXTURES = {
+    "corrmlp_reduced": ("corrmlp", {"encoder_width": 4, "decoder_width": 8}),
     "lapirn_diff_real_weights": ("lapirn-diff", {}),
     "lapirn_disp_real_weights": ("lapirn-disp", {}),
+    "nice_trans_reduced": ("nice-trans", {"encoder_width": 4, "decoder_width": 8}),
     "vxm1_transmorph_repo": ("vxm-1", {}),
     "vxm2_transmorph_repo": ("vxm-2", {}),
     "vxm_huge_reduced_transmorph_repo": ("vxm", {}),
