@@ -3,11 +3,12 @@
 A U-Net whose every resolution has a convolution of its own, followed by max-pooling on the way down and by
 nearest-neighbour upsampling on the way up, then convolutions at full resolution and a flow head. Most of its work is
 done at full resolution, unlike that of the strided network in :mod:`.voxelmorph`. The field is a stationary velocity,
-integrated at half resolution (the defaults, SVF), or the displacement itself (DISPLACEMENT).
+integrated at half resolution (SVF, the defaults), or the displacement itself (DISPLACEMENT).
 
 The official code halves the field's values where it halves its grid of n voxels from first centre to last; but n - 1
 steps become n / 2 - 1, so that what is integrated is (n - 1) / (n - 2) times the motion that the network asked for.
-``official_defects`` repeats it, for weights that were trained so; without it the motion is the same on both grids.
+``official_defects`` (OFFICIAL_SVF) repeats it, for weights that were trained so; without it the motion is the same on
+both grids.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class VxmDenseSettings:
 
 
 SVF = VxmDenseSettings()
+OFFICIAL_SVF = VxmDenseSettings(official_defects=True)
 DISPLACEMENT = VxmDenseSettings(squarings=0)
 
 
