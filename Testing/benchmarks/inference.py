@@ -78,13 +78,13 @@ def child_syn(folder: Path) -> dict:
     return {"seconds": time.perf_counter() - begin}
 
 
-def measure(arguments: list[str], threads: int) -> dict:
-    """A method in a process of its own: what it prints, and its peak memory."""
+def measure(arguments: list[str], threads: int, script: str = __file__) -> dict:
+    """A method in a process of its own, which ``script`` runs: what it prints, and its peak memory."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(threads),
     }
-    command = [sys.executable, __file__, CHILD, *arguments]
+    command = [sys.executable, script, CHILD, *arguments]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
