@@ -291,24 +291,35 @@ def _official_displacement(field: Tensor, squarings: int) -> Tensor:
     return (positions + displacement) * stretch - 0.5 - positions
 
 
-def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_official(state: dict[str, Tensor], head: str = "reg_head.0") -> dict[str, Tensor]:
     """Weights of the TransMorph repository's models under our names.
 
-    Dropped are its tables and grids, and what takes no part in registering a pair: the full-resolution convolution
-    that the OASIS variant holds but never calls (``c2``), and the log sigma of the field that DIFFEOMORPHIC's training
-    draws noise with (``flow_sigma``).
+    Dropped are its tables and grids, and the full-resolution convolution that the OASIS variant holds but never calls
+    (``c2``).
+
+    Args:
+        head: the official name of the flow head.
     """
     renamed = {}
     full_resolution = any(name.startswith("up4.") for name in state)
     for name, value in state.items():
-        if name.endswith((".grid", ".relative_position_index")) or name.startswith("flow_sigma."):
+        if name.endswith((".grid", ".relative_position_index")) or (name.startswith("c2.") and not full_resolution):
             continue
-        if name.startswith("c2.") and not full_resolution:
-            continue
+        if name.startswith(f"{head}."):
+            name = name.replace(head, "flow", 1)
         for official, ours in OFFICIAL_NAMES.items():
             name = re.sub(official, ours, name)
         renamed[name] = value
     return renamed
+
+
+def from_official_diff(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of TransMorph-diff under our names.
+
+    Dropped is also ``flow_sigma``, the log sigma of the noise that the official training adds to the velocity.
+    """
+    kept = {name: value for name, value in state.items() if not name.startswith("flow_sigma.")}
+    return from_official(kept, head="flow_mean")
 
 
 OFFICIAL_NAMES = {
@@ -325,5 +336,4 @@ OFFICIAL_NAMES = {
     r"^up(\d+)\.conv2\.0\.": r"up.\1.1.0.",
     r"^c1\.0\.": "at_half.0.",
     r"^c2\.0\.": "at_full.0.",
-    r"^(reg_head\.0|flow_mean)\.": "flow.",
 }

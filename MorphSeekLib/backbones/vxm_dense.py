@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import fields
+from ..errors import MorphSeekError
 from .voxelmorph import ConvBlock
 
 
@@ -127,3 +129,27 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
         name = re.sub(r"^unet_model\.decoder\.(\d+)\.0\.main\.", r"up.\1.0.", name)
         renamed[re.sub(r"^unet_model\.remaining\.(\d+)\.main\.", r"extra.\1.0.", name)] = value
     return renamed
+
+
+def settings_of(state: dict[str, Tensor], arguments: dict[str, Any]) -> VxmDenseSettings:
+    """The settings that an official file implies.
+
+    Args:
+        state: its weights under our names, from which the widths are read.
+        arguments: of the official constructor, which keeps them beside the weights; what is not given has its default.
+
+    Raises:
+        MorphSeekError: the velocity is integrated at a resolution that is neither the full nor half of it.
+    """
+
+    def widths(part: str) -> tuple[int, ...]:
+        found = (re.fullmatch(rf"{part}\.(\d+)\.0\.weight", name) for name in state)
+        return tuple(len(state[f"{part}.{n}.0.weight"]) for n in sorted(int(match[1]) for match in found if match))
+
+    squarings, stride = arguments.get("int_steps", 7), arguments.get("int_downsize", 2)
+    if squarings and stride not in (1, 2):
+        raise MorphSeekError(f"This VxmDense integrates at 1/{stride} of the resolution; MorphSeek knows 1 and 1/2.")
+    encoder, decoder = widths("down"), widths("up")
+    if not encoder or len(encoder) != len(decoder):
+        return OFFICIAL_SVF  # weights of another network, which do not fit the defaults either
+    return VxmDenseSettings(encoder, decoder, widths("extra"), squarings, stride if squarings else 2, True)

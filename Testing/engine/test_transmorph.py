@@ -10,7 +10,7 @@ from test_backbones import Whole
 
 from MorphSeekLib import fields
 from MorphSeekLib.backbones import transmorph
-from MorphSeekLib.backbones.transmorph import SwinBlock, TransMorph, TransMorphSettings, WindowAttention, from_official
+from MorphSeekLib.backbones.transmorph import SwinBlock, TransMorph, TransMorphSettings, WindowAttention
 
 SMALL_NETWORK = TransMorphSettings(channels=4, depths=(2, 2), heads=(1, 2), window=(2, 3, 2), drop_path=0.0)
 OFFICIAL = {
@@ -25,7 +25,8 @@ UNUSED = {"transmorph_oasis_tiny": 2 * 16 * 27, "transmorph_diff_reduced": 16 * 
 
 def imported(official: dict, settings: TransMorphSettings) -> TransMorph:
     network = TransMorph(settings).eval()
-    network.load_state_dict(from_official(official["state_dict"]))
+    load = transmorph.from_official_diff if settings.squarings else transmorph.from_official
+    network.load_state_dict(load(official["state_dict"]))
     return network
 
 
@@ -216,12 +217,19 @@ def test_only_what_registers_is_imported():
         "c2.0.weight": weight,
         "stem.weight": weight,  # kept, so that the import can name it
     }
-    names = ["stem.weight", "stages.2.1.attention.bias"]
-    assert set(from_official(common | {"up3.conv1.0.weight": weight})) == {*names, "up.3.0.0.weight"}
-    full = from_official(common | {"up4.conv1.0.weight": weight})
-    assert set(full) == {*names, "up.4.0.0.weight", "at_full.0.weight"}
-    heads = {"flow_mean.bias": weight, "flow_sigma.bias": weight, "flow_sigma.weight": weight}
-    assert set(from_official(heads)) == {"flow.bias"}
+    names = {"stem.weight", "stages.2.1.attention.bias"}
+    oasis = transmorph.from_official(common | {"up3.conv1.0.weight": weight})
+    assert set(oasis) == names | {"up.3.0.0.weight"}
+    full = transmorph.from_official(common | {"up4.conv1.0.weight": weight})
+    assert set(full) == names | {"up.4.0.0.weight", "at_full.0.weight"}
+
+
+def test_the_two_half_resolution_variants_are_told_apart_by_their_heads():
+    weight = torch.zeros(1)
+    oasis, diff = {"reg_head.0.bias": weight}, {"flow_mean.bias": weight, "flow_sigma.bias": weight}
+    assert set(transmorph.from_official(oasis)) == set(transmorph.from_official_diff(diff)) == {"flow.bias"}
+    assert "flow.bias" not in transmorph.from_official(diff)
+    assert "flow.bias" not in transmorph.from_official_diff(oasis)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from MorphSeekLib.backbones.vxm_dense import (
     VxmDense,
     VxmDenseSettings,
     from_official,
+    settings_of,
 )
+from MorphSeekLib.errors import MorphSeekError
 
 SMALL_NETWORK = VxmDenseSettings(encoder=(2, 3), decoder=(3, 2), extra=(2,), squarings=2)
 
@@ -99,6 +101,18 @@ def test_integration_at_half_resolution_means_the_same_motion():
     assert error(SVF) < 1e-4
     assert error(replace(SVF, velocity_stride=1)) < 1e-6
     assert error(OFFICIAL_SVF) > 0.01
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("squarings", [0, 5])
+def test_settings_are_read_from_an_official_file(squarings, stride):
+    wanted = VxmDenseSettings((4, 6, 8), (8, 6, 4), (5, 3), squarings, stride, official_defects=True)
+    arguments = {"inshape": [32, 32, 48], "int_steps": squarings, "int_downsize": stride}
+    found = settings_of(VxmDense(wanted).state_dict(), arguments)
+    assert found == (wanted if squarings else replace(wanted, velocity_stride=2))
+    assert settings_of(VxmDense(SVF).state_dict(), {}) == settings_of({}, {}) == OFFICIAL_SVF
+    with pytest.raises(MorphSeekError, match="1/4 of the resolution"):
+        settings_of({}, {"int_downsize": 4})
 
 
 @pytest.mark.parametrize(
