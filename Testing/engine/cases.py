@@ -11,6 +11,12 @@ import torch
 from MorphSeekLib.geometry import Grid, Volume
 from MorphSeekLib.images import write_image
 
+TINY = {
+    "lapirn": {"width": 8, "blocks": 1},
+    "voxelmorph": {"encoder": [4, 8, 8], "decoder": [8, 8, 4], "extra": [4]},
+}
+"""Settings of each backbone that keep tests fast."""
+
 
 def blob_labels(seed: int, grid: Grid) -> Volume:
     """Two nested ellipsoids (labels 1 and 2) and a small ball (3), placed a little differently for every seed."""
