@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from ..errors import MorphSeekError
 from ..settings import from_dict
-from . import lapirn, voxelmorph
+from . import lapirn, spac, voxelmorph
 from .lapirn import LapIRN, LapIRNSettings
+from .spac import SPAC, SPACSettings
 from .voxelmorph import VoxelMorph, VoxelMorphSettings
 
 BACKBONES = {
     "lapirn": (LapIRNSettings, LapIRN),
+    "spac": (SPACSettings, SPAC),
     "voxelmorph": (VoxelMorphSettings, VoxelMorph),
 }
 
@@ -56,6 +58,7 @@ class Architecture:
 
 VXM = "Balakrishnan et al. 2019, as the TransMorph repository compares with it"
 MOK = "Mok and Chung, MICCAI 2020, LapIRN's repository"
+LUO = "Luo et al. 2021, SPAC's repository"
 
 ARCHITECTURES = {
     "vxm-1": Architecture("voxelmorph", voxelmorph.VXM1, voxelmorph.from_official, VXM),
@@ -65,6 +68,7 @@ ARCHITECTURES = {
     "vxm": Architecture("voxelmorph", voxelmorph.VXM2, voxelmorph.from_official, VXM, voxelmorph.widths_of),
     "lapirn-disp": Architecture("lapirn", lapirn.DISPLACEMENT, lapirn.from_official, MOK),
     "lapirn-diff": Architecture("lapirn", lapirn.DIFFEOMORPHIC, lapirn.from_official, MOK),
+    "spac": Architecture("spac", spac.OFFICIAL, spac.from_official, LUO, spac.settings_of),
 }
 
 

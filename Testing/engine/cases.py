@@ -13,6 +13,7 @@ from MorphSeekLib.images import write_image
 
 TINY = {
     "lapirn": {"width": 8, "blocks": 1},
+    "spac": {"encoder": [4, 8, 8], "decoder": [8, 8, 8, 4], "plan": 8, "size": [16, 16, 16]},
     "voxelmorph": {"encoder": [4, 8, 8], "decoder": [8, 8, 4], "extra": [4]},
 }
 """Settings of each backbone that keep tests fast."""
