@@ -1,5 +1,5 @@
-"""The command line: ``morphseek register | evaluate | check | warmup | finetune | train | import-checkpoint | info |
-demo``.
+"""The command line: ``morphseek register | evaluate | check | warmup | finetune | spac | train | import-checkpoint |
+info | demo``.
 """
 
 from __future__ import annotations
@@ -231,6 +231,30 @@ def finetune(
             load_dataset(dataset), settings, find(init), out, device=where, world=world, on_event=on_event,
             cancelled=cancelled,
         )  # fmt: skip
+    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+@app.command()
+def spac(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json with labelled training cases.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
+    config: Annotated[Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.")] = None,
+    labels: Annotated[int | None, typer.Option(help="Use only the first so many labelled cases.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train SPAC, the reinforcement learning that MorphSeek is compared with, by soft actor-critic.
+
+    Run the same command again to resume a run that was stopped.
+    """
+    with job() as (on_event, cancelled):
+        from .datasets import load_dataset
+        from .devices import pick_device
+        from .sac import SACConfig, train_spac
+        from .settings import load, override
+
+        settings = override(load(SACConfig, config), "training", labels=labels)
+        where = pick_device(device)
+        train_spac(load_dataset(dataset), settings, out, device=where, on_event=on_event, cancelled=cancelled)
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
 

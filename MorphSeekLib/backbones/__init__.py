@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from ..errors import MorphSeekError
 from ..settings import from_dict
-from . import corrmlp, lapirn, nice_trans, transmorph, voxelmorph, vxm_dense
+from . import corrmlp, lapirn, nice_trans, spac, transmorph, voxelmorph, vxm_dense
 from .corrmlp import CorrMLP, CorrMLPSettings
 from .lapirn import LapIRN, LapIRNSettings
 from .nice_trans import NICETrans, NICETransSettings
+from .spac import SPAC, SPACSettings
 from .transmorph import TransMorph, TransMorphSettings
 from .voxelmorph import VoxelMorph, VoxelMorphSettings
 from .vxm_dense import VxmDense, VxmDenseSettings
@@ -36,6 +37,7 @@ BACKBONES = {
     "corrmlp": (CorrMLPSettings, CorrMLP),
     "lapirn": (LapIRNSettings, LapIRN),
     "nice_trans": (NICETransSettings, NICETrans),
+    "spac": (SPACSettings, SPAC),
     "transmorph": (TransMorphSettings, TransMorph),
     "voxelmorph": (VoxelMorphSettings, VoxelMorph),
     "vxm_dense": (VxmDenseSettings, VxmDense),
@@ -68,6 +70,7 @@ CHEN = "Chen et al., Medical Image Analysis 2022, TransMorph's repository"
 MOK = "Mok and Chung, MICCAI 2020, LapIRN's repository"
 MENG = "Meng et al., MICCAI 2023, NICE-Trans's repository"
 MENG_MLP = "Meng et al., CVPR 2024, CorrMLP's repository"
+LUO = "Luo et al. 2021, SPAC's repository"
 
 ARCHITECTURES = {
     "vxm-1": Architecture("voxelmorph", voxelmorph.VXM1, voxelmorph.from_official, VXM),
@@ -91,6 +94,7 @@ ARCHITECTURES = {
     "lapirn-diff": Architecture("lapirn", lapirn.DIFFEOMORPHIC, lapirn.from_official, MOK),
     "nice-trans": Architecture("nice_trans", nice_trans.OFFICIAL, nice_trans.from_official, MENG),
     "corrmlp": Architecture("corrmlp", corrmlp.OFFICIAL, corrmlp.from_official, MENG_MLP),
+    "spac": Architecture("spac", spac.OFFICIAL, spac.from_official, LUO, spac.settings_of),
 }
 
 
