@@ -141,7 +141,10 @@ def misfit(state: dict[str, Tensor], backbone: str, settings: Any) -> str:
 def fits(weights: dict[str, Tensor], architecture: Architecture) -> bool:
     """Whether official weights are this network's."""
     state = architecture.from_official(weights)
-    return architecture.infer is None and not misfit(state, architecture.backbone, architecture.settings)
+    try:
+        return architecture.infer is None and not misfit(state, architecture.backbone, architecture.settings)
+    except MorphSeekError:  # the network needs a library that is not installed
+        return False
 
 
 def named(names: list[str]) -> str:

@@ -20,6 +20,12 @@ from MorphSeekLib.settings import to_dict
 
 COUNTS = {"vxm-1": 274_387, "vxm-2": 301_411, "vxm-x2": 1_197_251, "vxm-huge": 63_252_939}
 COUNTS |= {"lapirn-disp": 923_748, "lapirn-diff": 923_748}
+COUNTS |= {"vxm-dense-svf": 327_331, "vxm-dense-disp": 327_331}
+COUNTS |= {"transmorph": 46_771_251, "transmorph-tiny": 244_527, "transmorph-small": 11_757_195}
+COUNTS |= {"transmorph-large": 108_343_907}
+COUNTS |= {"transmorph-oasis": 46_556_979 - 864, "transmorph-oasis-large": 107_949_923 - 864}
+COUNTS |= {"transmorph-diff": 46_557_414 - 1299}
+COUNTS |= {"nice-trans": 5_706_508, "corrmlp": 4_190_834}
 """Parameters of the official networks, as counted on the official code (its unused weights left out)."""
 
 
