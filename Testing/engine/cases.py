@@ -15,8 +15,8 @@ TINY = {
     "corrmlp": {"encoder_width": 2, "decoder_width": 8, "windows": [2, 3]},
     "lapirn": {"width": 8, "blocks": 1},
     "nice_trans": {"encoder_width": 2, "decoder_width": 2, "head_width": 2, "depth": 2, "window": 3},
-    "transmorph": {"channels": 4, "depths": [2, 2], "heads": [1, 2], "window": [2, 3, 2], "drop_path": 0.0},
     "spac": {"encoder": [4, 8, 8], "decoder": [8, 8, 8, 4], "plan": 8, "size": [16, 16, 16]},
+    "transmorph": {"channels": 4, "depths": [2, 2], "heads": [1, 2], "window": [2, 3, 2], "drop_path": 0.0},
     "voxelmorph": {"encoder": [4, 8, 8], "decoder": [8, 8, 4], "extra": [4]},
     "vxm_dense": {"encoder": [4, 8, 8], "decoder": [8, 8, 4], "extra": [4], "squarings": 3},
 }

@@ -20,6 +20,7 @@ from MorphSeekLib.backbones.spac import SPAC, Plan, SPACSettings, from_official,
 from MorphSeekLib.cli import app
 from MorphSeekLib.datasets import load_dataset
 from MorphSeekLib.errors import Cancelled, MorphSeekError
+from MorphSeekLib.official import import_checkpoint
 from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing
 from MorphSeekLib.sac import (
@@ -100,6 +101,19 @@ def test_the_critic_gives_the_official_value(official):
         value = critic(pair, official["z"].view(1, -1, 1, 1, 1))
     torch.testing.assert_close(value, official["q"][0], atol=1e-5, rtol=0)
     assert sum(p.numel() for p in critic.parameters()) == official["n_params"]["critic"]
+
+
+def test_official_weights_import_with_the_settings_they_imply(official, tmp_path):
+    torch.save(official["state_dict"], tmp_path / "spac.pt")
+    import_checkpoint(tmp_path / "spac.pt", "spac", tmp_path / "spac.safetensors")
+    model, card = checkpoint.load(tmp_path / "spac.safetensors")
+    assert card.model.backbone_settings["encoder"] == [8, 16, 16, 32, 32]
+    assert card.model.backbone_settings["rectified_plan"]
+    ours = from_official(official["state_dict"])
+    assert all(torch.equal(value, ours[name]) for name, value in model.backbone.state_dict().items())
+    torch.save({k: v for k, v in official["state_dict"].items() if k.startswith("actor")}, tmp_path / "actor.pt")
+    with pytest.raises(MorphSeekError, match=r"it lacks planner\.down\.0\.0\.weight"):
+        import_checkpoint(tmp_path / "actor.pt", "spac", tmp_path / "none.safetensors")
 
 
 def test_parameters_of_the_published_width():
