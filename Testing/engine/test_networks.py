@@ -113,7 +113,7 @@ def test_t_steps_encode_the_fixed_image_once_where_the_network_is_siamese(name, 
         again = torch.zeros_like(total)
         for _ in range(3):
             again = fields.compose(again, model(fields.warp(moving, again), fixed))
-    torch.testing.assert_close(total, again, atol=5e-4, rtol=1e-4)
+    torch.testing.assert_close(total, again, atol=5e-3, rtol=1e-3)
 
 
 @every_backbone
