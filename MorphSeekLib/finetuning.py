@@ -138,7 +138,9 @@ def finetune(
     model = model.to(device).train()
     preprocessing = dataclasses.replace(card.preprocessing, steps=run.steps)
     cases = dataset.split("training", "cases")
-    needs_labels = config.loss.dice > 0 or (config.policy.weight > 0 and config.reward.needs_labels)
+    needs_labels = (
+        config.loss.dice > 0 or config.loss.features > 0 or (config.policy.weight > 0 and config.reward.needs_labels)
+    )
     if needs_labels:
         cases = [case for case in cases if case.label is not None]
     cases = cases[: run.labels] if run.labels is not None else cases
@@ -152,6 +154,8 @@ def finetune(
                 f"The reward 'landmarks' needs landmarks of every training case, but {bare.image.name} has none; name "
                 f"them in {dataset.path.name}, or leave this reward out."
             )
+    if config.loss.features > 0:
+        _check_features(model, dataset)
     loader = PairLoader(preprocessing, model.multiple_of, run.centered)
 
     def pairs_of(iteration: int) -> list[PreparedPair]:
@@ -215,6 +219,21 @@ def finetune(
     world.wait()
     on_event(Event("write", 1.0, f"Wrote {out}"))
     return out
+
+
+def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
+    """Whether a backbone's learned features can stand for the labels of a data set."""
+    count = getattr(model.backbone.settings, "features", 0)
+    if not count:
+        raise MorphSeekError("loss.features needs a checkpoint whose backbone learns features; set it to 0.")
+    name = dataset.path.name
+    if not dataset.labels:
+        raise MorphSeekError(f'loss.features needs the label values; name them under "labels" in {name}.')
+    if max(dataset.labels) >= count:
+        raise MorphSeekError(
+            f"{name} has a label {max(dataset.labels)}, but feature c stands for label c and this checkpoint has features "
+            f"0 to {count - 1}; warm up one with more features, or set loss.features to 0."
+        )
 
 
 def score(figures: dict[str, float], folding_limit: float) -> float:
@@ -295,7 +314,8 @@ def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) ->
     batch = Batch(state.fixed, state.moving)
     if pair.fixed_labels is not None and pair.moving_labels is not None:
         state.labels = to(common_labels(pair.fixed_labels, pair.moving_labels))  # found on the CPU: no waiting
-    if config.loss.dice > 0:
+    if config.loss.dice > 0 or config.loss.features > 0:
+        batch.structures = state.labels
         classes = torch.arange(1, len(state.labels) + 1, device=device).view(1, -1, 1, 1, 1)
         batch.fixed_labels = (state.fixed_classes == classes).float()
         batch.moving_labels = (state.moving_classes == classes).float()
@@ -317,7 +337,7 @@ def _step(
     loss, terms = warmup_loss(step, batch, config.loss, kl_weight)
     total = step.total.detach()
     if policy.weight > 0:
-        group = sample_and_score(model, step.latent, step.field, state, policy, config.reward, generator)
+        group = sample_and_score(model, step.latent, step.field, step.total, state, policy, config.reward, generator)
         gain = policy_loss(policy_at(step.latent, step.field, policy), group, policy)
         loss = loss + policy.weight * gain
         terms |= _group_figures(group, advantages(group, policy), step.latent.log_sigma) | {

@@ -142,7 +142,9 @@ def test_learned_features_move_the_network_and_are_one_for_both_images():
     torch.testing.assert_close(one, other.flip(0))
     torch.testing.assert_close(one.sum(dim=1), torch.ones(2, 8, 8, 16))
     skips, top = network.encode(moving, fixed)
-    assert skips[0].shape == (1, 2 + 3 + 6, 16, 16, 32)
+    assert skips[0].shape == (1, 2 + 3 + 6 + 2 * 4, 16, 16, 32)
+    for found, expected in zip(network.learned(skips), one.chunk(2), strict=True):
+        torch.testing.assert_close(found, expected)
     top.sum().backward()
     assert float(network.features.out.weight.grad.abs().max()) > 0
     with pytest.raises(ValueError, match="features need forces"):
