@@ -231,8 +231,8 @@ def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
         raise MorphSeekError(f'loss.features needs the label values; name them under "labels" in {name}.')
     if max(dataset.labels) >= count:
         raise MorphSeekError(
-            f"{name} has a label {max(dataset.labels)}, but feature c stands for label c and this checkpoint has features "
-            f"0 to {count - 1}; warm up one with more features, or set loss.features to 0."
+            f"{name} has a label {max(dataset.labels)}, but feature c stands for label c and this checkpoint has "
+            f"features 0 to {count - 1}; warm up one with more features, or set loss.features to 0."
         )
 
 
