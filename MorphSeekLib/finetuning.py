@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software
-from .datasets import Dataset, Pair, PairLoader, PreparedPair
+from .datasets import Dataset, Pair, PairLoader, PreparedPair, augment
 from .distributed import World
 from .errors import MorphSeekError
 from .events import Event, OnEvent, ignore, never
@@ -68,6 +68,8 @@ class FinetuneRun(WarmupSettings):
         pairs: pairs per iteration (over all processes).
         labels: use only the first so many labelled training cases; None for all.
         folding_limit: the kept weights have the best validation Dice among those with at most this NJD (percent).
+        augmentation: strength of the random deformations and contrasts of training images; see
+            :func:`MorphSeekLib.datasets.augment`.
         kl_target: the KL to N(0, I) (mean over dimensions) that beta is steered to; None keeps ``loss.kl``.
     """
 
@@ -79,6 +81,7 @@ class FinetuneRun(WarmupSettings):
     pairs: int = 1
     labels: int | None = None
     folding_limit: float = 0.3
+    augmentation: float = 0.0
     kl_target: float | None = None
 
 
@@ -164,7 +167,8 @@ def finetune(
         for index in range(world.rank, run.pairs, world.size):
             generator = generator_for(run.seed, iteration * run.pairs + index)
             first, second = torch.randperm(len(cases), generator=generator)[:2].tolist()
-            found.append(loader(Pair(cases[first], cases[second])))
+            pair = loader(Pair(cases[first], cases[second]))
+            found.append(augment(pair, run.augmentation, generator) if run.augmentation > 0 else pair)
         return found
 
     validation = validation_pairs(dataset, preprocessing, run, model.multiple_of)[world.rank :: world.size]
