@@ -38,6 +38,7 @@ class Card:
     Attributes:
         title: one line for a list of models.
         model: how to rebuild the network.
+        parameters: of the backbone and of its policy head, and the head's share; written by :func:`save`.
         preprocessing: how to feed it.
         provenance: data, labels used, training settings, steps, seed, seconds, software; free keys.
         results: figures that were measured, each with its definition; free keys.
@@ -46,6 +47,7 @@ class Card:
 
     title: str = ""
     model: ModelSettings = field(default_factory=ModelSettings)
+    parameters: dict[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     provenance: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +72,7 @@ def save(path: Path | str, model: RegistrationModel, card: Card) -> None:
         MorphSeekError: the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    card = dataclasses.replace(card, model=model.settings)
+    card = dataclasses.replace(card, model=model.settings, parameters=model.parameter_counts())
     metadata = {"morphseek": json.dumps({"format": FORMAT, **to_dict(card)})}
     state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(path, serialize(state, metadata))

@@ -1,4 +1,6 @@
-"""The command line: ``morphseek register | evaluate | check | warmup | finetune | train | info | demo``."""
+"""The command line: ``morphseek register | evaluate | check | warmup | finetune | spac | train | import-checkpoint |
+info | demo``.
+"""
 
 from __future__ import annotations
 
@@ -233,6 +235,30 @@ def finetune(
 
 
 @app.command()
+def spac(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json with labelled training cases.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
+    config: Annotated[Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.")] = None,
+    labels: Annotated[int | None, typer.Option(help="Use only the first so many labelled cases.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train SPAC, the reinforcement learning that MorphSeek is compared with, by soft actor-critic.
+
+    Run the same command again to resume a run that was stopped.
+    """
+    with job() as (on_event, cancelled):
+        from .datasets import load_dataset
+        from .devices import pick_device
+        from .sac import SACConfig, train_spac
+        from .settings import load, override
+
+        settings = override(load(SACConfig, config), "training", labels=labels)
+        where = pick_device(device)
+        train_spac(load_dataset(dataset), settings, out, device=where, on_event=on_event, cancelled=cancelled)
+    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+@app.command()
 def train(
     folder: Annotated[Path, typer.Argument(help="A training run: a folder with run.json, as Slicer makes it.")],
     while_open: Annotated[
@@ -253,6 +279,44 @@ def train(
             lambda: cancelled() or stop.is_set() or (alone.is_set() and not (folder / "keep").exists()),
         )
     console.print(f"Wrote {model}", soft_wrap=True)
+
+
+@app.command()
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="A PyTorch file of an official code; read weights-only, never run.")],
+    architecture: Annotated[str, typer.Option(help="Whose weights they are, such as vxm-2; a wrong name lists all.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
+    spacing: Annotated[
+        tuple[float, float, float] | None, typer.Option(help="mm of the working grid; the fixed image's by default.")
+    ] = None,
+    shape: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="The least voxels of the working grid: the size of training.")
+    ] = None,
+    orientation: Annotated[str | None, typer.Option(help="Axis code of the working grid; RAS by default.")] = None,
+    intensity: Annotated[
+        str | None, typer.Option(help="percentile (the default), window or none: how intensities become 0 to 1.")
+    ] = None,
+    low: Annotated[float | None, typer.Option(help="The percentile or intensity that becomes 0.")] = None,
+    high: Annotated[float | None, typer.Option(help="The percentile or intensity that becomes 1.")] = None,
+    align: Annotated[str | None, typer.Option(help="none, center, rigid or affine (the default) before.")] = None,
+    steps: Annotated[int, typer.Option(help="Refinement steps when nothing is asked for.")] = 1,
+    title: Annotated[str, typer.Option(help="One line for a list of models.")] = "",
+    licence: Annotated[str, typer.Option(help="Of the weights; the file does not say.")] = "",
+) -> None:
+    """Make a MorphSeek checkpoint of the weights of a published network; it gives what the official code gives."""
+    with job():
+        from .official import import_checkpoint as run
+        from .preprocessing import Preprocessing
+        from .settings import from_dict
+
+        options = {
+            "spacing": spacing, "shape": shape, "orientation": orientation, "intensity": intensity, "low": low,
+            "high": high, "align": align, "steps": steps,
+        }  # fmt: skip
+        given = {name: value for name, value in options.items() if value is not None}
+        preprocessing = from_dict(Preprocessing, given, "the checkpoint's preprocessing")
+        run(file, architecture, out, preprocessing=preprocessing, title=title, licence=licence)
+    console.print(f"Wrote {out}", soft_wrap=True)
 
 
 @app.command()

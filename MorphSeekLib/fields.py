@@ -127,16 +127,17 @@ def resize(displacement: Tensor, shape: Sequence[int]) -> Tensor:
     return resized * displacement.new_tensor(factor).view(1, 3, 1, 1, 1)
 
 
-def integrate(velocity: Tensor, squarings: int = 7) -> Tensor:
+def integrate(velocity: Tensor, squarings: int = 7, padding: str = "zeros") -> Tensor:
     """Exponential of a stationary velocity field by scaling and squaring: the displacement at time 1.
 
     Args:
-        velocity: (batch, 3, i, j, k), voxels per unit of time; zero outside the grid.
+        velocity: (batch, 3, i, j, k), voxels per unit of time.
         squarings: n in u_0 = v / 2^n, u <- u o u, n times.
+        padding: what holds outside the grid, as in :func:`sample`.
     """
     displacement = _precise(velocity) / 2**squarings
     for _ in range(squarings):
-        displacement = displacement + warp(displacement, displacement, padding="zeros")
+        displacement = displacement + warp(displacement, displacement, padding=padding)
     return displacement
 
 

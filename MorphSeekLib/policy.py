@@ -2,7 +2,8 @@
 
 Two 1x1x1 convolutions read the backbone's top feature f and put a Gaussian in its place:
 mu = tanh(W_mu f) * lambda_scale, log sigma = clip(W_sigma f, sigma_min, sigma_max), z = mu + tau * sigma * noise.
-tau = 0 gives z = mu: the deterministic network of warm-up and inference.
+tau = 0 gives z = mu: the deterministic network of warm-up and inference. Weights that were trained without a policy
+take mu = W_mu f instead, which begins as mu = f: the head then changes nothing until it is trained.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from . import fields
 from .backbones import build_backbone
 
 OUTPUTS = ("displacement", "velocity")
+MEANS = ("tanh", "linear")
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,21 @@ class PolicySettings:
     """The head.
 
     Attributes:
-        lambda_scale: mu lies in (-lambda_scale, lambda_scale).
+        mean: "tanh" (the paper), or "linear": mu = W_mu f, at first f itself, for weights that know no policy.
+        lambda_scale: "tanh": mu lies in (-lambda_scale, lambda_scale).
         log_sigma_min, log_sigma_max: the clip of log sigma.
         s: normaliser of the log-likelihood: "sqrt_n" (LDVN), or a number (1 and N are the paper's two failures).
     """
 
+    mean: str = "tanh"
     lambda_scale: float = 5.0
     log_sigma_min: float = -5.0
     log_sigma_max: float = 1.0
     s: str = "sqrt_n"
 
     def __post_init__(self) -> None:
+        if self.mean not in MEANS:
+            raise ValueError(f"mean is '{self.mean}'; it must be one of {', '.join(MEANS)}")
         if self.log_sigma_min >= self.log_sigma_max:
             raise ValueError("log_sigma_min must be below log_sigma_max")
         likelihood_normalizer(self.s, 1)
@@ -82,16 +88,19 @@ class GaussianHead(nn.Module):
         self.settings = settings
         self.mu = nn.Conv3d(channels, channels, 1)
         self.log_sigma = nn.Conv3d(channels, channels, 1)
-        # start near the plain backbone (small features pass tanh almost unchanged) and at sigma = e^-2
+        # start at the plain backbone, or near it (small features pass tanh almost unchanged), and at sigma = e^-2
+        linear = settings.mean == "linear"
         with torch.no_grad():
-            nn.init.normal_(self.mu.weight, 0.0, 0.01 / math.sqrt(channels))
-            self.mu.weight += torch.eye(channels).view_as(self.mu.weight) / settings.lambda_scale
+            nn.init.normal_(self.mu.weight, 0.0, 0.0 if linear else 0.01 / math.sqrt(channels))
+            self.mu.weight += torch.eye(channels).view_as(self.mu.weight) / (1.0 if linear else settings.lambda_scale)
             nn.init.zeros_(self.mu.bias)
             nn.init.normal_(self.log_sigma.weight, 0.0, 0.01 / math.sqrt(channels))
             nn.init.constant_(self.log_sigma.bias, -2.0)
 
     def forward(self, top: Tensor) -> tuple[Tensor, Tensor]:
-        mu = torch.tanh(self.mu(top).float()) * self.settings.lambda_scale
+        mu = self.mu(top).float()
+        if self.settings.mean == "tanh":
+            mu = torch.tanh(mu) * self.settings.lambda_scale
         log_sigma = self.log_sigma(top).float().clamp(self.settings.log_sigma_min, self.settings.log_sigma_max)
         return mu, log_sigma
 
@@ -110,9 +119,20 @@ class RegistrationModel(nn.Module):
         """Every image size must be divisible by this."""
         return self.backbone.multiple_of
 
-    def encode(self, moving: Tensor, fixed: Tensor) -> Latent:
-        """The policy's Gaussian for a pair."""
-        skips, top = self.backbone.encode(moving, fixed)
+    def parameter_counts(self) -> dict[str, Any]:
+        """Parameters of the backbone and of the policy head, and the head's share of the backbone's in percent."""
+        backbone, head = (sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head))
+        return {"backbone": backbone, "policy_head": head, "policy_head_percent": round(100 * head / backbone, 2)}
+
+    def features(self, fixed: Tensor) -> Any:
+        """What a siamese backbone sees in the fixed image alone, for :meth:`encode`; None where images are fused."""
+        # asked of the class: an instance may hold a module of that name
+        return self.backbone.features(fixed) if hasattr(type(self.backbone), "features") else None
+
+    def encode(self, moving: Tensor, fixed: Tensor, fixed_features: Any = None) -> Latent:
+        """The policy's Gaussian for a pair; ``fixed_features``, where known, spare encoding the fixed image again."""
+        known = () if fixed_features is None else (fixed_features,)
+        skips, top = self.backbone.encode(moving, fixed, *known)
         return Latent(*self.head(top), skips)
 
     def field(self, latent: Latent, z: Tensor) -> Tensor:
@@ -123,9 +143,9 @@ class RegistrationModel(nn.Module):
         """The decoder's field, read as the settings say."""
         return fields.integrate(field, self.settings.squarings) if self.settings.output == "velocity" else field
 
-    def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
-        """One step at tau = 0: the displacement, (batch, 3, i, j, k) voxels."""
-        latent = self.encode(moving, fixed)
+    def forward(self, moving: Tensor, fixed: Tensor, fixed_features: Any = None) -> Tensor:
+        """One step at tau = 0: the displacement, (batch, 3, i, j, k) voxels; arguments as for :meth:`encode`."""
+        latent = self.encode(moving, fixed, fixed_features)
         return self.displacement(self.field(latent, latent.mu))
 
 
@@ -206,8 +226,9 @@ def refine(
     """
     total = torch.zeros(1, 3, *fixed.shape[2:], device=fixed.device)
     warped = moving_at(total)
+    fixed_features = model.features(fixed)
     for step in range(1, steps + 1):
-        total = fields.compose(total, model(warped, fixed).float())
+        total = fields.compose(total, model(warped, fixed, fixed_features).float())
         if step == steps and on_step is None:
             break
         warped = moving_at(total)

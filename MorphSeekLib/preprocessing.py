@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,8 +51,28 @@ class Preprocessing:
 
 
 def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) -> Grid:
-    """The grid the network works on; it covers the whole fixed image."""
-    return covering_grid(fixed, preprocessing.spacing, preprocessing.orientation, multiple_of, preprocessing.shape)
+    """The grid the network works on; it covers the whole fixed image.
+
+    An image that already lies on a grid the network takes keeps its voxels, at most turned; others get a rim. The grid
+    has at least two cells of the coarsest feature: networks that normalise over a feature's voxels refuse one.
+    """
+    wanted = (fixed, preprocessing.spacing, preprocessing.orientation, multiple_of)
+    grid = covering_grid(*wanted, preprocessing.shape)
+    if max(grid.shape) == multiple_of:
+        grid = covering_grid(*wanted, (2 * multiple_of, 1, 1))
+    turns = np.abs(grid.direction.T @ fixed.direction)
+    order = turns.argmax(axis=1)
+    shape = np.array(fixed.shape)[order]
+    if (
+        np.allclose(turns.max(axis=1), 1, atol=1e-6)
+        and np.allclose(fixed.spacing[order], grid.spacing, rtol=1e-4)
+        and not (shape % multiple_of).any()
+        and max(shape) > multiple_of
+        and (preprocessing.shape is None or (shape >= preprocessing.shape).all())
+    ):
+        corner = fixed.center - grid.direction @ (fixed.spacing[order] * (shape - 1) / 2)
+        grid = Grid.from_parts(shape.tolist(), fixed.spacing[order], grid.direction, corner)
+    return grid
 
 
 def normalize(data: Tensor, preprocessing: Preprocessing) -> Tensor:

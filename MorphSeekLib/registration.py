@@ -48,7 +48,7 @@ from .refinement import RefinementSettings, objective, optimize
 from .settings import to_dict
 from .similarity import lncc
 
-MAX_STEPS = 16
+MAX_STEPS = 20
 # a step that raises LNCC by less than this does not help any more
 LEAST_GAIN = 0.002
 # working grids beyond this would need more memory than any machine of the field has

@@ -74,6 +74,9 @@ class VoxelMorphSettings:
 
 VXM1 = VoxelMorphSettings(encoder=(8, 32, 32, 32), extra=(32, 8, 8))
 VXM2 = VoxelMorphSettings()
+VXM_X2 = VoxelMorphSettings(encoder=(32, 64, 64, 64), decoder=(64, 64, 64, 64), extra=(64, 32, 32))
+VXM_HUGE = VoxelMorphSettings((14, 28, 144, 320), (1152, 1152, 320, 144), (28, 14, 14))
+"""What this project takes the paper's "VoxelMorph-L" to be: the only published one of TransMorph's size."""
 
 
 class ConvBlock(nn.Sequential):
@@ -204,3 +207,28 @@ def descriptor_force(moving: Tensor, fixed: Tensor) -> Tensor:
             energy = energy + gradient.square().sum(dim=1, keepdim=True)
         sums = F.avg_pool3d(torch.cat([*force, energy], dim=1), 3, stride=1, padding=1)
         return sums[:, :3] / (sums[:, 3:] + 1e-3)
+
+
+def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The TransMorph repository's weights under our names; the warp's grid is no weight."""
+    ours = {"unet_model.downarm.": "down.", "unet_model.uparm.": "up.", "unet_model.extras.": "extra.", ".main.": ".0."}
+    renamed = {}
+    for name, value in state.items():
+        if name == "transformer.grid":
+            continue
+        for official, own in ours.items():
+            name = name.replace(official, own)
+        renamed[name] = value
+    return renamed
+
+
+def widths_of(state: dict[str, Tensor], _arguments: dict) -> VoxelMorphSettings:
+    """The settings that weights of the TransMorph repository's form imply, under our names."""
+
+    def widths(part: str) -> tuple[int, ...]:
+        count = sum(name.startswith(f"{part}.") and name.endswith(".weight") for name in state)
+        return tuple(len(state[f"{part}.{n}.0.weight"]) for n in range(count) if f"{part}.{n}.0.weight" in state)
+
+    if not widths("down") or len(widths("up")) != len(widths("down")):
+        return VoxelMorphSettings()  # weights of another network, which do not fit the defaults either
+    return VoxelMorphSettings(widths("down"), widths("up"), widths("extra"))

@@ -78,13 +78,22 @@ def child_syn(folder: Path) -> dict:
     return {"seconds": time.perf_counter() - begin}
 
 
-def measure(arguments: list[str], threads: int) -> dict:
-    """A method in a process of its own: what it prints, and its peak memory."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(threads),
-    }
-    command = [sys.executable, __file__, CHILD, *arguments]
+def measure(
+    arguments: list[str], threads: int, script: str = __file__, variables: dict[str, str] | None = None
+) -> dict:
+    """A method in a process of its own, which ``script`` runs: what it prints, and its peak memory.
+
+    ``variables`` are added to its environment.
+    """
+    environment = (
+        os.environ
+        | (variables or {})
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(threads),
+        }
+    )
+    command = [sys.executable, script, CHILD, *arguments]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)

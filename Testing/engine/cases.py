@@ -11,6 +11,17 @@ import torch
 from MorphSeekLib.geometry import Grid, Volume
 from MorphSeekLib.images import write_image
 
+TINY = {
+    "corrmlp": {"encoder_width": 2, "decoder_width": 8, "windows": [2, 3]},
+    "lapirn": {"width": 8, "blocks": 1},
+    "nice_trans": {"encoder_width": 2, "decoder_width": 2, "head_width": 2, "depth": 2, "window": 3},
+    "spac": {"encoder": [4, 8, 8], "decoder": [8, 8, 8, 4], "plan": 8, "size": [16, 16, 16]},
+    "transmorph": {"channels": 4, "depths": [2, 2], "heads": [1, 2], "window": [2, 3, 2], "drop_path": 0.0},
+    "voxelmorph": {"encoder": [4, 8, 8], "decoder": [8, 8, 4], "extra": [4]},
+    "vxm_dense": {"encoder": [4, 8, 8], "decoder": [8, 8, 4], "extra": [4], "squarings": 3},
+}
+"""Settings of each backbone that keep tests fast."""
+
 
 def blob_labels(seed: int, grid: Grid) -> Volume:
     """Two nested ellipsoids (labels 1 and 2) and a small ball (3), placed a little differently for every seed."""

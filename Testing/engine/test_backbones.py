@@ -4,35 +4,70 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import TINY
 
-from MorphSeekLib.backbones import BACKBONES, build_backbone
-from MorphSeekLib.backbones.voxelmorph import VXM1, VXM2, VoxelMorph, VoxelMorphSettings, structure_force
+from MorphSeekLib.backbones import ARCHITECTURES, BACKBONES, build_backbone
+from MorphSeekLib.backbones.voxelmorph import (
+    VXM1,
+    VXM2,
+    VoxelMorph,
+    VoxelMorphSettings,
+    from_official,
+    structure_force,
+)
 from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.settings import from_dict
+from MorphSeekLib.settings import from_dict, to_dict
+
+COUNTS = {"vxm-1": 274_387, "vxm-2": 301_411, "vxm-x2": 1_197_251, "vxm-huge": 63_252_939}
+COUNTS |= {"lapirn-disp": 923_748, "lapirn-diff": 923_748}
+COUNTS |= {"vxm-dense-svf": 327_331, "vxm-dense-disp": 327_331}
+COUNTS |= {"transmorph": 46_771_251, "transmorph-tiny": 244_527, "transmorph-small": 11_757_195}
+COUNTS |= {"transmorph-large": 108_343_907}
+COUNTS |= {"transmorph-oasis": 46_556_979 - 864, "transmorph-oasis-large": 107_949_923 - 864}
+COUNTS |= {"transmorph-diff": 46_557_414 - 1299}
+COUNTS |= {"nice-trans": 5_706_508, "corrmlp": 4_190_834}
+"""Parameters of the official networks, as counted on the official code (its unused weights left out)."""
 
 
-def official_names(state: dict) -> dict:
-    """The TransMorph repository's key names as ours."""
-    ours = {"unet_model.downarm": "down", "unet_model.uparm": "up", "unet_model.extras": "extra", ".main": ".0"}
-    renamed = {}
-    for name, value in state.items():
-        for old, new in ours.items():
-            name = name.replace(old, new)
-        renamed[name] = value
-    return renamed
+def test_every_published_network_is_counted():
+    assert set(COUNTS) == {name for name, architecture in ARCHITECTURES.items() if architecture.infer is None}
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_every_published_network_has_the_official_number_of_parameters(name):
+    architecture = ARCHITECTURES[name]
+    with torch.device("meta"):
+        network = build_backbone(architecture.backbone, to_dict(architecture.settings))
+    assert network.settings == architecture.settings, "settings survive a checkpoint's card"
+    assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
+
+
+REDUCED_HUGE = VoxelMorphSettings(encoder=(14, 28, 36, 40), decoder=(72, 72, 40, 36), extra=(28, 14, 14))
 
 
 @pytest.mark.parametrize(
-    ("fixture", "settings"), [("vxm1_transmorph_repo", VXM1), ("vxm2_transmorph_repo", VXM2)], ids=["vxm-1", "vxm-2"]
+    ("fixture", "settings"),
+    [
+        ("vxm1_transmorph_repo", VXM1),
+        ("vxm2_transmorph_repo", VXM2),
+        ("vxm_huge_reduced_transmorph_repo", REDUCED_HUGE),
+    ],
+    ids=["vxm-1", "vxm-2", "vxm-huge"],
 )
 def test_voxelmorph_equals_the_official_network(reference, fixture, settings):
     official = reference(fixture)
     network = VoxelMorph(settings)
-    network.load_state_dict(official_names(official["state_dict"]))
+    network.load_state_dict(from_official(official["state_dict"]))
     skips, top = network.encode(official["moving"], official["fixed"])
     torch.testing.assert_close(top, official["top_feature"], atol=1e-5, rtol=0)
     torch.testing.assert_close(network.decode(skips, top), official["flow"], atol=2e-4, rtol=0)
     assert sum(p.numel() for p in network.parameters()) == official["n_params"]
+
+
+def test_the_warp_of_official_weights_is_no_weight():
+    weight = torch.zeros(1)
+    official = {"unet_model.downarm.2.main.weight": weight, "transformer.grid": weight, "flow.bias": weight}
+    assert sorted(from_official(official)) == ["down.2.0.weight", "flow.bias"]
 
 
 def test_gradients_agree_with_finite_differences():
@@ -62,11 +97,16 @@ class Whole(torch.nn.Module):
         return self.network.decode(*self.network.encode(moving, fixed))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("name", sorted(BACKBONES))
-def test_contract(name, stride):
-    settings = {"flow_stride": stride, "decoder": [8] * (5 - stride), "extra": [8]} if name == "voxelmorph" else {}
-    network = build_backbone(name, settings)
+def test_contract(name):
+    keeps_the_contract(build_backbone(name, TINY[name]))
+
+
+def test_contract_at_half_resolution():
+    keeps_the_contract(build_backbone("voxelmorph", {"flow_stride": 2, "decoder": [8] * 3, "extra": [8]}))
+
+
+def keeps_the_contract(network: torch.nn.Module) -> None:
     shape = [network.multiple_of, 2 * network.multiple_of, network.multiple_of]
     moving, fixed = torch.rand(2, 1, 1, *shape)
     skips, top = network.encode(moving, fixed)
@@ -75,6 +115,7 @@ def test_contract(name, stride):
     assert field.shape == (1, 3, *shape)
     assert field.dtype == torch.float32
     assert float(field.detach().abs().max()) < 0.1, "a fresh network starts near the identity"
+    assert torch.equal(network.decode(skips, top), field), "no chance in the decoder"
 
 
 def test_half_resolution_flow_means_the_same_motion():

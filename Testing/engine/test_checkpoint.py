@@ -50,6 +50,9 @@ def test_round_trip(saved):
         CARD.licence,
     )
     assert not loaded.training
+    count = sum(p.numel() for p in model.head.parameters())
+    assert card.parameters["policy_head"] == count == 2 * (6 * 6 + 6)
+    assert card.parameters["policy_head_percent"] == pytest.approx(100 * count / card.parameters["backbone"], abs=0.005)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
     assert checkpoint.read_card(path) == card

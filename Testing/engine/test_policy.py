@@ -9,6 +9,7 @@ import torch
 
 from MorphSeekLib import fields
 from MorphSeekLib.policy import (
+    GaussianHead,
     Latent,
     ModelSettings,
     PolicySettings,
@@ -54,6 +55,55 @@ def test_head_keeps_its_bounds_and_is_small():
     assert float(log_sigma.max()) <= settings.log_sigma_max
 
 
+def test_a_linear_mean_begins_as_the_feature_itself():
+    """Weights that were trained without a policy give the same field with the head between encoder and decoder."""
+    torch.manual_seed(0)
+    model = RegistrationModel(ModelSettings(backbone_settings=SMALL, policy=PolicySettings(mean="linear")))
+    torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.3)
+    moving, fixed = torch.rand(2, 1, 1, 16, 16, 16)
+    skips, top = model.backbone.encode(moving, fixed)
+    latent = model.encode(moving, fixed)
+    assert torch.equal(latent.mu, top)
+    assert torch.equal(model(moving, fixed), model.backbone.decode(skips, top))
+    latent.mu.sum().backward()
+    assert float(model.head.mu.weight.grad.abs().max()) > 0, "the head learns from there"
+    far = 100 * top.detach()
+    assert torch.equal(model.head(far)[0], far), "no bound"
+
+
+def test_refine_encodes_the_fixed_image_of_a_siamese_network_once():
+    class Siamese(torch.nn.Module):
+        """Two streams that count what they are asked for."""
+
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def features(self, image):
+            self.seen.append(image)
+            return [image]
+
+        def encode(self, moving, fixed, fixed_features=None):
+            top = self.features(moving)[0] - (self.features(fixed) if fixed_features is None else fixed_features)[0]
+            return [top], torch.nn.functional.avg_pool3d(top, 4)
+
+        def decode(self, skips, top):
+            return top.mean() + skips[0].expand(-1, 3, -1, -1, -1)
+
+    model = RegistrationModel(ModelSettings(backbone_settings=SMALL))
+    model.backbone = Siamese()
+    model.head = GaussianHead(1, model.settings.policy)
+    fixed, moving = torch.rand(2, 1, 1, 8, 8, 8)
+    with torch.no_grad():
+        total = refine(model, lambda u: fields.warp(moving, u), fixed, 3)
+        assert len(model.backbone.seen) == 1 + 3
+        assert sum(torch.equal(image, fixed) for image in model.backbone.seen) == 1
+        again = torch.zeros_like(total)
+        for _ in range(3):
+            again = fields.compose(again, model(fields.warp(moving, again), fixed))
+    torch.testing.assert_close(total, again)
+
+
 def test_output_may_be_read_as_a_velocity():
     torch.manual_seed(0)
     displacement = RegistrationModel(ModelSettings(backbone_settings=SMALL))
@@ -72,7 +122,10 @@ def test_output_may_be_read_as_a_velocity():
 class Shift(torch.nn.Module):
     """Stands where a model does: always moves by the same amount."""
 
-    def forward(self, moving, fixed):
+    def features(self, fixed):
+        return None
+
+    def forward(self, moving, fixed, fixed_features):
         return torch.full((1, 3, *fixed.shape[2:]), 0.5)
 
 
@@ -103,6 +156,8 @@ def test_refine_stops_when_told():
 
 
 def test_settings_are_checked():
+    with pytest.raises(ValueError, match="mean is 'identity'"):
+        PolicySettings(mean="identity")
     with pytest.raises(ValueError, match="below"):
         PolicySettings(log_sigma_min=1.0, log_sigma_max=0.0)
     with pytest.raises(ValueError, match="positive"):

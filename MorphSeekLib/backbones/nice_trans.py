@@ -1,0 +1,171 @@
+"""NICE-Trans: affine and deformable registration in one coarse-to-fine decoder (Meng et al., MICCAI 2023).
+
+The coarsest features of both images pass a stage of windowed attention; its result, the top feature, gives 12 affine
+parameters. Their dense displacement is where the field starts, so the field contains the affine part; each finer level
+adds what it finds. The attention is MONAI's Swin stage, which equals the official one.
+
+The official code serves one pair at a time and loses some motion at each doubling of the field; ours serves any batch,
+and ``official_upsampling``, which official weights were trained with, is there for them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import fields
+from ..errors import MorphSeekError
+from .siamese import Expansion, FlowHead, Pyramid, conv_block, double, pair_features, rename, run, shared_names
+
+LEVELS = 5
+
+
+@dataclass(frozen=True)
+class NICETransSettings:
+    """Widths and variants; the defaults are the published network, but for the upsampling.
+
+    Attributes:
+        encoder_width: channels of an image's features at full resolution, doubled at each of four coarser levels.
+        decoder_width: channels of the decoder at full resolution, doubled likewise.
+        head_width: channels of one attention head; divides twice the decoder's width.
+        depth: attention layers at each of the four coarse levels.
+        window: attention sees this many voxels along each axis; every second layer's windows are shifted by half.
+        official_upsampling: see :func:`MorphSeekLib.backbones.siamese.double`.
+        checkpointing: less memory and more time in training.
+    """
+
+    encoder_width: int = 8
+    decoder_width: int = 16
+    head_width: int = 16
+    depth: int = 4
+    window: int = 5
+    official_upsampling: bool = False
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.encoder_width, self.decoder_width, self.head_width, self.depth) < 1 or self.window < 2:
+            raise ValueError("widths and depth must be at least 1, and window at least 2")
+        if 2 * self.decoder_width % self.head_width:
+            raise ValueError(f"head_width is {self.head_width}; it must divide {2 * self.decoder_width}")
+
+
+OFFICIAL = NICETransSettings(official_upsampling=True)
+
+
+class NICETrans(nn.Module):
+    """See the module's text. Input sizes must be divisible by ``multiple_of``.
+
+    Raises:
+        MorphSeekError: MONAI is not installed.
+    """
+
+    def __init__(self, settings: NICETransSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        encoder = [settings.encoder_width * 2**level for level in range(LEVELS)]
+        decoder = [settings.decoder_width * 2**level for level in range(LEVELS)]
+        self.top_channels = decoder[-1]
+        self.multiple_of = 2 ** (LEVELS - 1)
+        self.pyramid = Pyramid(settings.encoder_width, LEVELS, settings.checkpointing)
+        # lists of the decoder go from fine to coarse, as the skips do; the finest level has convolutions alone
+        inputs = [2 * e + d for e, d in zip(encoder, decoder, strict=True)]
+        inputs[-1] = 2 * encoder[-1]
+        self.finest = conv_block(inputs[0], decoder[0])
+        self.fuse = nn.ModuleList(nn.Conv3d(a, b, 1) for a, b in zip(inputs[1:], decoder[1:], strict=True))
+        self.attend = nn.ModuleList(swin_stage(width, settings) for width in decoder[1:])
+        self.expand = nn.ModuleList(Expansion(width) for width in decoder[1:])
+        self.flow = nn.ModuleList(FlowHead(width) for width in decoder[:-1])
+        self.affine_head = nn.Sequential(
+            nn.Linear(decoder[-1], decoder[-1] // 2, bias=False),
+            nn.ReLU(),
+            nn.Linear(decoder[-1] // 2, 12, bias=False),
+            nn.Tanh(),
+        )
+        nn.init.normal_(self.affine_head[2].weight, 0.0, 1e-5)
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """What the encoder says of one image, (batch, 1, i, j, k): features from fine to coarse."""
+        return self.pyramid(image)
+
+    def encode(
+        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Features of a pair: the skips from fine to coarse, (batch, fixed and moving channels, ...), and the top one.
+
+        Args:
+            fixed_features: :meth:`features` of ``fixed``, where they are known.
+        """
+        *skips, coarsest = pair_features(self.features, moving, fixed, fixed_features)
+        return skips, self.attend[-1](self.fuse[-1](coarsest))
+
+    def affine(self, top: Tensor) -> Tensor:
+        """The affine part, (batch, 3, 4), less the identity: :func:`affine_field` makes its displacement."""
+        with torch.autocast(top.device.type, enabled=False):
+            return self.affine_head(top.to(self.affine_head[0].weight.dtype).mean(dim=(2, 3, 4))).unflatten(1, (3, 4))
+
+    def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
+        """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid, affine part included."""
+        x, field = top, affine_field(self.affine(top), top.shape[2:])
+        for level in reversed(range(LEVELS - 1)):
+            field = double(field, self.settings.official_upsampling)
+            fixed, moving = skips[level].chunk(2, dim=1)
+            x = torch.cat([fixed, self.expand[level](x).to(fixed.dtype), fields.warp(moving, field).to(fixed.dtype)], 1)
+            if level == 0:
+                x = run(self.finest, x, save=self.settings.checkpointing)
+            else:
+                x = self.attend[level - 1](self.fuse[level - 1](x))
+            field = field + self.flow[level](x)
+        return field
+
+
+def affine_field(parameters: Tensor, shape: Sequence[int]) -> Tensor:
+    """Dense displacement of an affine map.
+
+    Args:
+        parameters: (batch, 3, 4): a point p of the grid, -1 to 1 from the first centre to the last and the last axis
+            first, moves by ``parameters @ (p, 1)``.
+        shape: the grid's size (i, j, k).
+
+    Returns:
+        (batch, 3, i, j, k), voxels, channel c along axis c.
+    """
+    half = parameters.new_tensor([(n - 1) / 2 for n in shape]).view(1, 3, 1, 1, 1)
+    points = (fields.identity(shape, parameters) - half) / half.clamp(min=0.5)
+    matrix, shift = parameters[:, :, :3].flip(1, 2), parameters[:, :, 3].flip(1)
+    with torch.autocast(parameters.device.type, enabled=False):
+        return half * ((matrix @ points.flatten(2)).unflatten(2, tuple(shape)) + shift[:, :, None, None, None])
+
+
+def swin_stage(width: int, settings: NICETransSettings) -> nn.Module:
+    """Layers of windowed attention on (batch, width, i, j, k), by MONAI (swin_unetr.BasicLayer)."""
+    try:
+        import einops  # noqa: F401 (MONAI would miss it in the middle of the first forward pass only)
+        from monai.networks.nets.swin_unetr import BasicLayer
+    except ImportError as error:
+        raise MorphSeekError("NICE-Trans needs MONAI 1.6 or later; pip install 'morphseek[nice-trans]'.") from error
+    stage = BasicLayer(
+        width,
+        settings.depth,
+        width // settings.head_width,
+        (settings.window,) * 3,
+        drop_path=[0.0] * settings.depth,
+        qkv_bias=True,
+        use_checkpoint=settings.checkpointing,
+        use_flash_attention=True,  # without gradient only: twice as fast
+    )
+    for block in stage.blocks:  # a table that follows from the window's size has no place in a checkpoint
+        block.attn.register_buffer("relative_position_index", block.attn.relative_position_index, persistent=False)
+    return stage
+
+
+def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the official code under our names."""
+    names = [(f"Encoder.conv_{level + 1}.", f"pyramid.{level}.") for level in range(LEVELS)]
+    for level in range(1, LEVELS):
+        names += [(f"trans_{level + 1}.", f"attend.{level - 1}."), (f"backdim_{level + 1}.", f"fuse.{level - 1}.")]
+    names += [("Decoder.conv_1.", "finest."), ("reghead_5.affine_head_1.", "affine_head.0.")]
+    names += [("reghead_5.affine_head_2.", "affine_head.2.")]
+    return rename(state, [*names, *shared_names(LEVELS - 1)])

@@ -1,0 +1,181 @@
+"""Every backbone under the policy: batches of latents, T steps, any image size, warm-up, fine-tuning, register."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import TINY, blob_grid, blob_image, blob_labels, write_dataset
+
+from MorphSeekLib import checkpoint, fields
+from MorphSeekLib.backbones import BACKBONES
+from MorphSeekLib.checkpoint import Card
+from MorphSeekLib.datasets import load_dataset
+from MorphSeekLib.finetuning import FinetuneConfig, FinetuneRun, finetune
+from MorphSeekLib.geometry import Volume, voxel_displacement
+from MorphSeekLib.grpo import PolicyGradientSettings, policy_at, sample_and_score, steps_of
+from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel, refine
+from MorphSeekLib.preprocessing import Preprocessing, working_grid
+from MorphSeekLib.registration import load_model, register
+from MorphSeekLib.rewards import RewardSettings, State
+from MorphSeekLib.training import LossSettings, TrainingConfig, WarmupSettings, warmup
+
+every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
+
+
+def model_of(name: str, **policy: str) -> RegistrationModel:
+    """A tiny network whose field is of the order of voxels, so that every layer matters."""
+    torch.manual_seed(0)
+    model = RegistrationModel(ModelSettings(name, TINY[name], PolicySettings(**policy))).eval()
+    heads = [p for p in model.backbone.parameters() if 0 < float(p.detach().std()) < 1e-4]
+    assert heads, "flow heads start near nothing"
+    pair = pair_of(model)
+    with torch.no_grad():
+        while float(model(*pair).abs().mean()) < 0.5:
+            for weight in heads:
+                weight.mul_(3)
+    return model
+
+
+def pair_of(model: RegistrationModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moving and fixed, (1, 1, i, j, k), smooth, with different sizes along the axes."""
+    shape = [model.multiple_of, 2 * model.multiple_of, model.multiple_of]
+    coarse = torch.rand(2, 1, *[n // 4 for n in shape], generator=torch.Generator().manual_seed(1))
+    return F.interpolate(coarse, size=shape, mode="trilinear", align_corners=True).split(1)
+
+
+def test_every_backbone_has_small_settings():
+    assert sorted(TINY) == sorted(BACKBONES)
+
+
+@every_backbone
+def test_a_linear_mean_is_the_network_without_a_policy(name):
+    model = model_of(name, mean="linear")
+    moving, fixed = pair_of(model)
+    with torch.no_grad():
+        alone = model.backbone.decode(*model.backbone.encode(moving, fixed))
+        assert torch.equal(model(moving, fixed), alone)
+    assert float(alone.abs().mean()) > 1e-3
+
+
+@every_backbone
+def test_many_latents_are_decoded_as_one_would_be(name):
+    """What GRPO needs of a decoder: a batch of latents on the same skips, no chance, and the policy's say in it."""
+    model = model_of(name).train()
+    moving, fixed = pair_of(model)
+    settings = PolicyGradientSettings(trajectories=3)
+    with torch.no_grad():
+        latent = model.encode(moving, fixed)
+        field = model.field(latent, latent.mu)
+        policy = policy_at(latent, field, settings)
+        samples = latent.mu + torch.randn(3, *latent.mu.shape[1:])
+        together = steps_of(model, latent, field, policy, [samples], settings)
+        single = torch.cat([model.displacement(model.field(latent, z[None])) for z in samples])
+    torch.testing.assert_close(together, single, atol=1e-4, rtol=1e-4)
+    assert float((single[0] - single[1]).abs().max()) > 1e-6
+
+
+@every_backbone
+@pytest.mark.parametrize("place", ["latent", "field"])
+def test_a_group_is_sampled_and_scored_at_both_places(name, place):
+    model = model_of(name)
+    moving, fixed = pair_of(model)
+    labels = (fixed > 0.5).int(), (moving > 0.5).int()
+    state = State(fixed, moving, torch.zeros(1, 3, *fixed.shape[2:]), *labels)
+    settings = PolicyGradientSettings(trajectories=3, tau=5.0, place=place)
+    with torch.no_grad():
+        latent = model.encode(moving, fixed)
+        field = model.field(latent, latent.mu)
+        total = model.displacement(field)
+        group = sample_and_score(model, latent, field, total, state, settings, RewardSettings({"dice": 1.0}))
+    assert group.rewards.shape == (3,)
+    assert float(group.rewards.std()) > 0
+    assert group.best.shape == state.total.shape
+
+
+@every_backbone
+def test_t_steps_encode_the_fixed_image_once_where_the_network_is_siamese(name, monkeypatch):
+    model = model_of(name)
+    moving, fixed = pair_of(model)
+    calls = []
+    network = type(model.backbone)
+    if hasattr(network, "features"):
+        features = network.features
+        monkeypatch.setattr(network, "features", lambda self, image: calls.append(image) or features(self, image))
+    with torch.no_grad():
+        total = refine(model, lambda u: fields.warp(moving, u), fixed, 3)
+        if calls:
+            assert len(calls) == 1 + 3
+            assert sum(torch.equal(image, fixed) for image in calls) == 1
+        again = torch.zeros_like(total)
+        for _ in range(3):
+            again = fields.compose(again, model(fields.warp(moving, again), fixed))
+    torch.testing.assert_close(total, again, atol=5e-4, rtol=1e-4)
+
+
+@every_backbone
+def test_an_image_of_any_size_is_padded_and_cropped_back(name, tmp_path):
+    """register on sizes that the network does not take is the network on images with a rim of zeros, less the rim."""
+    model = model_of(name)
+    preprocessing = Preprocessing(orientation="LPS", intensity="none", align="none", steps=1)
+    checkpoint.save(tmp_path / "m.safetensors", model, Card(preprocessing=preprocessing))
+    grid = blob_grid((14, model.multiple_of + 2, 18), (1.0, 1.0, 1.0))
+    fixed, moving = (
+        Volume(blob_image(blob_labels(seed, grid), seed).data.clamp(min=0) / 250, grid) for seed in range(2)
+    )
+    found = register(fixed, moving, load_model(tmp_path / "m.safetensors", "cpu"), inverse=False)
+    shape = working_grid(grid, preprocessing, model.multiple_of).shape
+    assert all(n % model.multiple_of == 0 for n in shape)
+    rims = [(wide - n) // 2 for wide, n in zip(shape, grid.shape, strict=True)]
+    padding = [rim for rim in reversed(rims) for _ in range(2)]
+    with torch.no_grad():
+        whole = model(*(F.pad(volume.data[None, None], padding) for volume in (moving, fixed)))
+    inner = whole[(..., *(slice(rim, rim + n) for rim, n in zip(rims, grid.shape, strict=True)))]
+    torch.testing.assert_close(voxel_displacement(found.transform, grid), inner, atol=2e-3, rtol=1e-3)
+    assert found.warped.grid.same_as(grid)
+
+
+@every_backbone
+def test_the_smallest_image_works(name):
+    """One cell of the coarsest feature is nothing to normalise over; the working grid has two."""
+    model = model_of(name)
+    shape = working_grid(blob_grid((3, 4, 3)), Preprocessing(), model.multiple_of).shape
+    assert math.prod(shape) == 2 * model.multiple_of**3
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.rand(1, 1, *shape), torch.rand(1, 1, *shape))).all()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return load_dataset(write_dataset(tmp_path_factory.mktemp("blobs"), 3))
+
+
+@every_backbone
+def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
+    """Two iterations each; then a pair is registered with what came out."""
+    run = WarmupSettings(iterations=2, steps=1, validate_every=2)
+    preprocessing = Preprocessing(spacing=(2.5, 2.5, 2.5), align="none")
+    config = TrainingConfig(model=ModelSettings(name, TINY[name]), preprocessing=preprocessing, training=run)
+    files = [warmup(dataset, config, tmp_path / "warm.safetensors")]
+    for place in ("latent", "field"):
+        policy = PolicyGradientSettings(trajectories=2, place=place)
+        tune = FinetuneConfig(
+            loss=LossSettings(dice=1.0),
+            policy=policy,
+            training=FinetuneRun(iterations=2, steps=2, validate_every=2),
+        )
+        files.append(finetune(dataset, tune, files[0], tmp_path / f"{place}.safetensors"))
+    states = [checkpoint.load(path)[0].state_dict() for path in files]
+    for tuned in states[1:]:
+        still = [key for key, value in tuned.items() if torch.equal(value, states[0][key])]
+        assert not [key for key in still if key.endswith("weight")], "each weight is reached by some loss"
+        assert all(torch.isfinite(value).all() for value in tuned.values())
+    fixed, moving = (blob_image(blob_labels(seed, blob_grid()), seed) for seed in range(2))
+    loaded = load_model(files[-1], "cpu")
+    report = register(fixed, moving, loaded, inverse=False).report
+    assert [row["step"] for row in report["steps"]] == [0, 1, 2]
+    assert report["displacement_mm"]["max"] > 0
+    assert dataclasses.asdict(loaded.card)["parameters"]["policy_head"] > 0
