@@ -130,12 +130,11 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
         "field, every 4": Arm(FIELD),
         "field, every 4, one reward": Arm(FIELD | {"policy.credit": "trajectory"}),
     },
-    # how much the top feature decides, where coarse skips are weakened or dropped
+    # how much the top feature decides, where the two coarse skips are dropped
     "skips": FIRST
     | {"latent (paper)": Arm(PAPER)}
     | {
-        f"{name}, coarse skips x {gain}": Arm(settings, model={"skip_gains": (gain, gain)})
-        for gain in (0.3, 0.0)
+        f"{name}, coarse skips dropped": Arm(settings, model={"skip_gains": (0.0, 0.0)})
         for name, settings in (("soft Dice", {}), ("latent", PAPER))
     },
     "trajectories": FIRST
