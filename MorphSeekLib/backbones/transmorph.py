@@ -37,7 +37,7 @@ class TransMorphSettings:
         depths: blocks of each stage.
         heads: attention heads of each stage; they divide its channels.
         window: tokens of an attention window along (i, j, k).
-        drop_path: the share of trainings steps in which the last block is skipped; from 0, linear over the blocks.
+        drop_path: the share of training steps in which the last block is skipped; from 0, linear over the blocks.
         flow_stride: 1, or 2 (OASIS, DIFFEOMORPHIC): the field is made at half resolution.
         squarings: 0, or the number of squarings that integrate a velocity field (DIFFEOMORPHIC).
         official_defects: with ``flow_stride`` 2, the official codes' treatment of the half-resolution field; see
