@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -34,6 +33,9 @@ from MorphSeekLib.settings import to_dict
 OUT = Path(__file__).parent / "results" / "zoo.json"
 PAGE = Path(__file__).resolve().parents[2] / "Resources" / "ZOO.md"
 SIZES = {"small": (64, 64, 64), "full": (160, 192, 224)}
+ANY_WIDTH = ("vxm", "vxm-dense")
+"""Names under which files of any width are imported; the networks stand in the table under their own."""
+PASSES = {"small": 3, "full": 1}
 PRECISIONS = ("float32", "bfloat16")
 CHILD = "--child"
 INTRODUCTION = """# Model zoo
@@ -42,7 +44,7 @@ The published networks that MorphSeek builds, each with its policy head. `morphs
 --architecture NAME --out mine.safetensors` makes a checkpoint of official weights; it gives what the official code
 gives. Made by `Testing/benchmarks/zoo.py`; do not edit.
 
-Seconds: processor time of one forward pass on one core ({device}, torch {torch}), the median of three. GB: peak
+Seconds: processor time of one forward pass on one core ({device}, torch {torch}), at 64³ the median of three. GB: peak
 resident set of a fresh process. Head: the policy head's share of the backbone's parameters. N: how many numbers the
 policy decides on.
 """
@@ -56,35 +58,33 @@ def model_of(name: str) -> RegistrationModel:
     return RegistrationModel(ModelSettings(known.backbone, to_dict(known.settings), PolicySettings(mean="linear")))
 
 
-def dimensions(model: RegistrationModel, size: tuple[int, int, int]) -> int:
-    """N: how many numbers the policy decides on for images of a size."""
-    multiple = model.multiple_of
-    with torch.no_grad():  # the smallest image tells how far the top feature is coarser
-        mu = model.encode(*torch.rand(2, 1, 1, 2 * multiple, 2 * multiple, 2 * multiple)).mu
-    coarser = 2 * multiple // mu.shape[2]
-    return mu.shape[1] * math.prod(n // coarser for n in size)
+def dimensions(name: str, size: tuple[int, int, int]) -> int:
+    """N: how many numbers the policy decides on for images of a size; nothing is computed."""
+    with torch.device("meta"):
+        return model_of(name).encode(*torch.rand(2, 1, 1, *size)).mu.numel()
 
 
-def child(name: str, size: str, precision: str, repetitions: int) -> dict[str, float]:
-    """Seconds of a forward pass: the median of some, after a first one."""
+def child(name: str, size: str, precision: str) -> dict[str, float]:
+    """Processor seconds of a forward pass, the median of some, after a first one on small images."""
     torch.manual_seed(0)
     model = model_of(name).eval()
     low = precision == "bfloat16"
     if low:
         model = model.to(memory_format=torch.channels_last_3d)
-    moving, fixed = torch.rand(2, 1, 1, *SIZES[size])
     seconds = []
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
-        for _ in range(repetitions + 1):
+        model(*torch.rand(2, 1, 1, *SIZES["small"]))
+        moving, fixed = torch.rand(2, 1, 1, *SIZES[size])
+        for _ in range(PASSES[size]):
             begin = time.process_time()
             model(moving, fixed)
             seconds.append(time.process_time() - begin)
-    return {"seconds": round(median(seconds[1:]), 3)}
+    return {"seconds": round(median(seconds), 3)}
 
 
-def measure(name: str, size: str, precision: str, repetitions: int, limit_gb: float) -> dict:
+def measure(name: str, size: str, precision: str, limit_gb: float) -> dict:
     """A figure, in a process of its own that may not take more memory than there is."""
-    command = [sys.executable, "-W", "ignore", __file__, CHILD, name, size, precision, str(repetitions)]
+    command = [sys.executable, "-W", "ignore", __file__, CHILD, name, size, precision]
     process = subprocess.Popen(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -154,24 +154,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="architectures; all by default")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--anew", action="store_true", help="measure again what was measured")
     options = parser.parse_args()
-    known = [name for name, architecture in ARCHITECTURES.items() if architecture.infer is None]
+    known = [name for name in ARCHITECTURES if name not in ANY_WIDTH]
     rows = json.loads(OUT.read_text())["rows"] if OUT.is_file() else {}
     for name in options.only or known:
         row = rows.setdefault(name, {})
-        model = model_of(name)
-        row["parameters"] = model.parameter_counts()
-        row["dimensions"] = {size: dimensions(model, shape) for size, shape in SIZES.items()}
-        del model
+        with torch.device("meta"):
+            row["parameters"] = model_of(name).parameter_counts()
+        row["dimensions"] = {size: dimensions(name, shape) for size, shape in SIZES.items()}
         for size in options.sizes:
             for precision in PRECISIONS:
                 key = f"{size}/{precision}"
                 if "seconds" in row.get(key, {}) and not options.anew:
                     continue
                 limit = available_gb() - RESERVE_GB
-                row[key] = measure(name, size, precision, options.repetitions, limit)
+                row[key] = measure(name, size, precision, limit)
                 print(name, key, row[key], flush=True)
                 content = {"machine": machine(torch.device("cpu")), "rows": {k: rows[k] for k in known if k in rows}}
                 OUT.write_text(json.dumps(content, indent=1) + "\n")
@@ -181,7 +179,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == [CHILD]:
         torch.set_num_threads(1)
-        figures = child(*sys.argv[2:5], int(sys.argv[5]))
+        figures = child(*sys.argv[2:])
         print("\n" + json.dumps(figures | {"peak_gb": peak_gb()}))
     else:
         main()

@@ -16,30 +16,47 @@ from MorphSeekLib.backbones.voxelmorph import (
     structure_force,
 )
 from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.policy import GaussianHead, PolicySettings
 from MorphSeekLib.settings import from_dict, to_dict
 
-COUNTS = {"vxm-1": 274_387, "vxm-2": 301_411, "vxm-x2": 1_197_251, "vxm-huge": 63_252_939}
-COUNTS |= {"lapirn-disp": 923_748, "lapirn-diff": 923_748}
-COUNTS |= {"vxm-dense-svf": 327_331, "vxm-dense-disp": 327_331}
-COUNTS |= {"transmorph": 46_771_251, "transmorph-tiny": 244_527, "transmorph-small": 11_757_195}
-COUNTS |= {"transmorph-large": 108_343_907}
-COUNTS |= {"transmorph-oasis": 46_556_979 - 864, "transmorph-oasis-large": 107_949_923 - 864}
-COUNTS |= {"transmorph-diff": 46_557_414 - 1299}
-COUNTS |= {"nice-trans": 5_706_508, "corrmlp": 4_190_834}
-"""Parameters of the official networks, as counted on the official code (its unused weights left out)."""
+PUBLISHED = {
+    "vxm-1": (274_387, 53_760),
+    "vxm-2": (301_411, 53_760),
+    "vxm-x2": (1_197_251, 107_520),
+    "vxm-huge": (63_252_939, 537_600),
+    "vxm-dense-svf": (327_331, 53_760),
+    "vxm-dense-disp": (327_331, 53_760),
+    "transmorph": (46_771_251, 161_280),
+    "transmorph-tiny": (244_527, 10_080),
+    "transmorph-small": (11_757_195, 80_640),
+    "transmorph-large": (108_343_907, 215_040),
+    "transmorph-oasis": (46_556_979 - 864, 161_280),
+    "transmorph-oasis-large": (107_949_923 - 864, 215_040),
+    "transmorph-diff": (46_557_414 - 1299, 161_280),
+    "lapirn-disp": (923_748, 376_320),
+    "lapirn-diff": (923_748, 376_320),
+    "nice-trans": (5_706_508, 430_080),
+    "corrmlp": (4_190_834, 1_720_320),
+}
+"""Parameters of the official networks, counted on the official codes (less their unused weights), and the size of the
+top feature, which is the policy's number of dimensions N, of 160x192x224 voxels."""
 
 
 def test_every_published_network_is_counted():
-    assert set(COUNTS) == {name for name, architecture in ARCHITECTURES.items() if architecture.infer is None}
+    assert set(PUBLISHED) == {name for name, architecture in ARCHITECTURES.items() if architecture.infer is None}
 
 
-@pytest.mark.parametrize("name", sorted(COUNTS))
-def test_every_published_network_has_the_official_number_of_parameters(name):
-    architecture = ARCHITECTURES[name]
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_every_published_network_has_the_official_sizes(name):
+    architecture, (parameters, dimensions) = ARCHITECTURES[name], PUBLISHED[name]
     with torch.device("meta"):
         network = build_backbone(architecture.backbone, to_dict(architecture.settings))
+        _, top = network.encode(*torch.rand(2, 1, 1, 160, 192, 224))
+        head = GaussianHead(network.top_channels, PolicySettings())
     assert network.settings == architecture.settings, "settings survive a checkpoint's card"
-    assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert top.numel() == dimensions
+    assert sum(p.numel() for p in head.parameters()) < 0.03 * parameters, "the policy's head stays small"
 
 
 REDUCED_HUGE = VoxelMorphSettings(encoder=(14, 28, 36, 40), decoder=(72, 72, 40, 36), extra=(28, 14, 14))

@@ -19,6 +19,7 @@ from MorphSeekLib.geometry import Volume, voxel_displacement
 from MorphSeekLib.grpo import PolicyGradientSettings, policy_at, sample_and_score, steps_of
 from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel, refine
 from MorphSeekLib.preprocessing import Preprocessing, working_grid
+from MorphSeekLib.refinement import RefinementSettings
 from MorphSeekLib.registration import load_model, register
 from MorphSeekLib.rewards import RewardSettings, State
 from MorphSeekLib.training import LossSettings, TrainingConfig, WarmupSettings, warmup
@@ -114,7 +115,7 @@ def test_t_steps_encode_the_fixed_image_once_where_the_network_is_siamese(name, 
         for _ in range(3):
             again = fields.compose(again, model(fields.warp(moving, again), fixed))
     # a batch of two images is rounded otherwise than one image; random weights and steps make more of it
-    torch.testing.assert_close(total, again, atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(total, again, atol=5e-3, rtol=1e-3)
 
 
 @every_backbone
@@ -156,7 +157,7 @@ def dataset(tmp_path_factory):
 
 @every_backbone
 def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
-    """Two iterations each; then a pair is registered with what came out."""
+    """Two iterations each; then a pair is registered with what came out, and fitted a little."""
     run = WarmupSettings(iterations=2, steps=1, validate_every=2)
     preprocessing = Preprocessing(spacing=(2.5, 2.5, 2.5), align="none")
     config = TrainingConfig(model=ModelSettings(name, TINY[name]), preprocessing=preprocessing, training=run)
@@ -176,7 +177,8 @@ def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
         assert all(torch.isfinite(value).all() for value in tuned.values())
     fixed, moving = (blob_image(blob_labels(seed, blob_grid()), seed) for seed in range(2))
     loaded = load_model(files[-1], "cpu")
-    report = register(fixed, moving, loaded, inverse=False).report
+    report = register(fixed, moving, loaded, inverse=False, refinement=RefinementSettings(iterations=2)).report
     assert [row["step"] for row in report["steps"]] == [0, 1, 2]
+    assert report["refinement"]["objective"]["refined"] <= report["refinement"]["objective"]["network"]
     assert report["displacement_mm"]["max"] > 0
     assert dataclasses.asdict(loaded.card)["parameters"]["policy_head"] > 0
