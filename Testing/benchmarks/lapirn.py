@@ -6,8 +6,9 @@
 The pair is ../shared/fixtures/lapirn_disp_oasis_like_160x192x224.pt: a brain and its copy under a smooth field of up to
 seven voxels. Dice is the mean over 27 structures of the moving labels warped by nearest neighbour, edge values held
 beyond the image. Both networks are timed from two images in memory to the field and the warped image, greedy (NCC,
-radius 2, 100x50x10) as a command is. Every run is a process of its own, so that peak memory is its own; the methods
-take turns and each one's median counts. The official code is made to run without CUDA by replacing .cuda().
+radius 2, 100x50x10) with its files, as it comes. Every run is a process of its own, so that peak memory is its own; the
+methods take turns and each one's median counts. Where other programs run beside it, believe the processor's seconds and
+their ratios. The official code is made to run without CUDA by replacing .cuda().
 Needs: pip install -e '.[benchmark,test]'.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -35,6 +37,18 @@ from MorphSeekLib.metrics import dice_per_label
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 METHODS = ("official", "MorphSeek, float32", "MorphSeek", "greedy")
+
+
+class Stopwatch:
+    """Seconds by the clock, and of the processors, which other programs on the machine do not lengthen."""
+
+    def __enter__(self) -> Stopwatch:
+        self._begin = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        clock, processor = time.perf_counter() - self._begin[0], time.process_time() - self._begin[1]
+        self.seconds = {"seconds": clock, "cpu_seconds": processor}
 
 
 def load_case(fixtures: Path) -> tuple[dict[str, Tensor], dict]:
@@ -75,13 +89,11 @@ def child_morphseek(fixtures: Path, weights: dict[str, Tensor]) -> dict:
     network.load_state_dict(from_official(weights))
     device = torch.device("cpu")
     network = place(network.eval(), device)
-    with torch.inference_mode():
-        begin = time.perf_counter()
+    with torch.inference_mode(), Stopwatch() as spent:
         with network_autocast(device):
             field = network.decode(*network.encode(volumes["moving"], volumes["fixed"]))
         fields.warp(volumes["moving"], field, padding="border")
-        seconds = time.perf_counter() - begin
-    return {"seconds": seconds} | figures_of(field, volumes, case)
+    return spent.seconds | figures_of(field, volumes, case)
 
 
 def child_official(fixtures: Path, weights: dict[str, Tensor], folder: Path) -> dict:
@@ -102,12 +114,10 @@ def child_official(fixtures: Path, weights: dict[str, Tensor], folder: Path) -> 
     network.eval()
     transform = official.SpatialTransform_unit()
     grid = torch.from_numpy(official.generate_grid_unit(shape)).float()[None]
-    with torch.inference_mode():
-        begin = time.perf_counter()
+    with torch.inference_mode(), Stopwatch() as spent:
         flow = network(volumes["moving"], volumes["fixed"])
         transform(volumes["moving"], flow.permute(0, 2, 3, 4, 1), grid)
-        seconds = time.perf_counter() - begin
-    return {"seconds": seconds} | figures_of(flow.flip(1) * half_sizes(flow), volumes, case)
+    return spent.seconds | figures_of(flow.flip(1) * half_sizes(flow), volumes, case)
 
 
 def child_classic(fixtures: Path) -> dict:
@@ -124,13 +134,14 @@ def child_classic(fixtures: Path) -> dict:
         for kind, data in volumes.items():
             data = data[0, 0]
             write_image(Volume(data.int() if kind.endswith("seg") else data, grid), folder / f"{kind}.nii.gz")
-        found = child_greedy(folder)
+        with Stopwatch() as spent:
+            child_greedy(folder)
         Greedy3D().execute(
             f"-d 3 -rf {folder}/fixed.nii.gz -ri NN -rm {folder}/moving_seg.nii.gz {folder}/warped.nii.gz "
             f"-r {folder}/greedy.nii.gz"
         )
         warped = read_labels(folder / "warped.nii.gz").data
-    return found | {"dice": mean_dice(volumes, warped, case["config"]["labels"])}
+    return spent.seconds | {"dice": mean_dice(volumes, warped, case["config"]["labels"])}
 
 
 def child(method: str, fixtures: str, official: str) -> dict:
@@ -165,17 +176,19 @@ def main() -> None:
         for method, found in runs.items()
     }
     for row in rows.values():
-        row["ratio_to_greedy"] = row["seconds"] / rows["greedy"]["seconds"]
-        row["times_faster_than_official"] = rows["official"]["seconds"] / row["seconds"]
-    print(f"{'method':<24}{'seconds':>9}{'peak GB':>9}{'x greedy':>10}{'faster':>8}{'Dice':>9}")
+        for kind in ("seconds", "cpu_seconds"):
+            row[f"ratio_to_greedy_{kind}"] = row[kind] / rows["greedy"][kind]
+            row[f"times_faster_than_official_{kind}"] = rows["official"][kind] / row[kind]
+    print(f"{'method':<20}{'seconds':>9}{'of CPU':>8}{'x greedy':>10}{'faster, CPU':>13}{'peak GB':>9}{'Dice':>9}")
     for method, row in rows.items():
         print(
-            f"{method:<24}{row['seconds']:>9.1f}{row['peak_gb']:>9.2f}{row['ratio_to_greedy']:>10.3f}"
-            f"{row['times_faster_than_official']:>8.2f}{row['dice']:>9.4f}"
+            f"{method:<20}{row['seconds']:>9.1f}{row['cpu_seconds']:>8.1f}{row['ratio_to_greedy_cpu_seconds']:>10.3f}"
+            f"{row['times_faster_than_official_cpu_seconds']:>13.2f}{row['peak_gb']:>9.2f}{row['dice']:>9.4f}"
         )
     _, case = load_case(options.fixtures)
     content = {
         "settings": {"shape": case["config"]["shape"], "threads": options.threads, "repeats": options.repeats},
+        "load": "other programs ran beside it" if os.getloadavg()[1] > options.threads + 1 else "none beside it",
         "dice_before": case["config"]["dice_before"],
         "dice_of_the_fixture": case["config"]["dice_after"],
         "software": software(),
