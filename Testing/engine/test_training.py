@@ -22,6 +22,7 @@ from MorphSeekLib.finetuning import FinetuneConfig
 from MorphSeekLib.images import write_image
 from MorphSeekLib.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing, normalize
+from MorphSeekLib.sac import SACConfig
 from MorphSeekLib.settings import from_dict, load, to_dict
 from MorphSeekLib.synthesis import LabelMapSource, SynthesisSettings
 from MorphSeekLib.training import (
@@ -371,7 +372,8 @@ def test_recipes_are_valid():
     recipes = sorted((Path(__file__).parents[2] / "Resources" / "Training").glob("*.toml"))
     assert recipes
     for recipe in recipes:
-        assert load(FinetuneConfig if "finetune" in recipe.name else TrainingConfig, recipe).title
+        kind = FinetuneConfig if "finetune" in recipe.name else SACConfig if "spac" in recipe.name else TrainingConfig
+        assert load(kind, recipe).title
 
 
 def test_training_runs_on_the_device_asked_for(dataset, tmp_path):
