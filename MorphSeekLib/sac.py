@@ -146,6 +146,7 @@ class Critic(nn.Module):
         self.down = nn.ModuleList(conv(a, b, 4, 2) for a, b in zip(widths, settings.encoder, strict=False))
         self.out = conv(widths[-1], settings.plan, settings.coarsest, padding=0)
         self.value = nn.Linear(2 * settings.plan, 1)
+        self.to(memory_format=torch.channels_last_3d)  # as SPAC
 
     def forward(self, pair: Tensor, plan: Tensor) -> Tensor:
         x = pair

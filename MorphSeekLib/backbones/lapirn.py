@@ -117,6 +117,7 @@ class LapIRN(nn.Module):
         self.settings = settings
         self.top_channels = settings.width
         self.levels = nn.ModuleList(Level(inputs, settings) for inputs in (2, 5, 5))
+        self.to(memory_format=torch.channels_last_3d)  # on CPUs a third faster in float32, too (results/lapirn.json)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of a pair: the pair itself and the coarsest level's feature before it is strided; the top."""

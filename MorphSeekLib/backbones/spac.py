@@ -143,6 +143,7 @@ class SPAC(nn.Module):
         self.top_channels = settings.plan
         self.multiple_of = 2 ** len(settings.encoder)
         self.planner, self.actor = Planner(settings), Actor(settings)
+        self.to(memory_format=torch.channels_last_3d)  # a third less time on CPUs in training, in float32, too
 
     def pair(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """(batch, 2, *size): what the planner sees, the fixed image first."""
