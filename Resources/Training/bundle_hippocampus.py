@@ -7,10 +7,8 @@
     python $R/bundle_hippocampus.py average one.safetensors two.safetensors --out mean.safetensors
     morphseek finetune $D --init mean.safetensors --config $R/hippocampus-finetune-augmented.toml \\
         --out three.safetensors
-    morphseek finetune $D --init three.safetensors --config $R/hippocampus-finetune-augmented-grpo.toml \\
-        --out four.safetensors
-    morphseek evaluate $D --model four.safetensors --out figures.json
-    python $R/bundle_hippocampus.py bundle four.safetensors --figures figures.json
+    morphseek evaluate $D --model three.safetensors --out figures.json
+    python $R/bundle_hippocampus.py bundle three.safetensors --figures figures.json
 """
 
 from __future__ import annotations
