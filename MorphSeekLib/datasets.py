@@ -7,14 +7,18 @@ points that correspond, in their order, to those of every other case; see :func:
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import fields
 from .errors import MorphSeekError
 from .geometry import Grid, Volume, apply_affine, orientation_matrix, resample, smooth_for_spacing
 from .images import check_labels, read_image, read_labels
@@ -241,3 +245,30 @@ class PairLoader:
                 image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))
             self._cases[case] = image, labels, points
         return self._cases[case]
+
+
+def augment(pair: PreparedPair, strength: float, generator: torch.Generator) -> PreparedPair:
+    """Both images of a pair, with their labels and landmarks, each bent by a random affine and smooth deformation.
+
+    At strength 1 an affine part moves the grid's ends by up to a seventh of it, a smooth part has a standard deviation
+    of one voxel at 4 x 4 x 4 nodes, and intensities in [0, 1] are raised to a power of 0.74 to 1.35.
+    """
+    changed = {}
+    for side in ("fixed", "moving"):
+        image = getattr(pair, side)
+        shape = image.shape[2:]
+        uniform = lambda *size: 2 * torch.rand(*size, generator=generator) - 1  # noqa: E731
+        matrix, shift = 0.15 * strength * uniform(3, 3), 0.05 * strength * uniform(3) * torch.tensor(shape)
+        centre = (torch.tensor(shape).view(3, 1, 1, 1) - 1) / 2
+        bent = torch.einsum("ab,bijk->aijk", matrix, fields.identity(shape)[0] - centre) + shift.view(3, 1, 1, 1)
+        nodes = strength * torch.randn(1, 3, 4, 4, 4, generator=generator)
+        bent = bent[None] + F.interpolate(nodes, size=tuple(shape), mode="trilinear", align_corners=True)
+        gamma = math.exp(0.3 * strength * float(uniform(1)))
+        changed[side] = fields.warp(image, bent).clamp(min=0) ** gamma
+        labels, points = getattr(pair, f"{side}_labels"), getattr(pair, f"{side}_points")
+        if labels is not None:
+            changed[f"{side}_labels"] = fields.warp(labels.float(), bent, "nearest").to(labels.dtype)
+        if points is not None:  # what was at p is now where x + bent(x) = p
+            back = fields.sample(fields.invert(bent), points.T.view(1, 3, -1, 1, 1).float(), padding="border")
+            changed[f"{side}_points"] = points + back.flatten(2)[0].T
+    return dataclasses.replace(pair, **changed)

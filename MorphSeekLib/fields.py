@@ -48,15 +48,26 @@ def sample(image: Tensor, points: Tensor, mode: str = "linear", padding: str = "
     Raises:
         ValueError: the mode is neither of the two.
     """
+    dtype = torch.promote_types(torch.promote_types(image.dtype, points.dtype), torch.float32)
+    points = points.to(dtype)
+    return _interpolate(image.to(dtype), [points[:, c] for c in range(3)], [0.0] * 3, mode, padding)
+
+
+def _interpolate(image: Tensor, moved: list[Tensor], start: list, mode: str, padding: str) -> Tensor:
+    """grid_sample at the voxel coordinates ``start[axis] + moved[axis]``, in as few passes over memory as it takes."""
     if mode not in ("linear", "nearest"):
         raise ValueError(f"mode is '{mode}'; it must be 'linear' or 'nearest'.")
-    dtype = torch.promote_types(torch.promote_types(image.dtype, points.dtype), torch.float32)
     # grid_sample wants (x, y, z) = the axes reversed, from -1 to 1 between the outer faces of the first and last voxel
     # (align_corners=False), which is defined for an axis of one voxel too
-    grid = torch.stack([(2 * points[:, c].to(dtype) + 1) / image.shape[2 + c] - 1 for c in (2, 1, 0)], dim=-1)
+    grid = []
+    for axis in (2, 1, 0):
+        size = image.shape[2 + axis]
+        offset = torch.as_tensor((2 * start[axis] + 1) / size - 1, dtype=image.dtype, device=image.device)
+        grid.append(torch.add(offset, moved[axis], alpha=2 / size))
+    grid = torch.stack(grid, dim=-1)
     batch = max(image.shape[0], grid.shape[0])
     return F.grid_sample(
-        image.to(dtype).expand(batch, -1, -1, -1, -1),
+        image.expand(batch, -1, -1, -1, -1),
         grid.expand(batch, -1, -1, -1, -1),
         mode="bilinear" if mode == "linear" else "nearest",
         padding_mode=padding,
@@ -73,7 +84,13 @@ def warp(image: Tensor, displacement: Tensor, mode: str = "linear", padding: str
         mode, padding: as in :func:`sample`.
     """
     displacement = _precise(displacement)
-    return sample(image, identity(displacement.shape[2:], displacement) + displacement, mode, padding)
+    dtype = torch.promote_types(torch.promote_types(image.dtype, displacement.dtype), torch.float32)
+    shape, axes = displacement.shape[2:], []
+    for axis, size in enumerate(shape):
+        view = [size if a == axis else 1 for a in range(3)]
+        axes.append(torch.arange(size, device=displacement.device, dtype=dtype).view(view))
+    moved = displacement.to(dtype).unbind(1)
+    return _interpolate(image.to(dtype), list(moved), axes, mode, padding)
 
 
 def compose(outer: Tensor, step: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software
-from .datasets import Dataset, Pair, PairLoader, PreparedPair
+from .datasets import Dataset, Pair, PairLoader, PreparedPair, augment
 from .distributed import World
 from .errors import MorphSeekError
 from .events import Event, OnEvent, ignore, never
@@ -68,6 +68,8 @@ class FinetuneRun(WarmupSettings):
         pairs: pairs per iteration (over all processes).
         labels: use only the first so many labelled training cases; None for all.
         folding_limit: the kept weights have the best validation Dice among those with at most this NJD (percent).
+        augmentation: strength of the random deformations and contrasts of training images; see
+            :func:`MorphSeekLib.datasets.augment`.
         kl_target: the KL to N(0, I) (mean over dimensions) that beta is steered to; None keeps ``loss.kl``.
     """
 
@@ -79,6 +81,7 @@ class FinetuneRun(WarmupSettings):
     pairs: int = 1
     labels: int | None = None
     folding_limit: float = 0.3
+    augmentation: float = 0.0
     kl_target: float | None = None
 
 
@@ -138,7 +141,9 @@ def finetune(
     model = model.to(device).train()
     preprocessing = dataclasses.replace(card.preprocessing, steps=run.steps)
     cases = dataset.split("training", "cases")
-    needs_labels = config.loss.dice > 0 or (config.policy.weight > 0 and config.reward.needs_labels)
+    needs_labels = (
+        config.loss.dice > 0 or config.loss.features > 0 or (config.policy.weight > 0 and config.reward.needs_labels)
+    )
     if needs_labels:
         cases = [case for case in cases if case.label is not None]
     cases = cases[: run.labels] if run.labels is not None else cases
@@ -152,6 +157,8 @@ def finetune(
                 f"The reward 'landmarks' needs landmarks of every training case, but {bare.image.name} has none; name "
                 f"them in {dataset.path.name}, or leave this reward out."
             )
+    if config.loss.features > 0:
+        _check_features(model, dataset)
     loader = PairLoader(preprocessing, model.multiple_of, run.centered)
 
     def pairs_of(iteration: int) -> list[PreparedPair]:
@@ -160,7 +167,8 @@ def finetune(
         for index in range(world.rank, run.pairs, world.size):
             generator = generator_for(run.seed, iteration * run.pairs + index)
             first, second = torch.randperm(len(cases), generator=generator)[:2].tolist()
-            found.append(loader(Pair(cases[first], cases[second])))
+            pair = loader(Pair(cases[first], cases[second]))
+            found.append(augment(pair, run.augmentation, generator) if run.augmentation > 0 else pair)
         return found
 
     validation = validation_pairs(dataset, preprocessing, run, model.multiple_of)[world.rank :: world.size]
@@ -215,6 +223,21 @@ def finetune(
     world.wait()
     on_event(Event("write", 1.0, f"Wrote {out}"))
     return out
+
+
+def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
+    """Whether a backbone's learned features can stand for the labels of a data set."""
+    count = getattr(model.backbone.settings, "features", 0)
+    if not count:
+        raise MorphSeekError("loss.features needs a checkpoint whose backbone learns features; set it to 0.")
+    name = dataset.path.name
+    if not dataset.labels:
+        raise MorphSeekError(f'loss.features needs the label values; name them under "labels" in {name}.')
+    if max(dataset.labels) >= count:
+        raise MorphSeekError(
+            f"{name} has a label {max(dataset.labels)}, but feature c stands for label c and this checkpoint has "
+            f"features 0 to {count - 1}; warm up one with more features, or set loss.features to 0."
+        )
 
 
 def score(figures: dict[str, float], folding_limit: float) -> float:
@@ -295,7 +318,8 @@ def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) ->
     batch = Batch(state.fixed, state.moving)
     if pair.fixed_labels is not None and pair.moving_labels is not None:
         state.labels = to(common_labels(pair.fixed_labels, pair.moving_labels))  # found on the CPU: no waiting
-    if config.loss.dice > 0:
+    if config.loss.dice > 0 or config.loss.features > 0:
+        batch.structures = state.labels
         classes = torch.arange(1, len(state.labels) + 1, device=device).view(1, -1, 1, 1, 1)
         batch.fixed_labels = (state.fixed_classes == classes).float()
         batch.moving_labels = (state.moving_classes == classes).float()
@@ -317,7 +341,7 @@ def _step(
     loss, terms = warmup_loss(step, batch, config.loss, kl_weight)
     total = step.total.detach()
     if policy.weight > 0:
-        group = sample_and_score(model, step.latent, step.field, state, policy, config.reward, generator)
+        group = sample_and_score(model, step.latent, step.field, step.total, state, policy, config.reward, generator)
         gain = policy_loss(policy_at(step.latent, step.field, policy), group, policy)
         loss = loss + policy.weight * gain
         terms |= _group_figures(group, advantages(group, policy), step.latent.log_sigma) | {

@@ -183,6 +183,7 @@ def sample_and_score(
     model: RegistrationModel,
     latent: Latent,
     field: Tensor,
+    total: Tensor,
     state: State,
     settings: PolicyGradientSettings,
     reward: RewardSettings,
@@ -192,6 +193,7 @@ def sample_and_score(
 
     Args:
         latent, field: the encoder's Gaussian, and what the decoder makes of its mean.
+        total: (1, 3, i, j, k), the accumulated displacement after the mean's step.
         state: the pair before the step.
     """
     policy = policy_at(latent, field, settings)
@@ -201,7 +203,7 @@ def sample_and_score(
     def in_cells(maps: Tensor) -> list[Tensor]:
         return [widen(sum_over_cells(maps, part.mu.shape[2:]), settings.reach) for part in policy]
 
-    mean_map = reward_map(state, fields.compose(state.total, model.displacement(field)), reward)
+    mean_map = reward_map(state, total, reward)
     rewards, cells, best, best_reward = [], [], None, None
     for chunk in zip(*(s.split(settings.chunk) for s in samples), strict=True):
         totals = fields.compose(state.total, steps_of(model, latent, field, policy, list(chunk), settings))

@@ -43,10 +43,10 @@ class RefinementSettings:
     latent_share: float = 0.2
     similarity: str = "lncc"
     regularization: float = 1.0
-    folding: float = 10.0
+    folding: float = 100.0
     latent_rate: float = 0.05
-    field_rate: float = 0.1
-    stride: int = 2
+    field_rate: float = 0.5
+    stride: int = 4
 
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES:

@@ -50,6 +50,8 @@ class LossSettings:
         folding: weight of the differentiable folding penalty mean(relu(0.05 - det J)).
         kl: beta, of the mean KL to N(0, I).
         dice: weight of 1 - soft Dice; needs labels (synthetic pairs have them).
+        features: weight of :func:`feature_loss`, which makes a backbone's learned features those of the labels;
+            fine-tuning only.
     """
 
     similarity: str = "lncc"
@@ -58,6 +60,7 @@ class LossSettings:
     folding: float = 0.0
     kl: float = 1e-3
     dice: float = 0.0
+    features: float = 0.0
 
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES:
@@ -116,6 +119,7 @@ class Batch:
         fixed, moving: (1, 1, i, j, k), what the network sees.
         fixed_target, moving_target: (1, 1, i, j, k), what their similarity is measured on; None: the images themselves.
         fixed_labels, moving_labels: shares (1, structures, i/b, j/b, k/b) of structures in blocks of b voxels, or None.
+        structures: (structures,) their label values; None for synthetic pairs.
     """
 
     fixed: Tensor
@@ -124,6 +128,7 @@ class Batch:
     moving_target: Tensor | None = None
     fixed_labels: Tensor | None = None
     moving_labels: Tensor | None = None
+    structures: Tensor | None = None
 
 
 def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -133,12 +138,36 @@ def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
     return ((2 * together + epsilon) / (apart + epsilon)).mean()
 
 
+def feature_loss(learned: Tensor, shares: Tensor, structures: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """Cross-entropy + (1 - soft Dice) of class-like features against the shares of structures.
+
+    Args:
+        learned: (batch, features, i, j, k), sum 1; feature c stands for label c, all that no structure claims for the
+            background.
+        shares: (batch, structures, i, j, k) of the structures in each voxel.
+        structures: (structures,) label values.
+    """
+    found = learned.float().index_select(1, structures)
+    rest, nothing = (1 - t.sum(dim=1, keepdim=True) for t in (found, shares))
+    entropy = -(nothing * (rest + epsilon).log() + (shares * (found + epsilon).log()).sum(dim=1, keepdim=True)).mean()
+    return entropy + 1 - soft_dice(shares, found)
+
+
 class Step(NamedTuple):
-    """One refinement step on the graph: the encoder's Gaussian, what its mean decodes to, the new total."""
+    """One refinement step on the graph.
+
+    Attributes:
+        latent: the encoder's Gaussian.
+        field: what its mean decodes to.
+        total: the new accumulated displacement; ``outer`` the one before (detached).
+        learned: features of the moved and the fixed image, where the backbone learns some.
+    """
 
     latent: Latent
     field: Tensor
     total: Tensor
+    outer: Tensor
+    learned: tuple[Tensor, Tensor] | None = None
 
 
 def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
@@ -147,7 +176,9 @@ def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
     with training_autocast(outer.device):
         latent = model.encode(moved, batch.fixed)
         field = model.field(latent, latent.mu).float()
-    return Step(latent, field, fields.compose(outer, model.displacement(field)))
+    total = fields.compose(outer, model.displacement(field))
+    learned = model.backbone.learned(latent.skips) if hasattr(model.backbone, "learned") else None
+    return Step(latent, field, total, outer, learned)
 
 
 def warmup_loss(
@@ -178,6 +209,13 @@ def warmup_loss(
         coarse = F.avg_pool3d(total, block) / block if block > 1 else total
         terms["soft_dice"] = soft_dice(batch.fixed_labels, fields.warp(batch.moving_labels, coarse))
         loss = loss + weights.dice * (1 - terms["soft_dice"])
+    if weights.features > 0 and step.learned is not None and batch.structures is not None:
+        shares = fields.warp(batch.moving_labels, step.outer), batch.fixed_labels
+        terms["features"] = sum(
+            feature_loss(found, F.avg_pool3d(share, share.shape[2] // found.shape[2]), batch.structures)
+            for found, share in zip(step.learned, shares, strict=True)
+        )
+        loss = loss + weights.features * terms["features"]
     return loss, {name: value.detach() for name, value in terms.items()}
 
 
@@ -480,9 +518,9 @@ def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Call
         return synthetic
     if len(cases) < 2:
         raise MorphSeekError(f"{dataset.path} has {len(cases)} training case; warm-up needs at least two.")
-    if config.loss.dice > 0:
+    if config.loss.dice > 0 or config.loss.features > 0:
         raise MorphSeekError(
-            "Warm-up from images is unsupervised; set loss.dice to 0, or fine-tune with labels instead."
+            "Warm-up from images is unsupervised; set loss.dice and loss.features to 0, or fine-tune with labels."
         )
     loader = PairLoader(config.preprocessing, multiple_of, config.training.centered)
 

@@ -4,19 +4,21 @@ Four (or more) stride-2 convolutions down; on the way up a convolution, nearest-
 that resolution, the last skip being the raw pair of images; then convolutions at the output's resolution and a flow
 head. The defaults are "vxm-2"; ``VXM1`` and the others are widths alone.
 
-Four settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops
+Five settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops
 at half resolution and doubles the field exactly, for a third of the time; and ``forces``, which hands the network,
 beside the images, the direction in which a small step would make their structure more alike, at several scales.
 Structure is MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it. The
 forces enter a second time before the last convolutions, which are then not normalised: how strong a force is says how
 far there is to go, and InstanceNorm would wipe that out, so that steps would never grow smaller. ``features`` adds
-forces of the same kind between features that a small U-Net, one for both images, learns with the rest: with labels to
-learn from it finds what tells structures apart, where MIND-SSC knows edges alone.
+class-like features that a small U-Net, one for both images, learns with the rest, and forces of the same kind between
+them: with labels to learn from it finds what tells structures apart, where MIND-SSC knows edges alone. ``skip_gains``
+weakens or drops skips, so that more of the field is decided at the top feature.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +38,12 @@ class VoxelMorphSettings:
         extra: channels of the convolutions at the output's resolution.
         norm: "none" (official) or "instance" (affine-free, before the activation).
         flow_stride: 1 (official) or 2: the field is made at half resolution.
+        skip_gains: factors on the skips, coarsest first; 1 each where none is given (official). What a skip does not
+            bring, the top feature, where the policy sits, must.
         forces: 0 (official), or the number of scales (1, 1/2, 1/4, ...) of :func:`structure_force`.
-        features: 0 (official), or the number of learned features whose forces, at 1/2 and 1/4, stand beside those.
+        features: 0 (official), or the number of learned features; they, and their forces at 1/2 and 1/4, stand beside
+            the structure's. Fine-tuning with ``loss.features`` makes feature c of each image its label c.
+        feature_width: channels of the features' U-Net at 1/2; twice and four times as many below.
     """
 
     encoder: tuple[int, ...] = (16, 32, 32, 32)
@@ -45,8 +51,10 @@ class VoxelMorphSettings:
     extra: tuple[int, ...] = (32, 16, 16)
     norm: str = "none"
     flow_stride: int = 1
+    skip_gains: tuple[float, ...] = ()
     forces: int = 0
     features: int = 0
+    feature_width: int = 8
 
     def __post_init__(self) -> None:
         climbs = len(self.encoder) - (self.flow_stride == 2)
@@ -58,6 +66,8 @@ class VoxelMorphSettings:
             raise ValueError("features need forces to stand beside; set forces to at least 1")
         if self.norm not in ("none", "instance"):
             raise ValueError(f"norm is '{self.norm}'; it must be 'none' or 'instance'")
+        if len(self.skip_gains) > climbs:
+            raise ValueError(f"skip_gains has {len(self.skip_gains)} factors, but there are {climbs} skips")
         if len(self.decoder) != climbs:
             raise ValueError(f"decoder needs {climbs} widths for {len(self.encoder)} encoder levels")
 
@@ -82,12 +92,12 @@ class ConvBlock(nn.Sequential):
 class FeatureNet(nn.Module):
     """A small U-Net from an image (batch, 1, i, j, k) to class-like features at half resolution, which sum to 1."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, width: int) -> None:
         super().__init__()
-        widths = (8, 16, 32)
-        self.down = nn.ModuleList(ConvBlock(a, b, 2, "instance") for a, b in zip((1, 8, 16), widths, strict=True))
-        self.up = nn.ModuleList([ConvBlock(32 + 16, 16, 1, "instance"), ConvBlock(16 + 8, 8, 1, "instance")])
-        self.out = nn.Conv3d(8, features, 1)
+        a, b, c = width, 2 * width, 4 * width
+        self.down = nn.ModuleList(ConvBlock(i, o, 2, "instance") for i, o in ((1, a), (a, b), (b, c)))
+        self.up = nn.ModuleList([ConvBlock(c + b, b, 1, "instance"), ConvBlock(b + a, a, 1, "instance")])
+        self.out = nn.Conv3d(a, features, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         half = self.down[0](image)
@@ -107,8 +117,9 @@ class VoxelMorph(nn.Module):
         encoder, norm = settings.encoder, settings.norm
         self.top_channels = encoder[-1]
         self.multiple_of = 2 ** len(encoder)
-        self.features = FeatureNet(settings.features) if settings.features else None
-        widths = [2 + 3 * settings.forces + (6 if settings.features else 0), *encoder]
+        self.features = FeatureNet(settings.features, settings.feature_width) if settings.features else None
+        widths = [2 + 3 * settings.forces + (6 + 2 * settings.features if settings.features else 0)]
+        widths += encoder
         self.down = nn.ModuleList(ConvBlock(a, b, 2, norm) for a, b in zip(widths, encoder, strict=False))
         skip_widths = widths[-2::-1]
         self.up = nn.ModuleList()
@@ -134,23 +145,31 @@ class VoxelMorph(nn.Module):
                 force = structure_force(*(F.avg_pool3d(image.float(), 2**scale) for image in (moving, fixed)))
                 x = torch.cat([x, F.interpolate(force.to(x.dtype), scale_factor=2**scale, mode="nearest")], dim=1)
         if self.features is not None:
-            learned = self.features(torch.cat([moving, fixed])).chunk(2)
+            learned = shown = self.features(torch.cat([moving, fixed])).chunk(2)
             for _ in range(2):
                 force = descriptor_force(*learned)
                 x = torch.cat([x, F.interpolate(force.to(x.dtype), size=x.shape[2:], mode="nearest")], dim=1)
                 learned = [F.avg_pool3d(f, 2) for f in learned]
+            x = torch.cat([x, *(F.interpolate(f.to(x.dtype), size=x.shape[2:], mode="nearest") for f in shown)], dim=1)
         skips = []
         for block in self.down:
             skips.append(x)
             x = block(x)
         return skips, x
 
+    def learned(self, skips: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Of what ``encode`` found, the learned features of moving and fixed, (batch, features, i/2, j/2, k/2) each."""
+        if self.features is None:
+            return None
+        return F.avg_pool3d(skips[0][:, -2 * self.settings.features :], 2).chunk(2, dim=1)
+
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
         """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
         x = top
-        for block, skip in zip(self.up, reversed(skips), strict=False):
+        gains = chain(self.settings.skip_gains, repeat(1.0))
+        for block, skip, gain in zip(self.up, reversed(skips), gains, strict=False):
             x = F.interpolate(block(x), scale_factor=2, mode="nearest")
-            x = torch.cat([x, skip.to(x.dtype)], dim=1)
+            x = torch.cat([x, (skip if gain == 1 else gain * skip).to(x.dtype)], dim=1)
         if self.settings.forces:
             raw = skips[0]
             x = torch.cat([x, (F.avg_pool3d(raw, 2) if self.settings.flow_stride == 2 else raw).to(x.dtype)], dim=1)

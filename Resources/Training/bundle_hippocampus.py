@@ -1,12 +1,14 @@
 """Make the bundled checkpoint "hippocampus-mr" from the trained one, with measured figures on its card.
 
-    morphseek warmup hippocampus/dataset.json --config Resources/Training/hippocampus.toml --out warm.safetensors
-    morphseek finetune hippocampus/dataset.json --init warm.safetensors \\
-        --config Resources/Training/hippocampus-finetune.toml --out supervised.safetensors
-    morphseek finetune hippocampus/dataset.json --init supervised.safetensors \\
-        --config Resources/Training/hippocampus-finetune-grpo.toml --out trained.safetensors
-    morphseek evaluate hippocampus/dataset.json --model trained.safetensors --out figures.json
-    python Resources/Training/bundle_hippocampus.py trained.safetensors --figures figures.json
+    R=Resources/Training; D=hippocampus/dataset.json
+    morphseek warmup $D --config $R/hippocampus.toml --out warm.safetensors
+    morphseek finetune $D --init warm.safetensors --config $R/hippocampus-finetune.toml --out one.safetensors
+    morphseek finetune $D --init one.safetensors --config $R/hippocampus-finetune-grpo.toml --out two.safetensors
+    python $R/bundle_hippocampus.py average one.safetensors two.safetensors --out mean.safetensors
+    morphseek finetune $D --init mean.safetensors --config $R/hippocampus-finetune-augmented.toml \\
+        --out three.safetensors
+    morphseek evaluate $D --model three.safetensors --out figures.json
+    python $R/bundle_hippocampus.py bundle three.safetensors --figures figures.json
 """
 
 from __future__ import annotations
@@ -19,19 +21,40 @@ from pathlib import Path
 from MorphSeekLib.checkpoint import BUNDLED, load, save
 
 
-def main() -> None:
-    """Read, put the figures on the card, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trained", type=Path)
-    parser.add_argument("--figures", type=Path, required=True)
-    options = parser.parse_args()
-    model, card = load(options.trained)
-    figures = json.loads(options.figures.read_text(encoding="utf-8"))
-    tested = {k: figures[k] for k in ("dataset", "split", "mean", "std", "definitions", "folding_definition", "steps")}
-    results = card.results | {"test": tested | {"pairs": len(figures["pairs"])}}
+def average(one: Path, two: Path, out: Path) -> None:
+    """The mean of two checkpoints' weights, under the second one's card."""
+    weights, (model, card) = load(one)[0].state_dict(), load(two)
+    model.load_state_dict({name: (value + weights[name]) / 2 for name, value in model.state_dict().items()})
+    provenance = card.provenance | {"averaged_with": load(one)[1].provenance}
+    save(out, model, dataclasses.replace(card, provenance=provenance))
+
+
+def bundle(trained: Path, figures: Path) -> None:
+    """Put the figures of ``morphseek evaluate`` on the card and write the bundled file."""
+    model, card = load(trained)
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    tested = {k: found[k] for k in ("dataset", "split", "mean", "std", "definitions", "folding_definition", "steps")}
+    results = card.results | {"test": tested | {"pairs": len(found["pairs"])}}
     title = "Hippocampus MR crops, fine-tuned on 150 labelled cases"
-    card = dataclasses.replace(card, title=title, results=results)
-    save(BUNDLED / "hippocampus-mr.safetensors", model, card)
+    save(BUNDLED / "hippocampus-mr.safetensors", model, dataclasses.replace(card, title=title, results=results))
+
+
+def main() -> None:
+    """The two verbs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    averaging = verbs.add_parser("average", help="the mean of two checkpoints' weights")
+    averaging.add_argument("one", type=Path)
+    averaging.add_argument("two", type=Path)
+    averaging.add_argument("--out", type=Path, required=True)
+    bundling = verbs.add_parser("bundle", help="write the bundled checkpoint")
+    bundling.add_argument("trained", type=Path)
+    bundling.add_argument("--figures", type=Path, required=True)
+    options = parser.parse_args()
+    if options.verb == "average":
+        average(options.one, options.two, options.out)
+    else:
+        bundle(options.trained, options.figures)
 
 
 if __name__ == "__main__":

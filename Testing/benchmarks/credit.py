@@ -71,9 +71,10 @@ def gradients(
     with torch.no_grad():
         latent = model.encode(fields.warp(state.moving, state.total), state.fixed)
         field = model.field(latent, latent.mu)
+        total = fields.compose(state.total, model.displacement(field))
         generator = torch.Generator().manual_seed(seed)
         group = sample_and_score(
-            model, latent, field, state, settings, RewardSettings({"dice": 1.0}), generator=generator
+            model, latent, field, total, state, settings, RewardSettings({"dice": 1.0}), generator=generator
         )
         if shuffled:
             order = torch.arange(len(group.rewards)).roll(1)

@@ -55,7 +55,7 @@ def flat(model: RegistrationModel, state: State, batch: Batch, policy: PolicyGra
         step = advance(model, batch, state.total)
         loss, _ = warmup_loss(step, batch, CONFIG.loss)
         generator = torch.Generator().manual_seed(0)
-        group = sample_and_score(model, step.latent, step.field, state, policy, CONFIG.reward, generator)
+        group = sample_and_score(model, step.latent, step.field, step.total, state, policy, CONFIG.reward, generator)
         (loss + policy_loss(policy_at(step.latent, step.field, policy), group, policy)).backward()
         state = state.moved(group.best)
 

@@ -80,6 +80,8 @@ class Arm:
         seeds: of the training, at the first strength; the first of them at the others.
         iterations: in units of the experiment's.
         warm: start from the warm-up; else from fresh weights.
+        backbone, model: another network and its settings (for "voxelmorph", over the plain one's); its warm-up is its
+            own.
     """
 
     settings: Settings
@@ -87,6 +89,8 @@ class Arm:
     seeds: tuple[int, ...] = (0,)
     iterations: int = 1
     warm: bool = True
+    backbone: str = "voxelmorph"
+    model: Settings = dataclasses.field(default_factory=dict)
 
 
 BOTH = ("strong", "weak")
@@ -113,9 +117,7 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
     # rewards that no differentiable loss here expresses
     "rewards": {
         "soft Dice": Arm({}, seeds=(0, 1, 2)),
-        "+ surface tail (HD95)": Arm(
-            FIELD | {"reward.weights": {"surface_tail": 0.3, "folding": 20.0}}, seeds=(0, 1, 2)
-        ),
+        "+ surface tail (HD95)": Arm(FIELD | {"reward.weights": {"surface_tail": 0.3, "folding": 20.0}}, seeds=(0, 1)),
         "+ folding count alone": Arm(FIELD | {"reward.weights": {"folding": 20.0}}),
         "rewards alone, no soft Dice": Arm(FIELD | {"loss.dice": 0.0}),
         "LNCC gain alone, no labels": Arm(FIELD | {"loss.dice": 0.0, "reward.weights": {"lncc": 1.0, "folding": 1.0}}),
@@ -123,7 +125,6 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
     "places": FIRST
     | {
         "latent (paper)": Arm(PAPER),
-        "latent, shuffled in effect (tau 0.01)": Arm(PAPER | {"policy.tau": 0.01}),
         "latent, local credit": Arm(PAPER | {"policy.credit": "local", "policy.reach": 1}),
         "level 1": Arm(PAPER | {"policy.levels": (1,), "policy.credit": "local", "policy.reach": 1}),
         "levels 0 and 1": Arm(PAPER | {"policy.levels": (0, 1), "policy.credit": "local", "policy.reach": 1}),
@@ -131,11 +132,30 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
         "field, every 4": Arm(FIELD),
         "field, every 4, one reward": Arm(FIELD | {"policy.credit": "trajectory"}),
     },
+    # how much the top feature decides, where the two coarse skips are dropped
+    "skips": FIRST
+    | {"latent (paper)": Arm(PAPER)}
+    | {
+        f"{name}, coarse skips dropped": Arm(settings, model={"skip_gains": (0.0, 0.0)})
+        for name, settings in (("soft Dice", {}), ("latent", PAPER))
+    },
+    # the same two trainings of other networks, in sizes for two cores; the last two stand beside
+    "networks": {
+        f"{title}, {name}": Arm(settings, backbone=backbone, model=model)
+        for title, backbone, model in (
+            ("VoxelMorph", "voxelmorph", {}),
+            ("TransMorph", "transmorph", {"channels": 24, "depths": (2, 2, 2), "heads": (2, 4, 4), "flow_stride": 2}),
+            ("NICE-Trans", "nice_trans", {"decoder_width": 8, "depth": 2, "head_width": 8}),
+            ("CorrMLP", "corrmlp", {"decoder_width": 8, "windows": (3, 5)}),
+            ("LapIRN", "lapirn", {"width": 16}),
+        )
+        for name, settings in (("soft Dice", {}), ("+ MorphSeek", FIELD))
+        if name == "soft Dice" or backbone in ("voxelmorph", "transmorph", "nice_trans")
+    },
     "trajectories": FIRST
     | {
         f"J = {j}, T = {t}": Arm(PAPER | {"policy.trajectories": j, "training.steps": t})
-        for j in (2, 6, 16)
-        for t in (1, 3)
+        for j, t in ((2, 1), (6, 1), (2, 3), (6, 3), (16, 3))
     },
     "likelihood": FIRST
     | {f"s = {name}": Arm(PAPER | {"policy.s": s}) for name, s in (("1", "1"), ("root N", "sqrt_n"), ("N", "2304"))},
@@ -146,35 +166,49 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
 }
 
 
-def config_of(settings: Settings, iterations: int, seed: int) -> FinetuneConfig:
-    """The run's settings; its best weights are its last."""
+def settings_of(arm: Arm, strength: str, iterations: int, seed: int) -> Settings:
+    """All that a run's settings say over the defaults; its best weights are its last."""
+    iterations *= arm.iterations
     run = {"training.iterations": iterations, "training.validate_every": iterations, "training.save_every": 50}
+    run |= {"training.seed": seed, "training.folding_limit": 100.0}
+    return BASE | STRENGTHS[strength] | arm.settings | run
+
+
+def config_of(settings: Settings) -> FinetuneConfig:
+    """The same as ``finetune`` takes it."""
     tables: dict[str, dict] = {}
-    for key, value in (BASE | settings | run | {"training.seed": seed, "training.folding_limit": 100.0}).items():
+    for key, value in settings.items():
         table, name = key.split(".")
         tables.setdefault(table, {})[name] = value
     return from_dict(FinetuneConfig, tables)
 
 
-def hash_of(config: FinetuneConfig) -> int:
-    """The same number for the same settings, in every process."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+def name_of(arm: Arm, settings: Settings | None = None) -> str:
+    """Of the run's files, or without settings of the checkpoint that it starts from; the same in every process."""
+    name = "warm" if arm.warm else "fresh"
+    if arm.backbone != "voxelmorph":
+        name += f"-{arm.backbone}"
+    for part in (arm.model, settings):
+        if part:
+            name += "-" + hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
+    return name
 
 
-def initial(dataset: Path, folder: Path, warm: bool, first: bool) -> Path:
-    """The checkpoint that all arms start from; the first part trains it, the others wait for it."""
-    out = folder / ("warm.safetensors" if warm else "fresh.safetensors")
+def initial(dataset: Path, folder: Path, arm: Arm, first: bool) -> Path:
+    """The checkpoint that an arm starts from; the first part trains it, the others wait for it."""
+    out = folder / f"{name_of(arm)}.safetensors"
     while not out.is_file() and not first:
         time.sleep(5)
     if not out.is_file():
         config = load_settings(TrainingConfig, RECIPE)
-        plain = dict(config.model.backbone_settings) | {"forces": 0, "features": 0}
+        own = arm.model
+        if arm.backbone == "voxelmorph":
+            own = dict(config.model.backbone_settings) | {"forces": 0, "features": 0} | own
         config = dataclasses.replace(
             config,
-            training=dataclasses.replace(config.training, iterations=WARM_ITERATIONS if warm else 1),
+            training=dataclasses.replace(config.training, iterations=WARM_ITERATIONS if arm.warm else 1),
             loss=dataclasses.replace(config.loss, regularization=1.0),
-            model=dataclasses.replace(config.model, backbone_settings=plain),
+            model=dataclasses.replace(config.model, backbone=arm.backbone, backbone_settings=own),
         )
         print(f"training {out.name}", flush=True)
         warmup(load_dataset(dataset), config, out)
@@ -182,10 +216,13 @@ def initial(dataset: Path, folder: Path, warm: bool, first: bool) -> Path:
 
 
 @torch.inference_mode()
-def test(dataset: Path, checkpoint: Path) -> list[dict[str, float]]:
-    """A row a test pair."""
+def test(dataset: Path, checkpoint: Path, *, zeroed: bool) -> list[dict[str, float]]:
+    """A row a test pair; ``zeroed``: with zero in the place of the policy's latent."""
     model, card = load(checkpoint)
     model.eval()
+    if zeroed:
+        for layer in (model.head.mu.weight, model.head.mu.bias):
+            layer.zero_()
     loader = PairLoader(card.preprocessing, model.multiple_of, centered=True)
     rows = []
     for pair in load_dataset(dataset).split("registration_test"):
@@ -218,6 +255,8 @@ def report(name: str, results: dict[tuple[str, str], list[dict]], out: Path, ite
         "| arm | strength | seeds | Dice | HD95 mm | NJD % | SDlogJ | training s | p (Dice) | p (NJD) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    if name == "skips":
+        lines[1:] = [lines[1] + " Dice at z = 0 |", lines[2] + "---|"]
     figure, axes = pyplot.subplots(figsize=(7, 5))
     table = []
     for (arm, strength), found in results.items():
@@ -237,6 +276,7 @@ def report(name: str, results: dict[tuple[str, str], list[dict]], out: Path, ite
         lines.append(
             f"| {arm} | {strength} | {len(found)} | {mean['dice']:.4f}{deviation} | {mean['hd95']:.3f} "
             f"| {mean['njd_percent']:.4f} | {mean['sdlogj']:.3f} | {seconds:.0f} | {p[0]} | {p[1]} |"
+            + (f" {found[0]['dice_zeroed']:.4f} |" if name == "skips" else "")
         )
         table.append({"arm": arm, "strength": strength, "mean": mean, "by_seed": by_seed, "p": tests, "runs": found})
         axes.plot(mean["njd_percent"], mean["dice"], "o" if strength == "strong" else "^", label=f"{arm} ({strength})")
@@ -283,19 +323,25 @@ def main() -> None:
     missing = False
     for number, (name, strength, seed) in enumerate(runs):
         arm = EXPERIMENTS[options.experiment][name]
-        config = config_of(STRENGTHS[strength] | arm.settings, options.iterations * arm.iterations, seed)
-        # by its settings: experiments that share a run train it once
-        key = f"{'warm' if arm.warm else 'fresh'}-{hash_of(config):016x}"
+        settings = settings_of(arm, strength, options.iterations, seed)
+        config = config_of(settings)
+        key = name_of(arm, settings)  # by its settings: experiments that share a run train it once
         file = options.runs / f"{key}.json"
         if not file.is_file() and number % parts == part - 1:
             print(f"run {number + 1} of {len(runs)}: {name}, {strength}, seed {seed}", flush=True)
-            init = initial(options.dataset, options.runs, arm.warm, part == 1)
+            init = initial(options.dataset, options.runs, arm, part == 1)
             checkpoint = finetune(load_dataset(options.dataset), config, init, options.runs / f"{key}.safetensors")
             seconds = read_card(checkpoint).provenance["seconds"]
-            rows = test(options.dataset, checkpoint)
+            rows = test(options.dataset, checkpoint, zeroed=False)
             content = {"name": name, "strength": strength, "seed": seed, "settings": dataclasses.asdict(config)}
             file.write_text(json.dumps(content | {"seconds": seconds, "pairs": rows}) + "\n")
             print({k: round(statistics.fmean(r[k] for r in rows), 4) for k in rows[0]}, f"{seconds:.0f} s", flush=True)
+        if options.experiment == "skips" and file.is_file() and number % parts == part - 1:
+            content = json.loads(file.read_text())
+            if "dice_zeroed" not in content:
+                rows = test(options.dataset, options.runs / f"{key}.safetensors", zeroed=True)
+                content["dice_zeroed"] = statistics.fmean(row["dice"] for row in rows)
+                file.write_text(json.dumps(content) + "\n")
         if file.is_file():
             results.setdefault((name, strength), []).append(json.loads(file.read_text()))
         else:

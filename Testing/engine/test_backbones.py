@@ -17,7 +17,7 @@ from MorphSeekLib.backbones.voxelmorph import (
 )
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.policy import GaussianHead, PolicySettings
-from MorphSeekLib.settings import to_dict
+from MorphSeekLib.settings import from_dict, to_dict
 
 PUBLISHED = {
     "vxm-1": (274_387, 53_760),
@@ -201,8 +201,27 @@ def test_learned_features_move_the_network_and_are_one_for_both_images():
     torch.testing.assert_close(one, other.flip(0))
     torch.testing.assert_close(one.sum(dim=1), torch.ones(2, 8, 8, 16))
     skips, top = network.encode(moving, fixed)
-    assert skips[0].shape == (1, 2 + 3 + 6, 16, 16, 32)
+    assert skips[0].shape == (1, 2 + 3 + 6 + 2 * 4, 16, 16, 32)
+    for found, expected in zip(network.learned(skips), one.chunk(2), strict=True):
+        torch.testing.assert_close(found, expected)
     top.sum().backward()
     assert float(network.features.out.weight.grad.abs().max()) > 0
     with pytest.raises(ValueError, match="features need forces"):
         VoxelMorphSettings(features=4)
+
+
+def test_a_dropped_skip_leaves_its_say_to_the_top_feature():
+    torch.manual_seed(0)
+    settings = {"encoder": [4, 6, 8], "decoder": [8, 6, 4], "extra": [4]}
+    whole = VoxelMorph(from_dict(VoxelMorphSettings, settings))
+    torch.nn.init.normal_(whole.flow.weight)
+    for gains, ruled in (((), (True, True)), ((0.0,), (False, True)), ((0.0, 0.5), (False, True))):
+        network = VoxelMorph(from_dict(VoxelMorphSettings, settings | {"skip_gains": gains}))
+        network.load_state_dict(whole.state_dict())
+        skips, top = network.encode(*torch.rand(2, 1, 1, 16, 16, 16))
+        skips = [skip.detach().requires_grad_() for skip in skips]
+        network.decode(skips, top.detach()).square().sum().backward()
+        felt = tuple(bool((skips[-1 - n].grad != 0).any()) for n in (0, 1))
+        assert felt == ruled
+    with pytest.raises(MorphSeekError, match="4 factors, but there are 3 skips"):
+        from_dict(VoxelMorphSettings, settings | {"skip_gains": (0.0, 0.0, 0.0, 0.0)})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.settings import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,9 +29,9 @@ def test_every_arm_is_a_run_of_its_own(benchmark):
         found = set()
         for arm in arms.values():
             for strength in arm.strengths:
-                config = benchmark.config_of(benchmark.STRENGTHS[strength] | arm.settings, 300, 0)
-                assert config.training.iterations == 300
-                found.add((benchmark.hash_of(config), arm.warm))
+                settings = benchmark.settings_of(arm, strength, 300, 0)
+                assert benchmark.config_of(settings).training.iterations == 300 * arm.iterations
+                found.add(benchmark.name_of(arm, settings))
         assert len(found) == sum(len(arm.strengths) for arm in arms.values())
 
 
@@ -54,4 +55,12 @@ def test_the_report_names_who_is_better_and_how_surely(benchmark, tmp_path):
 
 
 def test_settings_round_trip(benchmark):
-    assert to_dict(benchmark.config_of(benchmark.FIELD, 300, 1))["policy"]["place"] == "field"
+    settings = benchmark.settings_of(benchmark.Arm(benchmark.FIELD), "weak", 300, 1)
+    found = to_dict(benchmark.config_of(settings))
+    assert (found["policy"]["place"], found["loss"]["folding"], found["training"]["seed"]) == ("field", 3.0, 1)
+
+
+def test_every_network_of_the_benchmark_can_be_built(benchmark):
+    for arm in benchmark.EXPERIMENTS["networks"].values():
+        network = build_backbone(arm.backbone, arm.model)
+        assert network.multiple_of <= 16, "the grid of the hippocampus recipe"

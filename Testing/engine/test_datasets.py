@@ -1,4 +1,4 @@
-"""Landmarks of cases: read in either form, and carried to the working grid with the images."""
+"""Landmarks of cases, read in either form and carried to the working grid with the images; augmentation of pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from MorphSeekLib.datasets import Case, Pair, PairLoader, read_landmarks
+from MorphSeekLib import fields
+from MorphSeekLib.datasets import Case, Pair, PairLoader, PreparedPair, augment, read_landmarks
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.geometry import Grid, Volume, apply_affine
 from MorphSeekLib.images import write_image
@@ -67,3 +68,28 @@ def test_landmarks_must_correspond(tmp_path):
     (tmp_path / "moving.csv").write_text("1,2,3\n4,5,6\n")
     with pytest.raises(MorphSeekError, match=r"fixed.csv and moving.csv hold 1 and 2 landmarks"):
         PairLoader(Preprocessing(align="none"), 4, True)(pair)
+
+
+def ball_pair():
+    """A ball of label 3 in each image, at landmarks of its own."""
+    points = [torch.tensor([[12.0, 16.0, 13.0]]), torch.tensor([[15.0, 12.0, 16.0]])]
+    at = fields.identity((28, 32, 30))
+    labels = [(3 * ((at - p.view(1, 3, 1, 1, 1)).norm(dim=1, keepdim=True) < 5)).int() for p in points]
+    images = [(label > 0).float() for label in labels]
+    return PreparedPair(*images, *labels, Grid((28, 32, 30), np.eye(4)), *points)
+
+
+def test_augmentation_moves_image_labels_and_landmarks_as_one():
+    for seed in range(5):
+        seeded = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        pair, again = (augment(ball_pair(), 1.0, generator) for generator in seeded)
+        for side in ("fixed", "moving"):
+            image, label = getattr(pair, side), getattr(pair, f"{side}_labels")
+            assert torch.equal(label, getattr(again, f"{side}_labels"))
+            assert not torch.equal(label, getattr(ball_pair(), f"{side}_labels"))
+            assert float(((image > 0.5) == (label == 3)).float().mean()) > 0.98
+            middle = (fields.identity(label.shape[2:]) * (label == 3)).sum(dim=(2, 3, 4)) / (label == 3).sum()
+            assert float((getattr(pair, f"{side}_points") - middle).norm()) < 1
+    still = augment(ball_pair(), 0.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(still.fixed, ball_pair().fixed)
+    assert torch.equal(still.moving_labels, ball_pair().moving_labels)

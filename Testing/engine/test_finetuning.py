@@ -249,3 +249,27 @@ def plain(config):
         name: {k: v for k, v in table.items() if v is not None} if isinstance(table, dict) else table
         for name, table in to_dict(config).items()
     }
+
+
+def test_learned_features_become_the_labels(dataset, init, tmp_path):
+    model = dataclasses.replace(MODEL, backbone_settings=MODEL.backbone_settings | {"forces": 1, "features": 4})
+    start = warm(dataset, tmp_path / "warm.safetensors", model)
+    run = dataclasses.replace(CONFIG.training, iterations=40, validate_every=40, learning_rate=3e-3, pairs=1)
+    config = dataclasses.replace(
+        CONFIG,
+        loss=dataclasses.replace(CONFIG.loss, features=1.0),
+        policy=dataclasses.replace(CONFIG.policy, weight=0.0),
+        training=run,
+    )
+    finetune(dataset, config, start, tmp_path / "m.safetensors")
+    lines = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
+    assert lines[-1]["features"] < 0.7 * lines[0]["features"]
+    with pytest.raises(MorphSeekError, match="whose backbone learns features"):
+        finetune(dataset, config, init, tmp_path / "n.safetensors")
+    few = warm(dataset, tmp_path / "few.safetensors", replace_features(model, 2))
+    with pytest.raises(MorphSeekError, match="this checkpoint has features 0 to 1"):
+        finetune(dataset, config, few, tmp_path / "n.safetensors")
+
+
+def replace_features(model, count):
+    return dataclasses.replace(model, backbone_settings=model.backbone_settings | {"features": count})

@@ -63,6 +63,11 @@ def encoded(network: RegistrationModel, moving: torch.Tensor, fixed: torch.Tenso
     return latent, network.field(latent, latent.mu)
 
 
+def moved(network: RegistrationModel, field: torch.Tensor, pair: State) -> torch.Tensor:
+    """The accumulated displacement after the mean's step."""
+    return fields.compose(pair.total, network.displacement(field.detach()))
+
+
 def test_advantages_are_the_papers():
     rewards = torch.tensor([0.1, 0.4, -0.2, 0.3])
     found = advantages(group(rewards), PolicyGradientSettings(trajectories=4))[0].flatten()
@@ -169,10 +174,11 @@ PLACES = [
 def test_chunks_change_nothing(pair, place):
     network = model()
     latent, field = encoded(network, pair.moving, pair.fixed)
-    found = []
+    total, found = moved(network, field, pair), []
     for chunk in (1, 4):
         options = PolicyGradientSettings(trajectories=4, chunk=chunk, **place)
-        found.append(sample_and_score(network, latent, field, pair, options, REWARD, torch.Generator().manual_seed(3)))
+        seeded = torch.Generator().manual_seed(3)
+        found.append(sample_and_score(network, latent, field, total, pair, options, REWARD, seeded))
     torch.testing.assert_close(found[0].rewards, found[1].rewards)
     torch.testing.assert_close(found[0].best, found[1].best)
     for cells in found[0].cells:
@@ -187,7 +193,8 @@ def test_rewards_are_those_of_the_composed_fields(pair):
     before = State(pair.fixed, pair.moving, pair.total + 0.7, pair.fixed_labels, pair.moving_labels)
     latent, field = encoded(network, fields.warp(pair.moving, before.total), pair.fixed)
     options = PolicyGradientSettings(trajectories=4)
-    scored = sample_and_score(network, latent, field, before, options, REWARD, torch.Generator().manual_seed(1))
+    after, seeded = moved(network, field, before), torch.Generator().manual_seed(1)
+    scored = sample_and_score(network, latent, field, after, before, options, REWARD, seeded)
     with torch.no_grad():
         for sample, reward in zip(scored.samples[0], scored.rewards, strict=True):
             total = fields.compose(before.total, network.displacement(network.field(latent, sample[None])))
@@ -200,7 +207,7 @@ def test_latent_policy_gradient_reaches_encoder_and_heads_only(pair):
     network = model()
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=4)
-    scored = sample_and_score(network, latent, field, pair, options, REWARD)
+    scored = sample_and_score(network, latent, field, moved(network, field, pair), pair, options, REWARD)
     policy_loss(policy_at(latent, field, options), scored, options).backward()
     reached = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert reached == {n for n, _ in network.named_parameters() if n.startswith(("backbone.down", "head"))}
@@ -210,7 +217,7 @@ def test_a_policy_on_finer_features_reaches_the_encoder_only(pair):
     network = model()
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=4, levels=(1,), credit="local", reach=1)
-    scored = sample_and_score(network, latent, field, pair, options, REWARD)
+    scored = sample_and_score(network, latent, field, moved(network, field, pair), pair, options, REWARD)
     assert scored.samples[0].shape == (4, *latent.skips[-1].shape[1:])
     policy_loss(policy_at(latent, field, options), scored, options).backward()
     reached = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
@@ -223,7 +230,7 @@ def test_several_levels_are_one_policy(pair):
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=2, levels=(0, 1), scale="none")
     policy = policy_at(latent, field, options)
-    scored = sample_and_score(network, latent, field, pair, options, REWARD)
+    scored = sample_and_score(network, latent, field, moved(network, field, pair), pair, options, REWARD)
     density = sum(
         torch.distributions.Normal(part.mu, part.log_sigma.exp()).log_prob(samples).flatten(1).sum(dim=1)
         for part, samples in zip(policy, scored.samples, strict=True)
@@ -273,7 +280,7 @@ def test_field_policy_gradient_reaches_everything_that_makes_the_step(pair):
     network = model()
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=4, place="field", credit="local")
-    scored = sample_and_score(network, latent, field, pair, options, REWARD)
+    scored = sample_and_score(network, latent, field, moved(network, field, pair), pair, options, REWARD)
     policy_loss(policy_at(latent, field, options), scored, options).backward()
     missed = {n for n, p in network.named_parameters() if p.grad is None}
     assert missed == {"head.log_sigma.weight", "head.log_sigma.bias"}

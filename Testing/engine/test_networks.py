@@ -89,9 +89,9 @@ def test_a_group_is_sampled_and_scored_at_both_places(name, place):
     settings = PolicyGradientSettings(trajectories=3, tau=5.0, place=place)
     with torch.no_grad():
         latent = model.encode(moving, fixed)
-        group = sample_and_score(
-            model, latent, model.field(latent, latent.mu), state, settings, RewardSettings({"dice": 1.0})
-        )
+        field = model.field(latent, latent.mu)
+        total = model.displacement(field)
+        group = sample_and_score(model, latent, field, total, state, settings, RewardSettings({"dice": 1.0}))
     assert group.rewards.shape == (3,)
     assert float(group.rewards.std()) > 0
     assert group.best.shape == state.total.shape

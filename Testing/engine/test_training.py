@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from MorphSeekLib.finetuning import FinetuneConfig
 from MorphSeekLib.images import write_image
 from MorphSeekLib.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing, normalize
+from MorphSeekLib.sac import SACConfig
 from MorphSeekLib.settings import from_dict, load, to_dict
 from MorphSeekLib.synthesis import LabelMapSource, SynthesisSettings
 from MorphSeekLib.training import (
@@ -30,6 +32,7 @@ from MorphSeekLib.training import (
     TrainingConfig,
     WarmupSettings,
     advance,
+    feature_loss,
     soft_dice,
     warmup,
     warmup_loss,
@@ -199,6 +202,23 @@ def test_soft_dice_of_hard_labels_is_dice():
     assert float(soft_dice(a, b)) == pytest.approx(expected, abs=1e-4)
 
 
+def test_feature_loss_is_cross_entropy_and_dice_of_the_named_labels():
+    """Two structures of values 3 and 1 in five features; the features that no structure names are background."""
+    generator = torch.Generator().manual_seed(0)
+    learned = torch.softmax(torch.randn(1, 5, 3, 4, 2, generator=generator, dtype=torch.float64), dim=1)
+    shares = torch.softmax(torch.randn(1, 3, 3, 4, 2, generator=generator, dtype=torch.float64), dim=1)[:, :2]
+    found = feature_loss(learned.float(), shares.float(), torch.tensor([3, 1]))
+    entropy, dice = 0.0, []
+    for x in range(24):
+        p, q = learned[0].flatten(1)[:, x], shares[0].flatten(1)[:, x]
+        rest = float(p[0] + p[2] + p[4])
+        entropy -= float((1 - q.sum()) * math.log(rest) + q[0] * p[3].log() + q[1] * p[1].log()) / 24
+    for structure, feature in ((0, 3), (1, 1)):
+        p, q = learned[0, feature], shares[0, structure]
+        dice.append(float(2 * (p * q).sum() / ((p * p).sum() + (q * q).sum())))
+    assert float(found) == pytest.approx(entropy + 1 - sum(dice) / 2, abs=2e-4)
+
+
 def test_coarse_labels_score_the_same_motion():
     """Shares in blocks of 2 voxels, warped by the block's mean displacement, follow a shift exactly."""
     fine = torch.zeros(1, 1, 16, 16, 16)
@@ -211,7 +231,7 @@ def test_coarse_labels_score_the_same_motion():
     batch = Batch(moved, fine, fixed_labels=pool(moved, 2), moving_labels=pool(fine, 2))
     settings = LossSettings(similarity_weight=0.0, dice=1.0, regularization=0.0, kl=0.0)
     still = Latent(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), None)
-    _, terms = warmup_loss(Step(still, total, total), batch, settings)
+    _, terms = warmup_loss(Step(still, total, total, 0 * total), batch, settings)
     assert float(terms["soft_dice"]) == pytest.approx(1.0, abs=1e-4)
 
 
@@ -352,7 +372,8 @@ def test_recipes_are_valid():
     recipes = sorted((Path(__file__).parents[2] / "Resources" / "Training").glob("*.toml"))
     assert recipes
     for recipe in recipes:
-        assert load(FinetuneConfig if "finetune" in recipe.name else TrainingConfig, recipe).title
+        kind = FinetuneConfig if "finetune" in recipe.name else SACConfig if "spac" in recipe.name else TrainingConfig
+        assert load(kind, recipe).title
 
 
 def test_training_runs_on_the_device_asked_for(dataset, tmp_path):
