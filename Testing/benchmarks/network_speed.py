@@ -5,9 +5,9 @@
 CLONES is the folder of official_networks.py. Official and own code take turns within each repetition, so that a machine
 that slows down slows both; a ratio is the median over repetitions. All times are processor time, on one thread by
 default: where other programs run, wall time is theirs as much as ours. "forward" ends with the warped image; "training
-step" is forward, loss, backward and Adam (amsgrad). The loss is LNCC of window 9 and diffusion (LapIRN: its own, windows
-7, 5 and 3 on three scales), the official side with the official code for it, ours with MorphSeek's. Ours always has the
-policy's head in it, which official networks have not. The flow heads are scaled so that a field is of the order of a
+step" is forward, loss, backward and Adam (amsgrad). The loss is LNCC of window 9 and diffusion (LapIRN: its own, with
+windows of 7, 5 and 3 on three scales), on the official side by official code, on ours by MorphSeek's. Ours always has
+the policy's head in it, which official networks have not. The flow heads are scaled so that a field is of the order of a
 voxel: fresh ones would hide any error.
 
 "bfloat16" is our network under autocast, in the layout that goes with it, against our own in float32. What it costs in
