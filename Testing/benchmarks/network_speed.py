@@ -7,8 +7,8 @@ that slows down slows both; a ratio is the median over repetitions. All times ar
 default: where other programs run, wall time is theirs as much as ours. "forward" ends with the warped image; "training
 step" is forward, loss, backward and Adam (amsgrad). The loss is LNCC of window 9 and diffusion (LapIRN: its own, with
 windows of 7, 5 and 3 on three scales), on the official side by official code, on ours by MorphSeek's. Ours always has
-the policy's head in it, which official networks have not. The flow heads are scaled so that a field is of the order of a
-voxel: fresh ones would hide any error.
+the policy's head in it, which official networks have not. The flow heads are scaled so that a field is of the order of
+a voxel: fresh ones would hide any error.
 
 "bfloat16" is our network under autocast, in the layout that goes with it, against our own in float32. What it costs in
 accuracy is told with these weights, which are no trained ones but for LapIRN's where `--weights NAME=FILE` gives them.
