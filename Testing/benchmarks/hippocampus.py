@@ -280,7 +280,6 @@ def report(name: str, results: dict[tuple[str, str], list[dict]], out: Path, ite
         )
         table.append({"arm": arm, "strength": strength, "mean": mean, "by_seed": by_seed, "p": tests, "runs": found})
         axes.plot(mean["njd_percent"], mean["dice"], "o" if strength == "strong" else "^", label=f"{arm} ({strength})")
-    axes.set_xscale("symlog", linthresh=0.01)
     axes.set_xlabel("NJD, % of voxels")
     axes.set_ylabel("Dice")
     axes.set_title("60 test pairs; better is up and to the left")
