@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import fields
-from .siamese import ChannelNorm, Expansion, FlowHead, Pyramid, double, pair_features, rename, run, shared_names
+from .siamese import ChannelNorm, Expansion, FlowHead, Pyramid, Siamese, double, rename, run, shared_names
 
 LEVELS = 4
 SLAB = 2**15  # voxels of a slab in windows
@@ -57,7 +57,7 @@ class CorrMLPSettings:
 OFFICIAL = CorrMLPSettings(official_upsampling=True)
 
 
-class CorrMLP(nn.Module):
+class CorrMLP(Siamese):
     """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: CorrMLPSettings) -> None:
@@ -74,20 +74,9 @@ class CorrMLP(nn.Module):
         self.expand = nn.ModuleList(Expansion(width) for width in decoder[1:])
         self.flow = nn.ModuleList(FlowHead(width) for width in decoder)
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """What the encoder says of one image, (batch, 1, i, j, k): features from fine to coarse."""
-        return self.pyramid(image)
-
-    def encode(
-        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Features of a pair: the skips from fine to coarse, (batch, fixed and moving channels, ...), and the top one.
-
-        Args:
-            fixed_features: :meth:`features` of ``fixed``, where they are known.
-        """
-        *skips, coarsest = pair_features(self.features, moving, fixed, fixed_features)
-        return skips, self._run(self.compare[-1], *coarsest.chunk(2, dim=1))
+    def fused(self, coarsest: Tensor) -> Tensor:
+        """The top feature, of the coarsest ones of both images."""
+        return self._run(self.compare[-1], *coarsest.chunk(2, dim=1))
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
         """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import fields
 from ..errors import MorphSeekError
-from .siamese import Expansion, FlowHead, Pyramid, conv_block, double, pair_features, rename, run, shared_names
+from .siamese import Expansion, FlowHead, Pyramid, Siamese, conv_block, double, rename, run, shared_names
 
 LEVELS = 5
 
@@ -55,7 +55,7 @@ class NICETransSettings:
 OFFICIAL = NICETransSettings(official_upsampling=True)
 
 
-class NICETrans(nn.Module):
+class NICETrans(Siamese):
     """See the module's text. Input sizes must be divisible by ``multiple_of``.
 
     Raises:
@@ -86,20 +86,9 @@ class NICETrans(nn.Module):
         )
         nn.init.normal_(self.affine_head[2].weight, 0.0, 1e-5)
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """What the encoder says of one image, (batch, 1, i, j, k): features from fine to coarse."""
-        return self.pyramid(image)
-
-    def encode(
-        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Features of a pair: the skips from fine to coarse, (batch, fixed and moving channels, ...), and the top one.
-
-        Args:
-            fixed_features: :meth:`features` of ``fixed``, where they are known.
-        """
-        *skips, coarsest = pair_features(self.features, moving, fixed, fixed_features)
-        return skips, self.attend[-1](self.fuse[-1](coarsest))
+    def fused(self, coarsest: Tensor) -> Tensor:
+        """The top feature, of the coarsest ones of both images."""
+        return self.attend[-1](self.fuse[-1](coarsest))
 
     def affine(self, top: Tensor) -> Tensor:
         """The affine part, (batch, 3, 4), less the identity: :func:`affine_field` makes its displacement."""

@@ -53,6 +53,27 @@ def pair_features(
     return [level.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2) for level in both]
 
 
+class Siamese(nn.Module):
+    """A network whose ``pyramid`` reads each image alone; a subclass says how the coarsest features are ``fused``."""
+
+    pyramid: Pyramid
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """What the encoder says of one image, (batch, 1, i, j, k): features from fine to coarse."""
+        return self.pyramid(image)
+
+    def encode(
+        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Features of a pair: the skips from fine to coarse, (batch, fixed and moving channels, ...), and the top one.
+
+        Args:
+            fixed_features: :meth:`features` of ``fixed``, where they are known.
+        """
+        *skips, coarsest = pair_features(self.features, moving, fixed, fixed_features)
+        return skips, self.fused(coarsest)
+
+
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
     """Twice: 3x3x3 convolution, LeakyReLU 0.2, and after it InstanceNorm without weights."""
     layers: list[nn.Module] = []

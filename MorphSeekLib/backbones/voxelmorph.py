@@ -118,8 +118,8 @@ class VoxelMorph(nn.Module):
         self.top_channels = encoder[-1]
         self.multiple_of = 2 ** len(encoder)
         self.features = FeatureNet(settings.features, settings.feature_width) if settings.features else None
-        widths = [2 + 3 * settings.forces + (6 + 2 * settings.features if settings.features else 0)]
-        widths += encoder
+        learned = 6 + 2 * settings.features if settings.features else 0
+        widths = [2 + 3 * settings.forces + learned, *encoder]
         self.down = nn.ModuleList(ConvBlock(a, b, 2, norm) for a, b in zip(widths, encoder, strict=False))
         skip_widths = widths[-2::-1]
         self.up = nn.ModuleList()
