@@ -210,7 +210,8 @@ def main() -> None:
     settings = {"size": options.size, "threads": options.threads, "repetitions": options.repetitions}
     rows = json.loads(options.out.read_text())["rows"] if options.out.is_file() else {}
     for name in options.only or known:
-        if name in rows and not options.anew and rows[name].get("settings") == settings:
+        known_row = rows.get(name, {"failed": ""})
+        if "failed" not in known_row and not options.anew and known_row.get("settings") == settings:
             continue
         arguments = [name, json.dumps(options.size), str(options.clones), str(options.repetitions)]
         done = subprocess.run(

@@ -133,7 +133,20 @@ def transmorph(name: str, shape: tuple[int, int, int], clones: Path) -> Official
     config = TransMorph.CONFIGS[kind]
     config.img_size = shape
     network = TransMorph.TransMorph(config)
-    return Official(network, lambda moving, fixed: network(torch.cat([moving, fixed], dim=1)), lambda f: f, loss)
+
+    def sampled(field: Tensor) -> Tensor:
+        """Where the OASIS code samples: its points are made for align_corners=True, and read with False."""
+        axes = [torch.arange(n, dtype=field.dtype) for n in shape]
+        points = torch.stack(torch.meshgrid(axes, indexing="ij"))
+        sizes = torch.tensor(shape).view(1, 3, 1, 1, 1)
+        return (points + field) * sizes / (sizes - 1) - 0.5 - points
+
+    return Official(
+        network,
+        lambda moving, fixed: network(torch.cat([moving, fixed], dim=1)),
+        sampled if oasis else lambda field: field,
+        loss,
+    )
 
 
 def lapirn(name: str, shape: tuple[int, int, int], clones: Path) -> Official:
