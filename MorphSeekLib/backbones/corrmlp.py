@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import fields
-from .siamese import ChannelNorm, Expansion, FlowHead, Pyramid, Siamese, double, rename, run, shared_names
+from .memory import run
+from .siamese import ChannelNorm, Expansion, FlowHead, Pyramid, Siamese, double, rename, shared_names
 
 LEVELS = 4
 SLAB = 2**15  # voxels of a slab in windows

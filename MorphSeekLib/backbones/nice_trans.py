@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .. import fields
 from ..errors import MorphSeekError
-from .siamese import Expansion, FlowHead, Pyramid, Siamese, conv_block, double, rename, run, shared_names
+from .memory import run
+from .siamese import Expansion, FlowHead, Pyramid, Siamese, conv_block, double, rename, shared_names
 
 LEVELS = 5
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import fields
 from ..errors import MorphSeekError
+from .memory import run
 
 
 class Pyramid(nn.ModuleList):
@@ -121,13 +121,6 @@ def double(field: Tensor, official: bool) -> Tensor:
     if official:
         return 2 * F.interpolate(field, size=shape, mode="trilinear", align_corners=True)
     return fields.resize(field, shape)
-
-
-def run(module: nn.Module, *inputs: Tensor, save: bool) -> Tensor:
-    """``module(*inputs)``; to ``save`` memory in training, its inner values are computed anew for the gradient."""
-    if save and torch.is_grad_enabled():
-        return checkpoint(module, *inputs, use_reentrant=False)
-    return module(*inputs)
 
 
 def rename(state: dict[str, Tensor], names: list[tuple[str, str]]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import fields
+from .memory import run
 
 PATCH = 4
 FLOW_WIDTH = 16  # channels before the flow head, and of the images' convolution at full resolution
@@ -42,6 +43,7 @@ class TransMorphSettings:
         squarings: 0, or the number of squarings that integrate a velocity field (DIFFEOMORPHIC).
         official_defects: with ``flow_stride`` 2, the official codes' treatment of the half-resolution field; see
             :meth:`TransMorph.decode`.
+        checkpointing: less memory and more time in training.
     """
 
     channels: int = 96
@@ -52,6 +54,7 @@ class TransMorphSettings:
     flow_stride: int = 1
     squarings: int = 0
     official_defects: bool = False
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.channels % 2 or self.channels < 2:
@@ -244,7 +247,9 @@ class TransMorph(nn.Module):
         skips.append(self.at_half(F.avg_pool3d(pair, 3, 2, 1)))
         x = self.patch_norm(self.patch(pair).permute(0, 2, 3, 4, 1))
         for stage, norm, merge in zip(self.stages, self.norms, [*self.merges, None], strict=True):
-            x = stage(x.to(norm.weight.dtype))  # the sum that blocks add to is float32 whatever autocast says
+            x = x.to(norm.weight.dtype)  # the sum that blocks add to is float32 whatever autocast says
+            for block in stage:
+                x = run(block, x, save=self.settings.checkpointing)
             skips.append(norm(x).permute(0, 4, 1, 2, 3).contiguous())
             if merge is not None:
                 x = merge(x)
@@ -267,7 +272,7 @@ class TransMorph(nn.Module):
             with torch.autocast(x.device.type, enabled=False):  # which would have the largest tensors in float32
                 x = F.interpolate(x, scale_factor=2, mode="trilinear")
                 x = torch.cat([x, skip.to(x.dtype)], dim=1)
-            x = block(x)
+            x = run(block, x, save=self.settings.checkpointing)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the field to a hundredth of itself
             field = self.flow(x.to(self.flow.weight.dtype))
             squarings = self.settings.squarings

@@ -80,8 +80,7 @@ class Arm:
         seeds: of the training, at the first strength; the first of them at the others.
         iterations: in units of the experiment's.
         warm: start from the warm-up; else from fresh weights.
-        backbone, model: another network and its settings (for "voxelmorph", over the plain one's); its warm-up is its
-            own.
+        model: settings of the network over the plain one's; its warm-up is its own.
     """
 
     settings: Settings
@@ -89,7 +88,6 @@ class Arm:
     seeds: tuple[int, ...] = (0,)
     iterations: int = 1
     warm: bool = True
-    backbone: str = "voxelmorph"
     model: Settings = dataclasses.field(default_factory=dict)
 
 
@@ -139,19 +137,6 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
         f"{name}, coarse skips dropped": Arm(settings, model={"skip_gains": (0.0, 0.0)})
         for name, settings in (("soft Dice", {}), ("latent", PAPER))
     },
-    # the same two trainings of other networks, in sizes for two cores; the last two stand beside
-    "networks": {
-        f"{title}, {name}": Arm(settings, backbone=backbone, model=model)
-        for title, backbone, model in (
-            ("VoxelMorph", "voxelmorph", {}),
-            ("TransMorph", "transmorph", {"channels": 24, "depths": (2, 2, 2), "heads": (2, 4, 4), "flow_stride": 2}),
-            ("NICE-Trans", "nice_trans", {"decoder_width": 8, "depth": 2, "head_width": 8}),
-            ("CorrMLP", "corrmlp", {"decoder_width": 8, "windows": (3, 5)}),
-            ("LapIRN", "lapirn", {"width": 16}),
-        )
-        for name, settings in (("soft Dice", {}), ("+ MorphSeek", FIELD))
-        if name == "soft Dice" or backbone in ("voxelmorph", "transmorph", "nice_trans")
-    },
     "trajectories": FIRST
     | {
         f"J = {j}, T = {t}": Arm(PAPER | {"policy.trajectories": j, "training.steps": t})
@@ -186,8 +171,6 @@ def config_of(settings: Settings) -> FinetuneConfig:
 def name_of(arm: Arm, settings: Settings | None = None) -> str:
     """Of the run's files, or without settings of the checkpoint that it starts from; the same in every process."""
     name = "warm" if arm.warm else "fresh"
-    if arm.backbone != "voxelmorph":
-        name += f"-{arm.backbone}"
     for part in (arm.model, settings):
         if part:
             name += "-" + hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
@@ -201,14 +184,12 @@ def initial(dataset: Path, folder: Path, arm: Arm, first: bool) -> Path:
         time.sleep(5)
     if not out.is_file():
         config = load_settings(TrainingConfig, RECIPE)
-        own = arm.model
-        if arm.backbone == "voxelmorph":
-            own = dict(config.model.backbone_settings) | {"forces": 0, "features": 0} | own
+        own = dict(config.model.backbone_settings) | {"forces": 0, "features": 0} | arm.model
         config = dataclasses.replace(
             config,
             training=dataclasses.replace(config.training, iterations=WARM_ITERATIONS if arm.warm else 1),
             loss=dataclasses.replace(config.loss, regularization=1.0),
-            model=dataclasses.replace(config.model, backbone=arm.backbone, backbone_settings=own),
+            model=dataclasses.replace(config.model, backbone_settings=own),
         )
         print(f"training {out.name}", flush=True)
         warmup(load_dataset(dataset), config, out)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.settings import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,9 +57,3 @@ def test_settings_round_trip(benchmark):
     settings = benchmark.settings_of(benchmark.Arm(benchmark.FIELD), "weak", 300, 1)
     found = to_dict(benchmark.config_of(settings))
     assert (found["policy"]["place"], found["loss"]["folding"], found["training"]["seed"]) == ("field", 3.0, 1)
-
-
-def test_every_network_of_the_benchmark_can_be_built(benchmark):
-    for arm in benchmark.EXPERIMENTS["networks"].values():
-        network = build_backbone(arm.backbone, arm.model)
-        assert network.multiple_of <= 16, "the grid of the hippocampus recipe"

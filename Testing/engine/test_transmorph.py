@@ -248,3 +248,30 @@ def test_the_two_half_resolution_variants_are_told_apart_by_their_heads():
 def test_wrong_settings_are_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         TransMorphSettings(**wrong)
+
+
+def test_checkpointing_saves_memory_and_changes_nothing():
+    """With blocks that are dropped at random: the second time, the same ones are dropped."""
+    settings = replace(SMALL_NETWORK, channels=8, depths=(4, 4), drop_path=0.5)
+    plain = TransMorph(settings)
+    thrifty = TransMorph(replace(settings, checkpointing=True))
+    thrifty.load_state_dict(plain.state_dict())
+    pair = torch.rand(2, 1, 1, 32, 24, 24)
+    kept, gradients = [], []
+    for network in (plain, thrifty):
+        size = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            size += tensor.nbytes
+            return tensor
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            skips, top = network.encode(*pair)
+            field = network.decode(skips, top)
+        (1e5 * field).square().mean().backward()
+        kept.append(size)
+        gradients.append([p.grad for p in network.parameters()])
+    assert kept[1] < 0.5 * kept[0]
+    torch.testing.assert_close(*gradients)
