@@ -359,6 +359,7 @@ def train(
                 checkpoint()
                 batch = coming.result()
                 coming = ahead.submit(batch_of, min(iteration + 1, run.iterations - 1))
+                torch.manual_seed(seed_for(run.seed + 2, iteration))  # layers that drop at random draw from there
                 metrics = iterate(iteration, batch, memory)
                 done = iteration + 1
                 last = done == run.iterations
@@ -557,7 +558,12 @@ def _needed(path: Path | None, case: Any) -> Path:
 
 def generator_for(seed: int, iteration: int) -> torch.Generator:
     """The randomness of one iteration."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + iteration) % 2**63)
+    return torch.Generator().manual_seed(seed_for(seed, iteration))
+
+
+def seed_for(seed: int, iteration: int) -> int:
+    """A number for a run's seed and an iteration, unlike those of other iterations and seeds."""
+    return (seed * 1_000_003 + iteration) % 2**63
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

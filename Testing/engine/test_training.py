@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import TINY as TINY_SETTINGS
 from cases import blob_grid, blob_labels, write_dataset
 
 from MorphSeekLib import checkpoint, fields
@@ -123,6 +124,24 @@ def test_a_killed_process_resumes_to_the_same_weights(dataset, tmp_path):
     assert next(e.step for e in events if e.phase == "train") > 1
     whole, cut = weights(tmp_path / "whole.safetensors"), weights(tmp_path / "cut.safetensors")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_blocks_dropped_at_random_resume_to_the_same_weights(dataset, tmp_path):
+    """Even where something else has drawn random numbers in between."""
+    model = ModelSettings("transmorph", TINY_SETTINGS["transmorph"] | {"drop_path": 0.5})
+    config = dataclasses.replace(CONFIG, model=model)
+    run(dataset, config, tmp_path / "whole.safetensors")
+    done = []
+    with pytest.raises(Cancelled):
+        warmup(dataset, config, tmp_path / "cut.safetensors", on_event=done.append, cancelled=lambda: len(done) > 3)
+    torch.rand(7)
+    run(dataset, config, tmp_path / "cut.safetensors")
+    whole, cut = weights(tmp_path / "whole.safetensors"), weights(tmp_path / "cut.safetensors")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    model = dataclasses.replace(model, backbone_settings=TINY_SETTINGS["transmorph"])
+    run(dataset, dataclasses.replace(config, model=model), tmp_path / "undropped.safetensors")
+    other = weights(tmp_path / "undropped.safetensors")
+    assert not all(torch.equal(whole[name], other[name]) for name in whole), "something was dropped"
 
 
 def test_a_state_of_other_settings_is_refused(dataset, tmp_path):
