@@ -17,11 +17,12 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset
+from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset, paired_sides
 from .errors import MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
 from .images import check_labels, read_image, read_labels
@@ -175,7 +176,7 @@ def check(
     good = [row for row in rows if not row.problems]
     labelled = [row for row in good if row.labels]
     report.labels = dict(sorted(Counter(label for row in labelled for label in row.labels).items()))
-    _compare(report, labelled, labels)
+    _compare(report, labelled, labels, dataset.pairing)
     _check_spacings(good)
     if good:
         report.spacing = _suggest_spacing(good)
@@ -199,14 +200,14 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     """The data set as a run uses it: cases to train on, and pairs to validate on and to test on that are none of them.
 
     The data set's own pairs ("registration_val", "registration_test") are kept where both sides have labels, and their
-    cases are taken out of "training". Where it has none, a fifth of the cases is held out for each; a single held-out
-    case is the fixed one of pairs with training cases.
+    cases are taken out of "training". Where it has none, a fifth of the cases is held out for each (of either side, in
+    a data set with a pairing); a single held-out case is the fixed one of pairs with training cases.
 
     Args:
         leave_out: names (:func:`name_of`) of cases not to use.
 
     Raises:
-        MorphSeekError: too few cases.
+        MorphSeekError: too few cases, or none left of one side of a pairing.
     """
     unwanted = set(leave_out)
     cases = [case for case in dataset.cases.get("training", []) if name_of(case, dataset) not in unwanted]
@@ -227,14 +228,33 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
             f"{dataset.path} leaves {len(cases)} usable training cases beside the held-out ones; at least {needed} are "
             "needed."
         )
-    if missing:
-        count = max(1, len(cases) // 5)
-        order = random.Random(0).sample(range(len(cases)), len(cases))
-        groups = {split: [cases[i] for i in order[n * count : (n + 1) * count]] for n, split in enumerate(missing)}
-        cases = [cases[i] for i in sorted(order[len(missing) * count :])]
+    if missing and dataset.pairing is not None:
+        fixed, moving = paired_sides(cases, dataset.pairing)
+        fixed = _draw(fixed, len(missing))
+        moving = _draw([case for case in moving if not any(case in group for group in fixed)], len(missing))
+        cases = [case for case in cases if not any(case in group for group in fixed + moving)]
+        paired_sides(cases, dataset.pairing)  # something must be left to train on
+        pairs |= {split: _across(*groups) for split, *groups in zip(missing, fixed, moving, strict=True)}
+    elif missing:
+        groups = _draw(cases, len(missing))
+        cases = [case for case in cases if not any(case in group for group in groups)]
         partners = [case for case in cases if case.label is not None or not labelled]
-        pairs |= {split: _pairs_of(group, partners) for split, group in groups.items()}
+        pairs |= {split: _pairs_of(group, partners) for split, group in zip(missing, groups, strict=True)}
+    elif dataset.pairing is not None:
+        paired_sides(cases, dataset.pairing)
     return dataclasses.replace(dataset, cases={"training": cases}, pairs=pairs)
+
+
+def _draw(cases: list[Case], groups: int) -> list[list[Case]]:
+    """As many groups, each of a fifth of the cases; the same each time."""
+    count = max(1, len(cases) // 5)
+    order = random.Random(0).sample(cases, len(cases))
+    return [order[n * count : (n + 1) * count] for n in range(groups)]
+
+
+def _across(fixed: list[Case], moving: list[Case]) -> list[Pair]:
+    """Every held-out case of either side in at least one pair."""
+    return [Pair(fixed[n % len(fixed)], moving[n % len(moving)]) for n in range(max(len(fixed), len(moving)))]
 
 
 def _pairs_of(held: list[Case], others: list[Case]) -> list[Pair]:
@@ -301,18 +321,21 @@ def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str])
     return row
 
 
-def _compare(report: CheckReport, labelled: list[CheckedCase], needs_labels: bool) -> None:
-    """Labels in common, and who lacks which."""
+def _compare(
+    report: CheckReport, labelled: list[CheckedCase], needs_labels: bool, pairing: tuple[str, str] | None
+) -> None:
+    """Labels in common, and who lacks which; the sides of a pairing may have labels of their own."""
     if not labelled:
         return
-    usual = {label for label, count in report.labels.items() if count > len(labelled) / 2}
-    for row in labelled:
-        if not usual & set(row.labels):
-            found, others = _list(row.labels), _list(sorted(usual)) or "no label in common"
-            problem = f"Its labels ({found}) are none of those that most cases have ({others})."
-            (row.problems if needs_labels else row.warnings).append(problem)
-        elif missing := sorted(usual - set(row.labels)):
-            row.warnings.append(f"It lacks the labels {_list([report.names.get(m, m) for m in missing])}.")
+    groups = [labelled]
+    if pairing is not None:
+        named = [(PurePosixPath(row.name).name, row) for row in labelled]
+        groups = [[row for name, row in named if fnmatchcase(name, pattern)] for pattern in dict.fromkeys(pairing)]
+        for name, row in named:
+            if not any(fnmatchcase(name, pattern) for pattern in pairing):
+                row.warnings.append("It is on neither side of the data set's pairing, so no training pair has it.")
+    for group in groups:
+        _compare_side(report, group, needs_labels)
     rest = [set(row.labels) for row in labelled if not row.problems]
     report.common = tuple(sorted(set.intersection(*rest))) if rest else ()
     report.labels = dict(sorted(Counter(label for values in rest for label in values).items()))
@@ -320,6 +343,19 @@ def _compare(report: CheckReport, labelled: list[CheckedCase], needs_labels: boo
         report.problems.append(
             "The cases have no label in common, so there is nothing to learn from; check their labels."
         )
+
+
+def _compare_side(report: CheckReport, rows: list[CheckedCase], needs_labels: bool) -> None:
+    """Labels of cases that should have the same."""
+    counts = Counter(label for row in rows for label in row.labels)
+    usual = {label for label, count in counts.items() if count > len(rows) / 2}
+    for row in rows:
+        if not usual & set(row.labels):
+            found, others = _list(row.labels), _list(sorted(usual)) or "no label in common"
+            problem = f"Its labels ({found}) are none of those that most cases have ({others})."
+            (row.problems if needs_labels else row.warnings).append(problem)
+        elif missing := sorted(usual - set(row.labels)):
+            row.warnings.append(f"It lacks the labels {_list([report.names.get(m, m) for m in missing])}.")
 
 
 def _check_spacings(good: list[CheckedCase]) -> None:

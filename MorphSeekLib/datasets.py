@@ -2,7 +2,8 @@
 
 dataset.json names splits of cases (``"training": [{"image": ..., "label": ...}]``) and of pairs
 (``"registration_test": [{"fixed": ..., "moving": ...}]``); paths are relative to it. A case may name ``"landmarks"``:
-points that correspond, in their order, to those of every other case; see :func:`read_landmarks`.
+points that correspond, in their order, to those of every other case; see :func:`read_landmarks`. ``"pairing"`` says
+which cases are fixed and which moving in training, by file name: ``"fixed = mr_*, moving = ct_*"``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +58,8 @@ class Dataset:
         pairs: split -> pairs.
         labels: label value -> name.
         evaluated: labels to score; None for all.
+        pairing: patterns (fnmatch) that the file names of fixed and of moving training cases match; None: any two cases
+            make a pair. See :func:`training_pair`.
         about: name, licence, reference and so on, for provenance.
     """
 
@@ -62,6 +68,7 @@ class Dataset:
     pairs: dict[str, list[Pair]] = field(default_factory=dict)
     labels: dict[int, str] = field(default_factory=dict)
     evaluated: tuple[int, ...] | None = None
+    pairing: tuple[str, str] | None = None
     about: dict[str, str] = field(default_factory=dict)
 
     def split(self, name: str, kind: str = "pairs") -> list:
@@ -121,8 +128,52 @@ def load_dataset(path: Path | str) -> Dataset:
         pairs,
         {int(k): str(v) for k, v in values.get("labels", {}).items() if str(k).isdigit()},
         tuple(values["evaluated_labels"]) if "evaluated_labels" in values else None,
+        _pairing(values["pairing"], path) if "pairing" in values else None,
         {k: v for k, v in values.items() if isinstance(v, str)},
     )
+
+
+def _pairing(text: object, path: Path) -> tuple[str, str]:
+    found = re.fullmatch(r"\s*fixed\s*=\s*([^\s,=]+)\s*,\s*moving\s*=\s*([^\s,=]+)\s*", str(text))
+    if found is None:
+        raise MorphSeekError(
+            f"{path} has the pairing '{text}'; it must name patterns of file names: 'fixed = mr_*, moving = ct_*'."
+        )
+    return found[1], found[2]
+
+
+def paired_sides(cases: Sequence[Case], pairing: tuple[str, str]) -> tuple[list[Case], ...]:
+    """The cases that may be fixed, and those that may be moving, by the names of their images (else of their labels).
+
+    Raises:
+        MorphSeekError: a side without cases, or both with the same single one.
+    """
+    sides = tuple([c for c in cases if fnmatchcase((c.image or c.label).name, pattern)] for pattern in pairing)
+    for side, pattern, found in zip(("fixed", "moving"), pairing, sides, strict=True):
+        if not found:
+            raise MorphSeekError(
+                f"None of {len(cases)} training cases is named '{pattern}', as the data set's pairing wants the {side} "
+                "one of a pair; mend the pairing, or add such cases."
+            )
+    if len(sides[0]) == 1 and sides[0] == sides[1]:
+        raise MorphSeekError(f"{pairing[0]} and {pairing[1]} match one and the same training case; mend the pairing.")
+    return sides
+
+
+def training_pair(cases: Sequence[Case], pairing: tuple[str, str] | None, generator: torch.Generator) -> Pair:
+    """Draw a pair to train on: two cases, or one of either side of a pairing.
+
+    Raises:
+        MorphSeekError: as :func:`paired_sides`.
+    """
+    if pairing is None:
+        first, second = torch.randperm(len(cases), generator=generator)[:2].tolist()
+        return Pair(cases[first], cases[second])
+    sides = paired_sides(cases, pairing)
+    while True:  # patterns may overlap; a case is no pair with itself
+        fixed, moving = (side[int(torch.randint(len(side), (1,), generator=generator))] for side in sides)
+        if fixed != moving:
+            return Pair(fixed, moving)
 
 
 def _case(row: dict, side: str, known: dict[str, Case], root: Path, path: Path) -> Case:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software
-from .datasets import Dataset, Pair, PairLoader, PreparedPair, augment
+from .datasets import Dataset, PairLoader, PreparedPair, augment, training_pair
 from .distributed import World
 from .errors import MorphSeekError
 from .events import Event, OnEvent, ignore, never
@@ -166,8 +166,7 @@ def finetune(
         found = []
         for index in range(world.rank, run.pairs, world.size):
             generator = generator_for(run.seed, iteration * run.pairs + index)
-            first, second = torch.randperm(len(cases), generator=generator)[:2].tolist()
-            pair = loader(Pair(cases[first], cases[second]))
+            pair = loader(training_pair(cases, dataset.pairing, generator))
             found.append(augment(pair, run.augmentation, generator) if run.augmentation > 0 else pair)
         return found
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from . import fields
 from .backbones.spac import SLOPE, Plan, SPACSettings, conv
 from .checkpoint import Card, save, software
-from .datasets import Dataset, Pair, PairLoader, PreparedPair
+from .datasets import Dataset, PairLoader, PreparedPair, training_pair
 from .devices import training_autocast
 from .errors import MorphSeekError
 from .events import Event, OnEvent, ignore, never
@@ -417,8 +417,7 @@ def train_spac(
     validation = validation_pairs(dataset, preprocessing, run, learner.network.multiple_of)
 
     def pair_of(iteration: int) -> PreparedPair:
-        first, second = torch.randperm(len(cases), generator=generator_for(run.seed, iteration))[:2].tolist()
-        return loader(Pair(cases[first], cases[second]))
+        return loader(training_pair(cases, dataset.pairing, generator_for(run.seed, iteration)))
 
     outcome = train(
         learner,

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software, write_atomically
-from .datasets import Dataset, Pair, PairLoader
+from .datasets import Dataset, PairLoader, training_pair
 from .devices import network_autocast, training_autocast
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
@@ -526,8 +526,7 @@ def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Call
     loader = PairLoader(config.preprocessing, multiple_of, config.training.centered)
 
     def real(iteration: int) -> Batch:
-        first, second = torch.randperm(len(cases), generator=generator_for(seed, iteration))[:2].tolist()
-        pair = loader(Pair(cases[first], cases[second]))
+        pair = loader(training_pair(cases, dataset.pairing, generator_for(seed, iteration)))
         return Batch(pair.fixed, pair.moving)
 
     return real

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from MorphSeekLib.cases import TEST, VALIDATION, check, find_cases, hold_out, name_of
 from MorphSeekLib.cli import app
-from MorphSeekLib.datasets import Dataset
+from MorphSeekLib.datasets import Dataset, load_dataset, paired_sides
 from MorphSeekLib.errors import Cancelled, MorphSeekError
 from MorphSeekLib.geometry import Grid, Volume
 from MorphSeekLib.images import write_image
@@ -170,6 +170,44 @@ def test_held_out_cases_are_not_trained_on(tmp_path, count):
     moving = {pair.moving for split in (VALIDATION, TEST) for pair in used.pairs[split]}
     assert (moving <= training) == (count < 10), "a single held-out case needs a partner, several have each other"
     assert hold_out(dataset) == used, "the same each time"
+
+
+def test_both_sides_of_a_pairing_are_held_out_and_left(tmp_path):
+    """Ten cases of one digit, which are fixed, and five of two, which move: two and one to each split."""
+    values = description(tmp_path, 15) | {"pairing": "fixed = ?.nii.gz, moving = ??.nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(values))
+    dataset = find_cases(tmp_path)
+    used = hold_out(dataset)
+    pairs = [pair for split in (VALIDATION, TEST) for pair in used.pairs[split]]
+    assert all(len(name_of(p.fixed, dataset)) == 8 and len(name_of(p.moving, dataset)) == 9 for p in pairs)
+    assert [len(side) for side in paired_sides(used.cases["training"], dataset.pairing)] == [6, 3]
+    held = {case for pair in pairs for case in (pair.fixed, pair.moving)}
+    assert not held & {*used.cases["training"]}
+    assert len(held) == 6
+    unwanted = [f"{n}.nii.gz" for n in (10, 11, 12)]
+    with pytest.raises(MorphSeekError, match=r"None of 6 training cases is named '\?\?"):
+        hold_out(dataset, unwanted)
+
+
+def test_either_side_of_a_pairing_has_labels_of_its_own(tmp_path):
+    """Three labels on one side, one of them on the other: nothing to warn of."""
+    rows = []
+    for seed in range(6):
+        image, label = f"{'ct' if seed < 3 else 'mr'}_{seed}.nii.gz", f"label_{seed}.nii.gz"
+        write_case(tmp_path / image, tmp_path / label, seed)
+        if seed < 3:
+            labels = blob_labels(seed, blob_grid())
+            write_image(Volume((labels.data == 1).int(), labels.grid), tmp_path / label)
+        rows.append({"image": image, "label": label})
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"training": rows, "pairing": "fixed = mr_*, moving = ct_*"}))
+    report = check(load_dataset(path))
+    assert not any(row.warnings or row.problems for row in report.cases)
+    assert (report.common, report.training, report.problems) == ((1,), 2, [])
+    path.write_text(json.dumps({"training": rows, "pairing": "fixed = mr_[34]*, moving = ct_*"}))
+    assert "neither side" in check(load_dataset(path)).cases[5].warnings[0]
+    path.write_text(json.dumps({"training": rows, "pairing": "fixed = us_*, moving = ct_*"}))
+    assert "is named 'us_*'" in check(load_dataset(path)).problems[0]
 
 
 def test_three_cases_are_too_few(tmp_path):

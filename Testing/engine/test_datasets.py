@@ -1,15 +1,26 @@
-"""Landmarks of cases, read in either form and carried to the working grid with the images; augmentation of pairs."""
+"""Landmarks of cases, read in either form and carried to the working grid with the images; which cases make a pair;
+augmentation of pairs."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from MorphSeekLib import fields
-from MorphSeekLib.datasets import Case, Pair, PairLoader, PreparedPair, augment, read_landmarks
+from MorphSeekLib.datasets import (
+    Case,
+    Pair,
+    PairLoader,
+    PreparedPair,
+    augment,
+    load_dataset,
+    read_landmarks,
+    training_pair,
+)
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.geometry import Grid, Volume, apply_affine
 from MorphSeekLib.images import write_image
@@ -68,6 +79,45 @@ def test_landmarks_must_correspond(tmp_path):
     (tmp_path / "moving.csv").write_text("1,2,3\n4,5,6\n")
     with pytest.raises(MorphSeekError, match=r"fixed.csv and moving.csv hold 1 and 2 landmarks"):
         PairLoader(Preprocessing(align="none"), 4, True)(pair)
+
+
+def drawn(cases, pairing, count=60):
+    return [training_pair(cases, pairing, torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+def test_a_pairing_says_who_is_fixed_and_who_moves():
+    cases = [Case(Path(f"folder/{name}.nii.gz")) for name in ("mr_1", "mr_2", "ct_1", "ct_2", "ct_3", "us_1")]
+    found = {(p.fixed.image.name[:4], p.moving.image.name[:4]) for p in drawn(cases, ("mr_*", "ct_*"))}
+    assert found == {(f"mr_{n}", f"ct_{m}") for n in (1, 2) for m in (1, 2, 3)}
+    assert all(p.fixed == cases[0] and p.moving != cases[0] for p in drawn(cases, ("mr_1*", "*"))), "not with itself"
+
+
+def test_without_a_pairing_any_two_cases_make_a_pair():
+    """In the order of torch.randperm: runs that began before there were pairings go on as they began."""
+    cases = [Case(Path(f"{n}.nii.gz")) for n in range(5)]
+    for seed, pair in enumerate(drawn(cases, None)):
+        first, second = torch.randperm(5, generator=torch.Generator().manual_seed(seed))[:2].tolist()
+        assert pair == Pair(cases[first], cases[second])
+
+
+@pytest.mark.parametrize(
+    ("pairing", "words"),
+    [(("mr_*", "ct_*"), "None of 2 training cases is named 'ct_\\*'.* the moving one"), (("mr_1*", "mr_1*"), "same")],
+)
+def test_a_side_without_cases_is_named(pairing, words):
+    cases = [Case(Path("mr_1.nii.gz")), Case(Path("mr_2.nii.gz"))]
+    with pytest.raises(MorphSeekError, match=words):
+        training_pair(cases, pairing, torch.Generator())
+
+
+def test_pairings_are_read(tmp_path):
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"pairing": "fixed = mr_*, moving=ct_*"}))
+    assert load_dataset(path).pairing == ("mr_*", "ct_*")
+    for text in ("mr_*, ct_*", "fixed = , moving = ct_*", ["mr_*", "ct_*"]):
+        path.write_text(json.dumps({"pairing": text}))
+        with pytest.raises(MorphSeekError, match=r"has the pairing .* it must name patterns"):
+            load_dataset(path)
 
 
 def ball_pair():
