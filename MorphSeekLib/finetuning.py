@@ -20,6 +20,7 @@ from torch import Tensor
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software
 from .datasets import Dataset, PairLoader, PreparedPair, augment, training_pair
+from .devices import place
 from .distributed import World
 from .errors import MorphSeekError
 from .events import Event, OnEvent, ignore, never
@@ -138,7 +139,7 @@ def finetune(
         raise MorphSeekError(f"training.pairs is {run.pairs}; it must be a multiple of the {world.size} processes.")
     on_event(Event("read", 0.0, "Reading the checkpoint and the training cases"))
     model, card = load(init)
-    model = model.to(device).train()
+    model = place(model, device).train()
     preprocessing = dataclasses.replace(card.preprocessing, steps=run.steps)
     cases = dataset.split("training", "cases")
     needs_labels = (

@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software, write_atomically
 from .datasets import Dataset, PairLoader, training_pair
-from .devices import network_autocast, training_autocast
+from .devices import network_autocast, place, training_autocast
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
 from .metrics import dice_per_label, folding
@@ -253,7 +253,7 @@ def warmup(
     run, device = config.training, torch.device(device)
     on_event(Event("read", 0.0, "Reading the training cases"))
     torch.manual_seed(run.seed)
-    model = RegistrationModel(config.model).to(device)
+    model = place(RegistrationModel(config.model), device)
     if init is not None:
         _start_from(init, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
