@@ -33,11 +33,17 @@ IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".mgz")
 
 @dataclass(frozen=True)
 class Case:
-    """One scan: files, any of which may be missing."""
+    """One scan: files, any of which may be missing.
+
+    Attributes:
+        merged: (value, value to take it for) of labels, such as a tumour's for its organ's; see
+            :func:`read_case_labels`.
+    """
 
     image: Path | None = None
     label: Path | None = None
     landmarks: Path | None = None
+    merged: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,18 @@ def _file(root: Path, name: str | None, dataset: Path) -> Path | None:
     return root / name
 
 
+def read_case_labels(case: Case, image: Volume) -> Volume:
+    """A case's label map on the grid of its image, int32 (i, j, k), merged as the case says.
+
+    Raises:
+        MorphSeekError: as :func:`MorphSeekLib.images.read_labels` and :func:`MorphSeekLib.images.check_labels`.
+    """
+    labels = check_labels(read_labels(case.label), image, case.label.name)
+    for value, other in case.merged:
+        labels = Volume(labels.data.masked_fill(labels.data == value, other), labels.grid)
+    return labels
+
+
 def read_landmarks(path: Path, grid: Grid) -> np.ndarray:
     """Landmarks of an image, from a Slicer markups file (.mrk.json) or a table of voxel indices (.csv, as Learn2Reg's).
 
@@ -288,7 +306,7 @@ class PairLoader:
             image = read_image(case.image)
             labels = None
             if case.label is not None:
-                labels = check_labels(read_labels(case.label), image, case.label.name)
+                labels = read_case_labels(case, image)
             points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
             image = Volume(normalize(image.data, self.preprocessing), image.grid)
             if self.preprocessing.spacing is not None:

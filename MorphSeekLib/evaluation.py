@@ -11,11 +11,11 @@ from typing import Any
 
 from . import __version__
 from .checkpoint import software, write_atomically
-from .datasets import Dataset, Pair
+from .datasets import Dataset, Pair, read_case_labels
 from .errors import MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
 from .geometry import Volume
-from .images import check_labels, read_image, read_labels
+from .images import read_image
 from .metrics import dice_per_label, hd95_per_label
 from .refinement import RefinementSettings
 from .registration import LoadedModel, register
@@ -104,7 +104,7 @@ def _figures(
         if case.image is None or case.label is None:
             raise MorphSeekError(f"{case.image or case.label} has no partner: evaluation needs an image and labels.")
         images.append(read_image(case.image))
-        labels.append(check_labels(read_labels(case.label), images[-1], case.label.name))
+        labels.append(read_case_labels(case, images[-1]))
     fixed, moving = images
     fixed_labels, moving_labels = labels
     result = register(
