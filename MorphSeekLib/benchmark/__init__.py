@@ -1,0 +1,1 @@
+"""Benchmarks behind `morphseek benchmark`: the paper's main table and its relatives."""
