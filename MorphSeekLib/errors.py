@@ -1,4 +1,4 @@
-"""The two ways a job ends early: a sentence for the person, or the person's own wish."""
+"""The ways a job ends early: a sentence for the person, or the person's own wish."""
 
 
 class MorphSeekError(Exception):
@@ -6,6 +6,10 @@ class MorphSeekError(Exception):
 
     The command line prints it and exits with code 2; the worker hands it to Slicer as it is.
     """
+
+
+class InUseError(MorphSeekError):
+    """Another process works where this one wants to."""
 
 
 class Cancelled(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -48,3 +49,10 @@ def checkpoint_for(cancelled: Callable[[], bool]) -> Callable[[], None]:
             raise Cancelled
 
     return checkpoint
+
+
+def part(on_event: OnEvent, begin: float, share: float, prefix: str = "") -> OnEvent:
+    """Listener for a part of a job, which tells its events with the fractions of the whole."""
+    return lambda event: on_event(
+        dataclasses.replace(event, fraction=begin + share * event.fraction, message=prefix + event.message)
+    )

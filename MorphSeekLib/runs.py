@@ -30,16 +30,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import checkpoint as checkpoints
 from .cases import TEST, find_cases, hold_out
 from .checkpoint import write_atomically
 from .datasets import Dataset
 from .devices import pick_device
-from .errors import Cancelled, MorphSeekError
+from .errors import Cancelled, InUseError, MorphSeekError
 from .evaluation import DEFINITIONS, evaluate
-from .events import Event, OnEvent, ignore, never
+from .events import Event, OnEvent, ignore, never, part
 from .finetuning import FinetuneConfig, finetune
 from .registration import load_model
+from .sac import SACConfig, train_spac
 from .settings import load, override, to_dict
 from .training import TrainingConfig, warmup
 
@@ -175,11 +178,11 @@ def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bo
     current = start
     for number, stage in enumerate(stages):
         status.stage = stage
-        on_event = _part(tell, number * share, share)
+        on_event = part(tell, number * share, share)
         out = folder / f"{stage}.safetensors"
         if not out.is_file():
             config = _planned(folder, settings, stage, dataset, current, device, on_event, cancelled)
-            _train(config, dataset, current, out, device, on_event, cancelled)
+            train_stage(config, dataset, current, out, device, on_event, cancelled)
         if number == 0 and start is None and len(stages) == 2:
             start = out  # what GRPO starts from
         current = out
@@ -189,7 +192,7 @@ def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bo
         figures = {}
         for number, (name, model) in enumerate((("start", start), ("result", current))):
             if model is not None and (name == "result" or model != current):
-                on_event = _part(tell, 0.9 + 0.05 * number, 0.05, "Before: " if name == "start" else "After: ")
+                on_event = part(tell, 0.9 + 0.05 * number, 0.05, "Before: " if name == "start" else "After: ")
                 figures[name] = _figures(folder / f"{name}.json", dataset, model, settings.device, on_event, cancelled)
         status.held_out = _held_out(figures)
     model, card = checkpoints.load(current)
@@ -199,10 +202,26 @@ def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bo
     tell(Event("write", 1.0, f"Wrote {status.model}"))
 
 
-def _train(config, dataset: Dataset, init: Path | None, out: Path, device, on_event, cancelled) -> None:
-    """One stage, from a checkpoint or from scratch."""
-    train = warmup if isinstance(config, TrainingConfig) else finetune
-    train(dataset, config, out=out, init=init, device=device, on_event=on_event, cancelled=cancelled)
+def train_stage(
+    config: TrainingConfig | FinetuneConfig | SACConfig,
+    dataset: Dataset,
+    init: Path | None,
+    out: Path,
+    device: torch.device | str,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> None:
+    """The training that the settings are of, from a checkpoint or from scratch, or on from where it stopped.
+
+    Raises:
+        MorphSeekError, Cancelled: as that training.
+    """
+    common = {"out": out, "device": device, "on_event": on_event, "cancelled": cancelled}
+    if isinstance(config, SACConfig):
+        train_spac(dataset, config, **common)
+    else:
+        train = warmup if isinstance(config, TrainingConfig) else finetune
+        train(dataset, config, init=init, **common)
 
 
 def _planned(
@@ -223,26 +242,48 @@ def _planned(
     return config
 
 
-def _fit(
-    minutes: float, config: TrainingConfig | FinetuneConfig, dataset: Dataset, init, device, on_event, cancelled
-) -> tuple[int, int]:
-    """(iterations, iterations between validations) that take about so many minutes: a few are done and timed.
+def seconds_per_iteration(
+    config: TrainingConfig | FinetuneConfig | SACConfig,
+    dataset: Dataset,
+    init: Path | None,
+    device: torch.device | str,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[float, float]:
+    """(seconds of an iteration, seconds of a validation): a few iterations are done and timed, their weights dropped.
 
-    The learning rate falls along the whole run, so its length must be known before it begins.
+    Args:
+        clock: seconds by which it is timed.
+
+    Raises:
+        MorphSeekError, Cancelled: as the training.
     """
-    times = [time.monotonic()]
+    times = [clock()]
 
     def watch(event: Event) -> None:
         if event.phase == "train":
-            times.append(time.monotonic())
+            times.append(clock())
         on_event(dataclasses.replace(event, fraction=0.0, message="Measuring how long an iteration takes"))
 
     trial = override(config, "training", iterations=_TRIAL, validate_every=_TRIAL, save_every=10**9)
+    if isinstance(trial, SACConfig):  # its first episodes only gather
+        trial = override(trial, "training", explore=0)
     with tempfile.TemporaryDirectory(prefix="morphseek-trial-", ignore_cleanup_errors=True) as scratch:
-        _train(trial, dataset, init, Path(scratch) / "trial.safetensors", device, watch, cancelled)
+        train_stage(trial, dataset, init, Path(scratch) / "trial.safetensors", device, watch, cancelled)
     waits = [after - before for before, after in itertools.pairwise(times)]
     iteration = statistics.median(waits[1:-1])  # the first one reads files, the last one validates
-    validation = max(0.0, waits[-1] - iteration)
+    return iteration, max(0.0, waits[-1] - iteration)
+
+
+def _fit(
+    minutes: float, config: TrainingConfig | FinetuneConfig, dataset: Dataset, init, device, on_event, cancelled
+) -> tuple[int, int]:
+    """(iterations, iterations between validations) that take about so many minutes.
+
+    The learning rate falls along the whole run, so its length must be known before it begins.
+    """
+    iteration, validation = seconds_per_iteration(config, dataset, init, device, on_event, cancelled)
     # at most ten validations, and at least one, in a fifth of the time
     validations = min(10, max(1, int(0.2 * 60 * minutes / max(validation, 1e-6))))
     iterations = int((60 * minutes - validations * validation) / iteration)
@@ -276,13 +317,6 @@ def _held_out(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _part(tell: OnEvent, begin: float, share: float, prefix: str = "") -> OnEvent:
-    """Events of a part of the run, with the fractions of the whole."""
-    return lambda event: tell(
-        dataclasses.replace(event, fraction=begin + share * event.fraction, message=prefix + event.message)
-    )
-
-
 def _path(folder: Path, name: str) -> str:
     """A file beside the run where there is one of that name; else the name as it is."""
     return str(folder / name) if (folder / name).is_file() else name
@@ -296,13 +330,13 @@ def locked(folder: Path, patience: float = 2.0) -> Iterator[None]:
         patience: seconds; whoever only asks whether the lock is held holds it for a moment.
 
     Raises:
-        MorphSeekError: another process holds it.
+        InUseError: another process holds it.
     """
     with open(folder / "lock", "a+", encoding="utf-8") as file:
         deadline = time.monotonic() + patience
         while not _try_lock(file):
             if time.monotonic() > deadline:
-                raise MorphSeekError(f"Another process is training in {folder}; wait for it or stop it first.")
+                raise InUseError(f"Another process is training in {folder}; wait for it or stop it first.")
             time.sleep(0.05)
         file.seek(0)
         file.truncate()
