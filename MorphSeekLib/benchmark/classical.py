@@ -1,0 +1,108 @@
+"""greedy and ANTs SyN, which registration is measured against: optional packages, called as their makers recommend."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..errors import MorphSeekError
+from ..geometry import DenseTransform, Transform, Volume, dense_from_voxels
+from ..images import write_image
+from ..transforms import read_transform
+
+
+def greedy(
+    fixed: Volume, moving: Volume, *, affine: bool, multimodal: bool = False, threads: int = 1
+) -> DenseTransform:
+    """greedy (Yushkevich et al.): NCC of radius 2, for two modalities NMI; 100 x 50 x 10 iterations.
+
+    Args:
+        fixed, moving: intensities.
+        affine: find an affine transform first, from the images' centres.
+        multimodal: compare by normalised mutual information (NMI).
+        threads: of the processor; 0 for all.
+
+    Returns:
+        fixed point -> moving point, LPS mm, on the fixed grid.
+
+    Raises:
+        MorphSeekError: the package is missing.
+    """
+    try:
+        from picsl_greedy import Greedy3D
+    except ImportError as error:
+        raise MorphSeekError("greedy is not installed; run: pip install picsl-greedy.") from error
+    with tempfile.TemporaryDirectory(prefix="morphseek-greedy-") as name:
+        folder = Path(name)
+        for side, volume in (("fixed", fixed), ("moving", moving)):
+            write_image(volume, folder / f"{side}.nii.gz")
+        metric = "NMI" if multimodal else "NCC 2x2x2"
+        base = "-d 3 -V 0" + (f" -threads {threads}" if threads else "")
+        common = f"{base} -m {metric} -n 100x50x10 -i {folder}/fixed.nii.gz {folder}/moving.nii.gz"
+        then = ""
+        if affine:
+            Greedy3D().execute(f"{common} -a -ia-image-centers -o {folder}/affine.mat")
+            then = f"{folder}/affine.mat"
+        Greedy3D().execute(f"{common} {f'-it {then}' if affine else ''} -o {folder}/warp.nii.gz")
+        Greedy3D().execute(
+            f"{base} -rf {folder}/fixed.nii.gz -rm {folder}/moving.nii.gz {folder}/out.nii.gz "
+            f"-rc {folder}/whole.nii.gz -r {folder}/warp.nii.gz {then}"
+        )
+        return _dense(read_transform(folder / "whole.nii.gz", fixed.grid), fixed)
+
+
+def syn(
+    fixed: Volume,
+    moving: Volume,
+    *,
+    affine: bool,
+    multimodal: bool = False,
+    threads: int = 1,
+    correlation: bool = False,
+) -> DenseTransform:
+    """SyN of ANTs (Avants et al. 2008) as antspyx has it by default: Mattes mutual information, 40 x 20 x 0 iterations.
+
+    Args, Returns, Raises:
+        as :func:`greedy`; the metric serves two modalities, too. ``threads`` holds from a process's first call on.
+        correlation: cross-correlation of radius 2 in its place, and five iterations at full resolution, which is far
+            slower and better. Not for two modalities.
+    """
+    if threads:
+        os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", str(threads))
+    try:
+        import ants
+    except ImportError as error:
+        raise MorphSeekError("ANTs is not installed; run: pip install antspyx.") from error
+    correlation = correlation and not multimodal
+    with tempfile.TemporaryDirectory(prefix="morphseek-syn-") as name:
+        folder = Path(name)
+        images = []
+        for side, volume in (("fixed", fixed), ("moving", moving)):
+            write_image(volume, folder / f"{side}.nii.gz")
+            images.append(ants.image_read(str(folder / f"{side}.nii.gz")))
+        found = ants.registration(
+            *images,
+            type_of_transform="SyN" if affine else "SyNOnly",
+            initial_transform=None if affine else "Identity",
+            syn_metric="CC" if correlation else "mattes",
+            syn_sampling=2 if correlation else 32,
+            reg_iterations=(40, 20, 5 if correlation else 0),
+            outprefix=f"{folder}/syn",
+            random_seed=1,
+        )
+        ants.apply_transforms(*images, found["fwdtransforms"], compose=f"{folder}/whole")
+        return _dense(read_transform(folder / "wholecomptx.nii.gz", fixed.grid), fixed)
+
+
+def _dense(transform: Transform, fixed: Volume) -> DenseTransform:
+    """The transform on the fixed grid."""
+    if isinstance(transform, DenseTransform):
+        return transform
+    return dense_from_voxels(torch.zeros(1, 3, *fixed.grid.shape), fixed.grid, transform)
+
+
+CLASSICAL = {"greedy": greedy, "syn": syn, "syn-cc": partial(syn, correlation=True)}

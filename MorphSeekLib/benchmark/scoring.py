@@ -1,0 +1,126 @@
+"""Figures of any registration method over labelled pairs, from its transforms alone, so that all are judged alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cases import name_of
+from ..datasets import Dataset, Pair, read_case_labels
+from ..errors import MorphSeekError
+from ..events import Event, OnEvent, checkpoint_for, ignore, never
+from ..geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
+from ..images import read_image
+from ..metrics import dice_per_label, folding, hd95_per_label
+
+Method = Callable[[Volume, Volume], Transform]
+"""(fixed, moving) -> fixed point -> moving point, LPS mm."""
+
+DEFINITIONS = {
+    "Dice": "2|A and B| / (|A| + |B|), mean over labels; moving labels warped nearest-neighbour onto the fixed image's "
+    "grid; labels absent from the fixed or the unwarped moving image are left out",
+    "HD95": "95 % Hausdorff distance of the labels' surfaces as Learn2Reg defines it, mm, mean over the labels that "
+    "warping did not lose",
+    "NJD": "share of the fixed image's voxels with a Jacobian determinant <= 0 of the whole transform, alignment "
+    "included (central differences, one-sided at the border)",
+    "SDlogJ": "standard deviation of the logarithm of that determinant, clamped to 1e-9 and above",
+}
+
+
+def measure(
+    dataset: Dataset,
+    split: str,
+    method: Method,
+    *,
+    device: torch.device | str = "cpu",
+    pairs: int | None = None,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> list[dict[str, Any]]:
+    """Register every pair of a split and score the transforms.
+
+    Args:
+        dataset, split: pairs with images and label maps.
+        method: what registers.
+        device: on whose memory an eye is kept.
+        pairs: only the first so many.
+
+    Returns:
+        a row a pair: "fixed", "moving" (cases), "dice", "dice_per_label", "hd95" (mm), "njd_percent", "sdlogj", and of
+        the method's call alone "seconds" (wall), "cpu_seconds" and "peak_gb" (None where it cannot be known).
+
+    Raises:
+        MorphSeekError: no such split, pairs without labels, unreadable files, pairs without a label in common.
+        Cancelled: the person stopped it.
+    """
+    checkpoint = checkpoint_for(cancelled)
+    wanted: list[Pair] = dataset.split(split)[:pairs]
+    rows = []
+    for number, pair in enumerate(wanted, start=1):
+        checkpoint()
+        on_event(Event("step", (number - 1) / len(wanted), f"Pair {number} of {len(wanted)}", number, len(wanted)))
+        volumes = []
+        for case in (pair.fixed, pair.moving):
+            if case.image is None or case.label is None:
+                raise MorphSeekError(f"{case.image or case.label} has no partner: a pair needs images and labels.")
+            image = read_image(case.image)
+            volumes.append((image, read_case_labels(case, image)))
+        (fixed, fixed_labels), (moving, moving_labels) = volumes
+        begin, cpu = time.perf_counter(), time.process_time()
+        with peak_memory(device) as peak:
+            transform = method(fixed, moving)
+        spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+        figures = score(fixed_labels, moving_labels, transform, dataset)
+        if not figures["dice_per_label"]:
+            raise MorphSeekError(f"{pair.fixed.label.name} and {pair.moving.label.name} have no label in common.")
+        names = {"fixed": name_of(pair.fixed, dataset), "moving": name_of(pair.moving, dataset)}
+        rows.append(names | figures | spent | {"peak_gb": peak()})
+    return rows
+
+
+def score(fixed_labels: Volume, moving_labels: Volume, transform: Transform, dataset: Dataset) -> dict[str, Any]:
+    """Overlap and folding of one transform, fixed point -> moving point (LPS mm), on the fixed labels' grid."""
+    grid = fixed_labels.grid
+    warped = resample(moving_labels, grid, transform, mode="nearest").data
+    known, before = fixed_labels.data, moving_labels.data
+    dice = dice_per_label(known, warped, dataset.evaluated, before)
+    distances = hd95_per_label(known, warped, grid.spacing, dataset.evaluated, before)
+    kept = [distance for distance in distances.values() if math.isfinite(distance)]
+    if not isinstance(transform, DenseTransform):
+        transform = dense_from_voxels(torch.zeros(1, 3, *grid.shape), grid, transform)
+    folds = folding(jacobian=jacobian_volume(transform, grid).data)
+    return {
+        "dice": statistics.fmean(dice.values()) if dice else math.nan,
+        "hd95": statistics.fmean(kept) if kept else math.nan,
+        "njd_percent": folds.njd_percent,
+        "sdlogj": folds.sdlogj,
+        "dice_per_label": {dataset.labels.get(label, str(label)): value for label, value in dice.items()},
+    }
+
+
+@contextmanager
+def peak_memory(device: torch.device | str = "cpu") -> Iterator[Callable[[], float | None]]:
+    """Gives a function that tells, after the block, the largest memory within it in GB.
+
+    On a GPU what PyTorch had allocated; else the resident set of this process, where the system tells it (Linux).
+    """
+    device = torch.device(device)
+    found: float | None = None
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif reset.exists():
+        reset.write_text("5")
+    yield lambda: found
+    if device.type == "cuda":
+        found = torch.cuda.max_memory_allocated(device) / 2**30
+    elif reset.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        found = int(line.split()[1]) / 2**20
