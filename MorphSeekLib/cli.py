@@ -1,5 +1,5 @@
 """The command line: ``morphseek register | evaluate | check | warmup | finetune | spac | train | import-checkpoint |
-info | demo``.
+info | demo | benchmark``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="MorphSeek: learned deformable registration, with a map of where it folds. For research, not for diagnosis.",
 )
+benchmarks = typer.Typer(no_args_is_help=True, help="Train and measure what a paper's table compares; hours to days.")
+app.add_typer(benchmarks, name="benchmark")
 console = Console()
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -344,6 +346,54 @@ def demo(
     for sentence in sentences:
         console.print(sentence, soft_wrap=True)
     console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+
+
+Data = Annotated[Path, typer.Option(help="The folder that holds the data.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results; made when missing. Runs in it are not done again.")]
+Only = Annotated[str | None, typer.Option(help="Only these runs: TASK/METHOD/ARM, wildcards allowed, parts optional.")]
+Settings = Annotated[Path | None, typer.Option("--config", help="Other settings; see Resources/Benchmarks.")]
+
+
+@benchmarks.command("main-table")
+def main_table(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
+    """The paper's main table on four data sets. The same command resumes; two of it on one OUT share the runs."""
+    _benchmark("main-table", data, out, only, config, device)
+
+
+@benchmarks.command("native-brains")
+def native_brains(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
+    """Whole brains at 1 mm, unaligned, by the bundled model, greedy and SyN."""
+    _benchmark("native-brains", data, out, only, config, device)
+
+
+@benchmarks.command("oasis")
+def oasis(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
+    """The paper's table on the original OASIS of Learn2Reg, in the paper's sizes: for a GPU."""
+    _benchmark("oasis", data, out, only, config, device)
+
+
+@benchmarks.command("lits")
+def lits(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
+    """The paper's table on the original LiTS, in the paper's sizes: for a GPU."""
+    _benchmark("lits", data, out, only, config, device)
+
+
+@benchmarks.command("abdomen-mrct")
+def abdomen_mrct(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
+    """The paper's table on Learn2Reg's original Abdomen MR-CT, in the paper's sizes: for a GPU."""
+    _benchmark("abdomen-mrct", data, out, only, config, device)
+
+
+def _benchmark(name: str, data: Path, out: Path, only: str | None, config: Path | None, device: str) -> None:
+    """A main table by the settings file of its name."""
+    with job() as (on_event, cancelled):
+        from .benchmark.main_table import SETTINGS, MainTableSettings
+        from .benchmark.main_table import main_table as run
+        from .settings import load
+
+        settings = load(MainTableSettings, config or SETTINGS / f"{name}.toml")
+        run(settings, data, out, only=only, device=device, on_event=on_event, cancelled=cancelled)
+    console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
 
 
 @contextmanager

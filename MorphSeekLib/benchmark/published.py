@@ -1,4 +1,4 @@
-"""Readers of the paper's data sets as their publishers give them: OASIS, LiTS, Abdomen MR<-CT.
+"""Readers of the paper's data sets as their publishers give them (OASIS, LiTS, Abdomen MR<-CT), and of plain folders.
 
     dataset = PUBLISHED["oasis"](Path("OASIS"))
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 from ..datasets import Case, Dataset, Pair
@@ -148,7 +148,30 @@ def lits(root: Path) -> Dataset:
     return _dataset(root, cases, validation, test, LITS_LABELS, about)
 
 
-PUBLISHED: dict[str, Callable[[Path], Dataset]] = {"oasis": oasis, "lits": lits, "abdomen-mrct": abdomen_mrct}
+def ordered_pairs(root: Path) -> Dataset:
+    """A folder of NAME_t1.nii.gz and NAME_seg.nii.gz: every scan onto every other. Nothing is there to train on.
+
+    Raises:
+        MorphSeekError: fewer than two scans, or one without its segmentation.
+    """
+    images = sorted(root.glob("*_t1.nii.gz"))
+    if len(images) < 2:
+        raise MorphSeekError(f"{root} holds {len(images)} scans named NAME_t1.nii.gz; pairs need at least two.")
+    labels = [image.with_name(image.name.replace("_t1.", "_seg.")) for image in images]
+    missing = next((label for label in labels if not label.is_file()), None)
+    if missing is not None:
+        raise MorphSeekError(f"{missing} is not there; every scan needs its segmentation beside it.")
+    cases = [Case(*files) for files in zip(images, labels, strict=True)]
+    pairs = [Pair(fixed, moving) for fixed, moving in permutations(cases, 2)]
+    return Dataset(root, pairs={"registration_test": pairs}, about={"name": root.name})
+
+
+PUBLISHED: dict[str, Callable[[Path], Dataset]] = {
+    "oasis": oasis,
+    "lits": lits,
+    "abdomen-mrct": abdomen_mrct,
+    "ordered-pairs": ordered_pairs,
+}
 
 
 def _learn2reg(

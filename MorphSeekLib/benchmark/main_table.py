@@ -1,0 +1,478 @@
+"""The paper's main table: arms trained on one budget and measured on the same pairs, run by run.
+
+A run is TASK/METHOD/ARM: a task is a data set with its working grid, a method a network or "classical", an arm a way to
+train the network or one of the classical methods. Every run has a folder of its own:
+
+| file in OUT/runs/TASK/METHOD/ARM | what it is |
+|---|---|
+| plan.json | the settings as they are used, with the number of iterations that the budget allows here |
+| model.safetensors | the trained weights, with .jsonl (curves), .log (TensorBoard), .state (to resume from) |
+| training.json | how they were trained, parameters, processor seconds; the training is done |
+| result.json | figures of every test pair; the run is done |
+| lock | held by the process at work |
+
+A run that is done is not done again, so the same command resumes; two processes on the same OUT share the runs. The
+report (:mod:`.table`) is written anew after every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..alignment import align
+from ..backbones.spac import SPACSettings
+from ..checkpoint import BUNDLED, find, read_card, sha256, software, write_atomically
+from ..datasets import Dataset, load_dataset
+from ..devices import pick_device
+from ..errors import InUseError, MorphSeekError
+from ..events import Event, OnEvent, checkpoint_for, ignore, never, part
+from ..finetuning import FinetuneConfig
+from ..geometry import Transform, Volume
+from ..images import read_image
+from ..policy import ModelSettings
+from ..preprocessing import Preprocessing, working_grid
+from ..refinement import RefinementSettings
+from ..registration import Registration, load_model, register
+from ..report import RegistrationPictures, draw_sheets
+from ..runs import locked, seconds_per_iteration, train_stage
+from ..sac import SACConfig
+from ..settings import from_dict, override, to_dict
+from ..training import TrainingConfig
+from .classical import CLASSICAL
+from .published import PUBLISHED
+from .scoring import Method, measure
+from .table import write_report
+
+SETTINGS = BUNDLED.parent / "Benchmarks"
+TEST = "registration_test"
+ALIGNMENTS = ("none", "affine")
+FEWEST = 10
+"""Iterations that a budget must allow."""
+
+Config = TrainingConfig | FinetuneConfig | SACConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and how it is worked on.
+
+    Attributes:
+        title: for the table.
+        data: dataset.json, relative to the data's root; with ``layout`` the root of the original download.
+        layout: a key of :data:`.published.PUBLISHED`, or "" for a dataset.json.
+        preprocessing: of every network. Where its ``align`` is "none", greedy and SyN take the images as they lie, too;
+            else they find an affine transform of their own first.
+        similarity: of the losses: "lncc", "mse" or "mind".
+        centered: put the middles of two images together in training.
+        multimodal: whether the classical methods must compare two modalities.
+    """
+
+    title: str
+    data: str
+    layout: str = ""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    similarity: str = "lncc"
+    centered: bool = False
+    multimodal: bool = False
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to make a model, or to use one.
+
+    Attributes:
+        title: for the table.
+        start: the arm whose weights it starts from; "" for fresh ones.
+        baseline: the arm of the same network that it is compared with; "" for none.
+        minutes: of training.
+        warmup, finetune, spac: the training's settings, one of them; the task's and the network's come over them.
+        refine: iterations of test-time refinement on the start's model; nothing is trained.
+        checkpoint: a bundled model or a .safetensors file to take as it is; nothing is trained.
+    """
+
+    title: str
+    start: str = ""
+    baseline: str = ""
+    minutes: float = 0.0
+    warmup: TrainingConfig | None = None
+    finetune: FinetuneConfig | None = None
+    spac: SACConfig | None = None
+    refine: int = 0
+    checkpoint: str = ""
+
+    def __post_init__(self) -> None:
+        trains = sum(config is not None for config in (self.warmup, self.finetune, self.spac))
+        if trains + (self.refine > 0) + (self.checkpoint != "") != 1:
+            raise ValueError("an arm needs one of warmup, finetune, spac, refine and checkpoint")
+        if (self.minutes > 0) != (trains > 0):
+            raise ValueError("an arm that trains needs minutes, another must have none")
+        if self.refine and not self.start:
+            raise ValueError("an arm that refines needs a start")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, in the size that is trained.
+
+    Attributes:
+        title: for the table.
+        model: backbone and policy.
+        arms: the arms that it is trained in.
+    """
+
+    title: str
+    arms: tuple[str, ...]
+    model: ModelSettings = field(default_factory=ModelSettings)
+
+
+@dataclass(frozen=True)
+class MainTableSettings:
+    """A whole settings file.
+
+    Attributes:
+        title: of the table.
+        seed: of every training.
+        threads: of every process, 0 for as many as the machine gives; the budget is in processor minutes on the CPU
+            with one thread, else in minutes of the clock.
+        pairs: only the first so many test pairs; None for all.
+        classical: what needs no network: "none" (as the images lie), "affine" or keys of
+            :data:`.classical.CLASSICAL`.
+        tasks, networks, arms: by the names that a run's path is made of.
+    """
+
+    title: str
+    tasks: dict[str, Task]
+    networks: dict[str, Network]
+    arms: dict[str, Arm]
+    seed: int = 0
+    threads: int = 1
+    pairs: int | None = None
+    classical: tuple[str, ...] = (*ALIGNMENTS, *CLASSICAL)
+
+    def __post_init__(self) -> None:
+        for name, network in self.networks.items():
+            _known(self.arms, network.arms, f"networks.{name}.arms")
+            for arm in network.arms:
+                _known(network.arms, [a for a in (self.arms[arm].start, self.arms[arm].baseline) if a], f"arms.{arm}")
+        _known((*ALIGNMENTS, *CLASSICAL), self.classical, "classical")
+        _known(PUBLISHED, [task.layout for task in self.tasks.values() if task.layout], "a task's layout")
+
+
+@dataclass(frozen=True)
+class Run:
+    """TASK/METHOD/ARM, and the run whose model it starts from."""
+
+    task: str
+    method: str
+    arm: str
+    start: Run | None = None
+
+    @property
+    def name(self) -> str:
+        """Its path under OUT/runs."""
+        return f"{self.task}/{self.method}/{self.arm}"
+
+
+def _known(names: Any, wanted: Any, where: str) -> None:
+    """Refuse names that are not there."""
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{where} names '{name}'; there are: {', '.join(names)}")
+
+
+def run_list(settings: MainTableSettings, only: str | None = None) -> list[Run]:
+    """All runs in their order: a task's classical ones, then each network's arms, starts before what starts from them.
+
+    Args:
+        only: TASK/METHOD/ARM with shell wildcards; parts that are left out match all. A run brings its starts.
+
+    Raises:
+        MorphSeekError: nothing matches.
+    """
+    runs: dict[str, Run] = {}
+
+    def add(task: str, method: str, arm: str) -> Run:
+        start = settings.arms[arm].start if method in settings.networks else ""
+        run = Run(task, method, arm, add(task, method, start) if start else None)
+        return runs.setdefault(run.name, run)
+
+    wanted = [*(only or "").split("/"), "", "", ""][:3]
+    for task in settings.tasks:
+        methods = {"classical": settings.classical} | {k: v.arms for k, v in settings.networks.items()}
+        for method, arms in methods.items():
+            for arm in arms:
+                if all(fnmatch.fnmatch(n, w or "*") for n, w in zip((task, method, arm), wanted, strict=True)):
+                    add(task, method, arm)
+    if not runs:
+        raise MorphSeekError(
+            f"No run matches '{only}'; it is TASK/METHOD/ARM of tasks {', '.join(settings.tasks)}, methods classical, "
+            f"{', '.join(settings.networks)} and arms {', '.join((*settings.classical, *settings.arms))}."
+        )
+    return list(runs.values())
+
+
+def main_table(
+    settings: MainTableSettings,
+    data: Path | str,
+    out: Path | str,
+    *,
+    only: str | None = None,
+    device: str = "auto",
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> None:
+    """Do every run that is not done, and write the report after each.
+
+    Args:
+        settings: the settings.
+        data: the root of the tasks' data.
+        out: results go here; what must not be shared (weights, pictures of scans) to its folders runs and pictures.
+        only: see :func:`run_list`.
+        device: "auto", "cpu" or "cuda:N".
+
+    Raises:
+        MorphSeekError: unusable settings or data, a folder with runs of other settings.
+        Cancelled: the person stopped it; states are kept.
+    """
+    data, out = Path(data), Path(out)
+    where = pick_device(device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    wanted = run_list(settings, only)
+    left = list(wanted)
+    datasets: dict[str, Dataset] = {}
+    write_report(settings, out)
+    while left:
+        before = len(left)
+        for run in list(left):
+            number = wanted.index(run)
+            tell = part(on_event, number / len(wanted), 1 / len(wanted), f"{number + 1}/{len(wanted)} {run.name}: ")
+            if run.start in left:
+                continue
+            if run.task not in datasets:
+                datasets[run.task] = dataset_of(settings.tasks[run.task], data)
+            with contextlib.suppress(InUseError):
+                if _do(settings, run, datasets[run.task], out, where, tell, cancelled):
+                    write_report(settings, out)
+                left.remove(run)
+        if len(left) == before:  # others are at work on all that is left
+            on_event(Event("read", 1 - len(left) / len(wanted), f"Waiting for another process: {left[0].name}"))
+            for _ in range(20):
+                checkpoint_for(cancelled)()
+                time.sleep(0.5)
+
+
+def dataset_of(task: Task, data: Path) -> Dataset:
+    """The data of a task.
+
+    Raises:
+        MorphSeekError: not there, or not in the layout.
+    """
+    return PUBLISHED[task.layout](data / task.data) if task.layout else load_dataset(data / task.data)
+
+
+def settings_of(settings: MainTableSettings, run: Run) -> dict[str, Any]:
+    """All settings that a run's result depends on."""
+    found: dict[str, Any] = {
+        "task": to_dict(settings.tasks[run.task]),
+        "seed": settings.seed,
+        "threads": settings.threads,
+        "pairs": settings.pairs,
+    }
+    if run.method in settings.networks:
+        arm = _without(to_dict(settings.arms[run.arm]), "title", "baseline")
+        found["arm"] = {name: value for name, value in arm.items() if value}
+        found["model"] = to_dict(settings.networks[run.method].model)
+    found["task"] = _without(found["task"], "title")
+    return found | ({"start": settings_of(settings, run.start)} if run.start else {})
+
+
+def result_of(settings: MainTableSettings, run: Run, out: Path) -> dict[str, Any] | None:
+    """A run's result; None where it is not done.
+
+    Raises:
+        MorphSeekError: it was done with other settings.
+    """
+    path = out / "runs" / run.name / "result.json"
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    _check_same(result["settings"], settings_of(settings, run), path.parent)
+    return result
+
+
+def _do(
+    settings: MainTableSettings,
+    run: Run,
+    dataset: Dataset,
+    out: Path,
+    device: torch.device,
+    on_event: OnEvent,
+    cancelled: Callable[[], bool],
+) -> bool:
+    """Do one run if it is not done; whether there was something to do.
+
+    Raises:
+        InUseError: another process is at work on it.
+    """
+    if result_of(settings, run, out) is not None:
+        return False
+    folder = out / "runs" / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, patience=0.0):
+        if result_of(settings, run, out) is not None:
+            return False
+        task = settings.tasks[run.task]
+        training: dict[str, Any] = {}
+        if run.method in settings.networks:
+            path, training = _model(settings, run, dataset, out, device, on_event, cancelled)
+            model = load_model(path, str(device))
+            how = {
+                "align": task.preprocessing.align,
+                "refinement": RefinementSettings(settings.arms[run.arm].refine, similarity=task.similarity),
+            }
+
+            def method(fixed: Volume, moving: Volume) -> Transform:
+                return register(fixed, moving, model, inverse=False, **how).transform
+
+            pair = dataset.split(TEST)[0]
+            fixed, moving = (read_image(case.image) for case in (pair.fixed, pair.moving))
+            draw(fixed, moving, register(fixed, moving, model, inverse=False, **how), out / "pictures", run.name)
+        else:
+            method = _classical(run.arm, task, settings.threads)
+        rows = measure(
+            dataset,
+            TEST,
+            method,
+            device=str(device),
+            pairs=settings.pairs,
+            on_event=part(on_event, 0.8, 0.2),
+            cancelled=cancelled,
+        )
+        result = {
+            "settings": settings_of(settings, run),
+            "training": training,
+            "pairs": rows,
+            "device": str(device),
+            "date": time.strftime("%Y-%m-%d"),
+            "software": software(),
+        }
+        write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+    return True
+
+
+def _classical(name: str, task: Task, threads: int) -> Method:
+    """A method without a network."""
+    if name in ALIGNMENTS:
+        return lambda fixed, moving: align(fixed, moving, name)
+    own = task.preprocessing.align != "none"
+    run = CLASSICAL[name]
+    return lambda fixed, moving: run(fixed, moving, affine=own, multimodal=task.multimodal, threads=threads)
+
+
+def draw(fixed: Volume, moving: Volume, found: Registration, folder: Path, name: str) -> None:
+    """Pictures of a registration for the eye: overlays, deformation grid, folds. They show the scans."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = RegistrationPictures(fixed, found.aligned, found.warped, found.jacobian, found.transform)
+    for number, sheet in enumerate(draw_sheets(pictures), start=1):
+        (folder / f"{name.replace('/', '_')}_{number}.png").write_bytes(sheet.png)
+
+
+def _model(
+    settings: MainTableSettings,
+    run: Run,
+    dataset: Dataset,
+    out: Path,
+    device: torch.device,
+    on_event: OnEvent,
+    cancelled: Callable[[], bool],
+) -> tuple[Path, dict[str, Any]]:
+    """The run's checkpoint, trained if it is not there, and what there is to say of its training."""
+    arm = settings.arms[run.arm]
+    if arm.refine:
+        return _model(settings, run.start, dataset, out, device, on_event, cancelled)
+    if arm.checkpoint:
+        path = find(arm.checkpoint)
+        return path, {"checkpoint": arm.checkpoint, "sha256": sha256(path)}
+    folder = out / "runs" / run.name
+    path, facts = folder / "model.safetensors", folder / "training.json"
+    if facts.is_file():
+        return path, json.loads(facts.read_text(encoding="utf-8"))
+    init = out / "runs" / run.start.name / "model.safetensors" if run.start else None
+    plan = folder / "plan.json"
+    minutes = arm.minutes
+    if plan.is_file():
+        planned = json.loads(plan.read_text(encoding="utf-8"))
+        _check_same(planned["settings"], settings_of(settings, run), folder)
+    else:
+        config = _config(settings, run, dataset)
+        on_cpu = device.type == "cpu" and settings.threads == 1
+        clock = time.process_time if on_cpu else time.monotonic
+        seconds, _ = seconds_per_iteration(config, dataset, init, device, on_event, cancelled, clock)
+        iterations = int(60 * minutes / seconds)
+        if iterations < FEWEST:
+            raise MorphSeekError(
+                f"{minutes:g} minutes are too short for {run.name}: {FEWEST} iterations take "
+                f"{FEWEST * seconds / 60:.1f} minutes here; give the arm more in the settings."
+            )
+        planned = {"settings": settings_of(settings, run), "iterations": iterations, "seconds_per_iteration": seconds}
+        write_atomically(plan, json.dumps(planned, indent=1).encode())
+    iterations = planned["iterations"]
+    config = override(_config(settings, run, dataset), "training", iterations=iterations, validate_every=iterations)
+    begin, wall = time.process_time(), time.monotonic()
+    train_stage(config, dataset, init, path, device, part(on_event, 0.0, 0.8), cancelled)
+    card = read_card(path)
+    training = {
+        "iterations": iterations,
+        "minutes": minutes,
+        "wall_seconds": round(time.monotonic() - wall, 1),
+        "cpu_seconds": round(time.process_time() - begin, 1),
+        "parameters": card.parameters,
+        "validation": card.results.get("validation", {}),
+    }
+    write_atomically(facts, json.dumps(training, indent=1).encode())
+    return path, training
+
+
+def _config(settings: MainTableSettings, run: Run, dataset: Dataset) -> Config:
+    """The training's settings with what the task and the network say; its last weights count."""
+    task, model, arm = settings.tasks[run.task], settings.networks[run.method].model, settings.arms[run.arm]
+    common: dict[str, Any] = {"seed": settings.seed, "centered": task.centered}
+    if arm.spac is not None:
+        grid = read_image(dataset.split("training", "cases")[0].image).grid
+        network = from_dict(SPACSettings, model.backbone_settings, f"networks.{run.method}")
+        size = working_grid(grid, task.preprocessing, 2 ** len(network.encoder)).shape
+        config = dataclasses.replace(
+            arm.spac, network=dataclasses.replace(network, size=size), preprocessing=task.preprocessing
+        )
+    elif arm.warmup is not None:
+        config = dataclasses.replace(arm.warmup, model=model, preprocessing=task.preprocessing)
+        config = override(config, "loss", similarity=task.similarity)
+    else:
+        config = override(arm.finetune, "loss", similarity=task.similarity)
+        common["folding_limit"] = 100.0
+    return override(config, "training", **common)
+
+
+def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Refuse a folder of other settings."""
+    if found != wanted:
+        differ = [key for key in wanted if found.get(key) != wanted[key]]
+        raise MorphSeekError(
+            f"{folder} holds a run of other settings ({', '.join(differ) or 'more of them'}); give another --out, or "
+            "move this folder away."
+        )
+
+
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}

@@ -1,0 +1,313 @@
+"""The main table's report of the results there are: table.md, table.tex, labels.md, results.json, a plot a task.
+
+Nothing in it shows a voxel of a scan.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scipy.stats import wilcoxon
+
+from ..checkpoint import write_atomically
+from ..settings import to_dict
+from .classical import CLASSICAL
+from .scoring import DEFINITIONS
+
+if TYPE_CHECKING:
+    from .main_table import MainTableSettings, Run
+
+FIGURES = ("dice", "hd95", "njd_percent", "sdlogj", "seconds", "peak_gb")
+MORE_DICE, LESS_FOLDING = 0.02, 0.3
+"""What is claimed of MorphSeek over its baseline: points of Dice, share of the folding."""
+CLASSICAL_TITLES = {
+    "none": "as the images lie",
+    "affine": "affine only",
+    "greedy": "greedy",
+    "syn": "ANTs SyN (its defaults)",
+    "syn-cc": "ANTs SyN (CC, 40x20x5)",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run in the table.
+
+    Attributes:
+        task, method, arm: their titles.
+        mean, std: of the figures over the pairs.
+        gain: Dice above the baseline's; None without one.
+        less_folding: share of the baseline's NJD that is gone; None without one, or where it had none.
+        p: Wilcoxon signed-rank over the pairs against the baseline, of Dice and NJD.
+        result: as the run wrote it.
+    """
+
+    run: Run
+    task: str
+    method: str
+    arm: str
+    mean: dict[str, float]
+    std: dict[str, float]
+    gain: float | None
+    less_folding: float | None
+    p: dict[str, float]
+    result: dict[str, Any]
+
+
+def rows_of(settings: MainTableSettings, out: Path) -> list[Row]:
+    """The runs that are done, in the order of the settings.
+
+    Raises:
+        MorphSeekError: a result of other settings.
+    """
+    from .main_table import Run, result_of, run_list
+
+    runs = run_list(settings)
+    results = {run.name: result_of(settings, run, out) for run in runs}
+    rows = []
+    for run in runs:
+        result = results[run.name]
+        if result is None:
+            continue
+        arm = settings.arms.get(run.arm) if run.method in settings.networks else None
+        baseline = results.get(Run(run.task, run.method, arm.baseline).name) if arm and arm.baseline else None
+        mean = {name: _mean(result["pairs"], name) for name in FIGURES}
+        gain, less, p = None, None, {}
+        if baseline is not None:
+            base = {name: _mean(baseline["pairs"], name) for name in ("dice", "njd_percent")}
+            gain = mean["dice"] - base["dice"]
+            less = 1 - mean["njd_percent"] / base["njd_percent"] if base["njd_percent"] > 0 else None
+            p = {name: p_value(result["pairs"], baseline["pairs"], name) for name in base}
+        rows.append(
+            Row(
+                run,
+                settings.tasks[run.task].title,
+                settings.networks[run.method].title if arm else "",
+                arm.title if arm else CLASSICAL_TITLES[run.arm],
+                mean,
+                {name: statistics.pstdev(_values(result["pairs"], name)) for name in FIGURES},
+                gain,
+                less,
+                p,
+                result,
+            )
+        )
+    return rows
+
+
+def p_value(pairs: Sequence[dict], others: Sequence[dict], name: str) -> float:
+    """Wilcoxon signed-rank over the same pairs; 1 where nothing differs.
+
+    Raises:
+        ValueError: other pairs.
+    """
+    if [(r["fixed"], r["moving"]) for r in pairs] != [(r["fixed"], r["moving"]) for r in others]:
+        raise ValueError("the rows are not of the same pairs")
+    here, there = ([row[name] for row in rows] for rows in (pairs, others))
+    return float(wilcoxon(here, there).pvalue) if here != there else 1.0
+
+
+def write_report(settings: MainTableSettings, out: Path) -> None:
+    """Write all files of the report; those of tasks without a result are left out."""
+    rows = rows_of(settings, out)
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "table.md": markdown(settings, rows),
+        "table.tex": latex(rows),
+        "labels.md": labels_table(rows),
+        "results.json": json.dumps(_facts(settings, rows), separators=(",", ":")) + "\n",
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, text.encode())
+    for task in dict.fromkeys(row.run.task for row in rows):
+        plot([row for row in rows if row.run.task == task], out / f"{task}.png")
+
+
+def markdown(settings: MainTableSettings, rows: Sequence[Row]) -> str:
+    """The table, what it is compared with, whether the claim is reached, and the definitions."""
+    lines = [f"# {settings.title}", ""]
+    for task in dict.fromkeys(row.task for row in rows):
+        here = [row for row in rows if row.task == task]
+        lines += [
+            f"## {task}: {len(here[0].result['pairs'])} pairs",
+            "",
+            "| network | arm | Dice | HD95 mm | NJD % | SDlogJ | seconds | GB | trained: iterations, min | parameters "
+            "| Dice gained | folding gone | p (Dice, NJD) |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in here:
+            training = row.result["training"]
+            parameters = training.get("parameters", {})
+            cells = [
+                row.method,
+                row.arm,
+                f"{row.mean['dice']:.4f} ± {row.std['dice']:.3f}",
+                _number(row.mean["hd95"], 2),
+                f"{row.mean['njd_percent']:.4f}",
+                f"{row.mean['sdlogj']:.3f}",
+                f"{row.mean['seconds']:.2f}",
+                _number(row.mean["peak_gb"], 2),
+                f"{training['iterations']}, {training['minutes']:g}" if "minutes" in training else "",
+                f"{parameters['backbone'] + parameters['policy_head']:,}" if parameters else "",
+                "" if row.gain is None else f"{100 * row.gain:+.2f}",
+                "" if row.less_folding is None else f"{100 * row.less_folding:.0f} %",
+                f"{row.p['dice']:.2g}, {row.p['njd_percent']:.2g}" if row.p else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", *_claims(here), ""]
+    lines += ["## What the columns say", ""]
+    lines += [f"- {name}: {text}." for name, text in DEFINITIONS.items()]
+    lines += [
+        "- Means over the pairs, Dice with its standard deviation. Seconds: one registration, all of it, "
+        f"{f'{settings.threads} thread(s)' if settings.threads else 'all threads'}. GB: the process's largest resident "
+        "set meanwhile, on a GPU its largest allocation.",
+        "- Dice gained (points) and folding gone (share of NJD): against "
+        + "; ".join(
+            f"'{settings.arms[a.baseline].title}' for '{a.title}'" for a in settings.arms.values() if a.baseline
+        )
+        + ", the same network. p: Wilcoxon signed-rank over the pairs.",
+        "- Trained: iterations, and the minutes that the arm was given after the arm it starts from; iterations are "
+        "as many as fit.",
+        f"- Seed {settings.seed}. All pairs, settings and versions: results.json; per label: labels.md.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _claims(rows: Sequence[Row]) -> list[str]:
+    """Sentences on what is claimed of the best arms, reached or missed."""
+    lines = []
+    for row in rows:
+        if row.gain is None:
+            continue
+        folds = "no folds to lose" if row.less_folding is None else f"{100 * row.less_folding:.0f} % less folding"
+        reached = row.gain >= MORE_DICE and (row.less_folding is None or row.less_folding >= LESS_FOLDING)
+        lines.append(
+            f"- {row.method}, {row.arm}: {100 * row.gain:+.1f} Dice points, {folds}: "
+            f"{'reached' if reached else 'missed'} (+{100 * MORE_DICE:.0f} points and {100 * LESS_FOLDING:.0f} % less)."
+        )
+    classical = [row for row in rows if not row.method and row.run.arm in CLASSICAL]
+    learned = [row for row in rows if row.method]
+    if classical and learned:
+        best = max(learned, key=lambda row: row.mean["dice"])
+        for row in classical:
+            p = p_value(best.result["pairs"], row.result["pairs"], "dice")
+            word = "above" if best.mean["dice"] > row.mean["dice"] else "below"
+            lines.append(
+                f"- The best of them ({best.method}, {best.arm}, {best.mean['dice']:.4f}) is {word} {row.arm} "
+                f"({row.mean['dice']:.4f}; p {p:.2g})."
+            )
+    return lines
+
+
+def latex(rows: Sequence[Row]) -> str:
+    """A booktabs table: a line a run, Dice in percent."""
+    lines = [
+        r"\begin{tabular}{llrrrr}",
+        r"\toprule",
+        r"Network & Arm & Dice (\%) & HD95 (mm) & NJD (\%) & SDlogJ \\",
+    ]
+    for task in dict.fromkeys(row.task for row in rows):
+        lines += [r"\midrule", rf"\multicolumn{{6}}{{l}}{{{_tex(task)}}} \\"]
+        for row in rows:
+            if row.task == task:
+                figures = [
+                    rf"${100 * row.mean['dice']:.2f} \pm {100 * row.std['dice']:.2f}$",
+                    _number(row.mean["hd95"], 2),
+                    f"{row.mean['njd_percent']:.4f}",
+                    f"{row.mean['sdlogj']:.3f}",
+                ]
+                lines.append(" & ".join([_tex(row.method), _tex(row.arm), *figures]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def labels_table(rows: Sequence[Row]) -> str:
+    """Mean Dice of every label, a column a run."""
+    lines = ["# Dice per label", ""]
+    for task in dict.fromkeys(row.task for row in rows):
+        here = [row for row in rows if row.task == task]
+        names = list(dict.fromkeys(n for row in here for pair in row.result["pairs"] for n in pair["dice_per_label"]))
+        titles = [", ".join(filter(None, (row.method, row.arm))) for row in here]
+        lines += [f"## {task}", "", f"| label | {' | '.join(titles)} |", "|---" * (len(here) + 1) + "|"]
+        for name in names:
+            cells = []
+            for row in here:
+                found = [p["dice_per_label"][name] for p in row.result["pairs"] if name in p["dice_per_label"]]
+                cells.append(f"{statistics.fmean(found):.3f}" if found else "")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Dice against folding, a point a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    networks = list(dict.fromkeys(row.method for row in rows))
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    for row in rows:
+        axes.plot(
+            max(row.mean["njd_percent"], 1e-4),
+            row.mean["dice"],
+            "osD^vP*X<>"[arms.index(row.arm) % 10],
+            color=f"C{networks.index(row.method)}",
+            label=", ".join(filter(None, (row.method, row.arm))),
+        )
+    axes.set_xscale("log")
+    axes.set(xlabel="NJD, % of voxels (at least 0.0001 drawn)", ylabel="Dice", title=rows[0].task)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _facts(settings: MainTableSettings, rows: Sequence[Row]) -> dict[str, Any]:
+    """All figures, rounded to what they mean."""
+    return {
+        "settings": to_dict(settings),
+        "definitions": DEFINITIONS,
+        "runs": {
+            row.run.name: {
+                "mean": _rounded(row.mean),
+                "std": _rounded(row.std),
+                "gain": _rounded(row.gain),
+                "less_folding": _rounded(row.less_folding),
+                "p": row.p,
+                **{k: v for k, v in row.result.items() if k not in ("settings", "pairs")},
+                "pairs": _rounded(row.result["pairs"]),
+            }
+            for row in rows
+        },
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _values(pairs: Sequence[dict], name: str) -> list[float]:
+    """A figure of every pair; NaN where it could not be measured."""
+    return [math.nan if row[name] is None else row[name] for row in pairs]
+
+
+def _mean(pairs: Sequence[dict], name: str) -> float:
+    return statistics.fmean(_values(pairs, name))
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _tex(text: str) -> str:
+    return text.replace("&", r"\&").replace("%", r"\%").replace("_", r"\_")
