@@ -12,6 +12,8 @@ import dataclasses
 import json
 import math
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -29,6 +31,9 @@ from .images import check_labels, read_image, read_labels
 from .preprocessing import Preprocessing, normalize, working_grid
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".mgz")
+KEPT_BYTES = 4 * 2**30
+"""What a :class:`PairLoader` keeps. Not a share of the computer's memory: a job on a cluster may use only a part of
+that, several processes share it, and a case that was dropped costs no more than reading it again, ahead of time."""
 
 
 @dataclass(frozen=True)
@@ -260,16 +265,21 @@ class PreparedPair:
 
 
 class PairLoader:
-    """Prepares pairs and keeps the cases it has read, so that an epoch reads every file once."""
+    """Prepares pairs and keeps the cases it has read, at their own resolution, as far as they fit; the least recently
+    used ones go first. May be called from several threads."""
 
-    def __init__(self, preprocessing: Preprocessing, multiple_of: int, centered: bool) -> None:
+    def __init__(
+        self, preprocessing: Preprocessing, multiple_of: int, centered: bool, kept_bytes: int = KEPT_BYTES
+    ) -> None:
         """``centered``: put the middles of the two images together; else their world coordinates count as they are."""
         self.preprocessing, self.multiple_of, self.centered = preprocessing, multiple_of, centered
-        self._cases: dict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = {}
+        self.kept_bytes = kept_bytes
+        self._cases: OrderedDict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = OrderedDict()
+        self._reading = threading.Lock()
 
     def __call__(self, pair: Pair) -> PreparedPair:
-        fixed, fixed_labels, fixed_points = self._read(pair.fixed)
-        moving, moving_labels, moving_points = self._read(pair.moving)
+        fixed, fixed_labels, fixed_points = self._case(pair.fixed)
+        moving, moving_labels, moving_points = self._case(pair.moving)
         grid = working_grid(fixed.grid, self.preprocessing, self.multiple_of)
         shift = np.eye(4)
         if self.centered:
@@ -299,21 +309,35 @@ class PairLoader:
             *points,
         )
 
+    def _case(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
+        """A case from memory, else from its files; then the oldest ones are dropped, but never this one."""
+        with self._reading:
+            if case not in self._cases:
+                self._cases[case] = self._read(case)
+                held = {known: _bytes(volumes) for known, (*volumes, _) in self._cases.items()}
+                while sum(held.values()) > self.kept_bytes and len(held) > 1:
+                    dropped, _ = self._cases.popitem(last=False)
+                    del held[dropped]
+            self._cases.move_to_end(case)
+            return self._cases[case]
+
     def _read(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
-        if case not in self._cases:
-            if case.image is None:
-                raise MorphSeekError(f"{case.label} has no image beside it; training on images needs one per case.")
-            image = read_image(case.image)
-            labels = None
-            if case.label is not None:
-                labels = read_case_labels(case, image)
-            points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
-            image = Volume(normalize(image.data, self.preprocessing), image.grid)
-            if self.preprocessing.spacing is not None:
-                direction = orientation_matrix(self.preprocessing.orientation)
-                image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))
-            self._cases[case] = image, labels, points
-        return self._cases[case]
+        if case.image is None:
+            raise MorphSeekError(f"{case.label} has no image beside it; training on images needs one per case.")
+        image = read_image(case.image)
+        labels = None
+        if case.label is not None:
+            labels = read_case_labels(case, image)
+        points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
+        image = Volume(normalize(image.data, self.preprocessing), image.grid)
+        if self.preprocessing.spacing is not None:
+            direction = orientation_matrix(self.preprocessing.orientation)
+            image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))
+        return image, labels, points
+
+
+def _bytes(volumes: Sequence[Volume | None]) -> int:
+    return sum(volume.data.nbytes for volume in volumes if volume is not None)
 
 
 def augment(pair: PreparedPair, strength: float, generator: torch.Generator) -> PreparedPair:

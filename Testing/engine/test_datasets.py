@@ -1,14 +1,17 @@
 """Landmarks of cases, read in either form and carried to the working grid with the images; which cases make a pair;
-augmentation of pairs."""
+how many cases a loader keeps; augmentation of pairs."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cases import write_dataset
 
 from MorphSeekLib import fields
 from MorphSeekLib.datasets import (
@@ -23,7 +26,7 @@ from MorphSeekLib.datasets import (
 )
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.geometry import Grid, Volume, apply_affine
-from MorphSeekLib.images import write_image
+from MorphSeekLib.images import read_image, write_image
 from MorphSeekLib.preprocessing import Preprocessing
 
 TURNED = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, -1.0]])
@@ -127,6 +130,56 @@ def ball_pair():
     labels = [(3 * ((at - p.view(1, 3, 1, 1, 1)).norm(dim=1, keepdim=True) < 5)).int() for p in points]
     images = [(label > 0).float() for label in labels]
     return PreparedPair(*images, *labels, Grid((28, 32, 30), np.eye(4)), *points)
+
+
+# ------------------------------------------------------------------ cases that are kept
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the images that are read from files, in their order."""
+    names = []
+
+    def read(path):
+        names.append(path.name)
+        return read_image(path)
+
+    monkeypatch.setattr("MorphSeekLib.datasets.read_image", read)
+    return names
+
+
+def test_a_loader_keeps_no_more_than_its_budget(tmp_path, reads):
+    """The least recently used case goes; what is read again is the same."""
+    cases = load_dataset(write_dataset(tmp_path, 3)).split("training", "cases")
+    of_a_case = 8 * 24 * 28 * 20  # float32 image, int32 labels
+    a, b, c = (case.image.name for case in cases)
+    loader = PairLoader(Preprocessing(align="none"), 4, True, kept_bytes=2 * of_a_case)
+    first = loader(Pair(cases[0], cases[1]))
+    loader(Pair(cases[1], cases[0]))
+    assert reads == [a, b], "kept"
+    loader(Pair(cases[0], cases[2]))  # drops b, which was used before a
+    loader(Pair(cases[2], cases[0]))
+    assert reads == [a, b, c]
+    again = loader(Pair(cases[0], cases[1]))
+    assert reads == [a, b, c, b]
+    for name in ("fixed", "moving", "fixed_labels", "moving_labels"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    tiny = PairLoader(Preprocessing(align="none"), 4, True, kept_bytes=0)
+    assert torch.equal(tiny(Pair(cases[0], cases[1])).moving, first.moving), "even where a single case is too large"
+
+
+def test_threads_may_share_a_loader(tmp_path, reads):
+    """Each case is read once where all fit; where they do not, pairs are the same all the same."""
+    cases = load_dataset(write_dataset(tmp_path)).split("training", "cases")
+    pairs = [Pair(*sides) for sides in permutations(cases, 2)]
+    loader = PairLoader(Preprocessing(align="none"), 4, True)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(loader, pairs))
+    assert sorted(reads) == sorted(case.image.name for case in cases)
+    with ThreadPoolExecutor(4) as pool:
+        others = list(pool.map(PairLoader(Preprocessing(align="none"), 4, True, kept_bytes=1), pairs))
+    assert len(reads) > 2 * len(cases)
+    assert all(torch.equal(one.moving, other.moving) for one, other in zip(found, others, strict=True))
 
 
 def test_augmentation_moves_image_labels_and_landmarks_as_one():
