@@ -4,6 +4,7 @@
 - The module (MorphSeek) never imports torch or the engine: a crash of the engine must not take Slicer down.
 - SimpleITK is met in four rooms only: images, transforms (files), alignment (initial alignment), report (pictures).
 - Nothing is unpickled from a file that a person picked.
+- The benchmark stands on the engine, never the engine on it; its optional packages are met in one room.
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def imported_rooms(path: Path) -> set[str]:
+    """First names of all relative imports of a file, from wherever in the package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names |= {name.split(".")[0] for name in ([node.module] if node.module else [a.name for a in node.names])}
+    return names
+
+
 def refuse(files: list[Path], forbidden: set[str]) -> None:
     found = [(path.relative_to(ROOT), sorted(imported(path) & forbidden)) for path in files]
     wrong = [f"{path} imports {', '.join(names)}" for path, names in found if names]
@@ -66,6 +76,18 @@ def test_module_knows_no_torch_and_no_engine():
 def test_simpleitk_stays_in_its_rooms():
     elsewhere = [path for path in ENGINE if path.name not in SIMPLEITK_ROOMS]
     refuse(elsewhere, {"SimpleITK", "itk"})
+
+
+def test_the_benchmark_stands_on_the_engine():
+    """Only the command line opens it, when it is asked for; greedy and ANTs are called from one room."""
+    rooms = sorted((ROOT / "MorphSeekLib" / "benchmark").glob("*.py"))
+    assert rooms
+    others = [path for path in ENGINE if path not in rooms]
+    opening = [path.name for path in others if "benchmark" in imported_rooms(path)]
+    assert opening == ["cli.py"]
+    for node in ast.parse((ROOT / "MorphSeekLib" / "cli.py").read_text(encoding="utf-8")).body:
+        assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmark"))
+    refuse([path for path in ENGINE if path.name != "classical.py"], {"ants", "picsl_greedy"})
 
 
 def unsafe_loads(path: Path) -> list[str]:

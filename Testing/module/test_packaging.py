@@ -80,6 +80,7 @@ def test_cmake_lays_out_what_the_module_looks_for(tmp_path):
     laid = tmp_path / "build/lib/Slicer/qt-scripted-modules"
     wanted = {p.relative_to(ROOT) for p in (ROOT / "MorphSeekLib").rglob("*") if p.suffix in (".py", ".j2")}
     wanted |= {p.relative_to(ROOT) for p in (ROOT / "Resources/Checkpoints").glob("*.safetensors")}
+    wanted |= {p.relative_to(ROOT) for p in (ROOT / "Resources/Benchmarks").glob("*.toml")}
     module = ROOT / "MorphSeek"
     wanted |= {p.relative_to(module) for p in module.rglob("*") if p.suffix in (".py", ".ui", ".svg", ".png")}
     wanted.add(Path("Resources/requirements.txt"))
