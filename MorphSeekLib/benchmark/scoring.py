@@ -30,7 +30,7 @@ DEFINITIONS = {
     "warping did not lose",
     "NJD": "share of the fixed image's voxels with a Jacobian determinant <= 0 of the whole transform, alignment "
     "included (central differences, one-sided at the border)",
-    "SDlogJ": "standard deviation of the logarithm of that determinant, clamped to 1e-9 and above",
+    "SDlogJ": "standard deviation of the logarithm of that determinant over the voxels where it is above 0",
 }
 
 
