@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FIGURES = ("dice", "hd95", "njd_percent", "sdlogj", "seconds", "cpu_seconds", "peak_gb")
 MORE_DICE, LESS_FOLDING = 0.02, 0.3
 """What is claimed of MorphSeek over its baseline: points of Dice, share of the folding."""
+MARKS = "osD^vP*X<>hd8p"
+LEAST_DRAWN = 1e-4
 CLASSICAL_TITLES = {
     "none": "as the images lie",
     "affine": "affine only",
@@ -246,25 +248,25 @@ def labels_table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Dice against folding, a point a run."""
+    """Dice against folding, a point a run: the colour says the network, the mark the arm."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5.5))
     axes = figure.subplots()
     networks = list(dict.fromkeys(row.method for row in rows))
     arms = list(dict.fromkeys(row.arm for row in rows))
+    colours = {name: f"C{number}" for number, name in enumerate(networks)}
+    marks = {name: MARKS[number % len(MARKS)] for number, name in enumerate(arms)}
     for row in rows:
-        axes.plot(
-            max(row.mean["njd_percent"], 1e-4),
-            row.mean["dice"],
-            "osD^vP*X<>"[arms.index(row.arm) % 10],
-            color=f"C{networks.index(row.method)}",
-            label=", ".join(filter(None, (row.method, row.arm))),
-        )
+        x = max(row.mean["njd_percent"], LEAST_DRAWN)
+        axes.plot(x, row.mean["dice"], marks[row.arm], color=colours[row.method], markersize=8)
     axes.set_xscale("log")
-    axes.set(xlabel="NJD, % of voxels (at least 0.0001 drawn)", ylabel="Dice", title=rows[0].task)
+    axes.set(xlabel=f"NJD, % of voxels (drawn as {LEAST_DRAWN:g} where less)", ylabel="Dice", title=rows[0].task)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend = [Line2D([], [], color=c, marker="o", ls="", label=n or "no network") for n, c in colours.items()]
+    legend += [Line2D([], [], color="0.4", marker=m, ls="", label=n) for n, m in marks.items()]
+    axes.legend(handles=legend, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
