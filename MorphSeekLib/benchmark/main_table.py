@@ -164,6 +164,12 @@ class MainTableSettings:
             _known(self.arms, network.arms, f"networks.{name}.arms")
             for arm in network.arms:
                 _known(network.arms, [a for a in (self.arms[arm].start, self.arms[arm].baseline) if a], f"arms.{arm}")
+            for arm in network.arms:
+                before = [arm]
+                while start := self.arms[before[-1]].start:
+                    if start in before:
+                        raise ValueError(f"arms.{arm} starts from itself, by way of arms.{before[-1]}")
+                    before.append(start)
         _known((*ALIGNMENTS, *CLASSICAL), self.classical, "classical")
         _known(PUBLISHED, [task.layout for task in self.tasks.values() if task.layout], "a task's layout")
 

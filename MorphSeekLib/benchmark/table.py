@@ -93,7 +93,7 @@ def rows_of(settings: MainTableSettings, out: Path) -> list[Row]:
                 settings.networks[run.method].title if arm else "",
                 arm.title if arm else CLASSICAL_TITLES[run.arm],
                 mean,
-                {name: statistics.pstdev(_values(result["pairs"], name)) for name in FIGURES},
+                {name: _std(result["pairs"], name) for name in FIGURES},
                 gain,
                 less,
                 p,
@@ -295,7 +295,9 @@ def _rounded(value: Any) -> Any:
         return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_rounded(v) for v in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None  # JSON knows no NaN
+    return value
 
 
 def _values(pairs: Sequence[dict], name: str) -> list[float]:
@@ -305,6 +307,11 @@ def _values(pairs: Sequence[dict], name: str) -> list[float]:
 
 def _mean(pairs: Sequence[dict], name: str) -> float:
     return statistics.fmean(_values(pairs, name))
+
+
+def _std(pairs: Sequence[dict], name: str) -> float:
+    values = _values(pairs, name)
+    return math.nan if any(map(math.isnan, values)) else statistics.pstdev(values)  # which stops at a NaN
 
 
 def _number(value: float, digits: int) -> str:
