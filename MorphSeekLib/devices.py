@@ -80,12 +80,19 @@ def network_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype if low else torch.bfloat16, enabled=low)
 
 
-def training_autocast(device: torch.device) -> torch.autocast:
+def training_autocast(device: torch.device, coarsest: int | None = None) -> torch.autocast:
     """The context to train the network in: bfloat16 where :func:`network_autocast` has it, never float16.
 
     bfloat16 has the exponents of float32, so that gradients need no scaling; float16 would.
+
+    Args:
+        coarsest: voxels of the coarsest feature along the first axis. On a processor, features of exactly two there are
+            trained in float32: torch 2.13's bfloat16 gradient of a 3x3x3 convolution then reads memory that nothing was
+            written to, and is NaN or noise. (A feature of one voxel is followed by one of two.)
     """
     safe = network_precision(device) == torch.bfloat16
+    if device.type == "cpu" and coarsest is not None and coarsest <= 2:
+        safe = False
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=safe)
 
 

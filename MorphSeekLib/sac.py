@@ -30,6 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -288,20 +289,21 @@ def update(
     """Critics, planner and temperature where it is their turn, actor, targets; the losses by name."""
     backbone, clip = learner.network.backbone, run.gradient_clip
     losses = {}
+    precision = partial(training_autocast, batch.before.device, backbone.settings.coarsest[0])
 
     def learn(name: str, loss: Tensor, *parts: nn.Module | nn.Parameter) -> None:
         descend(optimizer, loss, parts, clip)
         losses[name] = loss.detach()
 
-    with training_autocast(batch.before.device):
+    with precision():
         loss = critic_loss(learner, batch, run, generator)
     learn("critic_loss", loss, learner.critics)
     if with_planner:
-        with training_autocast(batch.before.device):
+        with precision():
             loss, temperature = planner_loss(learner, batch, run, generator)
         learn("planner_loss", loss, backbone.planner)
         learn("temperature_loss", temperature, learner.log_temperature)
-    with training_autocast(batch.before.device):
+    with precision():
         loss = registration_loss(learner, batch, run, generator)
     learn("registration_loss", loss, backbone.actor, *([backbone.planner] if run.planner_registers else []))
     with torch.no_grad():

@@ -173,7 +173,7 @@ class Step(NamedTuple):
 def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
     """Encode the pair as it stands after ``outer`` (1, 3, i, j, k; detached), decode the mean, compose."""
     moved = fields.warp(batch.moving, outer)
-    with training_autocast(outer.device):
+    with training_autocast(outer.device, outer.shape[2] // model.multiple_of):
         latent = model.encode(moved, batch.fixed)
         field = model.field(latent, latent.mu).float()
     total = fields.compose(outer, model.displacement(field))

@@ -214,6 +214,18 @@ def test_reduced_precision_changes_the_gradient_little(dataset, monkeypatch):
     assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.95
 
 
+def test_two_voxels_at_the_top_are_trained_in_full_precision(monkeypatch):
+    """A processor's bfloat16 gradient there is of memory that nothing was written to."""
+    monkeypatch.setattr("MorphSeekLib.devices.network_precision", lambda device: torch.bfloat16)
+    model = RegistrationModel(TINY)
+    torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.05)
+    for cells, exact in ((2, True), (3, False)):
+        images = torch.rand(2, 1, 1, cells * model.multiple_of, 16, 16)
+        latent = advance(model, Batch(*images), torch.zeros(1, 3, *images.shape[3:])).latent
+        precise = model.encode(images[1], images[0])
+        assert torch.equal(latent.mu, precise.mu) == exact
+
+
 def test_soft_dice_of_hard_labels_is_dice():
     a = (torch.rand(1, 2, 6, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     b = (torch.rand(1, 2, 6, 6, 6, generator=torch.Generator().manual_seed(1)) > 0.5).float()
