@@ -47,7 +47,7 @@ from ..report import RegistrationPictures, draw_sheets
 from ..runs import locked, seconds_per_iteration, train_stage
 from ..sac import SACConfig
 from ..settings import from_dict, override, to_dict
-from ..training import TrainingConfig
+from ..training import TrainingConfig, state_file
 from .classical import CLASSICAL
 from .published import PUBLISHED
 from .scoring import Method, measure
@@ -435,14 +435,14 @@ def _model(
         write_atomically(plan, json.dumps(planned, indent=1).encode())
     iterations = planned["iterations"]
     config = override(_config(settings, run, dataset), "training", iterations=iterations, validate_every=iterations)
-    begin, wall = time.process_time(), time.monotonic()
+    begin, resumed = time.process_time(), state_file(path).is_file()
     train_stage(config, dataset, init, path, device, part(on_event, 0.0, 0.8), cancelled)
     card = read_card(path)
     training = {
         "iterations": iterations,
         "minutes": minutes,
-        "wall_seconds": round(time.monotonic() - wall, 1),
-        "cpu_seconds": round(time.process_time() - begin, 1),
+        "seconds": card.provenance["seconds"],
+        "cpu_seconds": None if resumed else round(time.process_time() - begin, 1),
         "parameters": card.parameters,
         "validation": card.results.get("validation", {}),
     }

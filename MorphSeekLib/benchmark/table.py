@@ -134,6 +134,7 @@ def write_report(settings: MainTableSettings, out: Path) -> None:
 def markdown(settings: MainTableSettings, rows: Sequence[Row]) -> str:
     """The table, what it is compared with, whether the claim is reached, and the definitions."""
     lines = [f"# {settings.title}", ""]
+    by_processor = settings.threads == 1 and all(row.result["device"] == "cpu" for row in rows)
     for task in dict.fromkeys(row.task for row in rows):
         here = [row for row in rows if row.task == task]
         lines += [
@@ -153,7 +154,7 @@ def markdown(settings: MainTableSettings, rows: Sequence[Row]) -> str:
                 _number(row.mean["hd95"], 2),
                 f"{row.mean['njd_percent']:.4f}",
                 f"{row.mean['sdlogj']:.3f}",
-                f"{row.mean['cpu_seconds' if settings.threads == 1 else 'seconds']:.2f}",
+                f"{row.mean['cpu_seconds' if by_processor else 'seconds']:.2f}",
                 _number(row.mean["peak_gb"], 2),
                 f"{training['iterations']}, {training['minutes']:g}" if "minutes" in training else "",
                 f"{parameters['backbone'] + parameters['policy_head']:,}" if parameters else "",
@@ -167,7 +168,7 @@ def markdown(settings: MainTableSettings, rows: Sequence[Row]) -> str:
     lines += [f"- {name}: {text}." for name, text in DEFINITIONS.items()]
     lines += [
         "- Means over the pairs, Dice with its standard deviation. Seconds: one registration, all of it, "
-        + ("processor time of one thread" if settings.threads == 1 else "by the clock")
+        + ("processor time of one thread" if by_processor else "by the clock")
         + ". GB: the process's largest resident set meanwhile, on a GPU its largest allocation.",
         "- Dice gained (points) and folding gone (share of NJD): against "
         + "; ".join(

@@ -236,7 +236,7 @@ def test_the_report_says_it_all(whole):
     facts = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)  # no NaN: strict JSON
     assert list(facts["runs"]) == NAMES
     assert len(facts["runs"]["blobs/vxm/soft"]["pairs"]) == 2
-    labels = (out / "labels.md").read_text()
+    labels = (out / "labels.md").read_text(encoding="utf-8")
     assert [line.split(" ")[1] for line in labels.splitlines() if line.startswith("| ")] == [
         "label", "shell", "core", "ball"
     ]  # fmt: skip
@@ -371,7 +371,7 @@ def written(out, settings, **runs):
         if run.arm in runs:
             training = {"iterations": 100, "minutes": 2.5, "parameters": {"backbone": 1000, "policy_head": 23}}
             pairs = [row(pair, n, **runs[run.arm]) for n, pair in enumerate(PAIRS)]
-            content = {"settings": settings_of(settings, run), "pairs": pairs, "training": training}
+            content = {"settings": settings_of(settings, run), "pairs": pairs, "training": training, "device": "cpu"}
             (out / "runs" / run.name).mkdir(parents=True)
             (out / "runs" / run.name / "result.json").write_text(json.dumps(content))
     return {r.run.arm: r for r in rows_of(settings, out)}
@@ -429,7 +429,8 @@ def test_what_could_not_be_measured_is_left_empty(tmp_path):
     nothing = {"peak_gb": lambda gb: None, "hd95": lambda mm: float("nan")}
     written(tmp_path, settings, soft=nothing, better=nothing)
     write_report(settings, tmp_path)
-    line = next(line for line in (tmp_path / "table.md").read_text().splitlines() if "| one step |" in line)
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    line = next(line for line in table.splitlines() if "| one step |" in line)
     assert "nan" not in line
     assert line.count("|  |") + line.count("| |") >= 1
     facts = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
