@@ -354,46 +354,31 @@ Only = Annotated[str | None, typer.Option(help="Only these runs: TASK/METHOD/ARM
 Settings = Annotated[Path | None, typer.Option("--config", help="Other settings; see Resources/Benchmarks.")]
 
 
-@benchmarks.command("main-table")
-def main_table(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
-    """The paper's main table on four data sets. The same command resumes; two of it on one OUT share the runs."""
-    _benchmark("main-table", data, out, only, config, device)
+BENCHMARKS = {
+    "main-table": "The paper's main table on four data sets. The same command resumes; two of it share the runs.",
+    "native-brains": "Whole brains at 1 mm, unaligned, by the bundled model, greedy and SyN.",
+    "oasis": "The paper's table on the original OASIS of Learn2Reg, in the paper's sizes: for a GPU.",
+    "lits": "The paper's table on the original LiTS, in the paper's sizes: for a GPU.",
+    "abdomen-mrct": "The paper's table on Learn2Reg's original Abdomen MR-CT, in the paper's sizes: for a GPU.",
+}
 
 
-@benchmarks.command("native-brains")
-def native_brains(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
-    """Whole brains at 1 mm, unaligned, by the bundled model, greedy and SyN."""
-    _benchmark("native-brains", data, out, only, config, device)
+def _add_benchmark(name: str, text: str) -> None:
+    """A command that does the runs of the settings file of its name."""
+
+    @benchmarks.command(name, help=text)
+    def command(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
+        with job() as (on_event, cancelled):
+            from .benchmark.main_table import SETTINGS, MainTableSettings, main_table
+            from .settings import load
+
+            settings = load(MainTableSettings, config or SETTINGS / f"{name}.toml")
+            main_table(settings, data, out, only=only, device=device, on_event=on_event, cancelled=cancelled)
+        console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
 
 
-@benchmarks.command("oasis")
-def oasis(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
-    """The paper's table on the original OASIS of Learn2Reg, in the paper's sizes: for a GPU."""
-    _benchmark("oasis", data, out, only, config, device)
-
-
-@benchmarks.command("lits")
-def lits(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
-    """The paper's table on the original LiTS, in the paper's sizes: for a GPU."""
-    _benchmark("lits", data, out, only, config, device)
-
-
-@benchmarks.command("abdomen-mrct")
-def abdomen_mrct(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
-    """The paper's table on Learn2Reg's original Abdomen MR-CT, in the paper's sizes: for a GPU."""
-    _benchmark("abdomen-mrct", data, out, only, config, device)
-
-
-def _benchmark(name: str, data: Path, out: Path, only: str | None, config: Path | None, device: str) -> None:
-    """A main table by the settings file of its name."""
-    with job() as (on_event, cancelled):
-        from .benchmark.main_table import SETTINGS, MainTableSettings
-        from .benchmark.main_table import main_table as run
-        from .settings import load
-
-        settings = load(MainTableSettings, config or SETTINGS / f"{name}.toml")
-        run(settings, data, out, only=only, device=device, on_event=on_event, cancelled=cancelled)
-    console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
+for _name, _text in BENCHMARKS.items():
+    _add_benchmark(_name, _text)
 
 
 @contextmanager
