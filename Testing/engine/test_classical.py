@@ -86,6 +86,14 @@ def test_the_transform_is_the_tools_own(name, affine, multimodal, kept):
 
 
 @pytest.mark.parametrize("name", CLASSICAL)
+def test_the_same_images_give_the_same_transform(name):
+    pytest.importorskip(PACKAGES[name], reason=f"needs {PACKAGES[name]} (pip install 'morphseek[benchmark]')")
+    fixed, _, moving, _ = blobs()
+    first, second = (CLASSICAL[name](fixed, moving, affine=True, threads=1) for _ in range(2))
+    assert torch.equal(first.displacement, second.displacement)
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
 def test_a_missing_package_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)
     fixed, _, moving, _ = blobs()
