@@ -189,7 +189,10 @@ def _claims(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.gain is None:
             continue
-        folds = "no folds to lose" if row.less_folding is None else f"{100 * row.less_folding:.0f} % less folding"
+        folds = "no folds to lose"
+        if row.less_folding is not None:
+            share = round(100 * row.less_folding)
+            folds = f"{abs(share)} % {'less' if share >= 0 else 'more'} folding"
         reached = row.gain >= MORE_DICE and (row.less_folding is None or row.less_folding >= LESS_FOLDING)
         lines.append(
             f"- {row.method}, {row.arm}: {100 * row.gain:+.1f} Dice points, {folds}: "
