@@ -189,11 +189,13 @@ def _claims(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.gain is None:
             continue
-        folds = "no folds to lose"
+        some = row.mean["njd_percent"] > 0
+        folds = "folds where the baseline has none" if some else "no folds to lose"
         if row.less_folding is not None:
             share = round(100 * row.less_folding)
             folds = f"{abs(share)} % {'less' if share >= 0 else 'more'} folding"
-        reached = row.gain >= MORE_DICE and (row.less_folding is None or row.less_folding >= LESS_FOLDING)
+        less = not some if row.less_folding is None else row.less_folding >= LESS_FOLDING
+        reached = row.gain >= MORE_DICE and less
         lines.append(
             f"- {row.method}, {row.arm}: {100 * row.gain:+.1f} Dice points, {folds}: "
             f"{'reached' if reached else 'missed'} (+{100 * MORE_DICE:.0f} points and {100 * LESS_FOLDING:.0f} % less)."
