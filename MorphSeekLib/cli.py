@@ -364,15 +364,15 @@ BENCHMARKS = {
 
 
 def _add_benchmark(name: str, text: str) -> None:
-    """A command that does the runs of the settings file of its name."""
+    """A command that does a benchmark's runs, by its own settings or by others."""
 
     @benchmarks.command(name, help=text)
     def command(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
         with job() as (on_event, cancelled):
-            from .benchmark.main_table import SETTINGS, MainTableSettings, main_table
+            from .benchmark.main_table import MainTableSettings, main_table, shipped_settings
             from .settings import load
 
-            settings = load(MainTableSettings, config or SETTINGS / f"{name}.toml")
+            settings = shipped_settings(name) if config is None else load(MainTableSettings, config)
             main_table(settings, data, out, only=only, device=device, on_event=on_event, cancelled=cancelled)
         console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
 

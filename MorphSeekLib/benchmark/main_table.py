@@ -46,7 +46,7 @@ from ..registration import Registration, load_model, register
 from ..report import RegistrationPictures, draw_sheets
 from ..runs import locked, seconds_per_iteration, train_stage
 from ..sac import SACConfig
-from ..settings import from_dict, override, to_dict
+from ..settings import from_dict, load, override, to_dict
 from ..training import TrainingConfig, state_file
 from .classical import CLASSICAL
 from .published import PUBLISHED
@@ -174,6 +174,19 @@ class MainTableSettings:
         _known(PUBLISHED, [task.layout for task in self.tasks.values() if task.layout], "a task's layout")
 
 
+def shipped_settings(name: str) -> MainTableSettings:
+    """A benchmark's own settings: the file of its name, or the task of its name in paper.toml.
+
+    Raises:
+        MorphSeekError: the file cannot be read.
+    """
+    path = SETTINGS / f"{name}.toml"
+    if path.is_file():
+        return load(MainTableSettings, path)
+    paper = load(MainTableSettings, SETTINGS / "paper.toml")
+    return dataclasses.replace(paper, tasks={name: paper.tasks[name]})
+
+
 @dataclass(frozen=True)
 class Run:
     """TASK/METHOD/ARM, and the run whose model it starts from."""
@@ -290,7 +303,7 @@ def dataset_of(task: Task, data: Path) -> Dataset:
 def settings_of(settings: MainTableSettings, run: Run) -> dict[str, Any]:
     """All settings that a run's result depends on."""
     found: dict[str, Any] = {
-        "task": to_dict(settings.tasks[run.task]),
+        "task": _without(to_dict(settings.tasks[run.task]), "title"),
         "seed": settings.seed,
         "threads": settings.threads,
         "pairs": settings.pairs,
@@ -299,7 +312,6 @@ def settings_of(settings: MainTableSettings, run: Run) -> dict[str, Any]:
         arm = _without(to_dict(settings.arms[run.arm]), "title", "baseline")
         found["arm"] = {name: value for name, value in arm.items() if value}
         found["model"] = to_dict(settings.networks[run.method].model)
-    found["task"] = _without(found["task"], "title")
     return found | ({"start": settings_of(settings, run.start)} if run.start else {})
 
 
@@ -415,13 +427,12 @@ def _model(
     if facts.is_file():
         return path, json.loads(facts.read_text(encoding="utf-8"))
     init = out / "runs" / run.start.name / "model.safetensors" if run.start else None
-    plan = folder / "plan.json"
-    minutes = arm.minutes
+    plan, minutes = folder / "plan.json", arm.minutes
+    config = _config(settings, run, dataset)
     if plan.is_file():
         planned = json.loads(plan.read_text(encoding="utf-8"))
         _check_same(planned["settings"], settings_of(settings, run), folder)
     else:
-        config = _config(settings, run, dataset)
         on_cpu = device.type == "cpu" and settings.threads == 1
         clock = time.process_time if on_cpu else time.monotonic
         seconds, _ = seconds_per_iteration(config, dataset, init, device, on_event, cancelled, clock)
@@ -434,7 +445,7 @@ def _model(
         planned = {"settings": settings_of(settings, run), "iterations": iterations, "seconds_per_iteration": seconds}
         write_atomically(plan, json.dumps(planned, indent=1).encode())
     iterations = planned["iterations"]
-    config = override(_config(settings, run, dataset), "training", iterations=iterations, validate_every=iterations)
+    config = override(config, "training", iterations=iterations, validate_every=iterations)
     begin, resumed = time.process_time(), state_file(path).is_file()
     train_stage(config, dataset, init, path, device, part(on_event, 0.0, 0.8), cancelled)
     card = read_card(path)

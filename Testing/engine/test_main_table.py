@@ -19,7 +19,14 @@ from scipy.stats import wilcoxon
 from typer.testing import CliRunner
 
 from MorphSeekLib.backbones.voxelmorph import VXM_HUGE, VoxelMorphSettings
-from MorphSeekLib.benchmark.main_table import SETTINGS, MainTableSettings, main_table, run_list, settings_of
+from MorphSeekLib.benchmark.main_table import (
+    SETTINGS,
+    MainTableSettings,
+    main_table,
+    run_list,
+    settings_of,
+    shipped_settings,
+)
 from MorphSeekLib.benchmark.scoring import DEFINITIONS
 from MorphSeekLib.benchmark.table import latex, markdown, rows_of, write_report
 from MorphSeekLib.checkpoint import read_card, sha256
@@ -479,7 +486,7 @@ def test_shipped_settings_load_and_their_networks_can_be_built(path):
 @pytest.mark.parametrize("name", ["oasis", "lits", "abdomen-mrct"])
 def test_the_papers_sizes_and_settings(name):
     """METHOD.md: Adam 1e-4, batch 1, T = 3, J = 6, networks as published; the same losses for all arms of a network."""
-    settings = load(MainTableSettings, SETTINGS / f"{name}.toml")
+    settings = shipped_settings(name)
     assert list(settings.networks) == [*PAPER_SIZES, "spac"]
     for network, parameters in PAPER_SIZES.items():
         with torch.device("meta"):
