@@ -214,6 +214,22 @@ def read_case_labels(case: Case, image: Volume) -> Volume:
     return labels
 
 
+def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]:
+    """((fixed image, its labels), (moving image, its labels)) of a pair to score.
+
+    Raises:
+        MorphSeekError: a case without image or labels, or as :func:`MorphSeekLib.images.read_image` and
+            :func:`read_case_labels`.
+    """
+    volumes = []
+    for case in (pair.fixed, pair.moving):
+        if case.image is None or case.label is None:
+            raise MorphSeekError(f"{case.image or case.label} has no partner: a pair needs images and labels.")
+        image = read_image(case.image)
+        volumes.append((image, read_case_labels(case, image)))
+    return volumes[0], volumes[1]
+
+
 def read_landmarks(path: Path, grid: Grid) -> np.ndarray:
     """Landmarks of an image, from a Slicer markups file (.mrk.json) or a table of voxel indices (.csv, as Learn2Reg's).
 

@@ -11,11 +11,8 @@ from typing import Any
 
 from . import __version__
 from .checkpoint import software, write_atomically
-from .datasets import Dataset, Pair, read_case_labels
-from .errors import MorphSeekError
+from .datasets import Dataset, Pair, read_pair
 from .events import Event, OnEvent, checkpoint_for, ignore, never
-from .geometry import Volume
-from .images import read_image
 from .metrics import dice_per_label, hd95_per_label
 from .refinement import RefinementSettings
 from .registration import LoadedModel, register
@@ -98,15 +95,7 @@ def _figures(
     cancelled: Callable[[], bool],
 ) -> dict[str, Any]:
     """One row: the figures of a pair."""
-    images: list[Volume] = []
-    labels: list[Volume] = []
-    for case in (pair.fixed, pair.moving):
-        if case.image is None or case.label is None:
-            raise MorphSeekError(f"{case.image or case.label} has no partner: evaluation needs an image and labels.")
-        images.append(read_image(case.image))
-        labels.append(read_case_labels(case, images[-1]))
-    fixed, moving = images
-    fixed_labels, moving_labels = labels
+    (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
     result = register(
         fixed,
         moving,

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from ..cases import name_of
-from ..datasets import Dataset, Pair, read_case_labels
+from ..datasets import Dataset, Pair, read_pair
 from ..errors import MorphSeekError
 from ..events import Event, OnEvent, checkpoint_for, ignore, never
 from ..geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
-from ..images import read_image
 from ..metrics import dice_per_label, folding, hd95_per_label
 
 Method = Callable[[Volume, Volume], Transform]
@@ -66,13 +65,7 @@ def measure(
     for number, pair in enumerate(wanted, start=1):
         checkpoint()
         on_event(Event("step", (number - 1) / len(wanted), f"Pair {number} of {len(wanted)}", number, len(wanted)))
-        volumes = []
-        for case in (pair.fixed, pair.moving):
-            if case.image is None or case.label is None:
-                raise MorphSeekError(f"{case.image or case.label} has no partner: a pair needs images and labels.")
-            image = read_image(case.image)
-            volumes.append((image, read_case_labels(case, image)))
-        (fixed, fixed_labels), (moving, moving_labels) = volumes
+        (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
         begin, cpu = time.perf_counter(), time.process_time()
         with peak_memory(device) as peak:
             transform = method(fixed, moving)

@@ -111,7 +111,11 @@ def p_value(pairs: Sequence[dict], others: Sequence[dict], name: str) -> float:
     """
     if [(r["fixed"], r["moving"]) for r in pairs] != [(r["fixed"], r["moving"]) for r in others]:
         raise ValueError("the rows are not of the same pairs")
-    here, there = ([row[name] for row in rows] for rows in (pairs, others))
+    return signed_rank(*([row[name] for row in rows] for rows in (pairs, others)))
+
+
+def signed_rank(here: list[float], there: list[float]) -> float:
+    """The p of Wilcoxon's signed-rank test of paired values; 1 where none differ, of which the test itself says NaN."""
     return float(wilcoxon(here, there).pvalue) if here != there else 1.0
 
 

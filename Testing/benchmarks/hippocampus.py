@@ -28,9 +28,9 @@ from typing import Any
 
 import matplotlib
 import torch
-from scipy.stats import wilcoxon
 
 from MorphSeekLib import fields
+from MorphSeekLib.benchmark.table import signed_rank
 from MorphSeekLib.checkpoint import load, read_card, software
 from MorphSeekLib.datasets import PairLoader, load_dataset
 from MorphSeekLib.devices import network_autocast
@@ -247,9 +247,7 @@ def report(name: str, results: dict[tuple[str, str], list[dict]], out: Path, ite
         if arm != first:
             other = results[first, strength] if (first, strength) in results else results[first, "strong"]
             for k in ("dice", "njd_percent", "hd95"):
-                reference = _seeds_averaged(other, k)
-                differs = any(a != b for a, b in zip(per_pair[k], reference, strict=True))
-                tests[k] = float(wilcoxon(per_pair[k], reference).pvalue) if differs else 1.0
+                tests[k] = signed_rank(per_pair[k], _seeds_averaged(other, k))
         seconds = statistics.fmean(r["seconds"] for r in found)
         by_seed = {k: [statistics.fmean(row[k] for row in r["pairs"]) for r in found] for k in mean}
         deviation = f" ± {statistics.stdev(by_seed['dice']):.4f}" if len(found) > 1 else ""
