@@ -49,6 +49,9 @@ Align = Annotated[
 Refine = Annotated[
     int, typer.Option(help="Iterations that fit this pair without labels, after the network: slower and more exact.")
 ]
+RefineFine = Annotated[
+    int, typer.Option(help="Iterations more on the fixed image's own grid: the most exact, and the slowest.")
+]
 RefineBy = Annotated[str, typer.Option(help="What --refine fits: lncc (one modality), mind (two) or mse.")]
 
 
@@ -62,6 +65,7 @@ def register(
     device: Device = "auto",
     align: Align = None,
     refine: Refine = 0,
+    refine_fine: RefineFine = 0,
     refine_by: RefineBy = "lncc",
     initial_transform: Annotated[
         Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
@@ -81,7 +85,7 @@ def register(
         from .transforms import read_transform
 
         begin = time.perf_counter()
-        refinement = refinement_of(refine, refine_by)
+        refinement = refinement_of(refine, refine_fine, refine_by)
         check_writable(output)
         on_event(Event("read", 0.0, "Reading the images"))
         images = read_image(fixed), read_image(moving)
@@ -128,6 +132,7 @@ def evaluate(
     device: Device = "auto",
     align: Align = None,
     refine: Refine = 0,
+    refine_fine: RefineFine = 0,
     refine_by: RefineBy = "lncc",
 ) -> None:
     """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ per pair and their means."""
@@ -136,7 +141,7 @@ def evaluate(
         from .evaluation import evaluate as run
         from .registration import load_model
 
-        refinement = refinement_of(refine, refine_by)
+        refinement = refinement_of(refine, refine_fine, refine_by)
         data = load_dataset(dataset)
         loaded = load_model(model, device)
         result = run(
@@ -422,7 +427,7 @@ def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
         raise typer.Exit(code)
 
 
-def refinement_of(iterations: int, similarity: str) -> RefinementSettings:
+def refinement_of(iterations: int, fine_iterations: int, similarity: str) -> RefinementSettings:
     """The refinement that was asked for.
 
     Raises:
@@ -431,7 +436,8 @@ def refinement_of(iterations: int, similarity: str) -> RefinementSettings:
     from .refinement import RefinementSettings
     from .settings import from_dict
 
-    return from_dict(RefinementSettings, {"iterations": iterations, "similarity": similarity}, "refinement")
+    values = {"iterations": iterations, "fine_iterations": fine_iterations, "similarity": similarity}
+    return from_dict(RefinementSettings, values, "refinement")
 
 
 def print_report(report: dict) -> None:

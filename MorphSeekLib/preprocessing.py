@@ -75,6 +75,23 @@ def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) ->
     return grid
 
 
+def fine_grid(fixed: Grid, working: Grid) -> Grid:
+    """The fixed image's own grid; along axes where it is more than twice as fine as the working grid, half of that.
+
+    Args:
+        fixed, working: the fixed image's grid, and the network's that covers it.
+
+    Returns:
+        a grid along the fixed image's axes that covers its voxels' centres.
+    """
+    half = np.linalg.norm(fixed.direction.T @ working.direction * working.spacing, axis=1) / 2
+    shape = np.maximum(fixed.shape, 2)  # a fold or a slope needs two voxels
+    length = fixed.spacing * (shape - 1)  # between the first and the last centre
+    too_fine = fixed.spacing < half
+    shape = np.where(too_fine, np.ceil(length / half - 1e-6).astype(int) + 1, shape)
+    return Grid.from_parts(shape.tolist(), length / (shape - 1), fixed.direction, fixed.origin)
+
+
 def normalize(data: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Intensities as the network saw them in training, any shape, float32.
 

@@ -1,10 +1,12 @@
 """Test-time refinement without labels: optimise the pair at hand, from the network's answer on.
 
-First the policy's latent z of the last step (the decoder's weights keep the field plausible), then the field itself, by
+First the policy's latent z of the last step (the decoder's weights keep the field plausible), then the field itself on
+the network's grid, then the field on the fixed image's own, finer grid, each by
 
     similarity(fixed, moving o Phi) + lambda_reg diffusion(u) + lambda_fold folding_penalty(u),
 
-by Adam. The lowest objective that was met is kept, so the answer is never worse by it than the network's own.
+by Adam. The lowest objective that was met is kept, so the answer is never worse by it than the one it started from. In
+the end voxels move away from the folds that are left.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from torch import Tensor
 from . import fields
 from .policy import Latent, RegistrationModel, draw
 from .regularizers import diffusion, folding_penalty
-from .similarity import SIMILARITIES
+from .similarity import SIMILARITIES, mse
 
 MAX_ITERATIONS = 1000
+_LOOK = 5  # iterations between looks for folds
 
 
 @dataclass(frozen=True)
@@ -30,37 +33,45 @@ class RefinementSettings:
     """How a pair is refined.
 
     Attributes:
-        iterations: K in all; 0 leaves the network's answer as it is.
-        latent_share: share of the iterations spent on z, before the field.
+        iterations: K on the network's grid.
+        fine_iterations: then on the fixed image's own grid (or one twice as fine as the network's, where the image is
+            finer still); an iteration there costs as many times more as it has voxels. Without any of both the
+            network's answer stays as it is.
+        latent_share: share of the K iterations spent on z, before the field.
         similarity: "lncc", "mse" or "mind" (for two modalities).
         regularization: lambda_reg, of the diffusion regulariser in voxels.
         folding: lambda_fold, of mean(relu(0.05 - det J)).
         latent_rate, field_rate: Adam's steps, in units of z and in voxels.
-        stride: voxels between the control points of the field's correction.
+        stride, fine_stride: voxels between the control points of the field's correction, on either grid.
+        unfold: the most iterations of :func:`unfold` that follow.
     """
 
     iterations: int = 0
+    fine_iterations: int = 0
     latent_share: float = 0.2
     similarity: str = "lncc"
     regularization: float = 1.0
     folding: float = 100.0
     latent_rate: float = 0.05
-    field_rate: float = 0.5
+    field_rate: float = 0.25
     stride: int = 4
+    fine_stride: int = 2
+    unfold: int = 100
 
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"similarity is '{self.similarity}'; it must be one of {', '.join(SIMILARITIES)}")
-        if not 0 <= self.iterations <= MAX_ITERATIONS:
-            raise ValueError(f"iterations is {self.iterations}; it must be 0 to {MAX_ITERATIONS}")
+        for name in ("iterations", "fine_iterations", "unfold"):
+            if not 0 <= getattr(self, name) <= MAX_ITERATIONS:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 to {MAX_ITERATIONS}")
         if not 0 <= self.latent_share <= 1:
             raise ValueError("latent_share must be between 0 and 1")
-        if self.stride < 1:
-            raise ValueError("stride must be at least 1")
+        if min(self.stride, self.fine_stride) < 1:
+            raise ValueError("stride and fine_stride must be at least 1")
 
 
 class Refined(NamedTuple):
-    """The field (1, 3, i, j, k) in voxels, and all objectives met on the way, (n,); the first is the network's."""
+    """The field (1, 3, i, j, k) in voxels, and all objectives met on the way, (n,); the first is the start's."""
 
     total: Tensor
     objectives: Tensor
@@ -73,10 +84,11 @@ def objective(fixed: Tensor, moving_at: Callable[[Tensor], Tensor], settings: Re
     """Field (1, 3, i, j, k) -> the scalar that refinement lowers; see the module's text.
 
     Args:
-        fixed: (1, 1, i, j, k), intensities in [0, 1].
-        moving_at: field -> the moving image warped by it, (1, 1, i, j, k), differentiable.
+        fixed: (1, 1, i, j, k), intensities in [0, 1]; for "mind" its descriptor, (1, 12, i, j, k).
+        moving_at: field -> the moving image, or its descriptor, warped by it, differentiable. A descriptor that is made
+            once and warped costs a third of one made anew from every warped image.
     """
-    similarity = SIMILARITIES[settings.similarity]
+    similarity = _descriptors_apart if settings.similarity == "mind" else SIMILARITIES[settings.similarity]
 
     def value(total: Tensor) -> Tensor:
         return (
@@ -86,6 +98,11 @@ def objective(fixed: Tensor, moving_at: Callable[[Tensor], Tensor], settings: Re
         )
 
     return value
+
+
+def _descriptors_apart(fixed: Tensor, warped: Tensor) -> Tensor:
+    """Three times their mean squared difference, which weighs against the regularisers about as LNCC does."""
+    return 3 * mse(fixed, warped)
 
 
 def optimize(
@@ -122,13 +139,65 @@ def optimize(
     finally:
         for parameter in trained:
             parameter.requires_grad_()
-    start = kept.total
-    shape = total.shape[2:]
-    correction = torch.zeros(1, 3, *(-(-n // settings.stride) for n in shape), device=total.device, requires_grad=True)
+    return fit(kept, settings.iterations - on_latent, value, settings.field_rate, settings.stride, on_iteration)
+
+
+def fit(
+    start: Refined,
+    iterations: int,
+    value: Objective,
+    rate: float,
+    stride: int,
+    on_iteration: Callable[[], None] = lambda: None,
+) -> Refined:
+    """Iterations on the field alone: a correction on control points, added to the start's field.
+
+    Args:
+        start: the field, and the objectives met so far.
+        iterations, value, on_iteration: as for :func:`optimize`.
+        rate: Adam's steps, in voxels.
+        stride: voxels between control points.
+    """
+    shape = start.total.shape[2:]
+    points = [-(-n // stride) for n in shape]
+    correction = torch.zeros(1, 3, *points, device=start.total.device, requires_grad=True)
     return _descend(
-        correction, settings.field_rate, settings.iterations - on_latent, value, kept, on_iteration,
-        lambda: start + F.interpolate(correction, size=tuple(shape), mode="trilinear", align_corners=True),
+        correction, rate, iterations, value, start, on_iteration,
+        lambda: start.total + F.interpolate(correction, size=tuple(shape), mode="trilinear", align_corners=True),
     )  # fmt: skip
+
+
+def unfold(
+    total: Tensor,
+    iterations: int,
+    margin: float = 0.1,
+    rate: float = 0.1,
+    on_iteration: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Move voxels until none folds, as little as it takes: descent on the sum of relu(margin - det J).
+
+    Only voxels about a place whose determinant is below the margin move, by less than a voxel in most cases.
+
+    Args:
+        total: (1, 3, i, j, k), voxels.
+        iterations: the most; none where nothing folds.
+        margin: determinant below which a place is worked on.
+        rate: of the descent.
+        on_iteration: called after each; may raise to cancel.
+
+    Returns:
+        the field; it may still fold where the iterations did not suffice.
+    """
+    field = total.detach().clone()
+    for iteration in range(iterations):
+        field.requires_grad_()
+        jacobian = fields.jacobian_determinant(field)
+        if iteration % _LOOK == 0 and not bool((jacobian <= 0).any()):  # waits for the device, so not every time
+            break
+        (gradient,) = torch.autograd.grad(torch.relu(margin - jacobian).sum(), field)
+        field = field.detach() - rate * gradient
+        on_iteration()
+    return field.detach()
 
 
 @torch.no_grad()

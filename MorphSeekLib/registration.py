@@ -39,14 +39,15 @@ from .geometry import (
     map_voxels,
     resample,
     smooth_for_spacing,
+    voxel_displacement,
 )
 from .images import check_overlap
 from .metrics import dice_per_label, folding
 from .policy import RegistrationModel, refine
-from .preprocessing import ALIGNMENTS, normalize, working_grid
-from .refinement import RefinementSettings, objective, optimize
+from .preprocessing import ALIGNMENTS, Preprocessing, fine_grid, normalize, working_grid
+from .refinement import Objective, Refined, RefinementSettings, fit, objective, optimize, unfold
 from .settings import to_dict
-from .similarity import lncc
+from .similarity import lncc, mind_ssc
 
 MAX_STEPS = 20
 # a step that raises LNCC by less than this does not help any more
@@ -211,11 +212,7 @@ def register(
 
     with memory_advice(device), _interruptible(model.network, checkpoint):
         grid = working_grid(fixed.grid, card.preprocessing, model.network.multiple_of)
-        if math.prod(grid.shape) > MAX_WORKING_VOXELS:
-            raise MorphSeekError(
-                f"The fixed image would need a working grid of {' x '.join(map(str, grid.shape))} voxels; crop it to "
-                "the region of interest, or choose a model with a coarser working grid."
-            )
+        _check_size(grid)
         if state is not None and tuple(state.total.shape[2:]) != grid.shape:
             raise MorphSeekError("The steps so far were taken on another grid; register anew.")
 
@@ -225,10 +222,10 @@ def register(
                 warped = warp(dense_from_voxels(total, grid, start))
                 on_step(step, warped)
 
-        total, step_figures, refined = _refine(
+        total, fine, step_figures, refined = _refine(
             fixed, moving, start, grid, model, steps, refinement, stop_early, state, clock, on_event, show, checkpoint
         )
-        transform = dense_from_voxels(total, grid, start)
+        transform = dense_from_voxels(*fine, start)
 
     with clock("resample"), memory_advice(device):
         on_event(Event("resample", 0.72, "Warping the moving image at full resolution"))
@@ -302,14 +299,16 @@ def _refine(
     on_event: OnEvent,
     show: Callable[[int, Tensor], None],
     checkpoint: Callable[[], None],
-) -> tuple[Tensor, list[dict[str, float]], dict[str, Any] | None]:
-    """T steps on the working grid, after those of the state, and K iterations of refinement.
+) -> tuple[Tensor, tuple[Tensor, Grid], list[dict[str, float]], dict[str, Any] | None]:
+    """T steps on the working grid, after those of the state, and the iterations of refinement.
 
     Returns:
-        (1, 3, i, j, k) voxels; the figures after each step (index 0: before); what the refinement did, or None.
+        (1, 3, i, j, k) voxels of the working grid; the same on the grid it was found on, and that grid; the figures
+        after each step (index 0: before); what the refinement did, or None.
     """
     preprocessing, device = model.card.preprocessing, model.device
-    done = 0.55 if refinement.iterations else 0.7  # the progress bar's share at the end of the steps
+    fits = refinement.iterations + refinement.fine_iterations
+    done = 0.55 if fits else 0.7  # the progress bar's share at the end of the steps
     figures: list[dict[str, float]] = [] if state is None else list(state.figures)
     taken = max(0, len(figures) - 1)
     base = None if state is None else state.total.to(device)
@@ -347,48 +346,124 @@ def _refine(
 
     with clock("network"), torch.no_grad():
         on_event(Event("step", 0.3, "Preparing the images", taken, taken + steps))
-        spacing = np.abs(grid.direction) @ grid.spacing  # along the world's axes
-        prepared = [
-            smooth_for_spacing(Volume(normalize(v.data, preprocessing), v.grid), spacing) for v in (fixed, moving)
-        ]
-        fixed_working = resample(prepared[0], grid, checkpoint=checkpoint).data[None, None].to(device)
-        moving_data = prepared[1].data[None, None].to(device)
+        fixed_working, moving_data = _prepared(fixed, moving, grid, preprocessing, device, checkpoint)
         last = before_last = torch.zeros(1, 3, *grid.shape, device=device) if base is None else base
         if not figures:
             figures.append({"step": 0, "similarity": float(-lncc(fixed_working, moving_at(last)))})
         with network_autocast(device):
             refine(model.network, lambda total: moving_at(whole(total)), fixed_working, steps, on_step)
-    if not refinement.iterations:
-        return last, figures, None
+    if not fits:
+        return last, (last, grid), figures, None
 
+    finest = fine_grid(fixed.grid, grid) if refinement.fine_iterations else grid
+    _check_size(finest)
+    cost = math.prod(finest.shape) / math.prod(grid.shape)  # of a fine iteration, in iterations on the working grid
+    whole_cost = refinement.iterations + cost * refinement.fine_iterations
     iteration = 0
 
     def on_iteration() -> None:
         nonlocal iteration
         iteration += 1
-        message = f"Fitting this pair, iteration {iteration} of {refinement.iterations}"
-        fraction = done + (0.7 - done) * iteration / refinement.iterations
-        on_event(Event("refine", fraction, message, iteration, refinement.iterations))
+        message = f"Fitting this pair, iteration {iteration} of {fits}"
+        spent = min(iteration, refinement.iterations) + cost * max(0, iteration - refinement.iterations)
+        on_event(Event("refine", done + (0.7 - done) * spent / whole_cost, message, iteration, fits))
         checkpoint()
 
     with clock("refinement"):
-        value = objective(fixed_working, moving_at, refinement)
+        value = _objective(fixed_working, moving_data, moving.grid, grid, start, refinement, checkpoint)
         with torch.no_grad(), network_autocast(device):
             latent = model.network.encode(moving_at(before_last), fixed_working)
         with network_autocast(device):
-            total, objectives = optimize(model.network, latent, before_last, last, value, refinement, on_iteration)
+            coarse = optimize(model.network, latent, before_last, last, value, refinement, on_iteration)
+        found, fine_objectives = coarse.total, None
+        if refinement.fine_iterations:
+            images = _prepared(fixed, moving, finest, preprocessing, device, checkpoint)
+            value = _objective(*images, moving.grid, finest, start, refinement, checkpoint)
+            begin = voxel_displacement(dense_from_voxels(found, grid), finest, device)
+            on_fine = Refined(begin, torch.empty(0, device=device))
+            found, fine_objectives = fit(
+                on_fine,
+                refinement.fine_iterations,
+                value,
+                refinement.field_rate,
+                refinement.fine_stride,
+                on_iteration,
+            )
+        found = unfold(found, refinement.unfold, on_iteration=checkpoint)
+        total = found
+        if refinement.fine_iterations:
+            total = voxel_displacement(dense_from_voxels(found, finest), grid, device)
         with torch.no_grad():
             after = look(len(figures) - 1, total, moving_at(total))
-    objectives = objectives.tolist()
     refined = {
         "settings": to_dict(refinement),
-        "objective": {"network": objectives[0], "refined": min(objectives), "curve": objectives},
+        "objective": _course(coarse.objectives),
+        "fine": None if fine_objectives is None else _describe(finest) | {"objective": _course(fine_objectives)},
         "network": figures[-1],
         "refined": after,
         "definition": "objective: similarity + regularization * diffusion + folding * mean(relu(0.05 - det J)), in "
-        "voxels of the working grid; lower is better",
+        "voxels of its grid; lower is better. network, refined: on the working grid",
     }
-    return total, figures, refined
+    return total, (found, finest), figures, refined
+
+
+def _objective(
+    fixed: Tensor,
+    moving: Tensor,
+    moving_grid: Grid,
+    grid: Grid,
+    start: Transform,
+    refinement: RefinementSettings,
+    checkpoint: Callable[[], None],
+) -> Objective:
+    """What refinement lowers on a grid, of what :func:`_prepared` made for it."""
+    padding = "zeros"
+    if refinement.similarity == "mind":  # its patches are counted in voxels: both images need voxels of one size
+        lattice = covering_grid(moving_grid, _world_spacing(grid))
+        moving = resample(Volume(moving[0, 0].cpu(), moving_grid), lattice, checkpoint=checkpoint).data
+        fixed, moving = mind_ssc(fixed), mind_ssc(moving[None, None].to(fixed))
+        moving_grid, padding = lattice, "border"
+
+    def moving_at(total: Tensor) -> Tensor:
+        checkpoint()
+        return sample(moving, map_voxels(total, grid, start, moving_grid), padding=padding)
+
+    return objective(fixed, moving_at, refinement)
+
+
+def _course(objectives: Tensor) -> dict[str, Any]:
+    """An objective before and after, and what was met on the way."""
+    curve = objectives.tolist()
+    return {"start": curve[0], "refined": min(curve), "curve": curve} if curve else {}
+
+
+def _prepared(
+    fixed: Volume,
+    moving: Volume,
+    grid: Grid,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    checkpoint: Callable[[], None],
+) -> tuple[Tensor, Tensor]:
+    """Intensities as the network takes them, (1, 1, i, j, k): fixed on a grid; moving on its own, as smooth as that."""
+    spacing = _world_spacing(grid)
+    images = [smooth_for_spacing(Volume(normalize(v.data, preprocessing), v.grid), spacing) for v in (fixed, moving)]
+    on_grid = resample(images[0], grid, checkpoint=checkpoint).data
+    return on_grid[None, None].to(device), images[1].data[None, None].to(device)
+
+
+def _world_spacing(grid: Grid) -> np.ndarray:
+    """(3,) mm: a grid's spacing along the world's axes."""
+    return np.linalg.norm(grid.direction * grid.spacing, axis=1)
+
+
+def _check_size(grid: Grid) -> None:
+    """Refuse a grid beyond any machine's memory."""
+    if math.prod(grid.shape) > MAX_WORKING_VOXELS:
+        raise MorphSeekError(
+            f"The fixed image would need a working grid of {' x '.join(map(str, grid.shape))} voxels; crop it to "
+            "the region of interest, or choose a model with a coarser working grid."
+        )
 
 
 @contextmanager
