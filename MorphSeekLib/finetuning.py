@@ -54,6 +54,7 @@ from .training import (
 )
 
 SILENT_GROUPS = 50
+UPDATES = ("step", "iteration")
 FIELD_POLICY = PolicyGradientSettings(
     weight=20.0, place="field", sigma=0.5, credit="local", scale="none", s="1", antithetic=True, advance="mean"
 )
@@ -72,6 +73,7 @@ class FinetuneRun(WarmupSettings):
         augmentation: strength of the random deformations and contrasts of training images; see
             :func:`MorphSeekLib.datasets.augment`.
         kl_target: the KL to N(0, I) (mean over dimensions) that beta is steered to; None keeps ``loss.kl``.
+        update: when the weights move: after each refinement "step", or once an "iteration", by all of them.
     """
 
     iterations: int = 800
@@ -84,11 +86,16 @@ class FinetuneRun(WarmupSettings):
     folding_limit: float = 0.3
     augmentation: float = 0.0
     kl_target: float | None = None
+    update: str = "step"
+
+    def __post_init__(self) -> None:
+        if self.update not in UPDATES:
+            raise ValueError(f"update is '{self.update}'; it must be one of {', '.join(UPDATES)}")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A whole settings file. The defaults are the form that did best in Testing/benchmarks/results/gain.md.
+    """A whole settings file. The defaults are the form that did best in Testing/benchmarks/results (gain, main-table).
 
     Attributes:
         title, licence: for the card.
@@ -272,28 +279,35 @@ def _iterate(
     world: World,
     device: torch.device,
 ) -> dict[str, float]:
-    """One optimiser step over all refinement steps of this iteration's pairs, on all processes."""
+    """All refinement steps of this iteration's pairs, on all processes, and the optimiser steps that they make."""
     run, policy = config.training, config.policy
     rate = set_learning_rate(optimizer, run, iteration)
-    optimizer.zero_grad(set_to_none=True)
     kl_weight = memory.setdefault("kl_weight", config.loss.kl)
-    figures: list[dict[str, Tensor]] = []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    begun = []
     for index, pair in enumerate(pairs):
         seed = (iteration * run.pairs + world.rank + index * world.size) ^ 0x5EED
-        generator = generator_for(run.seed + 1, seed)
-        state, batch = prepare(pair, config, device)
-        for _ in range(run.steps):
-            figures.append(_step(model, state, batch, config, kl_weight, run.steps * run.pairs, generator))
-            state = state.moved(figures[-1].pop("total"))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    world.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.gradient_clip)
+        begun.append((*prepare(pair, config, device), generator_for(run.seed + 1, seed)))
+    figures: list[dict[str, Tensor]] = []
+    norms: list[Tensor] = []
+    optimizer.zero_grad(set_to_none=True)
+    together = run.steps if run.update == "iteration" else 1
+    for step in range(1, run.steps + 1):
+        for index, (state, batch, generator) in enumerate(begun):
+            found = _step(model, state, batch, config, kl_weight, together * run.pairs, generator)
+            begun[index] = (state.moved(found.pop("total")), batch, generator)
+            figures.append(found)
+        if step % together == 0:
+            world.sum_gradients(parameters)
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, run.gradient_clip))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     names = sorted(figures[0])
     means = torch.stack([torch.stack([f[name].float() for f in figures]).mean() for name in names])
-    values = torch.cat([world.mean(means), norm.view(1).float()]).cpu().tolist()  # one transfer for all figures
+    norm = torch.stack(norms).mean().view(1).float()
+    values = torch.cat([world.mean(means), norm]).cpu().tolist()  # one transfer for all figures
     metrics = dict(zip([*names, "gradient_norm"], values, strict=True))
     check_finite([metrics["loss"], metrics["gradient_norm"]], iteration)
-    optimizer.step()
     if run.kl_target is not None:
         memory["kl_weight"] = next_kl_weight(kl_weight, metrics["kl"], run.kl_target)
     if policy.weight > 0:

@@ -60,6 +60,7 @@ BASE: Settings = {
     "policy.weight": 0.0,
     "training.learning_rate": 3e-4,
     "training.steps": 3,
+    "training.update": "iteration",
 }
 PAPER: Settings = {"policy.weight": 0.05}
 FIELD: Settings = {

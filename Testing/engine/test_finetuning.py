@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from cases import write_dataset
+from safetensors import safe_open
 
 from MorphSeekLib import checkpoint
 from MorphSeekLib.datasets import PairLoader, load_dataset
 from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.finetuning import FinetuneConfig, FinetuneRun, finetune, score
+from MorphSeekLib.finetuning import UPDATES, FinetuneConfig, FinetuneRun, finetune, score
 from MorphSeekLib.grpo import PolicyGradientSettings
 from MorphSeekLib.images import read_labels
 from MorphSeekLib.policy import ModelSettings, PolicySettings
@@ -99,6 +100,29 @@ def test_a_cancelled_run_resumes_to_the_same_weights(dataset, init, tmp_path):
     same(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
     lines = [(tmp_path / f"{name}.safetensors.jsonl").read_text() for name in ("whole", "cut")]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(("update", "updates"), [("step", 6), ("iteration", 3)])
+def test_weights_move_after_each_step_or_once_an_iteration(dataset, init, tmp_path, update, updates):
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, update=update))
+    seen = []
+    with pytest.raises(Cancelled):
+        finetune(
+            dataset, config, init, tmp_path / "m.safetensors", on_event=seen.append, cancelled=lambda: len(seen) > 3
+        )
+    with safe_open(tmp_path / "m.safetensors.state", framework="pt") as state:
+        assert state.metadata()["done"] == "3"
+        counts = {int(state.get_tensor(name)) for name in state.keys() if name.startswith("adam.step.")}  # noqa: SIM118
+    assert counts == {updates}
+
+
+def test_with_one_step_both_updates_are_one(dataset, init, tmp_path):
+    for update in UPDATES:
+        run = dataclasses.replace(CONFIG.training, update=update, steps=1, iterations=2)
+        finetune(dataset, dataclasses.replace(CONFIG, training=run), init, tmp_path / f"{update}.safetensors")
+    same(*(tmp_path / f"{update}.safetensors" for update in UPDATES))
+    with pytest.raises(ValueError, match="update is 'epoch'; it must be one of step, iteration"):
+        FinetuneRun(update="epoch")
 
 
 def test_the_last_weights_are_not_kept_when_earlier_ones_were_better(dataset, init, tmp_path):
