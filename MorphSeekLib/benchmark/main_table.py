@@ -96,7 +96,7 @@ class Arm:
         baseline: the arm of the same network that it is compared with; "" for none.
         minutes: of training.
         warmup, finetune, spac: the training's settings, one of them; the task's and the network's come over them.
-        refine: iterations of test-time refinement on the start's model; nothing is trained.
+        refinement: of every pair, by the start's model; nothing is trained. The task says by which similarity.
         checkpoint: a bundled model or a .safetensors file to take as it is; nothing is trained.
     """
 
@@ -107,16 +107,16 @@ class Arm:
     warmup: TrainingConfig | None = None
     finetune: FinetuneConfig | None = None
     spac: SACConfig | None = None
-    refine: int = 0
+    refinement: RefinementSettings | None = None
     checkpoint: str = ""
 
     def __post_init__(self) -> None:
         trains = sum(config is not None for config in (self.warmup, self.finetune, self.spac))
-        if trains + (self.refine > 0) + (self.checkpoint != "") != 1:
-            raise ValueError("an arm needs one of warmup, finetune, spac, refine and checkpoint")
+        if trains + (self.refinement is not None) + (self.checkpoint != "") != 1:
+            raise ValueError("an arm needs one of warmup, finetune, spac, refinement and checkpoint")
         if (self.minutes > 0) != (trains > 0):
             raise ValueError("an arm that trains needs minutes, another must have none")
-        if self.refine and not self.start:
+        if self.refinement is not None and not self.start:
             raise ValueError("an arm that refines needs a start")
 
 
@@ -303,15 +303,14 @@ def dataset_of(task: Task, data: Path) -> Dataset:
 def settings_of(settings: MainTableSettings, run: Run) -> dict[str, Any]:
     """All settings that a run's result depends on."""
     found: dict[str, Any] = {
-        "task": _without(to_dict(settings.tasks[run.task]), "title"),
+        "task": _plain(settings.tasks[run.task]),
         "seed": settings.seed,
         "threads": settings.threads,
         "pairs": settings.pairs,
     }
     if run.method in settings.networks:
-        arm = _without(to_dict(settings.arms[run.arm]), "title", "baseline")
-        found["arm"] = {name: value for name, value in arm.items() if value}
-        found["model"] = to_dict(settings.networks[run.method].model)
+        found["arm"] = _plain(settings.arms[run.arm])
+        found["model"] = _plain(settings.networks[run.method].model)
     return found | ({"start": settings_of(settings, run.start)} if run.start else {})
 
 
@@ -357,7 +356,9 @@ def _do(
             model = load_model(path, str(device))
             how = {
                 "align": task.preprocessing.align,
-                "refinement": RefinementSettings(settings.arms[run.arm].refine, similarity=task.similarity),
+                "refinement": dataclasses.replace(
+                    settings.arms[run.arm].refinement or RefinementSettings(), similarity=task.similarity
+                ),
             }
 
             def method(fixed: Volume, moving: Volume) -> Transform:
@@ -417,7 +418,7 @@ def _model(
 ) -> tuple[Path, dict[str, Any]]:
     """The run's checkpoint, trained if it is not there, and what there is to say of its training."""
     arm = settings.arms[run.arm]
-    if arm.refine:
+    if arm.refinement is not None:
         return _model(settings, run.start, dataset, out, device, on_event, cancelled)
     if arm.checkpoint:
         path = find(arm.checkpoint)
@@ -481,6 +482,12 @@ def _config(settings: MainTableSettings, run: Run, dataset: Dataset) -> Config:
     return override(config, "training", **common)
 
 
+def _plain(part: Task | Arm | ModelSettings) -> dict[str, Any]:
+    """What of a part of the settings a result depends on."""
+    values = {name: value for name, value in to_dict(part).items() if name not in ("title", "baseline")}
+    return {name: value for name, value in values.items() if value} if isinstance(part, Arm) else values
+
+
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     """Refuse a folder of other settings."""
     if found != wanted:
@@ -489,7 +496,3 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> 
             f"{folder} holds a run of other settings ({', '.join(differ) or 'more of them'}); give another --out, or "
             "move this folder away."
         )
-
-
-def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in names}

@@ -74,7 +74,12 @@ BLOBS = {
             "minutes": 0.02,
             "finetune": {"policy": {"trajectories": 2}, "training": {"steps": 2}},
         },
-        "refined": {"title": "+ policy, refined", "start": "better", "baseline": "soft", "refine": 2},
+        "refined": {
+            "title": "+ policy, refined",
+            "start": "better",
+            "baseline": "soft",
+            "refinement": {"iterations": 2},
+        },
         "spac": {
             "title": "actor-critic",
             "minutes": 0.03,
@@ -159,7 +164,7 @@ def test_what_matches_nothing_is_named():
         ("arms.soft.minutes", 0.0, "an arm that trains needs minutes"),
         ("arms.refined.minutes", 1.0, "another must have none"),
         ("arms.refined.start", "", "an arm that refines needs a start"),
-        ("arms.soft.refine", 3, "one of warmup, finetune, spac, refine"),
+        ("arms.soft.refinement", {"iterations": 3}, "one of warmup, finetune, spac, refinement"),
         ("arms.soft.finetune.training.steps", "three", "steps must be of type int"),
         ("networks.vxm.arms", ["warm", "cold"], "networks.vxm.arms names 'cold'"),
         ("classical", ["greedy", "demons"], "classical names 'demons'; there are: none, affine, greedy"),
