@@ -161,8 +161,8 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
         Args:
             fixedNode, movingNode: scalar volume nodes.
             options: as for :func:`MorphSeekGui.registration.register`: model, steps, align, device,
-                initial_transform_node, fixed_labels_node, moving_labels_node, inverse, stop_early, state, into,
-                on_progress, cancelled.
+                initial_transform_node, fixed_labels_node, moving_labels_node, inverse, stop_early, refinement, state,
+                into, on_progress, cancelled.
 
         Raises:
             InputError, EngineError: one sentence that says what is wrong; no node was made.

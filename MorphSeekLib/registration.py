@@ -164,7 +164,8 @@ def register(
         state: of an earlier call with the same images and model; ``steps`` more are taken from there, and ``align`` and
             ``initial`` are not looked at.
         on_event: told of every phase.
-        on_step: given each step's number and the moving image at full resolution after it, from 0 (aligned) on.
+        on_step: given each step's number and the moving image at full resolution after it, from 0 (aligned) on; the
+            last one again after a refinement.
         cancelled: asked often; True ends the job.
 
     Raises:
@@ -229,7 +230,10 @@ def register(
 
     with clock("resample"), memory_advice(device):
         on_event(Event("resample", 0.72, "Warping the moving image at full resolution"))
-        warped = warp(transform) if warped is None or refined else warped
+        if warped is None or refined:
+            warped = warp(transform)
+        if refined and on_step is not None:
+            on_step(len(step_figures) - 1, warped)
         aligned = warp(start) if aligned is None else aligned
         warped_labels = None
         if moving_labels is not None:
@@ -308,7 +312,7 @@ def _refine(
     """
     preprocessing, device = model.card.preprocessing, model.device
     fits = refinement.iterations + refinement.fine_iterations
-    done = 0.55 if fits else 0.7  # the progress bar's share at the end of the steps
+    done = 0.35 if fits else 0.7  # the progress bar's share at the end of the steps
     figures: list[dict[str, float]] = [] if state is None else list(state.figures)
     taken = max(0, len(figures) - 1)
     base = None if state is None else state.total.to(device)

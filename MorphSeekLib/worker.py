@@ -10,6 +10,7 @@ Slicer; whatever the libraries print goes to stderr, so that stdout holds the pr
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -119,9 +120,11 @@ class Worker:
         refinement = from_dict(RefinementSettings, _get(params, "refinement", dict, {}), "refinement")
         state = _state(_get(params, "state", dict, None))
 
+        pictures = itertools.count()  # a fitted step comes twice, and the client may still read the first
+
         def on_step(step: int, warped: Volume) -> None:
             # its own notification: the picture comes as soon as it can be shown
-            shown = {"step": step, "warped": _reference(warped, output / f"step-{step}.npy")}
+            shown = {"step": step, "warped": _reference(warped, output / f"picture-{next(pictures)}.npy")}
             self._send({"method": "progress", "params": {"id": number, "phase": "picture", **shown}})
 
         read = time.perf_counter()

@@ -35,6 +35,40 @@ class Alignment(enum.Enum):
         }[self]
 
 
+class Fit(enum.Enum):
+    """Whether this pair is fitted without labels after the network, and how finely."""
+
+    NO = "no"
+    MODEL_GRID = "model"
+    IMAGE_GRID = "image"
+
+    def label(self) -> str:
+        """The text in the list."""
+        return {
+            Fit.NO: _("No"),
+            Fit.MODEL_GRID: _("On the model's grid"),
+            Fit.IMAGE_GRID: _("On the image's grid, too"),
+        }[self]
+
+    def refinement(self, by: FitBy) -> dict | None:
+        """The engine's refinement settings; the iterations are those of Testing/benchmarks/results/main-table."""
+        if self is Fit.NO:
+            return None
+        fine = {"fine_iterations": 20} if self is Fit.IMAGE_GRID else {}
+        return {"iterations": 60, "similarity": by.value, **fine}
+
+
+class FitBy(enum.Enum):
+    """What fitting compares; values as the engine names them."""
+
+    LNCC = "lncc"
+    MIND = "mind"
+
+    def label(self) -> str:
+        """The text in the list."""
+        return {FitBy.LNCC: _("one modality"), FitBy.MIND: _("two modalities")}[self]
+
+
 @parameterNodeWrapper
 class MorphSeekParameterNode:
     """Nodes are None until chosen; an output that is None becomes a new node.
@@ -52,6 +86,8 @@ class MorphSeekParameterNode:
     model: str = DEFAULT
     steps: Annotated[int, WithinRange(1, 8)] = 2
     stopEarly: bool = True
+    fit: Fit = Fit.NO
+    fitBy: FitBy = FitBy.LNCC
     device: str = "auto"
     outputVolume: slicer.vtkMRMLScalarVolumeNode
     outputTransform: slicer.vtkMRMLTransformNode

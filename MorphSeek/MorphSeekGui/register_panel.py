@@ -195,6 +195,7 @@ class RegisterPanel(VTKObservationMixin):
                 moving_labels_node=p.movingLabels,
                 inverse=p.inverse,
                 stop_early=stop_early,
+                refinement=p.fit.refinement(p.fitBy),
                 show_steps=p.showSteps,
                 state=state,
                 into=into,

@@ -137,6 +137,7 @@ def prepare(
     moving_labels_node=None,
     inverse: bool = False,
     stop_early: bool = False,
+    refinement: dict | None = None,
     show_steps: bool = False,
     state: dict | None = None,
     into: dict | None = None,
@@ -187,6 +188,7 @@ def prepare(
             "initial": initial,
             "inverse": inverse,
             "stop_early": stop_early,
+            "refinement": refinement or {},
             "show_steps": show_steps,
             "state": None if state is None else _write_state(state, path),
             "output": str(path / "out"),
@@ -211,6 +213,7 @@ def register(
     moving_labels_node=None,
     inverse: bool = False,
     stop_early: bool = False,
+    refinement: dict | None = None,
     state: dict | None = None,
     into: dict | None = None,
     client: EngineClient | None = None,
@@ -231,6 +234,9 @@ def register(
             name); with both, the report tells Dice before and after; the moving ones are warped too.
         inverse: also compute the inverse transform.
         stop_early: stop at a step that no longer brings the images closer.
+        refinement: fits this pair without labels after the steps, which is slower and more exact: "iterations" on the
+            model's grid, "fine_iterations" on the image's own, "similarity" ("lncc", or "mind" for two modalities) and
+            the engine's other RefinementSettings; None for none.
         state: of an earlier result with the same volumes and model: ``steps`` more are taken from there.
         into: nodes that take the results instead of new ones, by their name in :class:`scene.RegistrationNodes`.
         client: the engine to use; None uses the application's own, which stays alive for the next registration.
@@ -253,6 +259,7 @@ def register(
         moving_labels_node=moving_labels_node,
         inverse=inverse,
         stop_early=stop_early,
+        refinement=refinement,
         state=state,
         into=into,
     )

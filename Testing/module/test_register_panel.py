@@ -134,6 +134,29 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert ui.moreButton.enabled is False, "from other inputs there is no further step"
 
 
+def test_a_fitted_pair_shows_what_was_fitted(stand_in, panel, ui, pair):
+    results, seen = [], []
+    panel.on_result.append(results.append)
+    picture = panel._picture
+    panel._picture = lambda step, image: (picture(step, image), seen.append(step))
+    assert ui.fitSelector.currentText == "No"
+    ui.fitSelector.currentText = "On the image's grid, too"
+    ui.fitBySelector.currentText = "two modalities"
+    ui.stopEarlyCheckBox.checked = False
+    ui.stepsSpinBox.value = 1
+    ui.registerButton.click()
+    run(stand_in, panel)
+    assert seen == [0, 1, 1], "the last step once more, fitted"
+    [nodes] = results
+    refinement = nodes.report["refinement"]
+    asked = {name: refinement["settings"][name] for name in ("iterations", "fine_iterations", "similarity")}
+    assert asked == {"iterations": 60, "fine_iterations": 20, "similarity": "mind"}
+    assert np.prod(refinement["fine"]["shape"]) > np.prod(nodes.report["working_grid"]["shape"])
+    assert panel._steps.count == 2
+    shown = slicer.util.arrayFromVolume(panel._steps.volume)
+    assert np.array_equal(shown, slicer.util.arrayFromVolume(nodes.warped))
+
+
 def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair):
     stand_in.open_views((120, 120))
     ui.fixedSelector.setCurrentNode(worlds.add_volume("large", large(pair.world.fixed)))
