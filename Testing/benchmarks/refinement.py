@@ -1,11 +1,11 @@
 """Test-time refinement without labels, beside best-of-J sampling and greedy: Dice, folding and seconds, in one run.
 
-    python Testing/benchmarks/refinement.py DATASET.json CHECKPOINT [--split registration_test] [--refine 0 50 100]
+    python Testing/benchmarks/refinement.py DATASET.json CHECKPOINT [--split registration_test] [--refine 0 30 60+20]
         [--best-of 16] [--out FILE]
 
 Every method gets the same pairs and the same threads. MorphSeek: the whole of ``register`` without inverse and labels
 (alignment, network, refinement, warp at full resolution, Jacobian). greedy: affine from the image centres, then
-deformable, both NCC radius 2, 100x50x10, then the warped image. Best of J: the label-free objective picks among J
+deformable, both NCC radius 2, 100x50x10, then the warped image. "60+20" is ``--refine 60 --refine-fine 20``. Best of J: the label-free objective picks among J
 samples of the last step's latent. Dice is the mean over labels, nearest-neighbour warped; NJD the share of voxels of
 the fixed grid with a Jacobian determinant <= 0 (the whole transform for both); times are medians over the pairs.
 """
@@ -46,10 +46,12 @@ def figures(warped_labels: torch.Tensor, jacobian: torch.Tensor, labels: list[Vo
     }
 
 
-def run_morphseek(images: list[Volume], labels: list[Volume], model: LoadedModel, iterations: int) -> dict:
-    """``register --refine iterations``."""
+def run_morphseek(images: list[Volume], labels: list[Volume], model: LoadedModel, refine: str) -> dict:
+    """``register --refine K --refine-fine F``, of "K" or "K+F"."""
+    iterations, _, fine = refine.partition("+")
+    settings = RefinementSettings(iterations=int(iterations), fine_iterations=int(fine or 0))
     begin = time.perf_counter()
-    result = register(*images, model, inverse=False, refinement=RefinementSettings(iterations=iterations))
+    result = register(*images, model, inverse=False, refinement=settings)
     seconds = time.perf_counter() - begin
     warped = resample(labels[1], images[0].grid, result.transform, mode="nearest")
     return figures(warped.data, result.jacobian.data, labels, seconds)
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--split", default="registration_test")
     parser.add_argument("--pairs", type=int, help="only the first so many")
-    parser.add_argument("--refine", type=int, nargs="+", default=[0, 50, 100])
+    parser.add_argument("--refine", nargs="+", default=["0", "30", "60+20"])
     parser.add_argument("--best-of", type=int, default=16)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
@@ -109,9 +111,9 @@ def main() -> None:
     for pair in dataset.split(options.split)[: options.pairs]:
         images = [read_image(case.image) for case in (pair.fixed, pair.moving)]
         labels = [read_labels(case.label) for case in (pair.fixed, pair.moving)]
-        for iterations in options.refine:
-            row = run_morphseek(images, labels, model, iterations)
-            rows.setdefault(f"MorphSeek, refine {iterations}", []).append(row)
+        for refine_by in options.refine:
+            row = run_morphseek(images, labels, model, refine_by)
+            rows.setdefault(f"MorphSeek, refine {refine_by}", []).append(row)
         rows.setdefault(f"MorphSeek, best of {options.best_of}", []).append(
             run_best_of(pair, loader, model, options.best_of)
         )
