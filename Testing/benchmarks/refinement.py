@@ -4,10 +4,11 @@
         [--best-of 16] [--out FILE]
 
 Every method gets the same pairs and the same threads. MorphSeek: the whole of ``register`` without inverse and labels
-(alignment, network, refinement, warp at full resolution, Jacobian). greedy: affine from the image centres, then
-deformable, both NCC radius 2, 100x50x10, then the warped image. "60+20" is ``--refine 60 --refine-fine 20``. Best of J: the label-free objective picks among J
-samples of the last step's latent. Dice is the mean over labels, nearest-neighbour warped; NJD the share of voxels of
-the fixed grid with a Jacobian determinant <= 0 (the whole transform for both); times are medians over the pairs.
+(alignment, network, refinement, warp at full resolution, Jacobian); "60+20" is ``--refine 60 --refine-fine 20``.
+greedy: affine from the image centres, then deformable, both NCC radius 2, 100x50x10, then the warped image. Best of J:
+the label-free objective picks among J samples of the last step's latent. Dice is the mean over labels,
+nearest-neighbour warped; NJD the share of voxels of the fixed grid with a Jacobian determinant <= 0 (the whole
+transform for both); times are medians over the pairs.
 """
 
 from __future__ import annotations
