@@ -356,8 +356,14 @@ def _step(
     total = step.total.detach()
     if policy.weight > 0:
         group = sample_and_score(model, step.latent, step.field, step.total, state, policy, config.reward, generator)
-        gain = policy_loss(policy_at(step.latent, step.field, policy), group, policy)
-        loss = loss + policy.weight * gain
+        if policy.place == "field":
+            field = step.field.detach().requires_grad_()
+            gain = policy_loss(policy_at(step.latent, field, policy), group, policy)
+            (push,) = torch.autograd.grad(policy.weight / parts * gain, field)
+            step.field.register_hook(lambda pull: pull + _limited(push, pull, policy.share, terms))
+        else:
+            gain = policy_loss(policy_at(step.latent, step.field, policy), group, policy)
+            loss = loss + policy.weight * gain
         terms |= _group_figures(group, advantages(group, policy), step.latent.log_sigma) | {
             "policy_loss": gain.detach()
         }
@@ -365,6 +371,13 @@ def _step(
             total = group.best
     (loss / parts).backward()
     return terms | {"loss": loss.detach(), "total": total}
+
+
+def _limited(push: Tensor, pull: Tensor, share: float, terms: dict[str, Tensor]) -> Tensor:
+    """The policy's gradient at the field, no longer than ``share`` times the losses' own; how long it was, in terms."""
+    ratio = push.norm() / pull.norm().clamp(min=1e-20)
+    terms["policy_share"] = ratio
+    return push * (share / ratio.clamp(min=1e-20)).clamp(max=1.0)
 
 
 def _group_figures(group: Group, advantage: list[Tensor], log_sigma: Tensor) -> dict[str, Tensor]:

@@ -41,6 +41,8 @@ class PolicyGradientSettings:
     Attributes:
         trajectories: J.
         weight: lambda_policy, of L_policy.
+        share: "field": the policy's gradient at the field is made no longer than so many times that of the losses, so
+            that one weight serves networks whose fields answer to their weights more or less.
         tau: temperature of the samples, above 0.
         place: "latent" (the paper) or "field" (control points of the decoder's field, displacement or velocity).
         levels: "latent": the features that the policy acts on, counted from the coarsest: 0 the paper's top feature,
@@ -66,6 +68,7 @@ class PolicyGradientSettings:
 
     trajectories: int = 6
     weight: float = 1.0
+    share: float = 1.0
     tau: float = 1.0
     place: str = "latent"
     levels: tuple[int, ...] = (0,)
@@ -91,8 +94,8 @@ class PolicyGradientSettings:
             raise ValueError("trajectories must be at least 2: a group of one has nothing to compare with")
         if self.antithetic and self.trajectories % 2:
             raise ValueError("antithetic noise needs an even number of trajectories")
-        if self.tau <= 0 or self.sigma <= 0:
-            raise ValueError("tau and sigma must be above 0")
+        if min(self.tau, self.sigma, self.share) <= 0:
+            raise ValueError("tau, sigma and share must be above 0")
         if min(self.cell, self.chunk, self.smooth) < 1:
             raise ValueError("cell, chunk and smooth must be at least 1")
         if not self.levels or min(self.levels) < 0 or len(set(self.levels)) < len(self.levels) or self.reach < 0:

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -65,6 +66,7 @@ BASE: Settings = {
 PAPER: Settings = {"policy.weight": 0.05}
 FIELD: Settings = {
     **{f"policy.{name}": value for name, value in dataclasses.asdict(FIELD_POLICY).items()},
+    "policy.share": math.inf,
     "reward.weights": {"dice": 1.0, "folding": 20.0},
 }
 # the strength of regularisation

@@ -116,6 +116,31 @@ def test_weights_move_after_each_step_or_once_an_iteration(dataset, init, tmp_pa
     assert counts == {updates}
 
 
+def test_the_policys_gradient_keeps_to_its_share(dataset, init, tmp_path):
+    """With a vanishing share the policy teaches nothing, with a large one it does; its length is in the curves."""
+    policy = dataclasses.replace(CONFIG.policy, place="field", credit="local", advance="mean", weight=20.0)
+    arms = {
+        "none": dataclasses.replace(policy, weight=0.0),
+        "silent": dataclasses.replace(policy, share=1e-6),
+        "heard": dataclasses.replace(policy, share=1e6),
+    }
+    run = dataclasses.replace(CONFIG.training, kl_target=None, iterations=2)
+    found = {}
+    for name, value in arms.items():
+        config = dataclasses.replace(CONFIG, policy=value, training=run)
+        finetune(dataset, config, init, tmp_path / f"{name}.safetensors")
+        found[name] = weights(tmp_path / f"{name}.safetensors")
+
+    def apart(name):
+        return max(float((found[name][k].float() - v.float()).abs().max()) for k, v in found["none"].items())
+
+    assert apart("silent") < 0.1 * apart("heard")
+    rows = [json.loads(line) for line in (tmp_path / "silent.safetensors.jsonl").read_text().splitlines()]
+    assert all(row["policy_share"] > 1e-6 for row in rows)
+    with pytest.raises(ValueError, match="tau, sigma and share must be above 0"):
+        dataclasses.replace(policy, share=0.0)
+
+
 def test_with_one_step_both_updates_are_one(dataset, init, tmp_path):
     for update in UPDATES:
         run = dataclasses.replace(CONFIG.training, update=update, steps=1, iterations=2)
