@@ -17,6 +17,7 @@ from slicer.util import VTKObservationMixin
 
 from . import dependencies, models
 from .engine_client import EngineCancelled, EngineError
+from .parameters import Fit
 from .registration import Run, prepare
 from .scene import Image, InputError, RegistrationNodes, _
 from .steps import Steps
@@ -302,6 +303,7 @@ class RegisterPanel(VTKObservationMixin):
             reason = model.problem if model is not None else _("Choose a model.")
         else:
             reason = ""
+        ui.fitBySelector.enabled = p is not None and p.fit is not Fit.NO
         ui.registerButton.enabled = not reason and not running and not self._installing
         ui.registerButton.toolTip = reason or _("Register the moving volume to the fixed one.")
         more = self._last is not None and self._last[1].state is not None and not running

@@ -140,7 +140,9 @@ def test_a_fitted_pair_shows_what_was_fitted(stand_in, panel, ui, pair):
     picture = panel._picture
     panel._picture = lambda step, image: (picture(step, image), seen.append(step))
     assert ui.fitSelector.currentText == "No"
+    assert ui.fitBySelector.enabled is False
     ui.fitSelector.currentText = "On the image's grid, too"
+    assert ui.fitBySelector.enabled is True
     ui.fitBySelector.currentText = "two modalities"
     ui.stopEarlyCheckBox.checked = False
     ui.stepsSpinBox.value = 1
@@ -223,6 +225,10 @@ def test_closing_the_scene_in_the_middle(stand_in, panel, ui, pair):
 
 
 def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, panel, ui, pair):
+    # long enough that a busy machine does not hear of the first step and of the end at once
+    ui.fixedSelector.setCurrentNode(worlds.add_volume("large", large(pair.world.fixed)))
+    ui.stepsSpinBox.value = 8
+    ui.stopEarlyCheckBox.checked = False
     ui.registerButton.click()
     stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 1)
     process = panel.logic.client()._process
