@@ -226,7 +226,8 @@ def test_closing_the_scene_in_the_middle(stand_in, panel, ui, pair):
 
 def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, panel, ui, pair):
     # long enough that a busy machine does not hear of the first step and of the end at once
-    ui.fixedSelector.setCurrentNode(worlds.add_volume("large", large(pair.world.fixed)))
+    fixed = worlds.add_volume("large", large(pair.world.fixed))
+    ui.fixedSelector.setCurrentNode(fixed)
     ui.stepsSpinBox.value = 8
     ui.stopEarlyCheckBox.checked = False
     ui.registerButton.click()
@@ -237,7 +238,7 @@ def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, pa
     again = slicer.modules.MorphSeekWidget.panels["register"]
     assert again is not panel
     assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 0
-    assert again.ui.fixedSelector.currentNode() is pair.fixed, "what was chosen is kept in the scene"
+    assert again.ui.fixedSelector.currentNode() is fixed, "what was chosen is kept in the scene"
     assert again.ui.registerButton.enabled is True
 
 
