@@ -196,6 +196,15 @@ def test_register_refines_on_the_images_own_grid(pair, tmp_path, similarity):
     assert len(further.report["steps"]) == len(result.report["steps"]) + 1
 
 
+def test_the_fine_grid_alone(pair, tmp_path):
+    model = random_model(tmp_path / "random.safetensors")
+    settings = RefinementSettings(fine_iterations=3)
+    report = register(*pair, model, inverse=False, refinement=settings).report["refinement"]
+    assert report["objective"] == {}
+    assert len(report["fine"]["objective"]["curve"]) == 4
+    assert report["refined"]["similarity"] > report["network"]["similarity"]
+
+
 def test_the_fine_grid_finds_what_the_working_grid_cannot(pair, tmp_path):
     """On a working grid of 6 mm the images (2 mm) are registered worse than on their own."""
     model = random_model(tmp_path / "random.safetensors", spacing=(6.0,) * 3)
