@@ -403,8 +403,11 @@ def draw(fixed: Volume, moving: Volume, found: Registration, folder: Path, name:
     """Pictures of a registration for the eye: overlays, deformation grid, folds. They show the scans."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = RegistrationPictures(fixed, found.aligned, found.warped, found.jacobian, found.transform)
+    name = name.replace("/", "_")
+    for stale in folder.glob(f"{name}_[0-9].png"):  # a run done anew may have fewer: no sheet of folds without folds
+        stale.unlink()
     for number, sheet in enumerate(draw_sheets(pictures), start=1):
-        (folder / f"{name.replace('/', '_')}_{number}.png").write_bytes(sheet.png)
+        (folder / f"{name}_{number}.png").write_bytes(sheet.png)
 
 
 def _model(

@@ -220,6 +220,21 @@ def test_the_minutes_are_kept(whole):
     assert 0.2 * 60 * 0.02 < training["cpu_seconds"] < 5 * 60 * 0.02
 
 
+def test_pictures_are_of_the_last_run(whole, data):
+    """Every network's run has some; those that an earlier run left, of folds that are gone, go."""
+    out, _ = whole
+    names = {path.name.rsplit("_", 1)[0] for path in (out / "pictures").iterdir()}
+    assert names == {name.replace("/", "_") for name in NAMES if "/classical/" not in name}
+    stale, other = (out / "pictures" / f"blobs_vxm_{name}_9.png" for name in ("soft", "soft_too"))
+    for path in (stale, other):
+        path.write_bytes(b"")
+    (out / "runs/blobs/vxm/soft/result.json").unlink()
+    main_table(blobs(), data, out, only="*/vxm/soft", device="cpu")
+    assert not stale.exists()
+    assert other.exists()
+    assert (out / "pictures/blobs_vxm_soft_1.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_refining_trains_nothing(whole):
     out, _ = whole
     assert {p.name for p in (out / "runs/blobs/vxm/refined").iterdir()} == {"lock", "result.json"}
