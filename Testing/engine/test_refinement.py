@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import blob_grid, blob_image, blob_labels
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_registration import random_model
 from typer.testing import CliRunner
@@ -108,6 +108,19 @@ def test_unfolds_where_it_folds_and_nowhere_else():
     assert float(moved.max()) < 1.5
     assert torch.equal(unfold(found, 200), found)
     assert torch.equal(unfold(folded, 0), folded)
+
+
+@settings(max_examples=20, deadline=None)
+@given(strength=st.floats(0.5, 40.0), seed=st.integers(0, 1000), iterations=st.integers(1, 60))
+def test_unfolding_never_makes_it_worse(strength, seed, iterations):
+    """Even of a field that is half folds."""
+    coarse = strength * torch.randn(1, 3, 5, 5, 5, generator=torch.Generator().manual_seed(seed))
+    field = torch.nn.functional.interpolate(coarse, size=(16, 16, 16), mode="trilinear", align_corners=True)
+    found = unfold(field, iterations)
+    assert bool(torch.isfinite(found).all())
+    before, after = ((fields.jacobian_determinant(u) <= 0).sum() for u in (field, found))
+    assert after <= before
+    assert float((found - field).norm(dim=1).max()) <= 0.2501 * iterations
 
 
 @given(
