@@ -11,6 +11,8 @@ from torch import Tensor
 from .geometry import Grid, covering_grid
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
+FINE_VOXELS = 16_000_000
+"""Refinement takes about 400 bytes of memory a voxel."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,23 @@ def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) ->
 
 
 def fine_grid(fixed: Grid, working: Grid) -> Grid:
-    """The fixed image's own grid; along axes where it is more than twice as fine as the working grid, half of that.
+    """The fixed image's own grid, but no more than twice as fine as the working grid and of FINE_VOXELS at most.
 
     Args:
         fixed, working: the fixed image's grid, and the network's that covers it.
 
     Returns:
-        a grid along the fixed image's axes that covers its voxels' centres.
+        a grid along the fixed image's axes that covers its voxels' centres; an image that has more than FINE_VOXELS on
+        the working grid already keeps that one's spacing.
     """
-    half = np.linalg.norm(fixed.direction.T @ working.direction * working.spacing, axis=1) / 2
+    coarsest = np.linalg.norm(fixed.direction.T @ working.direction * working.spacing, axis=1)  # along fixed's axes
+    least = coarsest / 2
+    length = fixed.spacing * np.maximum(np.array(fixed.shape) - 1, 1)  # between the first and the last centre
+    crowd = np.prod(length / np.maximum(fixed.spacing, least)) / FINE_VOXELS
+    if crowd > 1:
+        least = np.minimum(np.maximum(fixed.spacing, least) * crowd ** (1 / 3), coarsest)
     shape = np.maximum(fixed.shape, 2)  # a fold or a slope needs two voxels
-    length = fixed.spacing * (shape - 1)  # between the first and the last centre
-    too_fine = fixed.spacing < half
-    shape = np.where(too_fine, np.ceil(length / half - 1e-6).astype(int) + 1, shape)
+    shape = np.where(fixed.spacing < least, np.ceil(length / least - 1e-6).astype(int) + 1, shape)
     return Grid.from_parts(shape.tolist(), length / (shape - 1), fixed.direction, fixed.origin)
 
 

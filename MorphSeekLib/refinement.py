@@ -35,9 +35,8 @@ class RefinementSettings:
 
     Attributes:
         iterations: K on the network's grid.
-        fine_iterations: then on the fixed image's own grid (or one twice as fine as the network's, where the image is
-            finer still); an iteration there costs as many times more as it has voxels. Without any of both the
-            network's answer stays as it is.
+        fine_iterations: then on the fixed image's own grid (:func:`MorphSeekLib.preprocessing.fine_grid`); an iteration
+            there costs as many times more as it has voxels. Without any of both the network's answer stays as it is.
         latent_share: share of the K iterations spent on z, before the field.
         similarity: "lncc", "mse" or "mind" (for two modalities).
         regularization: lambda_reg, of the diffusion regulariser in voxels.

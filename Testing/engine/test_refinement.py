@@ -19,7 +19,7 @@ from MorphSeekLib.errors import Cancelled
 from MorphSeekLib.geometry import Grid, covering_grid
 from MorphSeekLib.images import write_image
 from MorphSeekLib.policy import ModelSettings, RegistrationModel
-from MorphSeekLib.preprocessing import fine_grid
+from MorphSeekLib.preprocessing import FINE_VOXELS, fine_grid
 from MorphSeekLib.refinement import RefinementSettings, best_of, objective, optimize, unfold
 from MorphSeekLib.registration import register
 
@@ -143,6 +143,17 @@ def test_the_fine_grid_is_the_images_own_or_twice_the_working_grids(shape, spaci
     np.testing.assert_allclose(found.origin, fixed.origin, atol=1e-6)
     if min(shape) > 1:
         np.testing.assert_allclose(found.corners(), fixed.corners(), atol=1e-4)
+
+
+def test_a_huge_image_is_refined_on_a_coarser_grid():
+    fixed = Grid.from_parts((512, 512, 400), (0.8, 0.8, 1.0), np.eye(3), (0.0, 0.0, 0.0))
+    found = fine_grid(fixed, covering_grid(fixed, (2.0,) * 3))
+    assert 0.9 * FINE_VOXELS < np.prod(found.shape) < 1.05 * FINE_VOXELS
+    assert (found.spacing > 1.0).all()
+    assert (found.spacing < 2.0).all()
+    np.testing.assert_allclose(found.corners(), fixed.corners(), atol=1e-6)
+    crowded = fine_grid(fixed, covering_grid(fixed, (1.0,) * 3))
+    np.testing.assert_allclose(crowded.spacing, 1.0, rtol=0.01)
 
 
 def test_best_of_takes_the_lowest(problem):
