@@ -462,6 +462,8 @@ def print_report(report: dict) -> None:
         table.add_row("Inverse, residual mean / 95 %", f"{residual['mean']:.3f} / {residual['p95']:.3f} mm")
     table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
     console.print(table)
+    for warning in report.get("warnings", []):
+        errors.print(warning["message"], style="yellow", markup=False)
 
 
 def _await_end(source: int, ended: threading.Event) -> None:

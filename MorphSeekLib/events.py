@@ -29,6 +29,19 @@ class Event:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Notice:
+    """A warning that goes with a result: into report.json ("warnings"), the report, the command line and the panel.
+
+    Attributes:
+        code: short and stable, for programs, such as "nifti-forms".
+        message: one sentence for a person: what was found, in numbers, and what to do.
+    """
+
+    code: str
+    message: str
+
+
 OnEvent = Callable[[Event], None]
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fields
+from .events import Notice
 
 # letter of an orientation code -> unit vector in LPS
 _DIRECTIONS = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
@@ -98,10 +99,15 @@ class Grid:
 
 @dataclass
 class Volume:
-    """An image: data (i, j, k) tensor on the CPU and the grid it lies on."""
+    """An image: data (i, j, k) tensor on the CPU and the grid it lies on.
+
+    Attributes:
+        notices: what a person should know of how it was read.
+    """
 
     data: Tensor
     grid: Grid
+    notices: tuple[Notice, ...] = ()
 
     def __post_init__(self) -> None:
         if tuple(self.data.shape) != self.grid.shape:

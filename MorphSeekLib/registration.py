@@ -25,7 +25,7 @@ from .alignment import align as align_images
 from .checkpoint import Card
 from .devices import memory_advice, network_autocast, network_precision, pick_device, place
 from .errors import MorphSeekError
-from .events import Event, OnEvent, checkpoint_for, ignore, never
+from .events import Event, Notice, OnEvent, checkpoint_for, ignore, never
 from .fields import jacobian_determinant, sample
 from .geometry import (
     DenseTransform,
@@ -184,6 +184,7 @@ def register(
     refinement = refinement or RefinementSettings()
     checkpoint = checkpoint_for(cancelled)
     clock = _Clock()
+    notices: list[Notice] = [*fixed.notices, *moving.notices]
     background = min(0.0, float(moving.data.min()))
 
     with clock("align"):
@@ -282,6 +283,7 @@ def register(
         "displacement_mm": _displacement(total, grid),
         "dice": dice,
         "inverse": residual,
+        "warnings": [vars(notice).copy() for notice in notices],
         "seconds": clock.seconds,
     }
     checkpoint()

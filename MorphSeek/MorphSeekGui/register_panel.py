@@ -499,4 +499,5 @@ def _summary(report: dict) -> str:
     seconds = (report.get("seconds") or {}).get("total")
     if seconds is not None:
         lines.append(_("{n:.1f} s on {device}.").format(n=seconds, device=report.get("device", "?")))
+    lines += [f"⚠ {warning['message']}" for warning in report.get("warnings") or []]
     return "\n".join(lines)
