@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
+from torch import Tensor
 
 from . import __version__
 from .errors import MorphSeekError
 from .policy import ModelSettings, RegistrationModel
 from .preprocessing import Preprocessing
-from .settings import from_dict, to_dict
+from .settings import from_dict, to_dict, to_json
 
 FORMAT = 1
 BUNDLED = Path(__file__).resolve().parent.parent / "Resources" / "Checkpoints"
@@ -69,13 +71,23 @@ def save(path: Path | str, model: RegistrationModel, card: Card) -> None:
     """Write weights and card; the file appears whole or not at all.
 
     Raises:
-        MorphSeekError: the folder cannot be written or the disk is full.
+        MorphSeekError: a weight is NaN or infinite, the folder cannot be written, or the disk is full.
     """
     path = Path(path)
     card = dataclasses.replace(card, model=model.settings, parameters=model.parameter_counts())
-    metadata = {"morphseek": json.dumps({"format": FORMAT, **to_dict(card)})}
+    metadata = {"morphseek": to_json({"format": FORMAT, **to_dict(card)})}
     state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    if (name := not_finite(state)) is not None:
+        raise MorphSeekError(
+            f"{path.name} was not written because its tensor '{name}' holds NaN or infinite values; train again with a "
+            "lower learning rate, or check the file that the weights come from."
+        )
     write_atomically(path, serialize(state, metadata))
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None where all are finite."""
+    return next((name for name, value in state.items() if not bool(torch.isfinite(value).all())), None)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -95,9 +107,45 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder itself may be a file
             part.unlink(missing_ok=True)
-        raise MorphSeekError(
-            f"{path} cannot be written ({error.strerror or error}); choose another folder or free some space."
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def check_out(path: Path | str, *inputs: Path | str | None) -> None:
+    """Refuse an output file before the work rather than after it. Nothing is left behind, not even a folder.
+
+    Args:
+        path: the file that the job will write.
+        inputs: files that the job reads; None is skipped.
+
+    Raises:
+        MorphSeekError: it is a folder, is one of the inputs, or cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise MorphSeekError(f"The output {path} is a folder; give the name of a file.")
+    given = [Path(source) for source in inputs if source is not None]
+    if path.exists() and any(source.exists() and path.samefile(source) for source in given):
+        raise MorphSeekError(f"The output {path} is also an input and would be overwritten; choose another name.")
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    trial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(trial, "wb"):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # another process may use it by now
+                folder.rmdir()
+
+
+def _unwritable(path: Path, error: OSError) -> MorphSeekError:
+    return MorphSeekError(
+        f"{path} cannot be written ({error.strerror or error}); choose another folder or free some space."
+    )
 
 
 def read_card(path: Path | str) -> Card:
@@ -142,7 +190,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
     """The model in eval mode, and its card.
 
     Raises:
-        MorphSeekError: as :func:`read_card`, or weights that do not fit the card.
+        MorphSeekError: as :func:`read_card`, or weights that do not fit the card, are NaN or are infinite.
     """
     path = Path(path)
     card = read_card(path)
@@ -154,6 +202,11 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise MorphSeekError(f"The weights in {path.name} do not fit its card ({reason}); copy it again.") from error
+    if (name := not_finite(state)) is not None:
+        raise MorphSeekError(
+            f"{path.name} cannot be used because its tensor '{name}' holds NaN or infinite values; download or copy "
+            "the file again, or train the model again."
+        )
     return model.to(device).eval(), card
 
 

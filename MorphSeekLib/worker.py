@@ -35,11 +35,12 @@ from .errors import Cancelled, MorphSeekError
 from .events import Event
 from .geometry import DenseTransform, Grid, Transform, Volume
 from .images import check_intensities
+from .labels import check_label_values
 from .refinement import RefinementSettings
 from .registration import LoadedModel, State, load_model, register
 from .report import RegistrationPictures
 from .results import export_results
-from .settings import from_dict, to_dict
+from .settings import from_dict, to_dict, to_json
 
 PROTOCOL = 1
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
@@ -111,7 +112,7 @@ class Worker:
         labels = {}
         for name, image in (("fixed_labels", fixed), ("moving_labels", moving)):
             reference = _get(params, name, dict, None)
-            labels[name] = None if reference is None else _volume(reference, name, torch.int32)
+            labels[name] = None if reference is None else _label_volume(reference, name)
             if labels[name] is not None and not labels[name].grid.same_as(image.grid):
                 raise MorphSeekError(
                     f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
@@ -271,8 +272,7 @@ class Worker:
         self._send({"method": "progress", "params": {"id": number, **vars(event)}})
 
     def _send(self, message: dict) -> None:
-        # NaN is no JSON: a figure that does not exist is null
-        text = json.dumps({"jsonrpc": "2.0", **_finite(message)}, allow_nan=False)
+        text = to_json({"jsonrpc": "2.0", **message})
         with self.writing:
             self.sink.write(text + "\n")
             self.sink.flush()
@@ -329,6 +329,12 @@ def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
     values = np.ascontiguousarray(array, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
     values = values if values.flags.writeable else values.copy()
     return Volume(torch.from_numpy(values), _grid(array.shape, reference, name))
+
+
+def _label_volume(reference: dict, name: str) -> Volume:
+    """A label map from a reference as :func:`_volume` takes it, its values checked before they become int32."""
+    check_label_values(_array(reference, name, 3), f"The label map of the {name.removesuffix('_labels')} image")
+    return _volume(reference, name, torch.int32)
 
 
 def _initial(reference: dict | None, name: str = "initial") -> Transform | None:
@@ -388,15 +394,6 @@ def _save(data: Tensor, path: Path) -> None:
         raise MorphSeekError(
             f"The results cannot be handed over through {path.parent} ({error.strerror}); free some disk space."
         ) from error
-
-
-def _finite(value: Any) -> Any:
-    """The same structure with null for NaN and infinity."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def main() -> None:

@@ -657,13 +657,12 @@ def figures_table(held_out: dict) -> str:
     start, result = held_out.get("start"), held_out["mean"]
     lines = []
     for name, (title, form, better) in _FIGURES.items():
-        color = ""
-        if start is not None and form.format(start[name]) != form.format(result[name]):
+        values = result.get(f"{name}_aligned"), (start or {}).get(name), result[name]
+        aligned, before, after = ("-" if value is None else form.format(value) for value in values)
+        if "-" not in (before, after) and before != after:
             color = "#0a7d32" if (result[name] - start[name]) * better > 0 else "#a05f00"
-        before = form.format(start[name]) if start is not None else "-"
-        aligned = form.format(result[f"{name}_aligned"]) if f"{name}_aligned" in result else "-"
+            after = f'<b style="color: {color}">{after}</b>'
         tip = escape(held_out["definitions"].get(name, ""))
-        after = f'<b style="color: {color}">{form.format(result[name])}</b>' if color else form.format(result[name])
         cells = (aligned, before, after)
         lines.append(
             f'<tr><td title="{tip}">{title}</td>' + "".join(f'<td align="right">{cell}</td>' for cell in cells)
