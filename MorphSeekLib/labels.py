@@ -23,20 +23,20 @@ def check_label_values(values: Tensor | np.ndarray, name: str) -> None:
     if 0 in values.shape:
         return
     low, high = values.min().item(), values.max().item()
-    if low < 0:
-        raise MorphSeekError(
-            f"{name} has negative values (down to {low:g}), and a label must be 0 (background) or above; give a "
-            "segmentation, or change its negative values to 0."
-        )
     if _fractional(values) and not bool((values % 1 == 0).all()):
         raise MorphSeekError(
-            f"{name} is not a label map: some of its values are not whole numbers; give a segmentation that was "
+            f"{name} is not a label image: some of its values are not whole numbers; give a segmentation that was "
             "resampled with nearest-neighbor interpolation."
+        )
+    if low < 0:
+        raise MorphSeekError(
+            f"{name} has the label {low:.0f}, and labels must not be negative; give that structure a number above 0, "
+            "or 0 if it is background."
         )
     if high > LARGEST_LABEL:
         raise MorphSeekError(
-            f"{name} has a label of {high:.0f}, and {LARGEST_LABEL} is the largest that can be read; give its labels "
-            "smaller numbers."
+            f"{name} has the label {high:.0f}, and labels must not be larger than {LARGEST_LABEL}; give that structure "
+            "a smaller number."
         )
 
 

@@ -214,6 +214,7 @@ class TrainingPanel:
             self._say(_("The check was cancelled."))
             return
         self._forget_check()
+        self._export_warnings = []
         self.ui.checkButton.text = _("Cancel")
         self.ui.checkProgress.maximum = 0  # busy, until there is something to count
         self.ui.checkProgress.visible = True
@@ -229,7 +230,7 @@ class TrainingPanel:
                 trainings = trainings_folder()
                 trainings.mkdir(parents=True, exist_ok=True)
                 self._exported = tempfile.TemporaryDirectory(prefix=".cases-", dir=trainings)
-                self._export = export_cases(cases, Path(self._exported.name))
+                self._export = export_cases(cases, Path(self._exported.name), self._export_warnings.append)
                 self.ui.checkProgress.maximum = len(cases)
                 self._say(_("Copying the cases from the scene"))
             elif self.ui.casesFolder.directory in ("", "."):
@@ -365,7 +366,7 @@ class TrainingPanel:
             )
             if left_out:
                 text += " " + _("Left out because of problems: {count}.").format(count=left_out)
-            self._say(" ".join([text, *report["warnings"]]))
+            self._say(" ".join([text, *self._export_warnings, *report["warnings"]]))
             if report["spacing"]:
                 self.ui.spacingBox.value = report["spacing"]
         self._show_start()

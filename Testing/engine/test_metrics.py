@@ -94,7 +94,7 @@ def test_what_are_no_labels_is_refused(figure):
         figure(good, good[:2])
     with pytest.raises(ValueError, match="whole numbers"):
         figure(good.float(), good)
-    with pytest.raises(MorphSeekError, match=r"The fixed label map has negative values \(down to -1\)"):
+    with pytest.raises(MorphSeekError, match=r"fixed label map has the label -1, and labels must not be negative"):
         figure(-good, good)
 
 
