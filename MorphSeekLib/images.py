@@ -32,6 +32,7 @@ import torch
 
 from .errors import MorphSeekError
 from .geometry import DenseTransform, Grid, Transform, Volume, index_points, resample
+from .labels import check_label_values
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +86,14 @@ def read_labels(path: str | os.PathLike) -> Volume:
     volume = volume_from_sitk(image, f"{path}", torch.float64)
     whole = volume.data.round()
     # scl_slope makes 3 into 2.9999998
-    if not bool(((volume.data - whole).abs() < 1e-3).all()) or float(whole.abs().max()) >= 2**31:
+    if not bool(((volume.data - whole).abs() < 1e-3).all()):
         raise MorphSeekError(
             f"{path} is not a label image: some of its values are not whole numbers; give a segmentation that was "
             "resampled with nearest-neighbour interpolation."
         )
     if not bool(whole.any()):
         raise MorphSeekError(f"{path} has no label: every voxel is 0; check that it is the file you mean.")
+    check_label_values(whole, f"{path}")
     return Volume(whole.to(torch.int32), volume.grid)
 
 

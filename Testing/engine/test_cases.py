@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from MorphSeekLib.cases import TEST, VALIDATION, check, find_cases, hold_out, name_of
 from MorphSeekLib.cli import app
-from MorphSeekLib.datasets import Dataset, load_dataset, paired_sides
+from MorphSeekLib.datasets import Dataset, Pair, PairLoader, load_dataset, paired_sides
 from MorphSeekLib.errors import Cancelled, MorphSeekError
 from MorphSeekLib.geometry import Grid, Volume
 from MorphSeekLib.images import write_image
+from MorphSeekLib.preprocessing import Preprocessing
 
 
 def write_case(image, label, seed, grid=None):
@@ -122,6 +123,37 @@ def test_every_kind_of_trouble_is_named(mixed):
     assert (report.training, report.validation_pairs, report.test_pairs) == (7, 2, 2)
     assert rows["good0"].shape == (24, 28, 20)
     assert [e.step for e in events] == [*range(1, 15), 14]
+
+
+def test_negative_labels_are_a_problem_of_their_case(tmp_path):
+    """And a training that is begun all the same refuses them by the same sentence."""
+    path = write_dataset(tmp_path, 5)
+    labels = blob_labels(2, blob_grid())
+    write_image(Volume(-labels.data, labels.grid), tmp_path / "label_2.nii.gz")
+    report = check(load_dataset(path))
+    assert report.unusable == ["image_2.nii.gz"]
+    [problem] = next(case for case in report.cases if case.name == "image_2.nii.gz").problems
+    assert problem.startswith("label_2.nii.gz has the label -3, and labels must not be negative")
+    case = next(c for c in load_dataset(path).cases["training"] if c.label.name == "label_2.nii.gz")
+    with pytest.raises(MorphSeekError, match="labels must not be negative"):
+        PairLoader(Preprocessing(), 4, True)(Pair(case, case))
+
+
+def test_a_label_map_without_an_image_is_named(tmp_path):
+    for seed in range(5):
+        write_case(tmp_path / f"images/{seed}.nii.gz", tmp_path / f"labels/{seed}.nii.gz", seed)
+    (tmp_path / "images/4.nii.gz").rename(tmp_path / "images/five.nii.gz")
+    report = check(find_cases(tmp_path))
+    assert report.warnings[0].startswith("labels/4.nii.gz is a label map that no image belongs to by its name")
+    assert report.unusable == ["images/five.nii.gz"]
+    assert "no label map" in report.cases[-1].problems[0]
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_cases_are_read(mixed, tmp_path):
+    events = []
+    with pytest.raises(MorphSeekError, match="is a folder"):
+        check(find_cases(mixed), out=tmp_path, on_event=events.append)
+    assert events == []
 
 
 def test_cases_without_labels_will_do_for_warmup(mixed):

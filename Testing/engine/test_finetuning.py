@@ -102,6 +102,24 @@ def test_a_cancelled_run_resumes_to_the_same_weights(dataset, init, tmp_path):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.parametrize("calls", [3, 5, 6], ids=["early", "late", "in the last validation"])
+def test_a_run_cancelled_anywhere_resumes_to_the_same_card(dataset, init, tmp_path, calls):
+    """A learning rate that destroys the model: the first validation stays the best, before and after the resuming."""
+    run = dataclasses.replace(CONFIG.training, iterations=3, pairs=1, validate_every=1, learning_rate=0.5)
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(run, gradient_clip=1e6, kl_target=None))
+    finetune(dataset, config, init, tmp_path / "whole.safetensors")
+    asked = itertools.count(1)  # once an iteration, once its validation pair
+    with pytest.raises(Cancelled):
+        finetune(dataset, config, init, tmp_path / "cut.safetensors", cancelled=lambda: next(asked) == calls)
+    finetune(dataset, config, init, tmp_path / "cut.safetensors")
+    same(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
+    cards = [to_dict(checkpoint.read_card(tmp_path / f"{name}.safetensors")) for name in ("whole", "cut")]
+    for card in cards:
+        card["provenance"] |= {"seconds": 0, "date": ""}
+    assert cards[0] == cards[1]
+    assert cards[0]["provenance"]["best_iteration"] < 3
+
+
 @pytest.mark.parametrize(("update", "updates"), [("step", 6), ("iteration", 3)])
 def test_weights_move_after_each_step_or_once_an_iteration(dataset, init, tmp_path, update, updates):
     config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, update=update))

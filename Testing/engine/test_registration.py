@@ -36,6 +36,15 @@ def random_model(path, output="displacement", **preprocessing):
     return load_model(path, "cpu")
 
 
+def test_negative_labels_are_refused_before_the_work(model, pair):
+    fixed, moving, fixed_labels, moving_labels = pair
+    events = []
+    wrong = Volume(-moving_labels.data, moving_labels.grid)
+    with pytest.raises(MorphSeekError, match="has the label -3, and labels must not be negative"):
+        register(fixed, moving, model, fixed_labels=fixed_labels, moving_labels=wrong, on_event=events.append)
+    assert events == []
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("model") / "random.safetensors")

@@ -251,6 +251,15 @@ def spoil_labels(params):
     params["fixed_labels"] = {**params["fixed_labels"], "affine": np.diag([9.0, 1, 1, 1]).tolist()}
 
 
+def spoil_label_values(value):
+    def spoil(params):
+        array = np.load(params["moving_labels"]["path"]).astype(type(value))
+        array[0, 0, 0] = value
+        np.save(params["moving_labels"]["path"], array)
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "code", "words"),
     [
@@ -261,6 +270,9 @@ def spoil_labels(params):
         (spoil_constant, -32000, "moving image is empty"),
         (spoil_flat, -32000, "one voxel"),
         (spoil_labels, -32000, "another grid"),
+        (spoil_label_values(-3), -32000, "has the label -3, and labels must not be negative"),
+        (spoil_label_values(2**40), -32000, "has the label 1099511627776, and labels must not be larger than"),
+        (spoil_label_values(1.5), -32000, "some of its values are not whole numbers"),
         (lambda p: p.pop("fixed"), -32602, "fixed is missing"),
         (lambda p: p.update(steps="two"), -32602, "steps must be of type int"),
         (lambda p: p["fixed"].update(path="/nowhere.npy"), -32602, "not a readable .npy"),
