@@ -73,6 +73,9 @@ def register(
     fixed_labels: Annotated[Path | None, typer.Option(help="Label map of the fixed image, for Dice.")] = None,
     moving_labels: Annotated[Path | None, typer.Option(help="Label map of the moving image, carried along.")] = None,
     inverse: Annotated[bool, typer.Option(help="Write inverse.h5 too.")] = True,
+    stop_early: Annotated[
+        bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
+    ] = False,
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
     with job() as (on_event, cancelled):
@@ -110,6 +113,7 @@ def register(
             moving_labels=labels[1],
             inverse=inverse,
             refinement=refinement,
+            stop_early=stop_early,
             on_event=on_event,
             cancelled=cancelled,
         )

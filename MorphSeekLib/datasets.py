@@ -28,7 +28,7 @@ from . import fields
 from .errors import MorphSeekError
 from .geometry import Grid, Volume, apply_affine, orientation_matrix, resample, smooth_for_spacing
 from .images import check_labels, read_image, read_labels
-from .preprocessing import Preprocessing, normalize, working_grid
+from .preprocessing import Preprocessing, normalized, working_grid
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".mgz")
 KEPT_BYTES = 4 * 2**30
@@ -345,7 +345,7 @@ class PairLoader:
         if case.label is not None:
             labels = read_case_labels(case, image)
         points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
-        image = Volume(normalize(image.data, self.preprocessing), image.grid)
+        image = normalized(image, self.preprocessing, f"{case.image}")
         if self.preprocessing.spacing is not None:
             direction = orientation_matrix(self.preprocessing.orientation)
             image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))

@@ -83,8 +83,13 @@ class Grid:
         return (self.affine[:3, :3] @ index).T + self.origin
 
     def same_as(self, other: Grid, tolerance_mm: float = 1e-2) -> bool:
-        """Whether both grids have the same voxels at the same places (corners within ``tolerance_mm``)."""
-        return self.shape == other.shape and float(np.abs(self.corners() - other.corners()).max()) < tolerance_mm
+        """Whether both grids have the same voxels at the same places.
+
+        Args:
+            tolerance_mm: the corners may lie so far apart, and no further than a tenth of a voxel.
+        """
+        apart = min(tolerance_mm, 0.1 * float(self.spacing.min()))
+        return self.shape == other.shape and float(np.abs(self.corners() - other.corners()).max()) < apart
 
     @classmethod
     def from_parts(
@@ -159,7 +164,8 @@ class DenseTransform:
 
         Args:
             grid: nodes for the inverse; it should cover the moving image.
-            iterations, tolerance_mm: stop after so many, or when no node moved by more than this.
+            iterations, tolerance_mm: stop after so many, or when no node moved by more than this and by more than a
+                hundredth of the distance between nodes.
             checkpoint: called once an iteration; may raise to cancel.
         """
         back = np.linalg.inv(self.affine_part())
@@ -170,6 +176,7 @@ class DenseTransform:
         start = _points(grid, to_index @ back)
         x = start.clone()
         spacing = torch.from_numpy(self.grid.spacing)
+        tolerance_mm = min(tolerance_mm, 0.01 * float(spacing.min()))
         for _ in range(iterations):
             if checkpoint is not None:
                 checkpoint()
@@ -316,7 +323,7 @@ def smooth_for_spacing(volume: Volume, spacing: Sequence[float] | float) -> Volu
         if factor <= 1.05:
             continue
         sigma = math.sqrt(factor**2 - 1) / 2.3548
-        radius = math.ceil(3 * sigma)
+        radius = min(math.ceil(3 * sigma), data.shape[axis])  # an axis of less than a new voxel is averaged whole
         weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
         margin = [0] * 6
         margin[4 - 2 * axis] = margin[5 - 2 * axis] = radius
