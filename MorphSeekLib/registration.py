@@ -22,6 +22,7 @@ from torch import Tensor
 from . import checkpoint as checkpoints
 from . import fields
 from .alignment import align as align_images
+from .background import quiet_background
 from .checkpoint import Card
 from .devices import memory_advice, network_autocast, network_precision, pick_device, place
 from .errors import MorphSeekError
@@ -453,7 +454,8 @@ def _prepared(
 ) -> tuple[Tensor, Tensor]:
     """Intensities as the network takes them, (1, 1, i, j, k): fixed on a grid; moving on its own, as smooth as that."""
     spacing = _world_spacing(grid)
-    images = [smooth_for_spacing(Volume(normalize(v.data, preprocessing), v.grid), spacing) for v in (fixed, moving)]
+    quiet = [Volume(normalize(quiet_background(v.data), preprocessing), v.grid) for v in (fixed, moving)]
+    images = [smooth_for_spacing(volume, spacing) for volume in quiet]
     on_grid = resample(images[0], grid, checkpoint=checkpoint).data
     return on_grid[None, None].to(device), images[1].data[None, None].to(device)
 
