@@ -23,6 +23,7 @@ from . import checkpoint as checkpoints
 from . import fields, guards
 from .alignment import align as align_images
 from .alignment import object_size
+from .background import quiet_background
 from .checkpoint import Card
 from .devices import memory_advice, network_autocast, network_precision, pick_device, place
 from .errors import MorphSeekError
@@ -339,7 +340,8 @@ class _Pair:
         checkpoint: Callable[[], None],
     ) -> None:
         """``before`` and ``start``: fixed point -> moving point, before and after the alignment."""
-        self.volumes, self.before, self.start, self.grid = (fixed, moving), before, start, grid
+        self.volumes = tuple(Volume(quiet_background(volume.data), volume.grid) for volume in (fixed, moving))
+        self.before, self.start, self.grid = before, start, grid
         self.preprocessing, self.device, self.checkpoint = preprocessing, device, checkpoint
 
     def prepare(self) -> None:

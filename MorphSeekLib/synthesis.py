@@ -6,6 +6,10 @@ measured on them. Every pair is a pure function of (settings, seed, iteration): 
 
 Contrasts are painted on the label maps at half the working spacing and averaged down before the deformation, so that
 borders have the partial volumes of real images at the price of the working grid.
+
+Air is black, or noise over the whole image where nothing is stripped. Real scans come with noisy air made flat (see
+background.py) and synthetic ones do not: the next training from scratch should pass its images through the same
+function, and may add air with a structure of its own (ghosts, noise that varies over the image), which that one leaves.
 """
 
 from __future__ import annotations
