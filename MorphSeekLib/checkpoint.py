@@ -6,11 +6,9 @@ that a crash or a full disk never costs the old one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,6 +21,7 @@ from safetensors.torch import save as serialize
 
 from . import __version__
 from .errors import MorphSeekError
+from .files import write_atomically
 from .policy import ModelSettings, RegistrationModel
 from .preprocessing import Preprocessing
 from .settings import from_dict, to_dict
@@ -76,28 +75,6 @@ def save(path: Path | str, model: RegistrationModel, card: Card) -> None:
     metadata = {"morphseek": json.dumps({"format": FORMAT, **to_dict(card)})}
     state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(path, serialize(state, metadata))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content at once; on failure the old file stands and no part of the new one is left.
-
-    Raises:
-        MorphSeekError: the folder cannot be written or the disk is full.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be a file
-            part.unlink(missing_ok=True)
-        raise MorphSeekError(
-            f"{path} cannot be written ({error.strerror or error}); choose another folder or free some space."
-        ) from error
 
 
 def read_card(path: Path | str) -> Card:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent
+from .files import refuse_overwriting, shown
 
 if TYPE_CHECKING:
     from .cases import CheckReport
@@ -76,6 +77,13 @@ def register(
     stop_early: Annotated[
         bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
     ] = False,
+    nifti_form: Annotated[
+        str | None,
+        typer.Option(help="qform or sform: which one places NIfTI files that have both; the one ITK takes by default."),
+    ] = None,
+    as_float: Annotated[
+        bool, typer.Option("--float", help="Write warped.nii.gz as float; in the moving image's type by default.")
+    ] = False,
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
     with job() as (on_event, cancelled):
@@ -84,16 +92,19 @@ def register(
         from .images import check_labels, read_image, read_labels
         from .registration import load_model
         from .registration import register as run
-        from .results import check_writable, write_results
+        from .results import check_outputs, check_writable, write_results
         from .transforms import read_transform
 
         begin = time.perf_counter()
         refinement = refinement_of(refine, refine_fine, refine_by)
+        check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
         check_writable(output)
         on_event(Event("read", 0.0, "Reading the images"))
-        images = read_image(fixed), read_image(moving)
+        images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
+        if as_float:
+            images[1].dtype = "float32"
         labels = [
-            None if path is None else check_labels(read_labels(path), image, path.name)
+            None if path is None else check_labels(read_labels(path, nifti_form), image, path.name)
             for path, image in zip((fixed_labels, moving_labels), images, strict=True)
         ]
         initial = None
@@ -119,11 +130,11 @@ def register(
         )
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
         on_event(Event("write", 0.95, "Writing the results"))
-        names = {"fixed": str(fixed), "moving": str(moving)}
+        names = {"fixed": shown(fixed), "moving": shown(moving)}
         report = write_results(output, result, images[0], names, checkpoint_for(cancelled))
         on_event(Event("write", 1.0, "Done"))
     print_report(report)
-    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+    console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
 
 
 @app.command()
@@ -146,6 +157,7 @@ def evaluate(
         from .registration import load_model
 
         refinement = refinement_of(refine, refine_fine, refine_by)
+        refuse_overwriting([out], [dataset, model])
         data = load_dataset(dataset)
         loaded = load_model(model, device)
         result = run(
@@ -169,9 +181,10 @@ def check(
     with job() as (on_event, cancelled):
         from .cases import check as run
         from .cases import find_cases
-        from .checkpoint import write_atomically
+        from .files import write_atomically
         from .settings import to_dict
 
+        refuse_overwriting([] if out is None else [out], [dataset])
         report = run(find_cases(dataset), labels=labels, on_event=on_event, cancelled=cancelled)
         if out is not None:
             write_atomically(out, json.dumps(to_dict(report), indent=1).encode())
@@ -199,6 +212,7 @@ def warmup(
         from .training import TrainingConfig
         from .training import warmup as run
 
+        refuse_overwriting([out], [dataset, config, init])
         settings = load(TrainingConfig, config)
         if backbone is not None and backbone != settings.model.backbone:
             settings = dataclasses.replace(
@@ -233,6 +247,7 @@ def finetune(
         from .finetuning import finetune as run
         from .settings import load, override
 
+        refuse_overwriting([out], [dataset, config, init])
         settings = load(FinetuneConfig, config)
         settings = override(settings, "training", steps=steps, labels=labels)
         settings = override(settings, "policy", trajectories=trajectories)
@@ -263,6 +278,7 @@ def spac(
         from .sac import SACConfig, train_spac
         from .settings import load, override
 
+        refuse_overwriting([out], [dataset, config])
         settings = override(load(SACConfig, config), "training", labels=labels)
         where = pick_device(device)
         train_spac(load_dataset(dataset), settings, out, device=where, on_event=on_event, cancelled=cancelled)
@@ -320,6 +336,7 @@ def import_checkpoint(
         from .preprocessing import Preprocessing
         from .settings import from_dict
 
+        refuse_overwriting([out], [file])
         options = {
             "spacing": spacing, "shape": shape, "orientation": orientation, "intensity": intensity, "low": low,
             "high": high, "align": align, "steps": steps,

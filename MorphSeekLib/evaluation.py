@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import software, write_atomically
+from .checkpoint import software
 from .datasets import Dataset, Pair, read_pair
 from .events import Event, OnEvent, checkpoint_for, ignore, never
+from .files import write_atomically
 from .metrics import dice_per_label, hd95_per_label
 from .refinement import RefinementSettings
 from .registration import LoadedModel, register

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from .geometry import (
     smooth_for_spacing,
     voxel_displacement,
 )
-from .images import check_overlap
+from .images import air_value, check_overlap
 from .metrics import dice_per_label, folding
 from .policy import RegistrationModel, refine
 from .preprocessing import (
@@ -62,6 +62,10 @@ from .similarity import Judge, mind_ssc
 MAX_STEPS = 20
 # a step that raises LNCC by less than this does not help any more
 LEAST_GAIN = 0.002
+WARPED = (
+    "the moving image's number type, integers rounded and clipped to its range; outside: the value where the fixed "
+    "image's grid reaches beyond the moving image"
+)
 # working grids beyond this would need more memory than any machine of the field has
 MAX_WORKING_VOXELS = 512**3
 
@@ -198,8 +202,9 @@ def register(
     refinement = refinement or RefinementSettings()
     checkpoint = checkpoint_for(cancelled)
     clock = _Clock()
-    notices: list[Notice] = [*fixed.notices, *moving.notices]
-    background = min(0.0, float(moving.data.min()))
+    read = (fixed, moving, fixed_labels, moving_labels)
+    notices: list[Notice] = [notice for volume in read if volume is not None for notice in volume.notices]
+    background = air_value(moving.data)
 
     with clock("align"):
         if state is not None:
@@ -225,7 +230,8 @@ def register(
             preprocessing = preprocessing.scaled(factor)
 
     def warp(transform: Transform) -> Volume:
-        return resample(moving, fixed.grid, transform, background=background, device=device, checkpoint=checkpoint)
+        out = resample(moving, fixed.grid, transform, background=background, device=device, checkpoint=checkpoint)
+        return replace(out, dtype=moving.dtype)
 
     aligned, shown = None, None
     if on_step is not None and state is None:
@@ -295,6 +301,7 @@ def register(
         },
         "fixed": _describe(fixed.grid),
         "moving": _describe(moving.grid),
+        "warped": {"type": moving.dtype, "outside": background, "definition": WARPED},
         "working_grid": _describe(grid),
         "device": str(device),
         "precision": str(network_precision(device)).removeprefix("torch."),

@@ -30,7 +30,7 @@ from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
 from . import geometry
-from .checkpoint import write_atomically
+from .files import write_atomically
 from .geometry import DenseTransform, Grid, Volume
 from .preprocessing import sampled
 

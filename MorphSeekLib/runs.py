@@ -34,22 +34,17 @@ import torch
 
 from . import checkpoint as checkpoints
 from .cases import TEST, find_cases, hold_out
-from .checkpoint import write_atomically
 from .datasets import Dataset
 from .devices import pick_device
 from .errors import Cancelled, InUseError, MorphSeekError
 from .evaluation import DEFINITIONS, evaluate
 from .events import Event, OnEvent, ignore, never, part
+from .files import try_lock, write_atomically
 from .finetuning import FinetuneConfig, finetune
 from .registration import load_model
 from .sac import SACConfig, train_spac
 from .settings import load, override, to_dict
 from .training import TrainingConfig, warmup
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    import msvcrt
 
 WARMUP, FINETUNE = "warmup", "finetune"
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes
@@ -334,7 +329,7 @@ def locked(folder: Path, patience: float = 2.0) -> Iterator[None]:
     """
     with open(folder / "lock", "a+", encoding="utf-8") as file:
         deadline = time.monotonic() + patience
-        while not _try_lock(file):
+        while not try_lock(file):
             if time.monotonic() > deadline:
                 raise InUseError(f"Another process is training in {folder}; wait for it or stop it first.")
             time.sleep(0.05)
@@ -343,15 +338,3 @@ def locked(folder: Path, patience: float = 2.0) -> Iterator[None]:
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()
         yield
-
-
-def _try_lock(file) -> bool:
-    try:
-        if os.name == "nt":
-            file.seek(1 << 20)  # beyond the text: on Windows nobody else can read what is locked
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from . import fields
-from .checkpoint import Card, load, read_card, save, sha256, software, write_atomically
+from .checkpoint import Card, load, read_card, save, sha256, software
 from .datasets import Dataset, PairLoader, training_pair
 from .devices import network_autocast, place, training_autocast
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
+from .files import write_atomically
 from .metrics import dice_per_label, folding
 from .policy import Latent, ModelSettings, RegistrationModel, kl_to_standard_normal, refine
 from .preprocessing import Preprocessing

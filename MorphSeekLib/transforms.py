@@ -13,8 +13,9 @@ import SimpleITK as sitk
 import torch
 
 from .errors import MorphSeekError
+from .files import library_name, whole_file
 from .geometry import DenseTransform, Grid, Transform
-from .images import read_sitk, whole_file
+from .images import read_sitk
 
 _FIELDS = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 # displacements are rounded to 1/4096 of the nodes' distance, or finer: the file shrinks by a third
@@ -89,6 +90,7 @@ def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
         MorphSeekError: missing, damaged, not a 3D transform, singular or not finite.
     """
     path = Path(path)
+    library_name(path)
     if not path.exists():
         raise MorphSeekError(f"{path} does not exist; check the name.")
     if path.is_dir():
@@ -130,7 +132,7 @@ def _read_itk(path: Path) -> sitk.Transform:
         except OSError:
             raise damaged from None
     try:
-        return sitk.ReadTransform(str(path))
+        return sitk.ReadTransform(library_name(path))
     except RuntimeError:
         raise damaged from None
 

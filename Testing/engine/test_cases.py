@@ -113,7 +113,7 @@ def test_every_kind_of_trouble_is_named(mixed):
     assert "labels nothing in its image" in problems["elsewhere"]
     warnings = {name: " ".join(row.warnings) for name, row in rows.items() if row.warnings}
     assert set(warnings) == {"coarse_labels", "no_ball", "huge_voxels"}
-    assert "another grid (12 x 14 x 10)" in warnings["coarse_labels"]
+    assert "another grid (12 x 14 x 10 voxels of 4 x 4 x 5 mm)" in warnings["coarse_labels"]
     assert "lacks the labels 3" in warnings["no_ball"]
     assert "1000 times as large as usual" in warnings["huge_voxels"]
     assert report.common == (1, 2)

@@ -162,9 +162,9 @@ def constant(folder: Path) -> dict:
     return {"moving": image(folder / "bad.nii.gz", np.full((6, 6, 6), 4, "f"))}
 
 
-def not_a_number(folder: Path) -> dict:
+def infinite(folder: Path) -> dict:
     data = np.random.rand(6, 6, 6).astype("f")
-    data[2, 2, 2] = np.nan
+    data[2, 2, 2] = np.inf
     return {"moving": image(folder / "bad.nrrd", data)}
 
 
@@ -232,7 +232,7 @@ BAD = {
     "4D": (four_dimensional, "bad.nii.gz"),
     "vector": (vector, "bad.nrrd"),
     "constant": (constant, "is empty"),
-    "NaN": (not_a_number, "bad.nrrd"),
+    "infinite": (infinite, "bad.nrrd"),
     "one voxel": (one_voxel, "one voxel|1 voxel"),
     "zero spacing": (lambda d: header(d, "ElementSpacing = 1 0 1"), "spacing"),
     "singular direction": (lambda d: header(d, "TransformMatrix = 1 0 0 1 0 0 0 0 1"), "direction"),
