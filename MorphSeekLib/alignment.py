@@ -1,6 +1,7 @@
 """The crude alignment before the network: centres, then rigid, then affine, by mutual information.
 
-All of it is computed on the images averaged to voxels of about 3 mm, with SimpleITK's Mattes mutual information (Mattes
+All of it is computed on the images averaged to voxels of about 3 mm (images of an unusual size are first scaled to a
+usual one, so that a mouse is aligned as a human is), with SimpleITK's Mattes mutual information (Mattes
 et al., IEEE TMI 22(1), 2003, doi:10.1109/TMI.2003.809072), so that the contrasts may differ. One thread and seeded
 samples: the same two images give the same matrix every time.
 """
@@ -25,6 +26,8 @@ KINDS = ("none", "center", "rigid", "affine")
 
 _SPACING = 3.0  # mm of the averaged voxels
 _MARGIN = 9.0  # mm around the foreground are sampled too: the outline fixes the scale
+_SMOOTH = (2.0, 5.0)  # mm, the fine and the coarse look
+_USUAL = (150.0, 1000.0)  # mm a side, for which these lengths are right
 _SAMPLES = 6000
 _BINS = 32
 _SEED = 1
@@ -66,18 +69,36 @@ def align(
         return np.eye(4) if initial is None else initial
     checkpoint = checkpoint or (lambda: None)
     progress = on_progress or (lambda fraction: None)
+    unit = _unit(fixed.grid, moving.grid)
     if isinstance(initial, DenseTransform):
         check_overlap(fixed, moving, initial)
         # align to what the initial transform makes of the moving image, in the fixed image's space
-        block = _average(fixed)
+        block = _average(fixed, _SPACING * unit)
         background = float(moving.data.min())
-        seen = resample(_average(moving), block.grid, initial, background=background, checkpoint=checkpoint)
+        seen = resample(
+            _average(moving, _SPACING * unit), block.grid, initial, background=background, checkpoint=checkpoint
+        )
         matrix = align(block, seen, kind, None, checkpoint, on_progress)
         nodes = initial.grid
         return dense_from_voxels(index_points(nodes, matrix, nodes) - fields.identity(nodes.shape), nodes, initial)
 
-    f, m = _Scan.of(fixed), _Scan.of(moving)
-    checkpoint()
+    if initial is not None and kind != "center":
+        check_overlap(fixed, moving, initial)
+    scale, back = np.diag([unit, unit, unit, 1.0]), np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
+    scans = [_Scan.of(_moved(volume, back), checkpoint) for volume in (fixed, moving)]
+    begin = None if initial is None else back @ initial @ scale
+    return scale @ _climb(*scans, kind, begin, checkpoint, progress) @ back
+
+
+def _climb(
+    f: _Scan,
+    m: _Scan,
+    kind: str,
+    initial: np.ndarray | None,
+    checkpoint: Callable[[], None],
+    progress: Callable[[float], None],
+) -> np.ndarray:
+    """:func:`align` of two scans; arguments as there."""
     begin = np.eye(4) if initial is None else initial
     if kind == "center":
         progress(1.0)
@@ -86,11 +107,7 @@ def align(
     swap = m.volume < f.volume
     if swap:
         f, m, begin = m, f, np.linalg.inv(begin)
-    if initial is not None:
-        check_overlap(fixed, moving, initial)
-        starts = [begin]
-    else:
-        starts = list(_starts(f, m))
+    starts = list(_starts(f, m)) if initial is None else [begin]
     search = _Search(f, m, checkpoint)
     seeds = sorted(starts, key=lambda s: search.cost(s, coarse=True))[:3]
     if len(seeds) > 1:
@@ -107,6 +124,16 @@ def align(
     best = min(candidates, key=search.cost)
     progress(1.0)
     return np.linalg.inv(best) if swap else best
+
+
+def object_size(volume: Volume, checkpoint: Callable[[], None] | None = None) -> float:
+    """The longest side in mm of what an image shows: of its foreground's box, but for the outermost hundredths."""
+    block = _average(volume, _SPACING * _unit(volume.grid))
+    index = np.argwhere(_array(_foreground(_clipped(block)))).astype(np.float64)
+    if checkpoint is not None:
+        checkpoint()
+    sides = np.percentile(index, 99, axis=0) - np.percentile(index, 1, axis=0) + 1
+    return float((sides * block.grid.spacing).max())
 
 
 @dataclass(frozen=True)
@@ -131,26 +158,27 @@ class _Scan:
         return self.points.mean(axis=0)
 
     @classmethod
-    def of(cls, volume: Volume) -> _Scan:
-        block = _average(volume)
-        data = block.data
-        if float(data.min()) < -500.0:  # CT: padding below air, and metal, would rule the histogram
-            data = data.clamp(-1000.0, 1000.0)
-        else:
-            values = data.flatten().sort().values
-            data = data.clamp(values[len(values) // 1000], values[-1 - len(values) // 1000])
-        image = sitk_from_volume(Volume(data, block.grid))
-        # Otsu's threshold parts dark tissue from bright; half of it parts tissue from air
-        otsu = sitk.OtsuThresholdImageFilter()
-        otsu.Execute(image)
-        low = float(data.min())
-        parts = sitk.ConnectedComponent(image > low + 0.5 * (otsu.GetThreshold() - low))
-        foreground = sitk.RelabelComponent(parts, sortByObjectSize=True) == 1  # without table and noise
+    def of(cls, volume: Volume, checkpoint: Callable[[], None]) -> _Scan:
+        block = _average(volume, _SPACING)
+        checkpoint()
+        image = _clipped(block)
+        foreground = _foreground(image)
+        checkpoint()
         spacing = block.grid.spacing
-        mask = sitk.BinaryDilate(foreground, [round(_MARGIN / s) for s in spacing])
-        index = np.argwhere(sitk.GetArrayViewFromImage(foreground).transpose(2, 1, 0))
+        reach = [min(round(_MARGIN / s), n) for s, n in zip(spacing, block.grid.shape, strict=True)]
+        mask = sitk.BinaryDilate(foreground, reach)
+        checkpoint()
+        index = np.argwhere(_array(foreground))
         points = apply_affine(block.grid.affine, index)
         return cls(image, mask, block.grid, points, len(index) * float(np.prod(spacing)))
+
+    def smoothed(self, sigma: float) -> sitk.Image:
+        """The image blurred by a Gaussian of ``sigma`` mm."""
+        # the recursive filter needs four voxels along each axis
+        rim = [max(0, 4 - n) for n in self.grid.shape]
+        padded = sitk.ZeroFluxNeumannPad(self.image, rim, rim) if any(rim) else self.image
+        smooth = sitk.SmoothingRecursiveGaussian(padded, sigma)
+        return sitk.Crop(smooth, rim, rim) if any(rim) else smooth
 
 
 class _Search:
@@ -162,13 +190,11 @@ class _Search:
     def __init__(self, fixed: _Scan, moving: _Scan, checkpoint: Callable[[], None]) -> None:
         self.fixed, self.moving, self.checkpoint = fixed, moving, checkpoint
         # fine and coarse: Mattes' histogram is smooth only over smooth images
-        self.levels = [
-            [sitk.SmoothingRecursiveGaussian(s.image, sigma) for s in (fixed, moving)] for sigma in (2.0, 5.0)
-        ]
+        self.levels = [[scan.smoothed(sigma) for scan in (fixed, moving)] for sigma in _SMOOTH]
         self.bins = [[_in_bins(image) for image in level] for level in self.levels]
         # random places between the voxels: on the grid itself, interpolation would favour shifts by whole voxels
         random = np.random.default_rng(_SEED)
-        index = np.argwhere(sitk.GetArrayViewFromImage(fixed.mask).transpose(2, 1, 0))
+        index = np.argwhere(_array(fixed.mask))
         index = index[random.integers(len(index), size=_SAMPLES)] + random.random((_SAMPLES, 3)) - 0.5
         self.points = apply_affine(fixed.grid.affine, index)
 
@@ -270,7 +296,7 @@ class _Search:
 
 def _in_bins(image: sitk.Image) -> Tensor:
     """(1, 1, i, j, k): intensities from 0 to the last bin."""
-    data = torch.from_numpy(sitk.GetArrayFromImage(image).transpose(2, 1, 0)).double()
+    data = torch.from_numpy(_array(image).astype(np.float64))
     return ((data - data.min()) / (data.max() - data.min()).clamp(min=1e-12) * (_BINS - 1))[None, None]
 
 
@@ -294,16 +320,56 @@ def _starts(fixed: _Scan, moving: _Scan) -> Iterator[np.ndarray]:
             yield _shift(shift) @ about @ turn @ np.linalg.inv(about)
 
 
-def _average(volume: Volume) -> Volume:
-    """The means of blocks of voxels, about 3 mm each way."""
+def _unit(*grids: Grid) -> float:
+    """How many times the largest of the images is smaller (below 1) or larger (above 1) than the usual; 1 for these."""
+    size = max(float(np.prod(grid.spacing * grid.shape)) ** (1 / 3) for grid in grids)
+    return size / min(max(size, _USUAL[0]), _USUAL[1])
+
+
+def _moved(volume: Volume, matrix: np.ndarray) -> Volume:
+    """The volume elsewhere: every point of it moved by a (4, 4) matrix."""
+    return Volume(volume.data, Grid(volume.grid.shape, matrix @ volume.grid.affine))
+
+
+def _average(volume: Volume, spacing: float) -> Volume:
+    """The means of blocks of voxels, about ``spacing`` mm each way."""
     block = [
-        int(max(1, min(round(_SPACING / s), n // 8)))
+        int(max(1, min(round(spacing / s), n // 8)))
         for s, n in zip(volume.grid.spacing, volume.grid.shape, strict=True)
     ]
     data = F.avg_pool3d(volume.data.float()[None, None], block)[0, 0].contiguous()
     to_first = np.diag([*block, 1.0])
     to_first[:3, 3] = (np.array(block) - 1) / 2
     return Volume(data, Grid(tuple(data.shape), volume.grid.affine @ to_first))
+
+
+def _clipped(block: Volume) -> sitk.Image:
+    """The image without the values, few or meaningless, that would rule its histogram."""
+    data = block.data
+    values = data.flatten().sort().values
+    least, most = values[len(values) // 1000], values[-1 - len(values) // 1000]
+    above_air = values[values > -1000.0]
+    if least < -500.0 and len(above_air) and above_air[len(above_air) // 2] < 1000.0:
+        # CT: padding below air, and metal
+        data = data.clamp(-1000.0, 1000.0)
+    elif most > least:
+        data = data.clamp(least, most)
+    return sitk_from_volume(Volume(data, block.grid))
+
+
+def _foreground(image: sitk.Image) -> sitk.Image:
+    """The largest connected part that is not air, without table and noise."""
+    # Otsu's threshold parts dark tissue from bright; half of it parts tissue from air
+    otsu = sitk.OtsuThresholdImageFilter()
+    otsu.Execute(image)
+    low = float(_array(image).min())
+    parts = sitk.ConnectedComponent(image > low + 0.5 * (otsu.GetThreshold() - low))
+    return sitk.RelabelComponent(parts, sortByObjectSize=True) == 1
+
+
+def _array(image: sitk.Image) -> np.ndarray:
+    """(i, j, k): the image's values."""
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0)
 
 
 def _is_sane(matrix: np.ndarray) -> bool:

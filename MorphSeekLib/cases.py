@@ -22,10 +22,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .checkpoint import check_out, write_atomically
 from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset, paired_sides
 from .errors import MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
+from .files import check_out, shown, write_atomically
 from .images import check_labels, read_image, read_labels
 from .settings import to_dict, to_json
 
@@ -111,7 +111,7 @@ def find_cases(path: Path | str) -> Dataset:
         return load_dataset(descriptions[0])
     images: dict[tuple, Path] = {}
     labels: dict[tuple, Path] = {}
-    for file in sorted(p for p in path.rglob("*") if p.name.endswith(IMAGE_SUFFIXES) and p.is_file()):
+    for file in sorted(p for p in path.rglob("*") if p.name.lower().endswith(IMAGE_SUFFIXES) and p.is_file()):
         key, is_label = _key(file.relative_to(path))
         found = labels if is_label else images
         if key in found:
@@ -136,10 +136,10 @@ def find_cases(path: Path | str) -> Dataset:
 
 def _key(path: Path) -> tuple[tuple, bool]:
     """What an image and its label map share of their paths, and whether this one is a label map."""
-    stem = path.name
+    stem = path.name.lower()
     for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True):
         stem = stem.removesuffix(suffix)
-    words = re.split(r"[_\-. ]+", stem.lower())
+    words = re.split(r"[_\-. ]+", stem)
     folders = [_SPLIT_ENDING.sub("", part.lower()) for part in path.parts[:-1]]
     telling = [part for part in folders if part in _LABEL_WORDS | _IMAGE_WORDS] or words  # folders go before names
     is_label = any(word in _LABEL_WORDS for word in telling)
@@ -170,7 +170,7 @@ def check(
         Cancelled: the person stopped it.
     """
     if out is not None:
-        check_out(out, dataset.path)
+        check_out(out, [dataset.path])
     checkpoint = checkpoint_for(cancelled)
     cases = _all_cases(dataset)
     rows, seen = [], {}
@@ -288,7 +288,7 @@ def name_of(case: Case, dataset: Dataset) -> str:
 
 def _relative(path: Path, dataset: Dataset) -> str:
     root = _root(dataset)
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    return shown(path.relative_to(root).as_posix() if path.is_relative_to(root) else path)
 
 
 def _root(dataset: Dataset) -> Path:
@@ -318,6 +318,7 @@ def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str])
     except MorphSeekError as problem:
         row.problems.append(str(problem))
         return row
+    row.warnings += [notice.message for notice in image.notices]
     row.shape, row.spacing = image.grid.shape, tuple(round(float(s), 3) for s in image.grid.spacing)
     digest = hashlib.sha256(np.ascontiguousarray(image.data.numpy())).hexdigest()
     if digest in seen:
@@ -329,12 +330,7 @@ def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str])
         return row
     try:
         labels = read_labels(case.label)
-        if not labels.grid.same_as(image.grid):
-            check_labels(labels, image, case.label.name)  # raises where nothing is labelled
-            row.warnings.append(
-                f"Its label map has another grid ({_by(labels.grid.shape)}) than its image ({_by(image.grid.shape)}) "
-                "and is resampled; check that they belong together."
-            )
+        row.warnings += [notice.message for notice in check_labels(labels, image, case.label.name).notices]
     except MorphSeekError as problem:
         row.problems.append(str(problem))
         return row

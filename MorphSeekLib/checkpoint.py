@@ -6,11 +6,9 @@ that a crash or a full disk never costs the old one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from . import __version__
 from .errors import MorphSeekError
+from .files import write_atomically
 from .policy import ModelSettings, RegistrationModel
 from .preprocessing import Preprocessing
 from .settings import from_dict, to_dict, to_json
@@ -88,64 +87,6 @@ def save(path: Path | str, model: RegistrationModel, card: Card) -> None:
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that holds NaN or infinity; None where all are finite."""
     return next((name for name, value in state.items() if not bool(torch.isfinite(value).all())), None)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content at once; on failure the old file stands and no part of the new one is left.
-
-    Raises:
-        MorphSeekError: the folder cannot be written or the disk is full.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be a file
-            part.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
-
-
-def check_out(path: Path | str, *inputs: Path | str | None) -> None:
-    """Refuse an output file before the work rather than after it. Nothing is left behind, not even a folder.
-
-    Args:
-        path: the file that the job will write.
-        inputs: files that the job reads; None is skipped.
-
-    Raises:
-        MorphSeekError: it is a folder, is one of the inputs, or cannot be written.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise MorphSeekError(f"The output {path} is a folder; give the name of a file.")
-    given = [Path(source) for source in inputs if source is not None]
-    if path.exists() and any(source.exists() and path.samefile(source) for source in given):
-        raise MorphSeekError(f"The output {path} is also an input and would be overwritten; choose another name.")
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    trial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(trial, "wb"):
-            pass
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            trial.unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # another process may use it by now
-                folder.rmdir()
-
-
-def _unwritable(path: Path, error: OSError) -> MorphSeekError:
-    return MorphSeekError(
-        f"{path} cannot be written ({error.strerror or error}); choose another folder or free some space."
-    )
 
 
 def read_card(path: Path | str) -> Card:

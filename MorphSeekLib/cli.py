@@ -24,6 +24,7 @@ from rich.table import Table
 
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent
+from .files import refuse_overwriting, shown
 
 if TYPE_CHECKING:
     from .cases import CheckReport
@@ -73,6 +74,16 @@ def register(
     fixed_labels: Annotated[Path | None, typer.Option(help="Label map of the fixed image, for Dice.")] = None,
     moving_labels: Annotated[Path | None, typer.Option(help="Label map of the moving image, carried along.")] = None,
     inverse: Annotated[bool, typer.Option(help="Write inverse.h5 too.")] = True,
+    stop_early: Annotated[
+        bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
+    ] = False,
+    nifti_form: Annotated[
+        str | None,
+        typer.Option(help="qform or sform: which one places NIfTI files that have both; the one ITK takes by default."),
+    ] = None,
+    as_float: Annotated[
+        bool, typer.Option("--float", help="Write warped.nii.gz as float; in the moving image's type by default.")
+    ] = False,
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
     with job() as (on_event, cancelled):
@@ -81,16 +92,19 @@ def register(
         from .images import check_labels, read_image, read_labels
         from .registration import load_model
         from .registration import register as run
-        from .results import check_writable, write_results
+        from .results import check_outputs, check_writable, write_results
         from .transforms import read_transform
 
         begin = time.perf_counter()
         refinement = refinement_of(refine, refine_fine, refine_by)
+        check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
         check_writable(output)
         on_event(Event("read", 0.0, "Reading the images"))
-        images = read_image(fixed), read_image(moving)
+        images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
+        if as_float:
+            images[1].dtype = "float32"
         labels = [
-            None if path is None else check_labels(read_labels(path), image, path.name)
+            None if path is None else check_labels(read_labels(path, nifti_form), image, path.name)
             for path, image in zip((fixed_labels, moving_labels), images, strict=True)
         ]
         initial = None
@@ -110,16 +124,17 @@ def register(
             moving_labels=labels[1],
             inverse=inverse,
             refinement=refinement,
+            stop_early=stop_early,
             on_event=on_event,
             cancelled=cancelled,
         )
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
         on_event(Event("write", 0.95, "Writing the results"))
-        names = {"fixed": str(fixed), "moving": str(moving)}
+        names = {"fixed": shown(fixed), "moving": shown(moving)}
         report = write_results(output, result, images[0], names, checkpoint_for(cancelled))
         on_event(Event("write", 1.0, "Done"))
     print_report(report)
-    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+    console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
 
 
 @app.command()
@@ -142,6 +157,7 @@ def evaluate(
         from .registration import load_model
 
         refinement = refinement_of(refine, refine_fine, refine_by)
+        refuse_overwriting([out], [dataset, model])
         data = load_dataset(dataset)
         loaded = load_model(model, device)
         result = run(
@@ -197,6 +213,7 @@ def warmup(
         from .training import TrainingConfig
         from .training import warmup as run
 
+        refuse_overwriting([out], [dataset, config, init])
         settings = load(TrainingConfig, config)
         if backbone is not None and backbone != settings.model.backbone:
             settings = dataclasses.replace(
@@ -231,6 +248,7 @@ def finetune(
         from .finetuning import finetune as run
         from .settings import load, override
 
+        refuse_overwriting([out], [dataset, config, init])
         settings = load(FinetuneConfig, config)
         settings = override(settings, "training", steps=steps, labels=labels)
         settings = override(settings, "policy", trajectories=trajectories)
@@ -261,6 +279,7 @@ def spac(
         from .sac import SACConfig, train_spac
         from .settings import load, override
 
+        refuse_overwriting([out], [dataset, config])
         settings = override(load(SACConfig, config), "training", labels=labels)
         where = pick_device(device)
         train_spac(load_dataset(dataset), settings, out, device=where, on_event=on_event, cancelled=cancelled)
@@ -318,6 +337,7 @@ def import_checkpoint(
         from .preprocessing import Preprocessing
         from .settings import from_dict
 
+        refuse_overwriting([out], [file])
         options = {
             "spacing": spacing, "shape": shape, "orientation": orientation, "intensity": intensity, "low": low,
             "high": high, "align": align, "steps": steps,

@@ -9,7 +9,9 @@ which cases are fixed and which moving in training, by file name: ``"fixed = mr_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import logging
 import math
 import re
 import threading
@@ -26,12 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fields
+from .background import quiet_background
 from .errors import MorphSeekError
 from .geometry import Grid, Volume, apply_affine, orientation_matrix, resample, smooth_for_spacing
 from .images import check_labels, read_image, read_labels
-from .preprocessing import Preprocessing, normalize, working_grid
+from .preprocessing import Preprocessing, normalized, working_grid
 
-IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".mgz")
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 KEPT_BYTES = 4 * 2**30
 """What a :class:`PairLoader` keeps. Not a share of the computer's memory: a job on a cluster may use only a part of
 that, several processes share it, and a case that was dropped costs no more than reading it again, ahead of time."""
@@ -111,7 +116,7 @@ def load_dataset(path: Path | str) -> Dataset:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(IMAGE_SUFFIXES))
+        files = sorted(p for p in path.iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
         if not files:
             raise MorphSeekError(f"The folder {path} holds no label maps ({', '.join(IMAGE_SUFFIXES)}).")
         return Dataset(path, {"training": [Case(label=p) for p in files]}, about={"name": path.name})
@@ -335,10 +340,22 @@ def read_case_labels(case: Case, image: Volume) -> Volume:
     Raises:
         MorphSeekError: as :func:`MorphSeekLib.images.read_labels` and :func:`MorphSeekLib.images.check_labels`.
     """
-    labels = check_labels(read_labels(case.label), image, case.label.name)
+    labels = _noted(check_labels(read_labels(case.label), image, case.label.name))
     for value, other in case.merged:
         labels = Volume(labels.data.masked_fill(labels.data == value, other), labels.grid)
     return labels
+
+
+def _noted(volume: Volume) -> Volume:
+    """The volume, after its notices were logged, each once: a training reads a case again and again."""
+    for notice in volume.notices:
+        _log_once(notice.message)
+    return volume
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def scored_pairs(dataset: Dataset, split: str) -> list[Pair]:
@@ -368,7 +385,7 @@ def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]
     """
     volumes = []
     for case in (pair.fixed, pair.moving):
-        image = read_image(case.image)
+        image = _noted(read_image(case.image))
         volumes.append((image, read_case_labels(case, image)))
     return volumes[0], volumes[1]
 
@@ -483,12 +500,12 @@ class PairLoader:
     def _read(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
         if case.image is None:
             raise MorphSeekError(f"{case.label} has no image beside it; training on images needs one per case.")
-        image = read_image(case.image)
+        image = _noted(read_image(case.image))
         labels = None
         if case.label is not None:
             labels = read_case_labels(case, image)
         points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
-        image = Volume(normalize(image.data, self.preprocessing), image.grid)
+        image = normalized(Volume(quiet_background(image.data), image.grid), self.preprocessing, f"{case.image}")
         if self.preprocessing.spacing is not None:
             direction = orientation_matrix(self.preprocessing.orientation)
             image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import check_out, software, write_atomically
+from .checkpoint import software
 from .datasets import Dataset, Pair, read_pair, scored_pairs
 from .errors import MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
+from .files import check_out, write_atomically
 from .geometry import Volume
 from .metrics import LABEL_DEFINITIONS, LabelFigures, deviation, judged_labels, label_figures, mean
 from .refinement import RefinementSettings
@@ -60,7 +61,7 @@ def evaluate(
         Cancelled: the rows so far are kept beside ``out``.
     """
     out = Path(out)
-    check_out(out, dataset.path)
+    check_out(out, [dataset.path])
     pairs = scored_pairs(dataset, split)
     checkpoint = checkpoint_for(cancelled)
     settings = {

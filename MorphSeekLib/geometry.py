@@ -11,6 +11,7 @@ first, and an origin 1500 mm away never meets a float32. This is the only room o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,13 @@ class Grid:
     Attributes:
         shape: number of voxels along i, j, k.
         affine: (4, 4) float64, voxel index -> LPS mm (of the voxel's centre).
+        nifti_codes: what a NIfTI file calls the space of its qform and its sform (1: of the scanner, 4: of MNI, ...);
+            results on the grid of an image carry the codes of its file.
     """
 
     shape: tuple[int, int, int]
     affine: np.ndarray
+    nifti_codes: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -83,8 +87,13 @@ class Grid:
         return (self.affine[:3, :3] @ index).T + self.origin
 
     def same_as(self, other: Grid, tolerance_mm: float = 1e-2) -> bool:
-        """Whether both grids have the same voxels at the same places (corners within ``tolerance_mm``)."""
-        return self.shape == other.shape and float(np.abs(self.corners() - other.corners()).max()) < tolerance_mm
+        """Whether both grids have the same voxels at the same places.
+
+        Args:
+            tolerance_mm: the corners may lie so far apart, and no further than a tenth of a voxel.
+        """
+        apart = min(tolerance_mm, 0.1 * float(self.spacing.min()))
+        return self.shape == other.shape and float(np.abs(self.corners() - other.corners()).max()) < apart
 
     @classmethod
     def from_parts(
@@ -103,11 +112,14 @@ class Volume:
 
     Attributes:
         notices: what a person should know of how it was read.
+        dtype: the number type of its file, such as "int16", in which what is made of it is written; the data itself is
+            float32 whatever that is.
     """
 
     data: Tensor
     grid: Grid
     notices: tuple[Notice, ...] = ()
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if tuple(self.data.shape) != self.grid.shape:
@@ -159,7 +171,8 @@ class DenseTransform:
 
         Args:
             grid: nodes for the inverse; it should cover the moving image.
-            iterations, tolerance_mm: stop after so many, or when no node moved by more than this.
+            iterations, tolerance_mm: stop after so many, or when no node moved by more than this and by more than a
+                hundredth of the distance between nodes.
             checkpoint: called once an iteration; may raise to cancel.
         """
         back = np.linalg.inv(self.affine_part())
@@ -170,6 +183,7 @@ class DenseTransform:
         start = _points(grid, to_index @ back)
         x = start.clone()
         spacing = torch.from_numpy(self.grid.spacing)
+        tolerance_mm = min(tolerance_mm, 0.01 * float(spacing.min()))
         for _ in range(iterations):
             if checkpoint is not None:
                 checkpoint()
@@ -272,7 +286,7 @@ def orientation_matrix(code: str) -> np.ndarray:
 def covering_grid(
     covered: Grid,
     spacing: Sequence[float] | None = None,
-    orientation: str = "RAS",
+    orientation: str | np.ndarray = "RAS",
     multiple_of: int = 1,
     at_least: Sequence[int] | None = None,
 ) -> Grid:
@@ -281,11 +295,11 @@ def covering_grid(
     Args:
         covered: the grid to cover, of any orientation.
         spacing: mm along the new axes; None keeps the covered grid's (of its axis nearest to each new one).
-        orientation: axis code of the new grid.
+        orientation: axis code of the new grid, or its (3, 3) direction.
         multiple_of: sizes are rounded up to a multiple of this (a network's stride).
         at_least: sizes are no smaller than these.
     """
-    direction = orientation_matrix(orientation)
+    direction = orientation_matrix(orientation) if isinstance(orientation, str) else orientation
     if spacing is None:
         nearest = np.abs(direction.T @ covered.direction).argmax(axis=1)
         spacing = covered.spacing[nearest]
@@ -299,6 +313,23 @@ def covering_grid(
     shape = np.ceil(shape / multiple_of).astype(int) * multiple_of
     origin = covered.center - direction @ (spacing * (shape - 1) / 2)
     return Grid.from_parts(shape.tolist(), spacing, direction, origin)
+
+
+def reordered(volume: Volume, grid: Grid) -> Volume | None:
+    """A volume with its axes in another order or direction; None when the voxels of ``grid`` are not the same ones."""
+    turn = np.rint(np.linalg.inv(grid.direction) @ volume.grid.direction).astype(int)
+    if not (np.abs(turn).sum(axis=0) == 1).all() or not (np.abs(turn).sum(axis=1) == 1).all():
+        return None
+    order = np.abs(turn).argmax(axis=1).tolist()  # which axis of the volume runs along each of the grid's
+    backward = [axis for axis in range(3) if turn[axis, order[axis]] < 0]
+    shape = tuple(volume.grid.shape[axis] for axis in order)
+    affine = volume.grid.affine[:, [*order, 3]]
+    for axis in backward:
+        affine[:3, 3] += affine[:3, axis] * (shape[axis] - 1)
+        affine[:3, axis] *= -1
+    if not Grid(shape, affine).same_as(grid):
+        return None
+    return dataclasses.replace(volume, data=volume.data.permute(order).flip(backward).contiguous(), grid=grid)
 
 
 def smooth_for_spacing(volume: Volume, spacing: Sequence[float] | float) -> Volume:
@@ -316,7 +347,7 @@ def smooth_for_spacing(volume: Volume, spacing: Sequence[float] | float) -> Volu
         if factor <= 1.05:
             continue
         sigma = math.sqrt(factor**2 - 1) / 2.3548
-        radius = math.ceil(3 * sigma)
+        radius = min(math.ceil(3 * sigma), data.shape[axis])  # an axis of less than a new voxel is averaged whole
         weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
         margin = [0] * 6
         margin[4 - 2 * axis] = margin[5 - 2 * axis] = radius

@@ -2,99 +2,161 @@
 
 What is read is checked once, here, so that the rest of the engine may trust a volume: three axes of two or more voxels,
 one finite number a voxel, a regular grid with a known place in space (LPS mm). Everything refused is refused with one
-sentence (:class:`MorphSeekLib.errors.MorphSeekError`). What is written appears whole or not at all.
-
-SimpleITK mends some broken files in silence (what a NIfTI lacks at its end becomes zeros, and so does NaN; a spacing of
-zero becomes one; a NIfTI cut short by a full disk counts as written), so NIfTI files are also looked at here, as the
-NIfTI-1 and NIfTI-2 standards describe them (https://nifti.nimh.nih.gov).
+sentence (:class:`MorphSeekLib.errors.MorphSeekError`); what was decided for the user is said in the volume's notices.
+What is written appears whole or not at all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-import gzip
-import logging
 import math
 import os
-import shutil
-import struct
-import tempfile
-import uuid
 import zlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 import torch
+from torch import Tensor
 
+from . import dicom, nifti
 from .errors import MorphSeekError
-from .geometry import DenseTransform, Grid, Transform, Volume, index_points, resample
+from .events import Notice
+from .files import library_name, linked, shown, whole_file
+from .geometry import DenseTransform, Grid, Transform, Volume, covering_grid, index_points, reordered, resample
 from .labels import check_label_values
 
-log = logging.getLogger(__name__)
-
 WRITABLE = (".nii", ".nii.gz", ".nrrd", ".mha")
-_PART = ".morphseek-"
+_SAMPLES = 1 << 22  # voxels, at random, of which the air value of a large image is found
 _AXES = ("first", "second", "third")
 
 
-def read_image(path: str | os.PathLike) -> Volume:
+def read_image(path: str | os.PathLike, nifti_form: str | None = None) -> Volume:
     """Read an intensity image.
 
     Args:
         path: a NIfTI, NRRD or MetaImage file, anything else SimpleITK reads in 3D, a folder of DICOM slices, or one of
             the slices (its whole series is read).
+        nifti_form: "qform" or "sform", which of the two says where a NIfTI image lies when its header has both; None
+            for the one that ITK, and so Slicer, takes. A notice says so when they differ.
 
     Returns:
-        Float32 data (i, j, k) on its grid (LPS mm).
+        Float32 data (i, j, k) on its grid (LPS mm). NaN (a place outside the field of view) has become background.
 
     Raises:
         MorphSeekError: missing, damaged, not one 3D image of one finite number a voxel, constant, or without a place in
             space.
     """
-    volume = volume_from_sitk(read_sitk(path), f"{path}")
-    check_intensities(volume, f"{path}")
-    return volume
+    source = _read(path, nifti_form=nifti_form)
+    volume = usable(_volume(source, shown(path), torch.float32), shown(path))
+    return _right_angled(volume, shown(path), "linear")
 
 
-def check_intensities(volume: Volume, name: str) -> None:
-    """Refuse an image with voxels that are not numbers, or all the same.
+def usable(volume: Volume, name: str) -> Volume:
+    """An intensity image as the engine takes it: NaN, which stands for "outside the field of view", is background.
+
+    Args:
+        volume: floating-point data.
+        name: what to call the image.
+
+    Returns:
+        the volume; where there was NaN, a new one with :func:`air_value` in its place and a notice that counts them.
 
     Raises:
-        MorphSeekError: with ``name``, what to call the image.
+        MorphSeekError: infinite voxels, nothing but NaN, or all voxels the same.
     """
-    bad = int((~torch.isfinite(volume.data)).sum())
-    if bad:
-        raise MorphSeekError(_not_finite(name, bad))
+    data = volume.data
+    infinite, missing = int(data.isinf().sum()), int(data.isnan().sum())
+    if infinite:
+        raise MorphSeekError(nifti.not_finite(name, infinite))
+    if missing == data.numel():
+        raise MorphSeekError(f"{name} is empty: every voxel is NaN; check that it is the one you mean.")
+    if missing:
+        air = air_value(data)
+        volume = dataclasses.replace(volume, data=data.nan_to_num(nan=air))
+        text = f"{name} has {missing} voxels that are NaN; they are taken for background and read as {air:g}."
+        volume.notices += (Notice("nan", text),)
     low, high = float(volume.data.min()), float(volume.data.max())
     if low == high:
         raise MorphSeekError(f"{name} is empty: every voxel is {low:g}; check that it is the one you mean.")
+    return volume
 
 
-def read_labels(path: str | os.PathLike) -> Volume:
+def air_value(data: Tensor) -> float:
+    """What an image holds where nothing is, and so what lies outside of it: the value that most voxels of its faces
+    share, or else the value that one voxel in a thousand is below (its minimum, but for stray voxels)."""
+    faces = [data.select(axis, end).flatten() for axis in range(3) for end in (0, -1)]
+    rim = torch.cat(faces)
+    rim = rim[~rim.isnan()].float()
+    if rim.numel():
+        values, counts = rim.unique(return_counts=True)
+        if int(counts.max()) > rim.numel() / 2:
+            return float(values[counts.argmax()])
+    values = data.flatten()
+    if values.numel() > _SAMPLES:
+        values = values[torch.randint(values.numel(), (_SAMPLES,), generator=torch.Generator().manual_seed(0))]
+    values = values[~values.isnan()].float()
+    return float(values.kthvalue(1 + values.numel() // 1000).values) if values.numel() else 0.0
+
+
+def read_labels(path: str | os.PathLike, nifti_form: str | None = None) -> Volume:
     """Read a label image: int32 data (i, j, k) on its grid (LPS mm).
 
-    Floating-point files are accepted when they hold whole numbers.
+    Floating-point files are accepted when they hold whole numbers; NaN is background.
+
+    Args:
+        path, nifti_form: as for :func:`read_image`; give the form that was taken for the image of these labels.
 
     Raises:
-        MorphSeekError: as :func:`read_image`, and for values that are not whole numbers or a file without any label.
+        MorphSeekError: as :func:`read_image`, and for values that are no labels or a file without any label.
     """
-    image = read_sitk(path)
-    volume = volume_from_sitk(image, f"{path}", torch.float64)
-    whole = volume.data.round()
+    volume = _volume(_read(path, nifti_form=nifti_form), shown(path), torch.float64)
+    missing = int(volume.data.isnan().sum())
+    if missing:
+        text = f"{shown(path)} has {missing} voxels that are NaN; they are taken for background."
+        volume.notices += (Notice("nan", text),)
+    labels = label_values(volume.data.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf), shown(path))
+    if not bool(labels.any()):
+        raise MorphSeekError(f"{shown(path)} has no label: every voxel is 0; check that it is the file you mean.")
+    return _right_angled(dataclasses.replace(volume, data=labels), shown(path), "nearest")
+
+
+def label_values(values: Tensor, name: str) -> Tensor:
+    """Numbers as labels, int32.
+
+    Raises:
+        MorphSeekError: with ``name``: fractions, negative values, or values beyond 32 bits.
+    """
+    whole = values.round()
     # scl_slope makes 3 into 2.9999998
-    if not bool(((volume.data - whole).abs() < 1e-3).all()):
+    if values.is_floating_point() and not bool(((values - whole).abs() <= 1e-3).all()):
         raise MorphSeekError(
-            f"{path} is not a label image: some of its values are not whole numbers; give a segmentation that was "
-            "resampled with nearest-neighbour interpolation."
+            f"{name} is not a label image: some of its values are not whole numbers; give a segmentation that was "
+            "resampled with nearest-neighbor interpolation."
         )
-    if not bool(whole.any()):
-        raise MorphSeekError(f"{path} has no label: every voxel is 0; check that it is the file you mean.")
-    check_label_values(whole, f"{path}")
-    return Volume(whole.to(torch.int32), volume.grid)
+    check_label_values(whole, name)
+    return whole.to(torch.int32)
+
+
+@dataclass
+class _Source:
+    """A file's image and what its header says beside it.
+
+    Attributes:
+        image: as SimpleITK has it.
+        affine: where it lies (LPS mm) when that is not where ITK places it.
+        nifti_codes: see :class:`Grid`.
+        notices: about its place.
+    """
+
+    image: sitk.Image
+    affine: np.ndarray | None = None
+    nifti_codes: tuple[int, int] = (1, 1)
+    notices: tuple[Notice, ...] = ()
 
 
 def read_sitk(path: str | os.PathLike, components: int = 1) -> sitk.Image:
@@ -106,23 +168,50 @@ def read_sitk(path: str | os.PathLike, components: int = 1) -> sitk.Image:
 
     Raises:
         MorphSeekError: missing, damaged, of another kind, or without a place in space. (Constant images, one-voxel
-            axes, shear and, outside NIfTI, NaN are left to the caller.)
+            axes, shear and, outside displacement fields in NIfTI, NaN are left to the caller.)
     """
+    return _read(path, components).image
+
+
+def _read(path: str | os.PathLike, components: int = 1, nifti_form: str | None = None) -> _Source:
+    """As :func:`read_sitk`, with what the header says."""
     path = Path(path)
+    if nifti_form not in (None, *nifti.FORMS):
+        raise MorphSeekError(f"There is no NIfTI form '{nifti_form}'; choose qform or sform.")
+    library_name(path)
     if not path.exists():
         raise MorphSeekError(f"{path} does not exist; check the name.")
     if not os.access(path, os.R_OK):
         raise MorphSeekError(f"{path} may not be read; check its permissions.")
-    if path.is_dir():
-        return _read_series(path)
+    if path.is_dir() or (path.stat().st_size and dicom.is_dicom(path)):
+        with _quiet():
+            return _Source(dicom.read_series(path) if path.is_dir() else dicom.read_series(path.parent, path))
     if path.stat().st_size == 0:
         raise MorphSeekError(f"{path} is an empty file (0 bytes); copy or export it again.")
-    if _is_dicom(path):
-        return _read_series(path.parent, path)
-    if _is_nifti(path):
-        _check_nifti(path)
+    if not nifti.is_nifti(path):
+        upper = path.suffix != ".mha" and path.suffix.lower() == ".mha"  # the one format that ITK knows by its case
+        with linked(path, ".mha") if upper else nullcontext(library_name(path)) as name:
+            return _Source(_read_file(name, path, components))
+    header, missing = nifti.check(path, nan=components == 1)
+    # ITK refuses a file whose only form is sheared, so it is asked for the voxels alone
+    placeless = nifti_form == "sform" and header is not None and header.sheared and header.codes[0] <= 0
+    with nifti.openable(path, without_forms=placeless) as name:
+        image = _read_file(name, path, components)
+    if header is None:
+        return _Source(image)
+    if missing:
+        image = _with_nan(image, nifti.nan_voxels(path, header))
+    taken = None if placeless else _form_of(image, header)
+    wanted = nifti_form if nifti_form is not None and header.codes[nifti.FORMS.index(nifti_form)] > 0 else None
+    notice = _form_notice(path, header, taken, wanted)
+    affine = header.form(wanted) if wanted is not None and wanted != taken else None
+    return _Source(image, affine, header.codes, () if notice is None else (notice,))
+
+
+def _read_file(name: str, path: Path, components: int) -> sitk.Image:
+    """Read a file by the name that ITK can open; ``path`` is what the user calls it."""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(name)
     with _quiet():
         try:
             # the header first: a long time series is refused before it fills the memory
@@ -131,10 +220,87 @@ def read_sitk(path: str | os.PathLike, components: int = 1) -> sitk.Image:
                 reader.GetSize(), reader.GetNumberOfComponents(), reader.GetPixelIDValue(), str(path), components
             )
             if not all(math.isfinite(s) and s > 0 for s in reader.GetSpacing()):
-                raise MorphSeekError(_no_spacing(path, reader.GetSpacing()))
+                raise MorphSeekError(nifti.no_spacing(path, reader.GetSpacing()))
             return reader.Execute()
         except RuntimeError as error:
             raise MorphSeekError(_unreadable(path, str(error))) from None
+
+
+def _with_nan(image: sitk.Image, where: np.ndarray) -> sitk.Image:
+    """An image with NaN where its file has it and ITK made it zero."""
+    values = sitk.GetArrayFromImage(image)
+    values.reshape(where.shape[::-1])[where.T] = np.nan
+    repaired = sitk.GetImageFromArray(values)
+    repaired.CopyInformation(image)
+    return repaired
+
+
+def form_notices(path: str | os.PathLike) -> tuple[Notice, ...]:
+    """What there is to say of where a NIfTI file lies, from its header alone; nothing for other and unreadable files.
+
+    For an application that has read the file by itself, with ITK.
+    """
+    path = Path(path)
+    try:
+        header = nifti.read_header(path) if nifti.is_nifti(path) and path.is_file() else None
+        if header is None:
+            return ()
+        reader = sitk.ImageFileReader()
+        with nifti.openable(path) as name, _quiet():
+            reader.SetFileName(name)
+            reader.ReadImageInformation()
+        notice = _form_notice(path, header, _form_of(reader, header), None)
+    except (OSError, EOFError, zlib.error, RuntimeError, MorphSeekError):
+        return ()
+    return () if notice is None else (notice,)
+
+
+def _form_of(image: sitk.Image | sitk.ImageFileReader, header: nifti.Header) -> str | None:
+    """Which form ITK took: the nearer one; None when the header has none."""
+    present = [form for form, code in zip(nifti.FORMS, header.codes, strict=True) if code > 0]
+    dimension = image.GetDimension()
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.reshape(image.GetDirection(), (dimension, dimension))[:3, :3] * image.GetSpacing()[:3]
+    matrix[:3, 3] = image.GetOrigin()[:3]
+    corner = np.array([*header.shape[:3]])
+
+    def off(form: str) -> float:
+        difference = header.form(form) - matrix
+        return float(np.abs(difference[:3, :3] * corner).max() + np.abs(difference[:3, 3]).max())
+
+    return min(present, key=off) if present else None
+
+
+def _form_notice(path: Path, header: nifti.Header, taken: str | None, wanted: str | None) -> Notice | None:
+    """What to say of a header whose two forms differ, or whose only one is sheared.
+
+    Args:
+        taken: the form by which ITK places the image; None when it refuses the image.
+        wanted: the form that was asked for and is there, or None.
+    """
+    apart = nifti.disagreement(header)
+    if apart is not None:
+        said = f"{shown(path)} states two places in its header, qform and sform, up to {apart}"
+        said += "; its sform is sheared" if header.sheared else ""
+    elif wanted == "sform" and taken is None:
+        return Notice(
+            "nifti-forms",
+            f"{shown(path)} has a sheared sform, which was taken as asked; Slicer and ITK refuse this file, so load "
+            "warped.nii.gz instead, whose two forms are equal.",
+        )
+    else:
+        return None
+    if wanted is None:
+        other = nifti.FORMS[taken == "qform"]
+        said += f". The {taken} was taken, as ITK and Slicer do; if the {other} is right, use --nifti-form {other}."
+    elif wanted == taken:
+        said += f". The {wanted} was taken, as asked; it is also what ITK and Slicer take."
+    else:
+        said += (
+            f". The {wanted} was taken, as asked; Slicer and ITK place this file elsewhere, by its {taken}, so load "
+            "warped.nii.gz instead, whose two forms are equal."
+        )
+    return Notice("nifti-forms", said)
 
 
 def check_overlap(
@@ -171,8 +337,8 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
         name: what to call it in a warning or refusal (its file).
 
     Returns:
-        ``labels`` itself when the grids are the same; otherwise resampled (nearest), with a warning in the log that
-        says how many labelled voxels lay outside.
+        ``labels`` itself when the grids are the same, with its axes turned when the voxels are; otherwise resampled
+        (nearest), with a notice that says how many labeled voxels lay outside.
 
     Raises:
         MorphSeekError: no labelled voxel lies in the image.
@@ -180,6 +346,9 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
     grid = image.grid
     if labels.grid.same_as(grid):
         return labels
+    turned = reordered(labels, grid)
+    if turned is not None:
+        return turned
     labelled = labels.data.nonzero().T.double()
     to_image = torch.from_numpy(np.linalg.inv(grid.affine) @ labels.grid.affine)
     index = to_image[:3, :3] @ labelled + to_image[:3, 3:]
@@ -190,20 +359,20 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
             f"{name} labels nothing in its image: all its labels lie outside, in another place of the world; give the "
             "segmentation of this very image, or one with the same origin and directions."
         )
-    log.warning(
-        "%s has another grid (%s voxels of %s mm) than its image (%s of %s mm); it was resampled to nearest neighbours"
-        " (%.1f %% of the labelled voxels lie outside the image).",
-        name,
-        *(text for g in (labels.grid, grid) for text in (_by(g.shape), _by(g.spacing.round(3)))),
-        100 * (1 - float(inside.double().mean())),
-    )
-    return resample(labels, grid, mode="nearest")
+    sizes = (f"{nifti.by(g.shape)} voxels of {nifti.by(g.spacing.round(3))} mm" for g in (labels.grid, grid))
+    text = (
+        "{} has another grid ({}) than its image ({}); it was resampled to nearest neighbors ({:.1f} % of its labeled "
+        "voxels lie outside the image)."
+    ).format(name, *sizes, 100 * (1 - float(inside.double().mean())))
+    found = resample(labels, grid, mode="nearest")
+    return dataclasses.replace(found, notices=(*labels.notices, Notice("labels-grid", text)))
 
 
 def write_image(volume: Volume, path: str | os.PathLike) -> None:
     """Write a volume, compressed, all of it or nothing.
 
-    Integers and booleans take the smallest of uint8, int16 and int32 that holds them, everything else float32.
+    Integers and booleans take the smallest of uint8, int16 and int32 that holds them; everything else is written in the
+    volume's number type, see :func:`stored_values`. Both forms of a NIfTI file are the same.
 
     Args:
         volume: data (i, j, k) on its grid (LPS mm).
@@ -213,15 +382,87 @@ def write_image(volume: Volume, path: str | os.PathLike) -> None:
         MorphSeekError: unknown format, or the disk is full or the folder not writable.
     """
     if not str(path).lower().endswith(WRITABLE):
-        raise MorphSeekError(f"{path} has no format to write an image in; end its name with {_or(WRITABLE)}.")
-    image = sitk_from_volume(volume)
+        raise MorphSeekError(f"{shown(path)} has no format to write an image in; end its name with {_or(WRITABLE)}.")
+    image = _sitk_of(stored_values(volume), volume.grid)
     with whole_file(path) as part, _quiet():
-        sitk.WriteImage(image, str(part), useCompression=True)
-        if _is_nifti(part):
-            try:  # a short NIfTI write counts as done for SimpleITK
-                _scan_nifti(part)
-            except (EOFError, zlib.error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        if not nifti.is_nifti(part) or volume.grid.nifti_codes == (1, 1):  # ITK knows no other codes
+            sitk.WriteImage(image, library_name(part), useCompression=True)
+            _check_written(part)
+            return
+        plain = part.with_name(f"{part.name.removesuffix('.gz').removesuffix('.nii')}-plain.nii")
+        sitk.WriteImage(image, library_name(plain))
+        _check_written(plain)
+        nifti.set_codes(plain, volume.grid.nifti_codes)
+        if part.suffix == ".gz":
+            nifti.compress(plain, part)
+        else:
+            os.replace(plain, part)
+
+
+def _check_written(path: Path) -> None:
+    """A short write of a NIfTI file counts as done for SimpleITK."""
+    try:
+        if nifti.is_nifti(path):
+            nifti.scan(path)
+    except (EOFError, zlib.error):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
+def stored_values(volume: Volume) -> np.ndarray:
+    """(i, j, k) values as they are written.
+
+    Returns:
+        Floating-point data in the volume's number type: rounded and clipped where that is an integer, else float32.
+        Integers in the smallest of uint8, int16 and int32 that holds them.
+
+    Raises:
+        ValueError: integers beyond 32 bits.
+    """
+    data = volume.data.detach().cpu()
+    if not data.is_floating_point():
+        return data.numpy().astype(_smallest_type(data))
+    kind = np.dtype(volume.dtype)
+    if kind.kind not in "iu":
+        return data.numpy().astype(np.float32)
+    limits = np.iinfo(kind)
+    # the largest 64-bit integers round up to numbers beyond them
+    highest = limits.max if kind.itemsize < 8 else np.nextafter(np.float64(limits.max), 0)
+    return data.double().numpy().round().clip(limits.min, highest).astype(kind)
+
+
+def _smallest_type(data: Tensor) -> type:
+    low, high = (int(data.min()), int(data.max())) if data.dtype != torch.bool else (0, 1)
+    for kind in (np.uint8, np.int16, np.int32):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return kind
+    raise ValueError(f"Integers from {low} to {high} do not fit 32 bits.")
+
+
+def _volume(source: _Source, name: str, dtype: torch.dtype) -> Volume:
+    """What was read as a volume; its axes need not be at right angles when a NIfTI form that was asked for says so."""
+    volume = volume_from_sitk(source.image, name, dtype)
+    affine = volume.grid.affine if source.affine is None else source.affine
+    grid = Grid(volume.grid.shape, affine, source.nifti_codes)
+    return dataclasses.replace(volume, grid=grid, notices=source.notices)
+
+
+def _right_angled(volume: Volume, name: str, mode: str) -> Volume:
+    """A volume whose axes are not at right angles, resampled onto the nearest grid of those that covers it.
+
+    No file of ours could say where a sheared grid lies, and Slicer would straighten it.
+    """
+    if not nifti.is_sheared(volume.grid.affine):
+        return volume
+    direction = nifti.nearest_rotation(volume.grid.affine[:3, :3])
+    grid = covering_grid(volume.grid, volume.grid.spacing, direction)
+    grid = dataclasses.replace(grid, nifti_codes=volume.grid.nifti_codes)
+    background = air_value(volume.data) if mode == "linear" else 0
+    text = (
+        f"{name} has axes that are not at right angles; it was resampled onto a grid with right angles "
+        f"({nifti.by(grid.shape)} voxels of {nifti.by(grid.spacing.round(3))} mm), on which the results lie."
+    )
+    straight = resample(volume, grid, mode=mode, background=background)
+    return dataclasses.replace(straight, dtype=volume.dtype, notices=(*volume.notices, Notice("resampled-shear", text)))
 
 
 def volume_from_sitk(image: sitk.Image, name: str = "The image", dtype: torch.dtype = torch.float32) -> Volume:
@@ -247,136 +488,49 @@ def volume_from_sitk(image: sitk.Image, name: str = "The image", dtype: torch.dt
     except ValueError as error:
         raise MorphSeekError(f"{name} cannot be placed in space. {error}") from None
     # Slicer and NIfTI have no place for shear and would straighten it: our results would lie elsewhere than their image
-    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-3:
+    if nifti.is_sheared(grid.affine):
         raise MorphSeekError(_SHEARED.format(name=name))
+    stored = sitk.GetArrayFromImage(image)
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the reader refuses
-        array = sitk.GetArrayFromImage(image).astype(torch.empty(0, dtype=dtype).numpy().dtype).transpose(2, 1, 0)
-    return Volume(torch.from_numpy(np.ascontiguousarray(array)), grid)
+        array = stored.astype(torch.empty(0, dtype=dtype).numpy().dtype).transpose(2, 1, 0)
+    kind = stored.dtype.name if stored.dtype.kind in "iu" else "float32"
+    return Volume(torch.from_numpy(np.ascontiguousarray(array)), grid, dtype=kind)
 
 
 def sitk_from_volume(volume: Volume) -> sitk.Image:
     """To a SimpleITK image: uint8, int16 or int32 for integers (the smallest that holds them), else float32."""
-    data = volume.data.detach().cpu()
-    if data.is_floating_point():
-        kind = np.float32
-    else:
-        low, high = (int(data.min()), int(data.max())) if data.dtype != torch.bool else (0, 1)
-        fits = [t for t in (np.uint8, np.int16, np.int32) if np.iinfo(t).min <= low and high <= np.iinfo(t).max]
-        if not fits:
-            raise ValueError(f"Integers from {low} to {high} do not fit 32 bits.")
-        kind = fits[0]
-    image = sitk.GetImageFromArray(np.ascontiguousarray(data.numpy().transpose(2, 1, 0).astype(kind)))
-    image.SetSpacing(volume.grid.spacing.tolist())
-    image.SetDirection(volume.grid.direction.ravel().tolist())
-    image.SetOrigin(volume.grid.origin.tolist())
+    return _sitk_of(stored_values(dataclasses.replace(volume, dtype="float32")), volume.grid)
+
+
+def _sitk_of(values: np.ndarray, grid: Grid) -> sitk.Image:
+    image = sitk.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)))
+    image.SetSpacing(grid.spacing.tolist())
+    image.SetDirection(grid.direction.ravel().tolist())
+    image.SetOrigin(grid.origin.tolist())
     return image
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file that appears whole or not at all.
-
-    Yields:
-        A name in the same folder, with the same endings, to write to; it takes the place of ``path`` when the block
-        ends, and is removed when the block fails.
-
-    Raises:
-        MorphSeekError: the disk is full or the folder not writable (OSError and RuntimeError of the block, which is
-            what SimpleITK and HDF5 raise, become this).
-    """
-    path = Path(path)
-    part = path.with_name(f".part-{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder has this name", str(path))
-        yield part
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        raise _unwritable(path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def output_folder(path: str | os.PathLike, owns: Collection[str] = ()) -> Iterator[Path]:
-    """A folder whose files appear together or not at all.
-
-    Args:
-        path: the folder; made when it is missing.
-        owns: names a run may write. Those left by an earlier run that this one does not write are removed with it, so
-            that the folder never mixes two results.
-
-    Yields:
-        A temporary folder inside ``path`` to write to. Its files move up when the block ends; when it fails (or is
-        cancelled) it is removed with everything made for it, and what was in ``path`` before stays.
-
-    Raises:
-        MorphSeekError: the folder cannot be made or written to, or the disk is full.
-    """
-    path = Path(path)
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    part: Path | None = None
-    done = False
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=_PART, dir=path))
-        yield part
-        written = sorted(part.iterdir())
-        for file in written:
-            if (path / file.name).is_dir():
-                raise IsADirectoryError(errno.EISDIR, "a folder has this name", str(path / file.name))
-        for file in written:
-            os.replace(file, path / file.name)
-        for name in set(owns) - {file.name for file in written}:
-            (path / name).unlink(missing_ok=True)
-        done = True
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
-        if not done:
-            for folder in missing:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
 
 
 _SHEARED = (
     "{name} has voxel axes that are not at right angles (its header shears the image); resample it onto a right-angled "
     "grid first, for instance with Slicer's Resample Image module, and give that file."
 )
+_SHEARED_SFORM = (
+    "{name} has voxel axes that are not at right angles (its only form, the sform, is sheared), which ITK and Slicer "
+    "do not read; give --nifti-form sform to have it resampled onto a right-angled grid."
+)
 
 
 def _unreadable(path: Path, reason: str) -> str:
     if "orthonormal" in reason:
-        return _SHEARED.format(name=path)
+        return _SHEARED_SFORM.format(name=path)
     if "direction" in reason and "determinant" in reason:
-        return _singular(path)
+        return nifti.singular(path)
+    if path.name.lower().endswith(".mgz"):
+        return f"{path} is a FreeSurfer file, which is not read; convert it to .nii.gz, for instance with mri_convert."
     if "Unable to determine ImageIO" in reason:
         return f"{path} is not an image of a known format; give a NIfTI, NRRD or MHA file, or a folder of DICOM slices."
     beside = " (a .mhd or .nhdr file needs its data file beside it)" if path.suffix in (".mhd", ".nhdr") else ""
     return f"{path} is damaged or incomplete and cannot be read{beside}; copy or export it again."
-
-
-def _singular(path: Path) -> str:
-    return (
-        f"{path} has a singular direction matrix in its header, so its voxels have no place in space; repair the "
-        "header (for instance with Slicer's Volumes module) and save it again."
-    )
-
-
-def _not_finite(path: str | os.PathLike, count: int) -> str:
-    return (
-        f"{path} has {count} voxels that are NaN or infinite; replace them (with the background's value, for instance) "
-        "and save it again."
-    )
-
-
-def _no_spacing(path: Path, spacing: Collection[float]) -> str:
-    return (
-        f"{path} says that its voxels measure {_by(spacing)} mm; every size must be above zero: repair the header (for "
-        "instance with Slicer's Volumes module) and save it again."
-    )
 
 
 def _check_kind(size: Collection[int], components: int, pixel: int, name: str, wanted: int = 1) -> None:
@@ -391,15 +545,15 @@ def _check_kind(size: Collection[int], components: int, pixel: int, name: str, w
         )
     if components > wanted:
         raise MorphSeekError(
-            f"{name} has {components} numbers at each voxel (a colour image or a vector field); give an image with one "
+            f"{name} has {components} numbers at each voxel (a color image or a vector field); give an image with one "
             "number a voxel."
         )
     if len(size) < 3:
-        raise MorphSeekError(f"{name} is a 2D image ({_by(size)}); give a 3D volume.")
+        raise MorphSeekError(f"{name} is a 2D image ({nifti.by(size)}); give a 3D volume.")
     if any(n > 1 for n in size[3:]):
         raise MorphSeekError(
-            f"{name} is a {len(size)}D image ({_by(size)}), such as a time series; save one of its volumes as a file "
-            "of its own and give that."
+            f"{name} is a {len(size)}D image ({nifti.by(size)}), such as a time series; save one of its volumes as a "
+            "file of its own and give that."
         )
 
 
@@ -414,206 +568,6 @@ def _squeeze(image: sitk.Image, name: str) -> sitk.Image:
     return image
 
 
-def _is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith((".nii", ".nii.gz"))
-
-
-class _NiftiHeader(NamedTuple):
-    """The fields of a NIfTI-1 or NIfTI-2 header that are looked at here."""
-
-    order: str
-    shape: tuple[int, ...]
-    datatype: int
-    bits: int
-    offset: int
-    pixdim: tuple[float, ...]
-    qform_code: int
-    sform_code: int
-    sform: np.ndarray
-
-
-def _nifti_header(raw: bytes) -> _NiftiHeader | None:
-    """Of a file's first 540 bytes; None when they are no NIfTI header."""
-    if len(raw) < 352:
-        raise EOFError
-    for order in "<>":
-        length = struct.unpack_from(order + "i", raw)[0]
-        if length == 348:
-            dim = struct.unpack_from(order + "8h", raw, 40)
-            datatype, bits = struct.unpack_from(order + "2h", raw, 70)
-            pixdim = struct.unpack_from(order + "8f", raw, 76)
-            (offset,) = struct.unpack_from(order + "f", raw, 108)
-            codes = struct.unpack_from(order + "2h", raw, 252)
-            rows = struct.unpack_from(order + "12f", raw, 280)
-        elif length == 540 and len(raw) == 540:
-            datatype, bits = struct.unpack_from(order + "2h", raw, 12)
-            dim = struct.unpack_from(order + "8q", raw, 16)
-            pixdim = struct.unpack_from(order + "8d", raw, 104)
-            (offset,) = struct.unpack_from(order + "q", raw, 168)
-            codes = struct.unpack_from(order + "2i", raw, 344)
-            rows = struct.unpack_from(order + "12d", raw, 400)
-        else:
-            continue
-        shape = dim[1 : dim[0] + 1]
-        if not 1 <= dim[0] <= 7 or min(shape) < 1 or not 0 <= offset < 2**31:
-            raise EOFError
-        return _NiftiHeader(
-            order, shape, datatype, bits, int(offset), pixdim[1:4], *codes, np.array(rows).reshape(3, 4)
-        )
-    return None
-
-
-def _scan_nifti(path: Path) -> tuple[_NiftiHeader | None, int]:
-    """A NIfTI file's header (None: it is something else) and how many of its voxels are NaN or infinite.
-
-    Raises:
-        EOFError, gzip.BadGzipFile, zlib.error: the file is shorter than its header says, or wrongly compressed.
-    """
-    with open(path, "rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    bad = 0
-    with gzip.open(path) if compressed else open(path, "rb") as file:
-        header = _nifti_header(file.read(540))
-        if header is None:
-            return None, 0
-        file.seek(header.offset)
-        kind = {16: "f4", 64: "f8"}.get(header.datatype)
-        left = math.prod(header.shape) * header.bits // 8
-        while left > 0:
-            wanted = min(left, 1 << 22)
-            block = file.read(wanted)
-            if len(block) < wanted:
-                raise EOFError
-            left -= wanted
-            if kind is not None:
-                bad += int((~np.isfinite(np.frombuffer(block, header.order + kind))).sum())
-        while compressed and file.read(1 << 22):  # as far as the checksum
-            pass
-    return header, bad
-
-
-def _check_nifti(path: Path) -> None:
-    """Refuse a NIfTI file that SimpleITK would mend in silence."""
-    try:
-        header, bad = _scan_nifti(path)
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise MorphSeekError(f"{path} is damaged or incomplete and cannot be read; copy or export it again.") from None
-    if header is None or len(header.shape) < 3:
-        return
-    if bad:
-        raise MorphSeekError(_not_finite(path, bad))
-    if not all(math.isfinite(s) and s > 0 for s in header.pixdim):
-        raise MorphSeekError(_no_spacing(path, header.pixdim))
-    if header.sform_code <= 0:
-        return
-    if not np.isfinite(header.sform).all():
-        raise MorphSeekError(_singular(path))
-    if header.qform_code > 0:  # ITK, and so Slicer, fall back on it
-        return
-    linear = header.sform[:, :3]
-    norms = np.linalg.norm(linear, axis=0)
-    if not abs(np.linalg.det(linear)) > 1e-6 * np.prod(norms):
-        raise MorphSeekError(_singular(path))
-    # ITK takes the size from pixdim, other programs from the matrix; a sheared matrix gets ITK's own refusal
-    sheared = np.abs((linear / norms).T @ (linear / norms) - np.eye(3)).max() > 1e-3
-    if not sheared and np.abs(norms / header.pixdim - 1).max() > 0.01:
-        raise MorphSeekError(
-            f"{path} states two voxel sizes in its header ({_by(header.pixdim)} mm as pixdim, {_by(norms)} mm as "
-            "sform); make them agree and save it again."
-        )
-
-
-def _is_dicom(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _read_series(folder: Path, member: Path | None = None) -> sitk.Image:
-    """The DICOM series of a folder; ``member`` chooses the one that this file belongs to."""
-    with _quiet():
-        found = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-        series = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in found]
-    if member is not None:
-        series = [files for files in series if any(os.path.samefile(member, f) for f in files)] or [(str(member),)]
-    if not series:
-        raise MorphSeekError(
-            f"{folder} is a folder without DICOM slices; give an image file, or the folder that holds the slices "
-            "themselves."
-        )
-    # scouts, reports and secondary captures come as single files beside the one true series
-    several = [files for files in series if len(files) > 1]
-    if len(several) == 1:
-        series = several
-    if len(series) > 1:
-        listed = ", ".join(_describe(files) for files in series[:8]) + (", ..." if len(series) > 8 else "")
-        raise MorphSeekError(
-            f"{folder} holds {len(series)} DICOM series: {listed}; give one file of the series you want instead of the "
-            "folder."
-        )
-    files = series[0]
-    name = str(folder if member is None else member)
-    try:
-        with _quiet():
-            if len(files) == 1:
-                return sitk.ReadImage(files[0])
-            _check_stack(files, name)
-            reader = sitk.ImageSeriesReader()
-            reader.SetFileNames(files)
-            return reader.Execute()
-    except RuntimeError:
-        raise MorphSeekError(f"{name} holds DICOM slices that cannot be read together; export them again.") from None
-
-
-def _tags(file: str) -> dict[str, str]:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    reader.ReadImageInformation()
-    return {key: reader.GetMetaData(key).strip() for key in reader.GetMetaDataKeys()}
-
-
-def _describe(files: Collection[str]) -> str:
-    first = next(iter(files))
-    try:
-        what = _tags(first).get("0008|103e") or "without description"
-    except RuntimeError:
-        what = "unreadable"
-    return f"'{what}' ({len(files)} files such as {Path(first).name})"
-
-
-def _check_stack(files: Collection[str], name: str) -> None:
-    """Refuse slices that are no regular block; ITK would space them evenly in silence."""
-    tags = [_tags(file) for file in files]
-    try:
-        places = np.array([[float(x) for x in t["0020|0032"].split("\\")] for t in tags])
-        cosines = np.array([[float(x) for x in t["0020|0037"].split("\\")] for t in tags])
-    except (KeyError, ValueError):
-        raise MorphSeekError(
-            f"{name} holds DICOM slices without a position or direction (secondary captures?); give the original "
-            "series."
-        ) from None
-    normal = np.cross(cosines[0, :3], cosines[0, 3:])
-    if np.abs(cosines - cosines[0]).max() > 1e-3:
-        raise MorphSeekError(
-            f"{name} holds DICOM slices of different directions in one series (a scout?); give a series of parallel "
-            "slices."
-        )
-    places = places[np.argsort(places @ normal)]
-    steps = np.diff(places, axis=0)
-    heights = steps @ normal
-    if heights.min() < 1e-3:
-        raise MorphSeekError(
-            f"{name} holds several DICOM slices at one place (a time series or several echoes); export one volume of "
-            "it, for instance from Slicer, and give that."
-        )
-    sideways = np.linalg.norm(steps - heights[:, None] * normal, axis=1)
-    if np.abs(heights / np.median(heights) - 1).max() > 0.1 or sideways.max() > 0.02 * np.median(heights):
-        raise MorphSeekError(
-            f"{name} holds DICOM slices that are no regular block (slices missing, unevenly spaced, or a tilted "
-            "gantry); load it in Slicer with acquisition geometry regularization on, and give the volume saved from "
-            "there."
-        )
-
-
 def _gap(grid: Grid, into: Grid, transform: Transform | None) -> float:
     """mm from the nearest of about 30^3 voxels of ``grid``, mapped, to the box of ``into``; 0 when one lies inside."""
     step = np.maximum(1, (np.array(grid.shape) - 1) / 29)
@@ -625,20 +579,6 @@ def _gap(grid: Grid, into: Grid, transform: Transform | None) -> float:
     return float(beyond.norm(dim=1).min())
 
 
-def _unwritable(path: Path, error: Exception) -> MorphSeekError:
-    """One sentence for a failed write."""
-    folder = next(p for p in (path, *path.parents) if p.is_dir())
-    path = Path(*(part for part in path.parts if not part.startswith(_PART)))  # the name that the person knows
-    number = getattr(error, "errno", None)
-    # SimpleITK and HDF5 do not always say why
-    if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and shutil.disk_usage(folder).free < 1 << 16):
-        return MorphSeekError(
-            f"The disk is full: {path} could not be written; free some space or choose another folder."
-        )
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else "the writing failed"
-    return MorphSeekError(f"{path} cannot be written ({reason.lower()}); choose a folder that you may write to.")
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without ITK's own warnings: what matters in them becomes our sentence."""
@@ -648,10 +588,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
-
-
-def _by(numbers: Collection[float]) -> str:
-    return " x ".join(f"{float(n):g}" for n in numbers)
 
 
 def _or(words: Collection[str]) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .geometry import Grid, covering_grid
+from .errors import MorphSeekError
+from .geometry import Grid, Volume, covering_grid
 
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 FINE_VOXELS = 16_000_000
 """Refinement takes about 400 bytes of memory a voxel."""
+_SEED = 1
+_LEAST_SHARE = 0.01  # of the voxels, that make a value the background though it is not the least
+_MOST_CLIPPED = 0.1  # of the foreground, that the lower percentile may take with it
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,13 @@ class Preprocessing:
         orientation: axis code of the working grid, such as "RAS": i runs to the right, j to anterior, k up.
         spacing: mm of the working grid; None keeps the fixed image's own.
         shape: the working grid has at least this many voxels (the size seen in training); None: what the image needs.
-        intensity: "percentile" (low and high are percentiles of the voxels above the minimum, mapped to 0..1),
+        intensity: "percentile" (low and high are percentiles of the foreground, mapped to 0..1),
             "window" (low and high are intensities, such as HU) or "none".
         low, high: see intensity. Values outside are clipped.
         align: what to do before the network when nothing is asked for: "none", "center", "rigid" or "affine".
         steps: refinement steps when nothing is asked for (the T of training).
+        knows: smallest and largest size in mm of what the training images showed
+            (:func:`MorphSeekLib.alignment.object_size`); None: it was not measured.
     """
 
     orientation: str = "RAS"
@@ -38,6 +46,7 @@ class Preprocessing:
     high: float = 99.5
     align: str = "affine"
     steps: int = 2
+    knows: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.intensity not in ("percentile", "window", "none"):
@@ -50,6 +59,24 @@ class Preprocessing:
             raise ValueError("spacing must be positive")
         if self.steps < 1:
             raise ValueError("steps must be at least 1")
+        if self.knows is not None and not 0 < self.knows[0] <= self.knows[1] < math.inf:
+            raise ValueError("knows must be two sizes in mm, the smaller one first")
+
+    def beyond(self, size: float) -> float:
+        """How many times larger than the largest (above 1) or than the smallest (below 1) of the sizes known; else 1.
+
+        Args:
+            size: of an image's object, mm.
+        """
+        if self.knows is None:
+            return 1.0
+        return size / min(max(size, self.knows[0]), self.knows[1])
+
+    def scaled(self, factor: float) -> Preprocessing:
+        """The same on a working grid that is so many times coarser."""
+        if self.spacing is None:
+            return self
+        return dataclasses.replace(self, spacing=tuple(factor * s for s in self.spacing))
 
 
 def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) -> Grid:
@@ -98,22 +125,91 @@ def fine_grid(fixed: Grid, working: Grid) -> Grid:
     return Grid.from_parts(shape.tolist(), length / (shape - 1), fixed.direction, fixed.origin)
 
 
+def sampled(values: Tensor, count: int = 250_000) -> Tensor:
+    """At most ``count`` of a tensor's values, (n,), drawn at random; the same ones every time and on every device.
+
+    A stride would do for noise, but not for images: one that is a multiple of an axis reads a single slice of them.
+    """
+    values = values.flatten()
+    return values if values.numel() <= count else values[sampled_places(values.numel(), count).to(values.device)]
+
+
+def sampled_places(length: int, count: int) -> Tensor:
+    """``count`` random places in a list of this length, (count,), the same ones every time."""
+    return torch.randint(length, (count,), generator=torch.Generator().manual_seed(_SEED))
+
+
+def background_of(values: Tensor) -> float:
+    """The value of the background: foreground is what is brighter.
+
+    It is the most frequent value that has at most half as many voxels below it as it holds itself, and no more below
+    than above: exact black, even where a few voxels are darker yet. An image without such a value has its minimum for
+    it, which leaves out next to nothing.
+
+    Args:
+        values: of an image or a sample of it, any shape.
+    """
+    value, count = torch.unique(values, return_counts=True)
+    below = count.cumsum(0) - count
+    above = values.numel() - below - count
+    fits = (count >= 2 * below) & (above >= below) & (count >= _LEAST_SHARE * values.numel())
+    return float(value[torch.where(fits, count, -1).argmax()]) if bool(fits.any()) else float(value[0])
+
+
+def foreground_of(data: Tensor) -> Tensor:
+    """Which voxels are brighter than the background, see :func:`background_of`; any shape, bool."""
+    return data > background_of(sampled(data))
+
+
 def normalize(data: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Intensities as the network saw them in training, any shape, float32.
 
-    Percentiles are read off at most 200,000 evenly spread voxels, which moves them by less than the noise.
+    Percentiles are read off a random sample of the voxels, which moves them by less than the noise. Where the lower one
+    would take a good part of the foreground with it, as in an image of few values, the background stands for it.
     """
     data = data.float()
     if preprocessing.intensity == "none":
         return data
     low, high = preprocessing.low, preprocessing.high
     if preprocessing.intensity == "percentile":
-        values = data.flatten()
-        values = values[:: max(1, values.numel() // 200_000)]
-        inside = values[values > values.min()]
+        values = sampled(data)
+        background = background_of(values)
+        inside = values[values > background]
+        if inside.numel() == 0:  # an object so small that the sample has missed it
+            inside = sampled(data[data > background])
         if inside.numel() == 0:
             return torch.zeros_like(data)
         low, high = torch.quantile(inside, torch.tensor([low / 100, high / 100], device=data.device)).tolist()
+        if float((inside <= low).float().mean()) > _MOST_CLIPPED:
+            low = background
     if not high > low:
         high = low + 1e-6 * max(1.0, abs(low))
     return ((data - low) / (high - low)).clamp(0, 1)
+
+
+def normalized(image: Volume, preprocessing: Preprocessing, name: str) -> Volume:
+    """An image as the network takes it.
+
+    Args:
+        image: its intensities as they were read.
+        preprocessing: of the model's card.
+        name: what to call the image in a refusal.
+
+    Raises:
+        MorphSeekError: nothing is left to see: every voxel has one value then.
+    """
+    data = normalize(image.data, preprocessing)
+    low, high = float(data.min()), float(data.max())
+    if not high > low:  # NaN too
+        values = f"{float(image.data.min()):g} to {float(image.data.max()):g}"
+        if preprocessing.intensity == "window":
+            window = f"{preprocessing.low:g} to {preprocessing.high:g}"
+            raise MorphSeekError(
+                f"{name} has intensities from {values}, and the model sees those from {window} only, where the image "
+                "is constant; check its rescale slope and intercept, or choose another model."
+            )
+        raise MorphSeekError(
+            f"{name} has intensities from {values}, but almost all of its voxels have one value, so that there is "
+            "nothing to register; check that it is the one you mean."
+        )
+    return Volume(data, image.grid)

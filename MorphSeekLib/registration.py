@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from . import checkpoint as checkpoints
-from . import fields
+from . import fields, guards
 from .alignment import align as align_images
+from .alignment import object_size
+from .background import quiet_background
 from .checkpoint import Card
 from .devices import memory_advice, network_autocast, network_precision, pick_device, place
 from .errors import MorphSeekError
@@ -41,18 +43,30 @@ from .geometry import (
     smooth_for_spacing,
     voxel_displacement,
 )
-from .images import check_overlap
+from .images import air_value, check_overlap
 from .labels import check_label_values
 from .metrics import dice_per_label, folding
 from .policy import RegistrationModel, refine
-from .preprocessing import ALIGNMENTS, Preprocessing, fine_grid, normalize, working_grid
+from .preprocessing import (
+    ALIGNMENTS,
+    Preprocessing,
+    fine_grid,
+    foreground_of,
+    normalized,
+    sampled,
+    working_grid,
+)
 from .refinement import Objective, Refined, RefinementSettings, fit, objective, optimize, unfold
 from .settings import to_dict
-from .similarity import lncc, mind_ssc
+from .similarity import Judge, mind_ssc
 
 MAX_STEPS = 20
 # a step that raises LNCC by less than this does not help any more
 LEAST_GAIN = 0.002
+WARPED = (
+    "the moving image's number type, integers rounded and clipped to its range; outside: the value where the fixed "
+    "image's grid reaches beyond the moving image"
+)
 # working grids beyond this would need more memory than any machine of the field has
 MAX_WORKING_VOXELS = 512**3
 
@@ -96,8 +110,9 @@ class State:
     Attributes:
         start: fixed point -> moving point, the alignment before the network.
         align: its name.
-        total: (1, 3, i, j, k) voxels of the working grid, the steps so far, composed.
-        figures: after each step, index 0 before the first.
+        total: (1, 3, i, j, k) voxels of the working grid, the answer so far.
+        figures: after each step, index 0 before the first; "answer" tells which of them ``total`` is, or began with
+            when it was fitted.
     """
 
     start: Transform
@@ -161,13 +176,16 @@ def register(
         fixed_labels, moving_labels: integer volumes on their image's grid; both for Dice; the moving ones are warped.
         inverse: also compute the inverse transform.
         refinement: optimise this pair from the network's answer on, without labels; None: take the answer as it is.
-        stop_early: stop at a step that raises the similarity by less than LEAST_GAIN; one that lowers it is taken back.
-        state: of an earlier call with the same images and model; ``steps`` more are taken from there, and ``align`` and
-            ``initial`` are not looked at.
+        stop_early: save time: take no further step after one that raises the similarity by less than LEAST_GAIN.
+        state: of an earlier call with the same images and model; ``steps`` more are taken from its answer, and
+            ``align`` and ``initial`` are not looked at.
         on_event: told of every phase.
         on_step: given each step's number and the moving image at full resolution after it, from 0 (aligned) on; the
-            last one again after a refinement.
+            one that is the answer again after a refinement.
         cancelled: asked often; True ends the job.
+
+    The answer is the one of all steps, none included, after which the images are most alike
+    (:class:`MorphSeekLib.similarity.Judge`); a refinement begins there.
 
     Raises:
         MorphSeekError: unusable settings, images that do not overlap, not enough memory.
@@ -188,8 +206,9 @@ def register(
             check_label_values(labels.data, name)
     checkpoint = checkpoint_for(cancelled)
     clock = _Clock()
-    notices: list[Notice] = [*fixed.notices, *moving.notices]
-    background = min(0.0, float(moving.data.min()))
+    read = (fixed, moving, fixed_labels, moving_labels)
+    notices: list[Notice] = [notice for volume in read if volume is not None for notice in volume.notices]
+    background = air_value(moving.data)
 
     with clock("align"):
         if state is not None:
@@ -205,40 +224,50 @@ def register(
                 checkpoint=checkpoint,
                 on_progress=lambda f: on_event(Event("align", 0.02 + 0.28 * f, f"Aligning the images ({align})")),
             )
+        guards.check_finite(start, "The alignment")
         check_overlap(fixed, moving, start)
+        preprocessing = card.preprocessing
+        if preprocessing.knows is not None:
+            sizes = [object_size(volume, checkpoint) for volume in (fixed, moving)]
+            found, factor = guards.unknown_sizes(sizes, preprocessing)
+            notices += found
+            preprocessing = preprocessing.scaled(factor)
 
     def warp(transform: Transform) -> Volume:
-        return resample(moving, fixed.grid, transform, background=background, device=device, checkpoint=checkpoint)
+        out = resample(moving, fixed.grid, transform, background=background, device=device, checkpoint=checkpoint)
+        return replace(out, dtype=moving.dtype)
 
-    aligned = warped = None
+    aligned, shown = None, None
     if on_step is not None and state is None:
         with clock("resample"), memory_advice(device):
             aligned = warp(start)
         on_step(0, aligned)
 
     with memory_advice(device), _interruptible(model.network, checkpoint):
-        grid = working_grid(fixed.grid, card.preprocessing, model.network.multiple_of)
+        grid = working_grid(fixed.grid, preprocessing, model.network.multiple_of)
         _check_size(grid)
         if state is not None and tuple(state.total.shape[2:]) != grid.shape:
-            raise MorphSeekError("The steps so far were taken on another grid; register anew.")
+            raise MorphSeekError("The steps so far were taken on another grid; register from the start again.")
 
         def show(step: int, total: Tensor) -> None:
-            nonlocal warped
+            nonlocal shown
             if on_step is not None:
-                warped = warp(dense_from_voxels(total, grid, start))
-                on_step(step, warped)
+                shown = step, warp(dense_from_voxels(total, grid, start))
+                on_step(*shown)
 
-        total, fine, step_figures, refined = _refine(
-            fixed, moving, start, grid, model, steps, refinement, stop_early, state, clock, on_event, show, checkpoint
-        )
-        transform = dense_from_voxels(*fine, start)
+        before = start if align == "none" or state is not None else np.eye(4) if initial is None else initial
+        pair = _Pair(fixed, moving, before, start, grid, preprocessing, device, checkpoint)
+        outcome = _refine(pair, model, steps, refinement, stop_early, state, clock, on_event, show)
+        total, step_figures, refined = outcome.total, outcome.figures, outcome.refined
+        transform = dense_from_voxels(*outcome.fine, start)
+        guards.check_finite(transform, "The registration")
+        notices += outcome.notices
 
     with clock("resample"), memory_advice(device):
         on_event(Event("resample", 0.72, "Warping the moving image at full resolution"))
-        if warped is None or refined:
-            warped = warp(transform)
+        warped = shown[1] if shown is not None and shown[0] == outcome.answer and not refined else warp(transform)
         if refined and on_step is not None:
-            on_step(len(step_figures) - 1, warped)
+            on_step(outcome.answer, warped)
         aligned = warp(start) if aligned is None else aligned
         warped_labels = None
         if moving_labels is not None:
@@ -261,6 +290,10 @@ def register(
             back = transform.inverse(covering_grid(moving.grid, grid.spacing), checkpoint=checkpoint)
             residual = _inverse_residual(transform, back, fixed.grid, moving.grid)
 
+    aligned_similarity = step_figures[0]["similarity"]
+    notices += guards.lowered_by_alignment(align, "similarity", outcome.as_given, aligned_similarity)
+    if dice is not None and outcome.as_given is not None:
+        notices += guards.lowered_by_alignment(align, "mean Dice", dice["mean"]["input"], dice["mean"]["aligned"])
     report = {
         "model": {
             "name": model.name,
@@ -272,6 +305,7 @@ def register(
         },
         "fixed": _describe(fixed.grid),
         "moving": _describe(moving.grid),
+        "warped": {"type": moving.dtype, "outside": background, "definition": WARPED},
         "working_grid": _describe(grid),
         "device": str(device),
         "precision": str(network_precision(device)).removeprefix("torch."),
@@ -279,9 +313,10 @@ def register(
         "steps": step_figures,
         "refinement": refined,
         "similarity": {
-            "name": "LNCC, window 9, working grid (1 is best)",
-            "aligned": step_figures[0]["similarity"],
-            "warped": (refined["refined"] if refined else step_figures[-1])["similarity"],
+            "name": "LNCC, window 9, fixed image's foreground on the working grid (1 is best)",
+            "input": outcome.as_given,
+            "aligned": aligned_similarity,
+            "warped": outcome.similarity,
         },
         "folding": vars(figures).copy(),
         "displacement_mm": _displacement(total, grid),
@@ -295,11 +330,155 @@ def register(
     return Registration(transform, warped, aligned, jacobian, warped_labels, back, state, report)
 
 
+class _Pair:
+    """Two images on the working grid, and what a displacement of it makes of them.
+
+    Attributes:
+        fixed: (1, 1, i, j, k), on the working grid.
+        moving: (1, 1, i, j, k), on its own.
+        judge: of warped images.
+    """
+
+    def __init__(
+        self,
+        fixed: Volume,
+        moving: Volume,
+        before: Transform,
+        start: Transform,
+        grid: Grid,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        checkpoint: Callable[[], None],
+    ) -> None:
+        """``before`` and ``start``: fixed point -> moving point, before and after the alignment."""
+        self.volumes = tuple(Volume(quiet_background(volume.data), volume.grid) for volume in (fixed, moving))
+        self.before, self.start, self.grid = before, start, grid
+        self.preprocessing, self.device, self.checkpoint = preprocessing, device, checkpoint
+
+    def prepare(self) -> None:
+        """Make the images."""
+        self.fixed, self.moving = self.on(self.grid)
+        fixed = self.volumes[0]
+        foreground = Volume(foreground_of(fixed.data).to(torch.uint8), fixed.grid)
+        foreground = resample(foreground, self.grid, mode="nearest", checkpoint=self.checkpoint).data.bool()
+        self.judge = Judge(self.fixed, foreground[None, None].to(self.device))
+
+    def on(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The two images as the network takes them, fixed on a grid; moving on its own, as smooth as that."""
+        return _prepared(*self.volumes, grid, self.preprocessing, self.device, self.checkpoint)
+
+    def nothing(self) -> Tensor:
+        """(1, 3, i, j, k): the displacement that moves nothing."""
+        return torch.zeros(1, 3, *self.grid.shape, device=self.device)
+
+    def moving_at(self, total: Tensor) -> Tensor:
+        """The moving image warped by a displacement, (1, 1, i, j, k)."""
+        self.checkpoint()
+        return sample(self.moving, map_voxels(total, self.grid, self.start, self.volumes[1].grid))
+
+    def similarity(self, total: Tensor) -> float:
+        """What the judge says of a displacement."""
+        return float(self.judge(self.moving_at(total)))
+
+    def similarity_as_given(self) -> float:
+        """What the judge says of the images before their alignment."""
+        moving = self.volumes[1].grid
+        return float(self.judge(sample(self.moving, map_voxels(self.nothing(), self.grid, self.before, moving))))
+
+    def overlap(self, total: Tensor) -> float:
+        """Share of what is judged that lands in the moving image; 1 where nothing is judged."""
+        grid = self.volumes[1].grid
+        points = map_voxels(total, self.grid, self.start, grid)[0]
+        limit = torch.tensor(grid.shape, device=points.device).view(3, 1, 1, 1) - 0.5
+        inside = ((points >= -0.5) & (points <= limit)).all(dim=0)[self.judge.where[0, 0]]
+        return float(inside.float().mean()) if inside.numel() else 1.0
+
+    def look(self, step: int, total: Tensor, warped: Tensor) -> dict[str, float]:
+        """The figures after a step.
+
+        Raises:
+            MorphSeekError: the displacement is not made of finite numbers.
+        """
+        length = _turned(total, self.grid).norm(dim=0)
+        jacobian = jacobian_determinant(total)
+        values = torch.stack([self.judge(warped), length.mean(), 100 * (jacobian <= 0).float().mean()]).tolist()
+        guards.check_finite(values, f"Step {step}")
+        names = ("similarity", "mean_displacement_mm", "njd_percent")
+        return {"step": step, **dict(zip(names, values, strict=True))}
+
+
+@dataclass
+class _Outcome:
+    """What steps and refinement found.
+
+    Attributes:
+        total: (1, 3, i, j, k) voxels of the working grid.
+        fine: the same on the grid it was found on, and that grid.
+        figures: after each step, index 0: before; "answer" is true in one of them.
+        answer: its index.
+        similarity: of ``total``, as the judge has it.
+        refined: what the refinement did, or None.
+        notices: what the person should know.
+        as_given: the similarity before the alignment; None when this call did none.
+    """
+
+    total: Tensor
+    fine: tuple[Tensor, Grid]
+    figures: list[dict[str, float]]
+    answer: int
+    similarity: float
+    refined: dict[str, Any] | None = None
+    notices: list[Notice] = field(default_factory=list)
+    as_given: float | None = None
+
+
+class _Steps:
+    """Takes steps, and keeps the best of all places they led to.
+
+    Attributes:
+        figures: after each step, those of earlier calls included.
+        answer: index of the best.
+        total, similarity: there.
+        before: the displacement from which the step to the best one was taken; None when no step of this call was.
+    """
+
+    def __init__(self, pair: _Pair, state: State | None) -> None:
+        self.pair = pair
+        self.base = None if state is None else state.total.to(pair.device)
+        self.total = pair.nothing() if self.base is None else self.base
+        self.similarity = pair.similarity(self.total)
+        guards.check_finite(self.similarity, "The alignment")
+        self.figures = [{"step": 0, "similarity": self.similarity}] if state is None else list(state.figures)
+        self.taken = len(self.figures) - 1
+        self.answer = next((n for n, row in enumerate(self.figures) if row.get("answer")), self.taken)
+        self.before: Tensor | None = None
+        self._last, self._last_similarity = self.total, self.similarity
+
+    def whole(self, total: Tensor) -> Tensor:
+        """The steps of earlier calls and of this one, composed."""
+        return total if self.base is None else fields.compose(self.base, total)
+
+    def take(self, step: int, total: Tensor, warped: Tensor) -> tuple[Tensor, float]:
+        """Note a step of this call; the displacement after it, and by how much it raised the similarity."""
+        total = self.whole(total)
+        figures = self.pair.look(self.taken + step, total, warped)
+        self.figures.append(figures)
+        similarity = figures["similarity"]
+        gain = similarity - self._last_similarity
+        if similarity > self.similarity:
+            self.answer, self.total, self.similarity, self.before = self.taken + step, total, similarity, self._last
+        self._last, self._last_similarity = total, similarity
+        return total, gain
+
+    def outcome(self) -> _Outcome:
+        """The best."""
+        figures = [row | {"answer": n == self.answer} for n, row in enumerate(self.figures)]
+        notices = guards.no_step_helped(figures, self.answer, self.taken)
+        return _Outcome(self.total, (self.total, self.pair.grid), figures, self.answer, self.similarity, None, notices)
+
+
 def _refine(
-    fixed: Volume,
-    moving: Volume,
-    start: Transform,
-    grid: Grid,
+    pair: _Pair,
     model: LoadedModel,
     steps: int,
     refinement: RefinementSettings,
@@ -308,64 +487,62 @@ def _refine(
     clock: _Clock,
     on_event: OnEvent,
     show: Callable[[int, Tensor], None],
-    checkpoint: Callable[[], None],
-) -> tuple[Tensor, tuple[Tensor, Grid], list[dict[str, float]], dict[str, Any] | None]:
-    """T steps on the working grid, after those of the state, and the iterations of refinement.
-
-    Returns:
-        (1, 3, i, j, k) voxels of the working grid; the same on the grid it was found on, and that grid; the figures
-        after each step (index 0: before); what the refinement did, or None.
-    """
-    preprocessing, device = model.card.preprocessing, model.device
+) -> _Outcome:
+    """T steps on the working grid, after those of the state, and the iterations of refinement."""
     fits = refinement.iterations + refinement.fine_iterations
     done = 0.35 if fits else 0.7  # the progress bar's share at the end of the steps
-    figures: list[dict[str, float]] = [] if state is None else list(state.figures)
-    taken = max(0, len(figures) - 1)
-    base = None if state is None else state.total.to(device)
-
-    def whole(total: Tensor) -> Tensor:
-        return total if base is None else fields.compose(base, total)
-
-    def moving_at(total: Tensor) -> Tensor:
-        checkpoint()
-        return sample(moving_data, map_voxels(total, grid, start, moving.grid))
-
-    def look(step: int, total: Tensor, warped: Tensor) -> dict[str, float]:
-        length = _turned(total, grid).norm(dim=0)
-        jacobian = jacobian_determinant(total)
-        values = torch.stack(
-            [-lncc(fixed_working, warped), length.mean(), 100 * (jacobian <= 0).float().mean()]
-        ).tolist()
-        names = ("similarity", "mean_displacement_mm", "njd_percent")
-        return {"step": step, **dict(zip(names, values, strict=True))}
 
     def on_step(step: int, total: Tensor, warped: Tensor) -> bool:
-        nonlocal last, before_last
-        after = look(taken + step, whole(total), warped)
-        gain = after["similarity"] - figures[-1]["similarity"]
-        message = f"Refinement step {taken + step} of {taken + steps}"
-        if stop_early and gain < LEAST_GAIN:
-            message = f"Step {taken + step} no longer helps: stopping here"
-        if not (stop_early and gain < 0):
-            before_last, last = last, whole(total)
-            figures.append(after)
-            show(taken + step, last)
-        on_event(Event("step", 0.3 + (done - 0.3) * step / steps, message, taken + step, taken + steps, after))
-        checkpoint()
-        return stop_early and gain < LEAST_GAIN
+        total, gain = walk.take(step, total, warped)
+        number, last = walk.taken + step, walk.taken + steps
+        message = f"Refinement step {number} of {last}"
+        stop = stop_early and gain < LEAST_GAIN
+        if stop:
+            message = f"Step {number} no longer helps: stopping here"
+        show(number, total)
+        on_event(Event("step", 0.3 + (done - 0.3) * step / steps, message, number, last, walk.figures[-1]))
+        pair.checkpoint()
+        return stop
 
     with clock("network"), torch.no_grad():
+        taken = 0 if state is None else len(state.figures) - 1
         on_event(Event("step", 0.3, "Preparing the images", taken, taken + steps))
-        fixed_working, moving_data = _prepared(fixed, moving, grid, preprocessing, device, checkpoint)
-        last = before_last = torch.zeros(1, 3, *grid.shape, device=device) if base is None else base
-        if not figures:
-            figures.append({"step": 0, "similarity": float(-lncc(fixed_working, moving_at(last)))})
-        with network_autocast(device):
-            refine(model.network, lambda total: moving_at(whole(total)), fixed_working, steps, on_step)
-    if not fits:
-        return last, (last, grid), figures, None
+        pair.prepare()
+        walk = _Steps(pair, state)
+        notices = guards.small_foreground(pair.judge.voxels)
+        as_given = None if pair.before is pair.start else pair.similarity_as_given()
+        with network_autocast(pair.device):
+            refine(model.network, lambda total: pair.moving_at(walk.whole(total)), pair.fixed, steps, on_step)
+    outcome = walk.outcome()
+    if fits:
+        with clock("refinement"):
+            outcome = _fitted(pair, outcome, walk.before, model, refinement, done, on_event)
+    with torch.no_grad():
+        notices += outcome.notices + guards.small_overlap(pair.overlap(outcome.total))
+    outcome.notices, outcome.as_given = notices, as_given
+    return outcome
 
-    finest = fine_grid(fixed.grid, grid) if refinement.fine_iterations else grid
+
+def _fitted(
+    pair: _Pair,
+    begin: _Outcome,
+    before: Tensor | None,
+    model: LoadedModel,
+    refinement: RefinementSettings,
+    done: float,
+    on_event: OnEvent,
+) -> _Outcome:
+    """The iterations of refinement, from the best step on.
+
+    Args:
+        begin: the best step.
+        before: the displacement from which it was taken; None: it is none of this call's, so that there is no latent to
+            begin with, and all iterations go to the field.
+        done: the progress bar's share that is spent.
+    """
+    grid, device, start, moving_grid = pair.grid, pair.device, pair.start, pair.volumes[1].grid
+    fits = refinement.iterations + refinement.fine_iterations
+    finest = fine_grid(pair.volumes[0].grid, grid) if refinement.fine_iterations else grid
     _check_size(finest)
     cost = math.prod(finest.shape) / math.prod(grid.shape)  # of a fine iteration, in iterations on the working grid
     whole_cost = refinement.iterations + cost * refinement.fine_iterations
@@ -377,44 +554,44 @@ def _refine(
         message = f"Fitting this pair, iteration {iteration} of {fits}"
         spent = min(iteration, refinement.iterations) + cost * max(0, iteration - refinement.iterations)
         on_event(Event("refine", done + (0.7 - done) * spent / whole_cost, message, iteration, fits))
-        checkpoint()
+        pair.checkpoint()
 
-    with clock("refinement"):
-        value = _objective(fixed_working, moving_data, moving.grid, grid, start, refinement, checkpoint)
+    value = _objective(pair.fixed, pair.moving, moving_grid, grid, start, refinement, pair.checkpoint)
+    coarse = Refined(begin.total, torch.empty(0, device=device))
+    rate = refinement.field_rate
+    if before is None:
+        coarse = fit(coarse, refinement.iterations, value, rate, refinement.stride, on_iteration)
+    else:
         with torch.no_grad(), network_autocast(device):
-            latent = model.network.encode(moving_at(before_last), fixed_working)
+            latent = model.network.encode(pair.moving_at(before), pair.fixed)
         with network_autocast(device):
-            coarse = optimize(model.network, latent, before_last, last, value, refinement, on_iteration)
-        found, fine_objectives = coarse.total, None
-        if refinement.fine_iterations:
-            images = _prepared(fixed, moving, finest, preprocessing, device, checkpoint)
-            value = _objective(*images, moving.grid, finest, start, refinement, checkpoint)
-            begin = voxel_displacement(dense_from_voxels(found, grid), finest, device)
-            on_fine = Refined(begin, torch.empty(0, device=device))
-            found, fine_objectives = fit(
-                on_fine,
-                refinement.fine_iterations,
-                value,
-                refinement.field_rate,
-                refinement.fine_stride,
-                on_iteration,
-            )
-        found = unfold(found, refinement.unfold, on_iteration=checkpoint)
-        total = found
-        if refinement.fine_iterations:
-            total = voxel_displacement(dense_from_voxels(found, finest), grid, device)
-        with torch.no_grad():
-            after = look(len(figures) - 1, total, moving_at(total))
+            coarse = optimize(model.network, latent, before, begin.total, value, refinement, on_iteration)
+    found, fine_objectives = coarse.total, None
+    if refinement.fine_iterations:
+        value = _objective(*pair.on(finest), moving_grid, finest, start, refinement, pair.checkpoint)
+        on_fine = voxel_displacement(dense_from_voxels(found, grid), finest, device)
+        on_fine = Refined(on_fine, torch.empty(0, device=device))
+        found, fine_objectives = fit(
+            on_fine, refinement.fine_iterations, value, rate, refinement.fine_stride, on_iteration
+        )
+    found = unfold(found, refinement.unfold, on_iteration=pair.checkpoint)
+    total = found
+    if refinement.fine_iterations:
+        total = voxel_displacement(dense_from_voxels(found, finest), grid, device)
+    with torch.no_grad():
+        after = pair.look(begin.answer, total, pair.moving_at(total))
     refined = {
         "settings": to_dict(refinement),
         "objective": _course(coarse.objectives),
         "fine": None if fine_objectives is None else _describe(finest) | {"objective": _course(fine_objectives)},
-        "network": figures[-1],
+        "network": begin.figures[begin.answer],
         "refined": after,
         "definition": "objective: similarity + regularization * diffusion + folding * mean(relu(0.05 - det J)), in "
         "voxels of its grid; lower is better. network, refined: on the working grid",
     }
-    return total, (found, finest), figures, refined
+    aligned, similarity = begin.figures[0]["similarity"], after["similarity"]
+    notices = begin.notices + guards.fit_fell(refinement.similarity, aligned, begin.similarity, similarity)
+    return _Outcome(total, (found, finest), begin.figures, begin.answer, similarity, refined, notices)
 
 
 def _objective(
@@ -457,7 +634,8 @@ def _prepared(
 ) -> tuple[Tensor, Tensor]:
     """Intensities as the network takes them, (1, 1, i, j, k): fixed on a grid; moving on its own, as smooth as that."""
     spacing = _world_spacing(grid)
-    images = [smooth_for_spacing(Volume(normalize(v.data, preprocessing), v.grid), spacing) for v in (fixed, moving)]
+    named = ((fixed, "The fixed image"), (moving, "The moving image"))
+    images = [smooth_for_spacing(normalized(volume, preprocessing, name), spacing) for volume, name in named]
     on_grid = resample(images[0], grid, checkpoint=checkpoint).data
     return on_grid[None, None].to(device), images[1].data[None, None].to(device)
 
@@ -534,8 +712,8 @@ def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed:
 def _displacement(total: Tensor, grid: Grid) -> dict[str, float]:
     """What the network did, without the alignment: length of its displacement over the working grid."""
     length = _turned(total, grid).norm(dim=0).flatten()
-    some = length[:: max(1, length.numel() // 1_000_000)]
-    return {"mean": float(length.mean()), "p95": float(some.quantile(0.95)), "max": float(length.max())}
+    p95 = float(sampled(length, 1_000_000).quantile(0.95))
+    return {"mean": float(length.mean()), "p95": p95, "max": float(length.max())}
 
 
 def _turned(total: Tensor, grid: Grid) -> Tensor:

@@ -30,8 +30,9 @@ from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
 from . import geometry
-from .checkpoint import write_atomically
+from .files import write_atomically
 from .geometry import DenseTransform, Grid, Volume
+from .preprocessing import sampled
 
 _MOST_PIXELS = 512  # along the longest side of a slice
 _SAMPLE_VOXELS = 300_000  # that intensity windows are judged by
@@ -323,8 +324,8 @@ class _Scene:
         grid = self.pictures.fixed.grid
         rim = np.abs(grid.affine[:3, :3]).sum(axis=1) / 2
         low, high = grid.corners().min(axis=0) - rim, grid.corners().max(axis=0) + rim
-        data, steps = _subsample(self.pictures.fixed)
-        index = np.argwhere(data > self.levels[0]) * steps
+        values, index = _subsample(self.pictures.fixed)
+        index = index[values > self.levels[0]]
         if len(index) < 8:
             middle = (np.array(grid.shape) - 1) // 2
             return geometry.apply_affine(grid.affine, middle[None])[0], low, high
@@ -506,15 +507,15 @@ def _cut(volume: Volume, grid: Grid, mode: str = "linear") -> np.ndarray:
 
 
 def _subsample(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """A few hundred thousand voxels of the volume on a regular lattice, and the lattice's steps."""
-    step = max(1, math.ceil((volume.data.numel() / _SAMPLE_VOXELS) ** (1 / 3)))
-    steps = np.minimum(step, volume.grid.shape)
-    return volume.data[:: steps[0], :: steps[1], :: steps[2]].to(torch.float32).numpy(), steps
+    """(n,) values of a few hundred thousand voxels of the volume, drawn at random, and (n, 3) where they lie."""
+    places = sampled(torch.arange(volume.data.numel()), _SAMPLE_VOXELS).numpy()
+    values = volume.data.flatten()[places].to(torch.float32).numpy()
+    return values, np.stack(np.unravel_index(places, volume.grid.shape), axis=1)
 
 
 def _window(*volumes: Volume) -> tuple[tuple[float, float], list[float]]:
     """Grey window that shows the foreground's contrast, and two levels: background | tissue | brighter tissue."""
-    values = np.concatenate([_subsample(volume)[0].ravel() for volume in volumes])
+    values = np.concatenate([_subsample(volume)[0] for volume in volumes])
     first, last = np.percentile(values, [0.1, 99.9])
     if last > first:  # metal and other specks would take the whole histogram
         values = np.clip(values, first, last)

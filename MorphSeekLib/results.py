@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from . import __version__
 from .checkpoint import software
 from .errors import MorphSeekError
 from .events import Event, OnEvent, ignore
+from .files import output_folder, refuse_overwriting
 from .geometry import DenseTransform, Volume
-from .images import output_folder, write_image
+from .images import write_image
 from .registration import Registration
 from .report import RegistrationPictures, write_report
 from .transforms import write_transform
@@ -30,6 +32,7 @@ FILES = {
     "report.html": "the report to look at",
 }
 EXPORTS = ("report", "transform", "jacobian")
+_REPORT = ("report.html", "report.json")
 
 
 def write_results(
@@ -58,7 +61,7 @@ def write_results(
     report = result.report
     for side in ("fixed", "moving"):
         report[side] = {"path": names[side], **report[side]}
-    with output_folder(folder, owns=FILES) as part:
+    with output_folder(folder, owns=earlier_files(folder), seal="report.json") as part:
         write_image(result.warped, part / "warped.nii.gz")
         checkpoint()
         write_transform(result.transform, part / "transform.h5")
@@ -73,6 +76,7 @@ def write_results(
         report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
         report["seconds"]["total"] = round(sum(v for k, v in report["seconds"].items() if k != "total"), 3)
         report |= {"morphseek": __version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "software": software()}
+        report["files"] = sorted({*(file.name for file in part.iterdir()), *_REPORT})
         write_report(
             part,
             report,
@@ -110,7 +114,7 @@ def export_results(
         named = f"'{', '.join(unknown)}' cannot be exported" if unknown else "Nothing was chosen to be exported"
         raise MorphSeekError(f"{named}; choose of {', '.join(EXPORTS)}.")
     jacobian = pictures.jacobian
-    with output_folder(folder) as part:
+    with output_folder(folder, seal="report.json") as part:
         if "transform" in wanted:
             on_event(Event("write", 0.1, "Writing the transform"))
             write_transform(pictures.transform, part / "transform.h5")
@@ -122,9 +126,29 @@ def export_results(
             write_image(Volume((jacobian.data <= 0).to(torch.uint8), jacobian.grid), part / "folding.nii.gz")
         if "report" in wanted:
             on_event(Event("write", 0.6, "Drawing the report"))
-            write_report(part, report, pictures)
+            written = {*(file.name for file in part.iterdir()), *_REPORT}
+            write_report(part, report | {"files": sorted(written | earlier_files(folder))}, pictures)
         on_event(Event("write", 0.95, "Moving the files to their place"))
         return sorted(path.name for path in part.iterdir())
+
+
+def earlier_files(folder: Path | str) -> set[str]:
+    """Names of the files in a folder that an earlier registration wrote there, as its report.json lists them."""
+    try:
+        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+        listed = set(report["files"]) if "morphseek" in report else set()
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+    return {name for name in FILES if name in listed and (Path(folder) / name).is_file()}
+
+
+def check_outputs(folder: Path | str, inputs: Iterable[Path | str | None]) -> None:
+    """Refuse an output folder in which a result would take the place of something that is read.
+
+    Raises:
+        MorphSeekError: one of the inputs (None and missing ones are passed over) has the name of a result there.
+    """
+    refuse_overwriting((Path(folder) / name for name in FILES), inputs)
 
 
 def check_writable(folder: Path | str) -> None:

@@ -34,22 +34,17 @@ import torch
 
 from . import checkpoint as checkpoints
 from .cases import TEST, find_cases, hold_out
-from .checkpoint import write_atomically
 from .datasets import Dataset
 from .devices import pick_device
 from .errors import Cancelled, InUseError, MorphSeekError
 from .evaluation import DEFINITIONS, evaluate
 from .events import Event, OnEvent, ignore, never, part
+from .files import check_out, try_lock, write_atomically
 from .finetuning import FinetuneConfig, finetune
 from .registration import load_model
 from .sac import SACConfig, train_spac
 from .settings import load, override, to_dict, to_json
 from .training import TrainingConfig, warmup
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    import msvcrt
 
 WARMUP, FINETUNE = "warmup", "finetune"
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes
@@ -167,7 +162,7 @@ def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], 
 
 def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bool]) -> None:
     settings = load(RunSettings, folder / "run.json")
-    checkpoints.check_out(folder / settings.model)
+    check_out(folder / settings.model)
     tell(Event("read", 0.0, "Looking through the cases"))
     dataset = hold_out(find_cases(folder / settings.dataset), settings.leave_out)
     device = pick_device(settings.device)
@@ -237,7 +232,8 @@ def _planned(
         card = checkpoints.read_card(init)
         config = dataclasses.replace(config, model=card.model, preprocessing=card.preprocessing)
     if settings.minutes is not None:
-        iterations, validate_every = _fit(settings.minutes, config, dataset, init, device, on_event, cancelled)
+        seconds = seconds_per_iteration(config, dataset, init, device, on_event, cancelled)
+        iterations, validate_every = planned_iterations(settings.minutes, *seconds)
         config = override(config, "training", iterations=iterations, validate_every=validate_every)
     write_atomically(path, json.dumps(to_dict(config), indent=1).encode())
     return config
@@ -277,14 +273,18 @@ def seconds_per_iteration(
     return iteration, max(0.0, waits[-1] - iteration)
 
 
-def _fit(
-    minutes: float, config: TrainingConfig | FinetuneConfig, dataset: Dataset, init, device, on_event, cancelled
-) -> tuple[int, int]:
-    """(iterations, iterations between validations) that take about so many minutes.
+def planned_iterations(minutes: float, iteration: float, validation: float) -> tuple[int, int]:
+    """(iterations, iterations between validations) that take so many minutes.
 
     The learning rate falls along the whole run, so its length must be known before it begins.
+
+    Args:
+        minutes: for all of it.
+        iteration, validation: seconds of one, as :func:`seconds_per_iteration` measures them.
+
+    Raises:
+        MorphSeekError: the minutes are too short.
     """
-    iteration, validation = seconds_per_iteration(config, dataset, init, device, on_event, cancelled)
     # at most ten validations, and at least one, in a fifth of the time
     validations = min(10, max(1, int(0.2 * 60 * minutes / max(validation, 1e-6))))
     iterations = int((60 * minutes - validations * validation) / iteration)
@@ -335,7 +335,7 @@ def locked(folder: Path, patience: float = 2.0) -> Iterator[None]:
     """
     with open(folder / "lock", "a+", encoding="utf-8") as file:
         deadline = time.monotonic() + patience
-        while not _try_lock(file):
+        while not try_lock(file):
             if time.monotonic() > deadline:
                 raise InUseError(f"Another process is training in {folder}; wait for it or stop it first.")
             time.sleep(0.05)
@@ -344,15 +344,3 @@ def locked(folder: Path, patience: float = 2.0) -> Iterator[None]:
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()
         yield
-
-
-def _try_lock(file) -> bool:
-    try:
-        if os.name == "nt":
-            file.seek(1 << 20)  # beyond the text: on Windows nobody else can read what is locked
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -68,6 +68,39 @@ def lncc_map(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e
     return cross * slope
 
 
+class Judge:
+    """Tells which of several warped images is most like the fixed one: the one place where results are compared.
+
+    The figure is the mean of squared local correlation (:func:`lncc_map`) over the fixed image's foreground, as a share
+    of what the fixed image reaches with itself: 1 is best. Neither the padding around an image nor its flat parts
+    count. The square makes it blind to the sign of contrast.
+    """
+
+    def __init__(self, fixed: Tensor, foreground: Tensor) -> None:
+        """
+        Args:
+            fixed: (1, 1, i, j, k), intensities in [0, 1].
+            foreground: (1, 1, i, j, k), bool: where to judge.
+        """
+        self.fixed = fixed
+        own = self._map(fixed)
+        self.where = foreground & (own > 0.5)  # elsewhere no more than rounding varies
+        self.best = (own * self.where).sum()
+
+    @property
+    def voxels(self) -> int:
+        """How many voxels are judged."""
+        return int(self.where.sum())
+
+    def __call__(self, warped: Tensor) -> Tensor:
+        """The figure of an image (1, 1, i, j, k), a scalar; 0 where nothing can be judged."""
+        return (self._map(warped) * self.where).sum() / self.best.clamp(min=0.5)
+
+    def _map(self, warped: Tensor) -> Tensor:
+        with torch.autocast(warped.device.type, enabled=False):
+            return lncc_map(self.fixed, warped)
+
+
 def multiresolution_lncc(fixed: Tensor, warped: Tensor, window: int = 7, scales: int = 3) -> Tensor:
     """LapIRN's pyramid of LNCC: windows 7, 5, 3 on images of size 1, 1/2, 1/4, with weights 1, 1/2, 1/4.
 

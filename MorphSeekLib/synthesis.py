@@ -6,6 +6,10 @@ measured on them. Every pair is a pure function of (settings, seed, iteration): 
 
 Contrasts are painted on the label maps at half the working spacing and averaged down before the deformation, so that
 borders have the partial volumes of real images at the price of the working grid.
+
+Air is black, or noise over the whole image where nothing is stripped. Real scans come with noisy air made flat (see
+background.py) and synthetic ones do not: the next training from scratch should pass its images through the same
+function, and may add air with a structure of its own (ghosts, noise that varies over the image), which that one leaves.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from . import fields
 from .errors import MorphSeekError
 from .geometry import Grid, orientation_matrix, resample
 from .images import read_labels
-from .preprocessing import Preprocessing, normalize
+from .preprocessing import Preprocessing, normalize, sampled
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class LabelMapSource:
         moments = [_moments(case, settings.anatomy) for case in cases]
         mean_covariance = np.mean([covariance for _, covariance in moments], axis=0)
         direction = orientation_matrix(preprocessing.orientation)
-        values = sorted({int(v) for case in cases for v in torch.unique(case.data[::2, ::2, ::2])} | {0})
+        values = sorted({value for case in cases for value in label_values(case.data)} | {0})
         index = {v: n for n, v in enumerate(values)}
         anatomy = [v for v in (settings.anatomy or values) if v in index and v != 0]
         self.anatomy = torch.zeros(len(values), dtype=torch.bool)
@@ -116,8 +120,8 @@ class LabelMapSource:
         for n, group in enumerate(settings.groups):
             self.groups[[index[v] for v in group if v in index]] = len(values) + n
         # labels become 0, 1, 2, ...: a contrast is then one look-up
-        renumber = torch.zeros(max(int(case.data.max()) for case in cases) + 1, dtype=torch.int32)
-        renumber[values] = torch.arange(len(values), dtype=torch.int32)
+        renumber = torch.zeros(values[-1] - values[0] + 1, dtype=torch.int32)
+        renumber[torch.tensor(values) - values[0]] = torch.arange(len(values), dtype=torch.int32)
         origin = -direction @ (spacing / 2 * (2 * shape - 1) / 2)
         grid = Grid.from_parts(tuple(2 * shape), spacing / 2, direction, origin)
         self.labels, self.shares, volumes = [], [], []
@@ -125,7 +129,7 @@ class LabelMapSource:
             to_case = np.eye(4)
             to_case[:3, :3] = _root(covariance) @ np.linalg.inv(_root(mean_covariance))
             to_case[:3, 3] = center
-            labels = renumber[resample(case, grid, to_case, mode="nearest").data]
+            labels = renumber[resample(case, grid, to_case, mode="nearest").data - values[0]]
             self.labels.append(labels)
             # of 64 fine voxels in each coarse one
             self.shares.append(torch.stack([_halve(_halve(labels == n, torch.uint8), torch.uint8) for n in scored]))
@@ -235,6 +239,11 @@ class LabelMapSource:
         return torch.einsum("ab,nbijk->naijk", linear, points) + (center + shift).view(1, 3, 1, 1, 1)
 
 
+def label_values(labels: Tensor) -> list[int]:
+    """All values of a label map, ascending; whatever its shape, none is missed."""
+    return torch.unique(torch.unique_consecutive(labels.flatten())).tolist()
+
+
 def _uniform(g: torch.Generator) -> float:
     return float(torch.rand(1, generator=g))
 
@@ -263,10 +272,12 @@ def _blur(image: Tensor, sigma: np.ndarray) -> Tensor:
 
 
 def _moments(case, anatomy: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Centre (mm, LPS) and covariance (mm^2) of the anatomy's voxels."""
-    coarse = case.data[::2, ::2, ::2]
-    inside = torch.isin(coarse, torch.tensor(anatomy, dtype=coarse.dtype)) if anatomy else coarse > 0
-    points = 2 * torch.nonzero(inside).double().numpy() @ case.grid.affine[:3, :3].T + case.grid.origin
+    """Center (mm, LPS) and covariance (mm^2) of the anatomy's voxels, of a sample of them where there are many."""
+    labels = case.data
+    inside = torch.isin(labels, torch.tensor(anatomy, dtype=labels.dtype)) if anatomy else labels != 0
+    index = torch.nonzero(inside)
+    index = index[sampled(torch.arange(len(index)))]
+    points = index.double().numpy() @ case.grid.affine[:3, :3].T + case.grid.origin
     if len(points) < 100:
         raise MorphSeekError(
             "A label map holds almost nothing of the anatomy that the settings name; check its labels."

@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from . import fields
-from .checkpoint import Card, check_out, load, not_finite, read_card, save, sha256, software, write_atomically
+from .checkpoint import Card, load, not_finite, read_card, save, sha256, software
 from .datasets import Dataset, PairLoader, training_pair
 from .devices import network_autocast, place, training_autocast
 from .distributed import World
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
+from .files import check_out, write_atomically
 from .metrics import LABEL_DEFINITIONS, folding, label_figures, mean
 from .policy import Latent, ModelSettings, RegistrationModel, kl_to_standard_normal, refine
 from .preprocessing import Preprocessing
@@ -639,7 +640,7 @@ def check_model_out(out: Path, dataset: Dataset, init: Path | str | None = None)
     """
     if out.suffix != ".safetensors":
         raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
-    check_out(out, dataset.path, init)
+    check_out(out, [dataset.path, init])
 
 
 def validation_pairs(dataset: Dataset, run: WarmupSettings, loader: PairLoader) -> list[Callable[[], Any]]:

@@ -24,7 +24,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from . import __version__
 from .backbones import BACKBONES
@@ -34,8 +33,7 @@ from .devices import describe_devices
 from .errors import Cancelled, MorphSeekError
 from .events import Event
 from .geometry import DenseTransform, Grid, Transform, Volume
-from .images import check_intensities
-from .labels import check_label_values
+from .images import form_notices, label_values, stored_values, usable
 from .refinement import RefinementSettings
 from .registration import LoadedModel, State, load_model, register
 from .report import RegistrationPictures
@@ -106,13 +104,14 @@ class Worker:
         if not output.is_dir():
             raise _InvalidParamsError(f"output: there is no folder {output}")
         self._report(number, Event("read", 0.0, "Reading the images"))
-        fixed, moving = (_volume(_get(params, name, dict), name, torch.float32) for name in ("fixed", "moving"))
-        for volume, name in ((fixed, "The fixed image"), (moving, "The moving image")):
-            check_intensities(volume, name)
+        fixed, moving = (
+            usable(_volume(_get(params, name, dict), name, torch.float32), f"The {name} image")
+            for name in ("fixed", "moving")
+        )
         labels = {}
         for name, image in (("fixed_labels", fixed), ("moving_labels", moving)):
             reference = _get(params, name, dict, None)
-            labels[name] = None if reference is None else _label_volume(reference, name)
+            labels[name] = None if reference is None else _volume(reference, name, torch.int32)
             if labels[name] is not None and not labels[name].grid.same_as(image.grid):
                 raise MorphSeekError(
                     f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
@@ -319,22 +318,22 @@ def _grid(shape: tuple[int, ...], reference: dict, name: str) -> Grid:
 
 
 def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
-    """A volume from {"path": .npy (i, j, k), "affine": 4x4 voxel -> LPS mm}."""
+    """A volume from {"path": .npy (i, j, k), "affine": 4x4 voxel -> LPS mm, "file": what the client read it from}."""
     array = _array(reference, name, 3)
     if min(array.shape) < 2:
         words = name.replace("_", " ")
         raise MorphSeekError(
             f"The {words} image has an axis of one voxel; give a volume of two or more slices each way."
         )
+    grid = _grid(array.shape, reference, name)
+    if not dtype.is_floating_point:
+        values = torch.from_numpy(np.array(array, dtype=np.float64))
+        return Volume(label_values(values, f"The segmentation ({name.replace('_', ' ')})"), grid)
     values = np.ascontiguousarray(array, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
     values = values if values.flags.writeable else values.copy()
-    return Volume(torch.from_numpy(values), _grid(array.shape, reference, name))
-
-
-def _label_volume(reference: dict, name: str) -> Volume:
-    """A label map from a reference as :func:`_volume` takes it, its values checked before they become int32."""
-    check_label_values(_array(reference, name, 3), f"The label map of the {name.removesuffix('_labels')} image")
-    return _volume(reference, name, torch.int32)
+    file = _get(reference, "file", str, None)
+    kind = array.dtype.name if array.dtype.kind in "iu" else "float32"
+    return Volume(torch.from_numpy(values), grid, () if file is None else form_notices(file), kind)
 
 
 def _initial(reference: dict | None, name: str = "initial") -> Transform | None:
@@ -375,7 +374,7 @@ def _write_state(state: State, output: Path) -> dict:
         start: dict[str, Any] = {"matrix": state.start.tolist()}
     else:
         start = {"displacement": _reference(state.start, output / "start.npy")}
-    _save(state.total[0], output / "total.npy")
+    _save(state.total[0].numpy(), output / "total.npy")
     return {"start": start, "align": state.align, "total": str(output / "total.npy"), "figures": state.figures}
 
 
@@ -383,13 +382,13 @@ def _reference(result: Volume | DenseTransform | None, path: Path) -> dict | Non
     """Write a result and say where it is."""
     if result is None:
         return None
-    _save(result.data if isinstance(result, Volume) else result.displacement, path)
+    _save(stored_values(result) if isinstance(result, Volume) else result.displacement.numpy(), path)
     return {"path": str(path), "affine": result.grid.affine.tolist(), "shape": list(result.grid.shape)}
 
 
-def _save(data: Tensor, path: Path) -> None:
+def _save(data: np.ndarray, path: Path) -> None:
     try:
-        np.save(path, data.numpy(), allow_pickle=False)
+        np.save(path, data, allow_pickle=False)
     except OSError as error:
         raise MorphSeekError(
             f"The results cannot be handed over through {path.parent} ({error.strerror}); free some disk space."

@@ -85,7 +85,7 @@ class MorphSeekParameterNode:
     alignment: Alignment = Alignment.MODEL
     model: str = DEFAULT
     steps: Annotated[int, WithinRange(1, 8)] = 2
-    stopEarly: bool = True
+    stopEarly: bool = False
     fit: Fit = Fit.NO
     fitBy: FitBy = FitBy.LNCC
     device: str = "auto"

@@ -269,6 +269,9 @@ class RegisterPanel(VTKObservationMixin):
                 slicer.util.setSliceViewerLayers(nodes.fixed, nodes.warped, foregroundOpacity=0.5, fit=True)
             self._status(_summary(nodes.report))
             self._show_steps()
+            rows = nodes.report.get("steps") or []
+            answer = next((n for n, row in enumerate(rows) if row.get("answer")), self.ui.stepSlider.maximum)
+            self.ui.stepSlider.value = answer
             self.ui.resultWidget.visible = True
             for function in self.on_result:
                 function(nodes)

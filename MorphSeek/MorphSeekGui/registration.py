@@ -186,8 +186,8 @@ def prepare(
         elif initial is not None:
             initial = {"displacement": save(initial, "initial")}
         params = {
-            "fixed": save(fixed, "fixed"),
-            "moving": save(moving, "moving"),
+            "fixed": save(fixed, "fixed") | scene.file_of(fixed_node),
+            "moving": save(moving, "moving") | scene.file_of(moving_node),
             "fixed_labels": save(labels_on(fixed_labels, fixed), "fixed-labels"),
             "moving_labels": save(labels_on(moving_labels, moving), "moving-labels"),
             "model": model,

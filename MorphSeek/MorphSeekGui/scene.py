@@ -40,6 +40,7 @@ _OPTIONAL = ("inverse", "aligned", "warped_labels")
 # an initial transform is sampled on at most about this many points of the fixed grid (a 1 mm head has seven million)
 _MOST_SAMPLES = 8_000_000
 _SAME_MM = 1e-3
+_LARGEST_LABEL = 2**31 - 1  # the engine takes 32 bits
 
 
 class InputError(ValueError):
@@ -118,6 +119,13 @@ def read_volume(node, space=None) -> Image:
     """
     array = _voxels(node)
     return Image(array, FLIP @ matrix_to_space(node, space) @ ijk_to_ras(node))
+
+
+def file_of(node) -> dict[str, str]:
+    """Where a volume node was loaded from, for the worker to look at: {"file": path}, or {} when there is no file."""
+    storage = node.GetStorageNode()
+    path = storage.GetFullNameFromFileName() if storage is not None and storage.GetFileName() else ""
+    return {"file": path} if path else {}
 
 
 def matrix_to_space(node, space=None) -> np.ndarray:
@@ -431,7 +439,7 @@ def _name(node) -> str:
 
 
 def _voxels(node) -> np.ndarray:
-    """(i, j, k) voxels of a scalar volume in a type that torch knows."""
+    """(i, j, k) voxels of a scalar volume, in its own number type."""
     if node is None or not isinstance(node, slicer.vtkMRMLVolumeNode):
         raise InputError(_("Choose a fixed and a moving volume; '{node}' is none.").format(node=_name(node)))
     image = node.GetImageData()
@@ -445,10 +453,7 @@ def _voxels(node) -> np.ndarray:
         )
     if image is None or image.GetNumberOfPoints() == 0 or image.GetPointData().GetScalars() is None:
         raise InputError(_("The volume '{node}' is empty; load or choose another one.").format(node=node.GetName()))
-    array = slicer.util.arrayFromVolume(node).transpose(2, 1, 0)
-    if array.dtype in (np.uint8, np.int8, np.int16, np.int32, np.float32):
-        return array
-    return array.astype(np.int32 if array.dtype == np.uint16 else np.float32)
+    return slicer.util.arrayFromVolume(node).transpose(2, 1, 0)
 
 
 def _linear_between(source, target) -> np.ndarray | None:
@@ -551,13 +556,22 @@ def _read_label_map(node, to_labels: np.ndarray, shape) -> Labels:
         reslice.Update()
         image = reslice.GetOutput()
     array = numpy_support.vtk_to_numpy(image.GetPointData().GetScalars()).reshape(shape[::-1]).transpose(2, 1, 0)
-    labels = array.astype(np.int32)
-    if array.dtype != np.int32 and not (labels == array).all():
+    if array.dtype.kind == "f":
+        array = np.where(np.isnan(array), 0, array)  # outside the field of view
+    labels = array.astype(np.int64)
+    if array.dtype.kind == "f" and not (labels == array).all():
         raise InputError(
-            _("'{node}' holds values that are no whole numbers, so it is no label map; choose another one.").format(
+            _("'{node}' holds values that are not whole numbers, so it is not a label map; choose another one.").format(
                 node=node.GetName()
             )
         )
+    if labels.min() < 0 or labels.max() > _LARGEST_LABEL:
+        raise InputError(
+            _("'{node}' has labels from {low} to {high}; use numbers from 0 to {largest} only.").format(
+                node=node.GetName(), low=labels.min(), high=labels.max(), largest=_LARGEST_LABEL
+            )
+        )
+    labels = labels.astype(np.int32)
     display = node.GetDisplayNode()
     return Labels(labels, color_node_id=display.GetColorNodeID() if display is not None else None)
 

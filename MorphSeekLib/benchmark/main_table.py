@@ -31,11 +31,12 @@ import torch
 
 from ..alignment import align
 from ..backbones.spac import SPACSettings
-from ..checkpoint import BUNDLED, find, read_card, sha256, software, write_atomically
+from ..checkpoint import BUNDLED, find, read_card, sha256, software
 from ..datasets import Dataset, load_dataset
 from ..devices import pick_device
 from ..errors import InUseError, MorphSeekError
 from ..events import Event, OnEvent, checkpoint_for, ignore, never, part
+from ..files import write_atomically
 from ..finetuning import FinetuneConfig
 from ..geometry import Transform, Volume
 from ..images import read_image

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import wilcoxon
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 from ..metrics import deviation, mean
 from ..settings import to_dict
 from .classical import CLASSICAL

@@ -272,8 +272,8 @@ class Application:
         self.qt.processEvents()
         self.qt.sendPostedEvents(None, QtCore.QEvent.Type.DeferredDelete)
 
-    def wait(self, condition, seconds: float = 60.0) -> None:
-        """Run the event loop until a condition holds.
+    def wait(self, condition, seconds: float = 300.0) -> None:
+        """Run the event loop until a condition holds; the limit only ends a hang.
 
         Raises:
             TimeoutError: it did not within that time.

@@ -114,7 +114,7 @@ def test_every_kind_of_trouble_is_named(mixed):
     assert "labels nothing in its image" in problems["elsewhere"]
     warnings = {name: " ".join(row.warnings) for name, row in rows.items() if row.warnings}
     assert set(warnings) == {"coarse_labels", "no_ball", "huge_voxels"}
-    assert "another grid (12 x 14 x 10)" in warnings["coarse_labels"]
+    assert "another grid (12 x 14 x 10 voxels of 4 x 4 x 5 mm)" in warnings["coarse_labels"]
     assert "lacks the labels 3" in warnings["no_ball"]
     assert "1000 times as large as usual" in warnings["huge_voxels"]
     assert report.common == (1, 2)
@@ -151,7 +151,7 @@ def test_a_label_map_without_an_image_is_named(tmp_path):
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_cases_are_read(mixed, tmp_path):
     events = []
-    with pytest.raises(MorphSeekError, match="is a folder"):
+    with pytest.raises(MorphSeekError, match="a folder has this name"):
         check(find_cases(mixed), out=tmp_path, on_event=events.append)
     assert events == []
 

@@ -186,16 +186,6 @@ def test_a_figure_that_is_no_number_is_null_in_the_card(tmp_path, saved):
     assert checkpoint.read_card(path).results == {"dice": None}
 
 
-def test_an_output_is_tried_without_leaving_a_trace(tmp_path, saved):
-    path, _ = saved
-    checkpoint.check_out(tmp_path / "new" / "deep" / "m.safetensors", path, None, tmp_path / "gone")
-    checkpoint.check_out(path, tmp_path / "gone")
-    for out, words in ((path, "also an input"), (path / "m.safetensors", "cannot be written"), (tmp_path, "a folder")):
-        with pytest.raises(MorphSeekError, match=words):
-            checkpoint.check_out(out, path)
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_find_names_what_there_is(saved):
     path, _ = saved
     assert checkpoint.find(path) == path

@@ -178,9 +178,9 @@ def test_half_a_row_of_a_killed_process_is_left_out(dataset, model, tmp_path):
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(dataset, model, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out, words in (
-        (tmp_path, "is a folder"),
+        (tmp_path, "a folder has this name"),
         (tmp_path / "file" / "e.json", "cannot be written"),
-        (dataset.path, "is also an input"),
+        (dataset.path, "is an input and would be overwritten"),
     ):
         events = []
         with pytest.raises(MorphSeekError, match=words):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import logging
 import os
 import struct
 import subprocess
@@ -16,6 +15,7 @@ import torch
 
 from MorphSeekLib import images
 from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.files import output_folder
 from MorphSeekLib.geometry import DenseTransform, Grid, Volume
 
 TURN = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
@@ -58,35 +58,6 @@ def nifti(path: Path, *, codes=None, rows=None, pixdim=None, array=None) -> Path
 
     edit(path, change)
     return path
-
-
-def dicom(
-    folder: Path, name: str = "a", *, places=None, normal_step=(0.0, 0.0, 2.0), direction="1\\0\\0\\0\\1\\0"
-) -> Path:
-    """A series of slices, whose positions follow ``places`` times ``normal_step``."""
-    folder.mkdir(exist_ok=True)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    block = np.random.default_rng(0).integers(0, 1000, (6, 12, 10)).astype(np.int16)
-    for k, place in enumerate(range(6) if places is None else places):
-        image = sitk_of(block[k])
-        image.SetSpacing((1.5, 0.5))
-        position = np.array(normal_step) * place + (5.0, 6.0, 7.0)
-        uid = f"1.2.{sum(name.encode())}"
-        for tag, value in {
-            "0008|0060": "MR",
-            "0008|103e": f"series {name}",
-            "0020|000d": "1.2",
-            "0020|000e": uid,
-            "0008|0018": f"{uid}.{k + 1}",
-            "0020|0013": str(k),
-            "0020|0032": "\\".join(map(str, position)),
-            "0020|0037": direction,
-        }.items():
-            image.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{name}{9 - k}.dcm"))  # names in the wrong order
-        writer.Execute(image)
-    return folder
 
 
 def refused(path: Path, *words: str, read=images.read_image) -> None:
@@ -147,33 +118,6 @@ def test_labels(tmp_path):
     refused(path, "no label", read=images.read_labels)
 
 
-def test_dicom_folder(tmp_path):
-    volume = images.read_image(dicom(tmp_path / "d"))
-    assert volume.grid.shape == (10, 12, 6)
-    assert np.allclose(volume.grid.affine[:3], [[1.5, 0, 0, 5], [0, 0.5, 0, 6], [0, 0, 2, 7]])
-    block = np.random.default_rng(0).integers(0, 1000, (6, 12, 10))
-    assert np.array_equal(volume.data.numpy(), block.transpose(2, 1, 0))
-
-
-def test_dicom_folder_of_two_series_is_refused_and_a_file_chooses(tmp_path):
-    folder = dicom(dicom(tmp_path / "d", "a"), "b", normal_step=(0.0, 0.0, 3.0))
-    refused(folder, "2 DICOM series", "series a", "series b", "one file")
-    assert images.read_image(folder / "b7.dcm").grid.spacing[2] == 3.0
-
-
-def test_dicom_scout_beside_a_series_is_passed_over(tmp_path):
-    folder = dicom(dicom(tmp_path / "d", "a"), "s", places=[0])
-    assert images.read_image(folder).grid.shape == (10, 12, 6)
-
-
-def test_dicom_that_is_no_regular_block(tmp_path):
-    refused(dicom(tmp_path / "gap", places=[0, 1, 2, 4, 5, 6]), "slices missing")
-    refused(dicom(tmp_path / "tilt", normal_step=(0.0, 0.3, 2.0)), "tilted")
-    refused(dicom(tmp_path / "time", places=[0, 1, 2, 0, 1, 2]), "one place")
-    (tmp_path / "none").mkdir()
-    refused(tmp_path / "none", "without DICOM")
-
-
 def test_missing_empty_and_foreign_files(tmp_path):
     refused(tmp_path / "none.nii.gz", "does not exist")
     for name in ("x.nii", "x.nii.gz", "x.nrrd", "x.mha"):
@@ -208,7 +152,7 @@ def test_mhd_without_its_raw(tmp_path):
         (np.random.rand(1, 5, 5), False, ["only 1 voxel", "third"]),
         (np.zeros((5, 5, 5)), False, ["every voxel is 0"]),
         (np.full((5, 5, 5), 7, np.uint8), False, ["every voxel is 7"]),
-        (np.where(np.eye(5)[None].repeat(5, 0) > 0, np.nan, 1.0), False, ["25 voxels", "NaN"]),
+        (np.full((5, 5, 5), np.nan), False, ["every voxel is NaN"]),
         (np.where(np.eye(5)[None].repeat(5, 0) > 0, np.inf, 1.0).astype(np.float32), False, ["25 voxels", "infinite"]),
     ],
 )
@@ -277,79 +221,177 @@ def test_overlap():
         )  # faces at 39.5 + 0.5 and 100.5 - 1, between centres of 39 and the face
 
 
-def test_labels_on_another_grid(caplog):
+def test_labels_on_the_grid_of_their_image_stay_as_they_are():
     image = volume_of(grid_of((10, 10, 10), (1, 1, 1), np.eye(3), (0, 0, 0)))
     same = Volume(torch.ones(10, 10, 10, dtype=torch.int32), image.grid)
     assert images.check_labels(same, image, "l.nii") is same
-    # the same labels stored with flipped axes, half of the block beyond the image
-    flipped = Volume(
-        torch.zeros(10, 10, 10, dtype=torch.int32), grid_of((10, 10, 10), (1, 1, 1), -np.eye(3), (9, 9, 9))
-    )
-    flipped.data[0, 1, 2] = 5
-    with caplog.at_level(logging.WARNING):
-        found = images.check_labels(flipped, image, "l.nii")
-    assert int(found.data[9, 8, 7]) == 5
-    assert int(found.data.sum()) == 5
-    assert "l.nii has another grid" in caplog.text
-    assert "0.0 %" in caplog.text
-    far = Volume(flipped.data, grid_of((10, 10, 10), (1, 1, 1), np.eye(3), (100, 0, 0)))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, 1), (-1, -1, -1)])
+def test_labels_with_their_axes_turned_are_turned_back(order, signs):
+    """The same voxels at the same places, stored along other axes: nothing is resampled and nothing is said."""
+    image = volume_of(grid_of((5, 6, 7)))
+    data = torch.arange(210, dtype=torch.int32).reshape(5, 6, 7)
+    stored = Volume(data, image.grid)
+    to_stored = np.zeros((4, 4))  # index in the turned array -> index in the image
+    to_stored[3, 3] = 1
+    turned = data.permute(order)
+    for axis, (of, sign) in enumerate(zip(order, signs, strict=True)):
+        to_stored[of, axis] = sign
+        to_stored[of, 3] = 0 if sign > 0 else image.grid.shape[of] - 1
+    turned = turned.flip([axis for axis in range(3) if signs[axis] < 0])
+    labels = Volume(turned, Grid(turned.shape, image.grid.affine @ to_stored))
+    found = images.check_labels(labels, image, "l.nii")
+    assert torch.equal(found.data, stored.data)
+    assert found.grid.same_as(image.grid)
+    assert found.notices == ()
+
+
+def test_labels_on_another_grid_are_resampled_and_a_notice_says_so():
+    image = volume_of(grid_of((10, 10, 10), (1, 1, 1), np.eye(3), (0, 0, 0)))
+    coarse = Volume(torch.zeros(6, 6, 6, dtype=torch.int32), grid_of((6, 6, 6), (2, 2, 2), np.eye(3), (0, 0, 0)))
+    coarse.data[1, 2, 3], coarse.data[5, 5, 5] = 5, 5
+    found = images.check_labels(coarse, image, "l.nii")
+    assert int(found.data[2, 4, 6]) == 5
+    assert [n.code for n in found.notices] == ["labels-grid"]
+    assert "l.nii has another grid (6 x 6 x 6 voxels of 2 x 2 x 2 mm)" in found.notices[0].message
+    assert "50.0 %" in found.notices[0].message
+
+
+def test_labels_beside_their_image_are_refused():
+    image = volume_of(grid_of((10, 10, 10), (1, 1, 1), np.eye(3), (0, 0, 0)))
+    far = Volume(torch.ones(10, 10, 10, dtype=torch.int32), grid_of((10, 10, 10), (1, 1, 1), np.eye(3), (100, 0, 0)))
     with pytest.raises(MorphSeekError, match=r"l\.nii labels nothing in its image"):
         images.check_labels(far, image, "l.nii")
 
 
-def test_nothing_is_left_of_a_failed_write(tmp_path):
-    target = tmp_path / "x.nii"
-    target.write_text("before")
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(-7, ["label -7", "must not be negative"]), (2**31, ["label 2147483648", "larger than 2147483647"])],
+)
+def test_labels_that_do_not_fit_are_refused_by_what_they_are(tmp_path, value, words):
+    path = tmp_path / "l.nii.gz"
+    array = np.zeros((4, 5, 6))
+    array[1, 2, 3] = value
+    sitk.WriteImage(sitk_of(array), str(path))
+    refused(path, *words, read=images.read_labels)
 
-    def fail() -> None:
-        with images.whole_file(target) as part:
-            part.write_text("half")
-            raise KeyError
 
-    with pytest.raises(KeyError):
-        fail()
-    assert target.read_text() == "before"
-    assert os.listdir(tmp_path) == ["x.nii"]
+def test_the_largest_label_keeps_its_value(tmp_path):
+    array = np.zeros((4, 5, 6))
+    array[1, 2, 3] = 2**31 - 1
+    sitk.WriteImage(sitk_of(array), str(tmp_path / "l.nii.gz"))
+    assert int(images.read_labels(tmp_path / "l.nii.gz").data.max()) == 2**31 - 1
+
+
+def with_nan(kind=np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """(k, j, i) an image with a box of NaN at one end, and where that is."""
+    array = np.random.default_rng(0).integers(1, 90, (6, 7, 8)).astype(kind)
+    array[:, :2] = 0
+    where = np.zeros(array.shape, bool)
+    where[4:, 3:, 5:] = True
+    array[where] = np.nan
+    return array, where
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_nan_is_background_and_counted(tmp_path, ending, kind):
+    array, where = with_nan(kind)
+    array -= 1000
+    sitk.WriteImage(sitk_of(array), str(tmp_path / f"x{ending}"))
+    volume = images.read_image(tmp_path / f"x{ending}")
+    expected = np.where(where, images.air_value(torch.from_numpy(array)), array)
+    assert np.array_equal(volume.data.numpy().transpose(2, 1, 0), expected)
+    assert -1001 < volume.data.min() <= expected[where][0] < -900
+    assert [n.code for n in volume.notices] == ["nan"]
+    assert f"{where.sum()} voxels" in volume.notices[0].message
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_nan_in_labels_is_background(tmp_path, ending):
+    array, where = with_nan()
+    sitk.WriteImage(sitk_of(array), str(tmp_path / f"x{ending}"))
+    labels = images.read_labels(tmp_path / f"x{ending}")
+    assert np.array_equal(labels.data.numpy().transpose(2, 1, 0), np.where(where, 0, array))
+    assert f"{where.sum()} voxels" in labels.notices[0].message
+
+
+def test_nan_in_a_displacement_field_is_refused(tmp_path):
+    field = np.zeros((4, 4, 4, 3), np.float32)
+    field[1, 1, 1, 1] = np.nan
+    sitk.WriteImage(sitk_of(field, vector=True), str(tmp_path / "x.nii.gz"))
+    refused(tmp_path / "x.nii.gz", "1 voxels", "NaN", read=lambda path: images.read_sitk(path, components=3))
+
+
+@pytest.mark.parametrize("air", [-1024.0, 0.0, 500.0])
+def test_a_stray_voxel_is_not_the_air(air):
+    data = torch.full((30, 30, 30), air)
+    data[8:22, 8:22, 8:22] += 100
+    assert images.air_value(data) == air
+    data[3, 3, 3] = -1e6
+    assert images.air_value(data) == air
+
+
+def test_air_of_a_cropped_image_is_its_lower_end():
+    data = torch.rand((40, 40, 40), generator=torch.Generator().manual_seed(0)) + 7
+    data[2, 3, 4] = -1e6
+    assert 7 <= images.air_value(data) < 7.01
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "ending"),
+    [
+        ("uint8", sitk.sitkUInt8, ".nii.gz"),
+        ("int8", sitk.sitkInt8, ".nrrd"),
+        ("int16", sitk.sitkInt16, ".nii.gz"),
+        ("uint16", sitk.sitkUInt16, ".mha"),
+        ("uint32", sitk.sitkUInt32, ".nii"),
+        ("int64", sitk.sitkInt64, ".nrrd"),
+        ("float32", sitk.sitkFloat32, ".nii.gz"),
+    ],
+)
+def test_what_is_made_of_an_image_is_written_in_its_number_type(tmp_path, dtype, kind, ending):
+    limits = np.iinfo(dtype) if kind != sitk.sitkFloat32 else np.finfo(dtype)
+    array = np.arange(60, dtype=dtype).reshape(3, 4, 5)
+    sitk.WriteImage(sitk_of(array), str(tmp_path / f"x{ending}"))
+    volume = images.read_image(tmp_path / f"x{ending}")
+    assert volume.dtype == dtype
+    volume.data[0, 0, 0], volume.data[1, 0, 0] = 2.6, 1e20
+    images.write_image(volume, tmp_path / f"y{ending}")
+    back = sitk.ReadImage(str(tmp_path / f"y{ending}"))
+    assert back.GetPixelID() == kind
+    assert back.GetPixel(0, 0, 0) == (3 if limits.dtype.kind in "iu" else pytest.approx(2.6))
+    if limits.dtype.kind in "iu":
+        assert back.GetPixel(1, 0, 0) == pytest.approx(float(limits.max), rel=1e-6), "clipped, not wrapped"
+    assert back.GetPixel(4, 3, 2) == 59
+
+
+@pytest.mark.parametrize("name", ["x.NII", "x.NII.GZ", "x.Nii.gz", "x.NRRD", "x.MHA"])
+def test_upper_case_endings_are_read_and_written(tmp_path, name):
+    volume = volume_of()
+    images.write_image(volume, tmp_path / name)
+    assert torch.equal(images.read_image(tmp_path / name).data, volume.data)
+
+
+def test_a_gzip_that_is_named_nii_is_read(tmp_path):
+    volume = volume_of()
+    images.write_image(volume, tmp_path / "x.nii.gz")
+    (tmp_path / "x.nii.gz").rename(tmp_path / "x.nii")
+    assert torch.equal(images.read_image(tmp_path / "x.nii").data, volume.data)
+
+
+def test_an_mgz_file_is_refused_with_what_converts_it(tmp_path):
+    (tmp_path / "x.mgz").write_bytes(gzip.compress(bytes(1000)))
+    refused(tmp_path / "x.mgz", "FreeSurfer", "mri_convert")
+
+
+def test_a_name_without_a_format_is_refused(tmp_path):
     with pytest.raises(MorphSeekError, match="end its name with"):
         images.write_image(volume_of(), tmp_path / "x.png")
     with pytest.raises(MorphSeekError, match="cannot be written"):
         images.write_image(volume_of(), tmp_path / "none" / "x.nii")
-
-
-def test_output_folder_is_all_or_nothing(tmp_path):
-    folder = tmp_path / "deep" / "out"
-
-    def fail() -> None:
-        with images.output_folder(folder) as part:
-            (part / "a.txt").write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert os.listdir(tmp_path) == []
-    with images.output_folder(folder, owns=["a.txt", "b.txt"]) as part:
-        (part / "a.txt").write_text("1")
-        (part / "b.txt").write_text("1")
-        assert not (folder / "a.txt").exists()
-    (folder / "mine.txt").write_text("kept")
-    with images.output_folder(folder, owns=["a.txt", "b.txt"]) as part:
-        (part / "a.txt").write_text("2")
-    # b.txt belonged to the earlier run, whose result is gone
-    assert sorted(os.listdir(folder)) == ["a.txt", "mine.txt"]
-    assert (folder / "a.txt").read_text() == "2"
-    with pytest.raises(KeyError):
-        fail()
-    assert sorted(os.listdir(folder)) == ["a.txt", "mine.txt"]
-
-
-def test_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "out", Path("/proc/morphseek")):
-        with (
-            pytest.raises(MorphSeekError, match=r"cannot be written \(.*\); choose a folder"),
-            images.output_folder(path),
-        ):
-            pass
 
 
 @pytest.fixture
@@ -376,7 +418,7 @@ def test_full_disk(small_disk, ending):
     assert os.listdir(small_disk) == []
 
     def fill() -> None:
-        with images.output_folder(small_disk / "out") as part:
+        with output_folder(small_disk / "out") as part:
             images.write_image(volume_of(), part / "fits.nii.gz")
             images.write_image(volume, part / f"x{ending}")
 

@@ -19,6 +19,7 @@ from MorphSeekLib.geometry import DenseTransform, Grid, Volume, apply_affine, vo
 from MorphSeekLib.images import read_image, read_labels, sitk_from_volume
 from MorphSeekLib.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib.refinement import RefinementSettings
 from MorphSeekLib.registration import MAX_STEPS, load_model, register
 from MorphSeekLib.results import FILES, write_results
 
@@ -26,11 +27,11 @@ TILTED = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, -1.0]])  # 
 
 
 def random_model(path, output="displacement", **preprocessing):
-    """A checkpoint whose network moves things smoothly by some millimetres."""
+    """A checkpoint whose network is random but for its last layers: they follow the forces, so it helps."""
     torch.manual_seed(0)
-    settings = {"encoder": (4, 4), "decoder": (4,), "extra": (4,), "norm": "instance", "flow_stride": 2}
+    settings = {"encoder": (4, 4), "decoder": (4,), "extra": (8,), "norm": "instance", "flow_stride": 2, "forces": 2}
     model = RegistrationModel(ModelSettings(backbone_settings=settings, output=output))
-    torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.02)
+    follow_forces(model.backbone)
     card = Card(title="random", preprocessing=Preprocessing(**{"spacing": (3.0,) * 3, "align": "none"} | preprocessing))
     checkpoint.save(path, model, card)
     return load_model(path, "cpu")
@@ -43,6 +44,20 @@ def test_negative_labels_are_refused_before_the_work(model, pair):
     with pytest.raises(MorphSeekError, match="has the label -3, and labels must not be negative"):
         register(fixed, moving, model, fixed_labels=fixed_labels, moving_labels=wrong, on_event=events.append)
     assert events == []
+
+
+@torch.no_grad()
+def follow_forces(backbone):
+    """Let the field be the forces of two scales, blurred, and a little of what the random layers say."""
+    carry, flow = backbone.extra[0][0].weight, backbone.flow.weight
+    torch.nn.init.normal_(flow, 0, 0.005)
+    carry[:6] = 0
+    backbone.extra[0][0].bias[:6] = 0
+    flow[:, :6] = 0
+    for axis in range(3):
+        for sign, channel in ((1, axis), (-1, axis + 3)):  # LeakyReLU(f) - LeakyReLU(-f) is a multiple of f
+            carry[channel, axis - 6, 1, 1, 1] = carry[channel, axis - 3, 1, 1, 1] = sign
+            flow[axis, channel] = sign * 0.3 / 27
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +95,7 @@ def test_files_agree_with_simpleitk(pair, result, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == set(FILES)
     transform = sitk.ReadTransform(str(tmp_path / "transform.h5"))
     reference = sitk_from_volume(fixed)
-    background = float(min(0.0, moving.data.min()))
+    background = report["warped"]["outside"]
     linear = sitk.Resample(sitk_from_volume(moving), reference, transform, sitk.sitkLinear, background)
     warped = read_image(tmp_path / "warped.nii.gz")
     difference = np.abs(sitk.GetArrayFromImage(linear).transpose(2, 1, 0) - warped.data.numpy())
@@ -164,7 +179,7 @@ def test_a_velocity_model_folds_less(pair, tmp_path):
     for output in ("displacement", "velocity"):
         strong = random_model(tmp_path / f"{output}.safetensors", output)
         torch.nn.init.normal_(strong.network.backbone.flow.weight, 0, 0.4, generator=torch.Generator().manual_seed(1))
-        runs[output] = register(fixed, moving, strong, steps=1, inverse=False).report["folding"]["njd_percent"]
+        runs[output] = register(fixed, moving, strong, steps=1, inverse=False).report["steps"][1]["njd_percent"]
     assert runs["displacement"] > 1
     assert runs["velocity"] < 0.5 * runs["displacement"]
 
@@ -204,17 +219,56 @@ def test_each_step_shows_the_moving_image(pair, model):
     assert not torch.equal(shown[1].data, shown[2].data)
 
 
-def test_it_stops_when_a_step_no_longer_helps(pair, model):
-    """Two equal images: the random network can only make them differ."""
-    fixed, *_ = pair
+@pytest.fixture
+def harmful(tmp_path):
+    """A model that drives images apart."""
+    model = random_model(tmp_path / "harmful.safetensors")
+    with torch.no_grad():
+        model.network.backbone.flow.weight.neg_()
+    return model
+
+
+def test_it_stops_when_a_step_no_longer_helps(pair, harmful):
     shown, said = {}, []
     options = {"stop_early": True, "on_step": shown.__setitem__, "on_event": lambda e: said.append(e.message)}
-    result = register(fixed, fixed, model, steps=8, **options)
-    assert len(result.report["steps"]) == 1, "the step that made it worse was taken back"
-    assert result.report["displacement_mm"]["max"] == 0
-    assert torch.allclose(result.warped.data, fixed.data, atol=1e-3)
-    assert list(shown) == [0]
+    result = register(*pair[:2], harmful, steps=8, **options)
+    assert list(shown) == [0, 1]
+    assert len(result.report["steps"]) == 2
     assert "Step 1 no longer helps: stopping here" in said
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_the_answer_is_the_best_of_all_steps_none_included(pair, harmful, stop_early):
+    shown = {}
+    how = {"steps": 2, "stop_early": stop_early, "on_step": shown.__setitem__}
+    result = register(*pair[:2], harmful, **how)
+    rows = result.report["steps"]
+    assert [row["answer"] for row in rows] == [True] + [False] * (len(rows) - 1), "the table shows every step"
+    assert rows[0]["similarity"] > max(row["similarity"] for row in rows[1:])
+    assert result.report["similarity"]["warped"] == rows[0]["similarity"]
+    assert result.report["displacement_mm"]["max"] == 0
+    assert torch.equal(result.warped.data, shown[0].data)
+    [warning] = result.report["warnings"]
+    assert warning["code"] == "no-step-helped"
+    assert "so the answer is the alignment" in warning["message"]
+
+
+def test_a_further_step_begins_at_the_answer_and_may_not_spoil_it(pair, model, harmful):
+    fixed, moving, *_ = pair
+    two = register(fixed, moving, model, steps=2, inverse=False)
+    more = register(fixed, moving, harmful, steps=1, state=two.state, inverse=False)
+    assert [row["answer"] for row in more.report["steps"]] == [False, False, True, False]
+    assert torch.equal(more.transform.displacement, two.transform.displacement)
+    assert "the answer is the result after step 2" in more.report["warnings"][0]["message"]
+
+
+def test_a_fit_begins_at_the_answer(pair, harmful):
+    """No latent leads to the alignment, so that all iterations go to the field."""
+    result = register(*pair[:2], harmful, inverse=False, refinement=RefinementSettings(iterations=5))
+    fit = result.report["refinement"]
+    assert fit["network"] == result.report["steps"][0]
+    assert len(fit["objective"]["curve"]) == 5 + 1
+    assert fit["refined"]["similarity"] > fit["network"]["similarity"]
 
 
 def test_cancel(pair, model):
@@ -227,6 +281,7 @@ def test_cancel(pair, model):
 
     with pytest.raises(Cancelled):
         register(fixed, moving, model, cancelled=cancelled)
+    assert len(asked) == 13, "nothing was begun after it was told to stop"
     # the hooks that ask before every layer are gone: the model still works
     register(fixed, moving, model, inverse=False)
 

@@ -2,7 +2,8 @@
 
 - The engine (MorphSeekLib) never imports Slicer or a user interface: it runs on a server.
 - The module (MorphSeek) never imports torch or the engine: a crash of the engine must not take Slicer down.
-- SimpleITK is met in four rooms only: images, transforms (files), alignment (initial alignment), report (pictures).
+- SimpleITK is met in five rooms only: images, dicom, transforms (files), alignment (initial alignment) and report
+  (pictures).
 - Nothing is unpickled from a file that a person picked.
 - The benchmark stands on the engine, never the engine on it; its optional packages are met in one room.
 """
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = sorted((ROOT / "MorphSeekLib").rglob("*.py"))
 MODULE = sorted((ROOT / "MorphSeek").rglob("*.py"))
 INTERFACE = {"slicer", "vtk", "vtkmodules", "qt", "ctk", "mrml", "PySide6", "PySide2", "PyQt5", "PyQt6", "MorphSeekGui"}
-SIMPLEITK_ROOMS = {"images.py", "transforms.py", "alignment.py", "report.py"}
+SIMPLEITK_ROOMS = {"images.py", "dicom.py", "transforms.py", "alignment.py", "report.py"}
 
 
 @functools.cache

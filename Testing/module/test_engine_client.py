@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -29,11 +30,12 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def gone_soon(pid: int) -> bool:
-    deadline = time.monotonic() + 5
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(pid)
+def wait_until(condition) -> None:
+    """Wait for a condition; the limit only ends a hang."""
+    limit = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen within 300 s"
+        time.sleep(0.01)
 
 
 def test_the_process_starts_with_the_first_request_and_stays(client):
@@ -51,20 +53,18 @@ def test_progress_goes_to_the_request_it_belongs_to(client):
 
 def test_requests_are_polled_without_blocking(client):
     a, b = client.request("echo", {"n": 1}), client.request("echo", {"n": 2})
-    deadline = time.monotonic() + 10
-    while not (a.done and b.done) and time.monotonic() < deadline:
-        client.poll()
-        time.sleep(0.005)
+    wait_until(lambda: client.poll() or (a.done and b.done))
     assert (a.value()["echo"]["n"], b.value()["echo"]["n"]) == (1, 2)
 
 
-def test_cancel_ends_the_request_and_keeps_the_worker(client):
-    client.call("echo")
-    began = time.monotonic()
+def test_cancel_ends_the_request_and_keeps_the_worker(client, monkeypatch):
+    """A request that ends by nothing but its cancellation."""
+    monkeypatch.setattr(engine_client, "_CANCEL_PATIENCE", 300)
+    before = client.call("echo")["pid"]
+    asked = itertools.count()
     with pytest.raises(EngineCancelled):
-        client.call("wait", cancelled=lambda: time.monotonic() - began > 0.2)
-    assert time.monotonic() - began < 1.5
-    assert client.call("echo")["pid"] == client.pid
+        client.call("wait", cancelled=lambda: next(asked) >= 3)
+    assert client.call("echo")["pid"] == client.pid == before
 
 
 def test_a_worker_that_ignores_cancel_is_ended_with_its_children(client, monkeypatch):
@@ -72,7 +72,7 @@ def test_a_worker_that_ignores_cancel_is_ended_with_its_children(client, monkeyp
     children = []
     with pytest.raises(EngineCancelled):
         client.call("stubborn", on_progress=lambda p: children.append(p["child"]), cancelled=lambda: bool(children))
-    assert gone_soon(children[0])
+    wait_until(lambda: not alive(children[0]))
     assert client.call("echo", {"again": True})["echo"] == {"again": True}
 
 
@@ -95,7 +95,7 @@ def test_death_is_told_with_the_last_words_and_the_next_request_starts_anew(clie
 
 def test_a_death_between_two_requests_is_told_to_the_first(client):
     first = client.request("die")
-    client._process.wait(10)
+    client._process.wait(300)
     assert client.call("echo", {"n": 2})["echo"] == {"n": 2}
     assert isinstance(first.error, EngineDied)
 
@@ -132,13 +132,13 @@ def test_split_lines_and_garbage_are_borne(client):
 def test_close_ends_the_process_and_tells_those_who_wait(client):
     pid = client.call("echo")["pid"]
     client.close()
-    assert gone_soon(pid)
+    wait_until(lambda: not alive(pid))
     client.close()  # twice does no harm
     request = client.request("stubborn")
     client.close(patience=0.3)
     with pytest.raises(EngineDied):
         request.value()
-    assert gone_soon(client.pid)
+    wait_until(lambda: not alive(client.pid))
 
 
 def test_a_callback_that_raises_leaves_the_client_usable(client):

@@ -175,7 +175,7 @@ def test_flicker_takes_turns_until_the_module_is_left(panel, ui, nodes, view, st
     ui.rateSlider.value = 3
     ui.flickerButton.click()
     seen = set()
-    stand_in.wait(lambda: seen.add(layers(view)[2]) or seen == {0.0, 1.0}, 5)
+    stand_in.wait(lambda: seen.add(layers(view)[2]) or seen == {0.0, 1.0})
     panel.exit()
     assert not ui.flickerButton.checked
     assert not panel._flicker.active
@@ -188,13 +188,13 @@ def test_sliders_redraw_when_they_come_to_rest(panel, ui, nodes, view, stand_in)
     view.fit()
     board = view.draw()
     ui.tileSlider.value = 5
-    stand_in.wait(lambda: not np.array_equal(view.draw(), board), 5)
+    stand_in.wait(lambda: not np.array_equal(view.draw(), board))
     ui.gridCheckBox.click()
     assert ui.gridLabel.isVisibleTo(panel.widget)
     display = panel._views._twin.GetDisplayNode()
     assert display.GetGridSpacingMm() == ui.gridSpacingSlider.value
     ui.gridSpacingSlider.value = 7
-    stand_in.wait(lambda: display.GetGridSpacingMm() == 7, 5)
+    stand_in.wait(lambda: display.GetGridSpacingMm() == 7)
     assert not display.GetVisibility3D()
     assert display.GetRegionNode() is view.node
     ui.grid3DCheckBox.click()
@@ -406,7 +406,7 @@ def test_export_through_the_real_worker(panel, ui, nodes, stand_in, tmp_path):
     ui.exportButton.click()
     assert not ui.exportButton.enabled
     assert ui.cancelExportButton.isVisibleTo(panel.widget)
-    stand_in.wait(lambda: ui.exportButton.enabled, 120)
+    stand_in.wait(lambda: ui.exportButton.enabled)
     assert (tmp_path / "M to F" / "report.html").stat().st_size > 10_000
     assert "report.html" in ui.exportLabel.text
     assert not ui.cancelExportButton.isVisibleTo(panel.widget)
@@ -424,7 +424,7 @@ def test_export_through_the_real_worker(panel, ui, nodes, stand_in, tmp_path):
     ui.folderButton.directory = str(tmp_path)
     ui.exportButton.click()
     ui.cancelExportButton.click()
-    stand_in.wait(lambda: ui.exportButton.enabled, 120)
+    stand_in.wait(lambda: ui.exportButton.enabled)
     assert ui.exportLabel.text == "Cancelled; no file was written."
     assert not (tmp_path / "M to F 2").exists()
 

@@ -141,7 +141,7 @@ def test_no_keyword_arguments(qt):
 def test_single_shot(qt, stand_in):
     seen = []
     qt.QTimer.singleShot(0, lambda: seen.append(1))
-    stand_in.wait(lambda: seen, 5)
+    stand_in.wait(lambda: seen)
 
 
 # slicer.util.loadUI and childWidgetVariables are Slicer's own; uitools makes the widgets

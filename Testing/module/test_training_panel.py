@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -264,7 +263,7 @@ def test_cases_from_the_scene(stand_in, panel, home):
     assert (folder / "cases" / "dataset.json").is_file()
     assert json.loads((folder / "run.json").read_text())["dataset"] == "cases"
     assert not list(folder.parent.glob(".cases-*")), "the copy for the check is gone"
-    stand_in.wait(lambda: panel.run.status().state == "done", 90)
+    stand_in.wait(lambda: panel.run.status().state == "done")
 
     check(stand_in, panel)
     slicer.mrmlScene.RemoveNode(slicer.util.getNode("case 2"))
@@ -393,7 +392,4 @@ def test_no_process_is_left(stand_in, panel, files):
     client = panel._client
     assert client.running
     stand_in.fresh()
-    deadline = time.monotonic() + 10
-    while client.running and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not client.running
+    stand_in.wait(lambda: not client.running)

@@ -47,10 +47,11 @@ def make(files, tmp_path):
         run.kill()
 
 
-def until(condition, seconds=90.0):
-    deadline = time.monotonic() + seconds
+def until(condition):
+    """Wait for a condition; the limit only ends a hang."""
+    limit = time.monotonic() + 300
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < limit, "it did not happen within 300 s"
         time.sleep(0.02)
 
 
@@ -70,7 +71,7 @@ def test_a_run_to_its_end(make):
     until(lambda: not run.status().alive)
     status = run.status()
     assert (status.state, status.fraction) == ("done", 1.0), status.message
-    assert run._process.wait(10) == 0
+    assert run._process.wait(300) == 0
     assert status.held_out["mean"]["dice"] > 0
     assert status.model == str(run.folder / "m.safetensors")
     assert [row["iteration"] for row in run.curves("finetune")] == [1, 2]

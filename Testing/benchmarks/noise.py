@@ -1,0 +1,131 @@
+"""What faint noise and shading do to a registration: Dice over the brain pairs, by arm and seed.
+
+    python Testing/benchmarks/noise.py [--shared ../shared] [--model brain-mr] [--pairs N] [--seeds 0 1 2]
+        [--arms ARM ...] [--out FILE]
+
+Noise is Rician (Gudbjartsson and Patz, 1995), sigma 1 % of the image's range, over the whole image, air included;
+bias is a smooth field from 0.8 to 1.2 by which the image is multiplied. Either is put on the fixed image, the moving
+image or both, and the pair is registered as a user would, alignment included; "unaligned" is without it. Noise and
+field follow from seed, pair and side alone. Every row is written when it is known, and rows that the file already holds
+for these weights are not measured again; delete the file after a change to the code.
+
+Dice: the mean over labels, nearest-neighbour warped, after the alignment and after the registration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from MorphSeekLib.checkpoint import software, write_atomically
+from MorphSeekLib.datasets import Pair, load_dataset, read_pair
+from MorphSeekLib.geometry import Volume
+from MorphSeekLib.registration import LoadedModel, load_model, register
+
+ROOT = Path(__file__).resolve().parents[2]
+SIGMA = 0.01  # of the image's range
+BIAS = (0.8, 1.2)
+SIDES = ("fixed", "moving")
+SOME = {"fixed": ("fixed",), "moving": ("moving",), "both": SIDES}
+ARMS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
+    "clean": ("nothing", (), None),
+    **{f"noise {name}": ("noise", sides, None) for name, sides in SOME.items()},
+    **{f"bias {name}": ("bias", sides, None) for name, sides in SOME.items()},
+    "clean unaligned": ("nothing", (), "none"),
+    "noise both unaligned": ("noise", SIDES, "none"),
+}
+"""Name -> what is done, to which images, and the alignment (None: what the model's card says)."""
+
+
+def noisy(image: Volume, generator: torch.Generator) -> Volume:
+    """Add Rician noise to an image."""
+    sigma = SIGMA * float(image.data.max() - image.data.min())
+    real, imaginary = (sigma * torch.randn(image.data.shape, generator=generator) for _ in range(2))
+    return Volume(torch.hypot(image.data + real, imaginary), image.grid)
+
+
+def shaded(image: Volume, generator: torch.Generator) -> Volume:
+    """Multiply an image by a smooth field that runs from 0.8 to 1.2."""
+    field = torch.rand(1, 1, 3, 3, 3, generator=generator)
+    field = F.interpolate(field, size=image.data.shape, mode="trilinear", align_corners=True)[0, 0]
+    field = (field - field.min()) / (field.max() - field.min())
+    return Volume(image.data * (BIAS[0] + (BIAS[1] - BIAS[0]) * field), image.grid)
+
+
+def measure(pair: Pair, number: int, arm: str, seed: int, model: LoadedModel) -> dict:
+    """Return the row of one pair, arm and seed."""
+    change, sides, align = ARMS[arm]
+    (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
+    images = {"fixed": fixed, "moving": moving}
+    for side in sides:
+        generator = torch.Generator().manual_seed(1000 * seed + 2 * number + SIDES.index(side))
+        images[side] = {"noise": noisy, "bias": shaded}[change](images[side], generator)
+    labels = {"fixed_labels": fixed_labels, "moving_labels": moving_labels}
+    dice = register(**images, model=model, align=align, inverse=False, **labels).report["dice"]["mean"]
+    names = {"fixed": pair.fixed.image.name, "moving": pair.moving.image.name}
+    return {"arm": arm, "seed": seed, **names, **{stage: round(dice[stage], 5) for stage in ("aligned", "warped")}}
+
+
+def table(rows: list[dict]) -> list[dict]:
+    """Return means by arm: over all rows, and after the registration by seed."""
+    means = []
+    for arm in ARMS:
+        found = [row for row in rows if row["arm"] == arm]
+        if not found:
+            continue
+        mean = {stage: round(statistics.fmean(row[stage] for row in found), 5) for stage in ("aligned", "warped")}
+        seeds = sorted({row["seed"] for row in found})
+        by_seed = {
+            str(seed): round(statistics.fmean(row["warped"] for row in found if row["seed"] == seed), 5)
+            for seed in seeds
+        }
+        means.append({"arm": arm, "rows": len(found), **mean, "by_seed": by_seed})
+    return means
+
+
+def report(rows: list[dict], model: dict) -> dict:
+    """Return what the file holds."""
+    settings = {"sigma": SIGMA, "bias": BIAS}
+    return {"model": model, "settings": settings, "means": table(rows), "rows": rows, "software": software()}
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--model", default="brain-mr")
+    parser.add_argument("--split", default="registration_test")
+    parser.add_argument("--pairs", type=int, help="only the first so many (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--out", type=Path, default=ROOT / "Testing/benchmarks/results/noise.json")
+    options = parser.parse_args()
+    model = load_model(options.model, "cpu")
+    pairs = load_dataset(options.shared / "data/brain_oasis/dataset.json").split(options.split)[: options.pairs]
+    about = {"name": model.name, "sha256": model.sha256, "split": options.split}
+    before = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    rows = before["rows"] if before.get("model") == about else []
+    known = {(row["arm"], row["seed"], row["fixed"], row["moving"]) for row in rows}
+    for seed in options.seeds:
+        for arm in options.arms:
+            if not ARMS[arm][1] and seed != options.seeds[0]:
+                continue  # nothing is random in it
+            for number, pair in enumerate(pairs):
+                if (arm, seed, pair.fixed.image.name, pair.moving.image.name) in known:
+                    continue
+                rows.append(measure(pair, number, arm, seed, model))
+                print(rows[-1], flush=True)
+                write_atomically(options.out, (json.dumps(report(rows, about), indent=1) + "\n").encode())
+    print(f"{'arm':<22}{'rows':>5}{'aligned':>9}{'Dice':>8}   by seed")
+    for row in table(rows):
+        by_seed = "  ".join(f"{k}: {v:.4f}" for k, v in row["by_seed"].items())
+        print(f"{row['arm']:<22}{row['rows']:>5}{row['aligned']:>9.4f}{row['warped']:>8.4f}   {by_seed}")
+
+
+if __name__ == "__main__":
+    main()
