@@ -25,8 +25,9 @@ import numpy as np
 from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset, paired_sides
 from .errors import MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
-from .files import shown
+from .files import check_out, shown, write_atomically
 from .images import check_labels, read_image, read_labels
+from .settings import to_dict, to_json
 
 VALIDATION, TEST = "registration_val", "registration_test"
 FEWEST = 4  # cases: two to train on, one to validate on, one for the figures before and after
@@ -126,7 +127,10 @@ def find_cases(path: Path | str) -> Dataset:
             "with the folders of images and labels in it."
         )
     return Dataset(
-        path, {"training": [Case(file, labels.get(key)) for key, file in images.items()]}, about={"name": path.name}
+        path,
+        {"training": [Case(file, labels.get(key)) for key, file in images.items()]},
+        about={"name": path.name},
+        orphans=tuple(file for key, file in labels.items() if key not in images),
     )
 
 
@@ -148,6 +152,7 @@ def check(
     dataset: Dataset,
     *,
     labels: bool = True,
+    out: Path | str | None = None,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] = never,
 ) -> CheckReport:
@@ -156,12 +161,16 @@ def check(
     Args:
         dataset: from :func:`find_cases`.
         labels: whether the training needs them (warm-up alone does not).
+        out: a JSON file to write the report to; None writes none.
         on_event: told of every case.
         cancelled: asked before every case.
 
     Raises:
+        MorphSeekError: ``out`` cannot be written.
         Cancelled: the person stopped it.
     """
+    if out is not None:
+        check_out(out, dataset.path)
     checkpoint = checkpoint_for(cancelled)
     cases = _all_cases(dataset)
     rows, seen = [], {}
@@ -174,6 +183,11 @@ def check(
         row.problems = [text.replace(f"{_root(dataset)}{os.sep}", "") for text in row.problems]
         rows.append(row)
     report = CheckReport(rows, names=dataset.labels)
+    report.warnings += [
+        f"{_relative(path, dataset)} is a label map that no image belongs to by its name, so it is not used; rename it "
+        "or its image alike, or remove it."
+        for path in dataset.orphans
+    ]
     good = [row for row in rows if not row.problems]
     labelled = [row for row in good if row.labels]
     report.labels = dict(sorted(Counter(label for row in labelled for label in row.labels).items()))
@@ -193,6 +207,8 @@ def check(
                 f"{len(good)} usable cases are few: the figures on the held-out ones will say little; {FEW} or more "
                 "are better."
             )
+    if out is not None:
+        write_atomically(Path(out), to_json(to_dict(report), indent=1).encode())
     on_event(Event("read", 1.0, f"Checked {len(rows)} cases", len(rows), len(rows)))
     return report
 
@@ -267,7 +283,11 @@ def _pairs_of(held: list[Case], others: list[Case]) -> list[Pair]:
 
 def name_of(case: Case, dataset: Dataset) -> str:
     """What a case is called: its image's path, relative to the data set where it lies in it."""
-    path, root = case.image or case.label, _root(dataset)
+    return _relative(case.image or case.label, dataset)
+
+
+def _relative(path: Path, dataset: Dataset) -> str:
+    root = _root(dataset)
     return shown(path.relative_to(root).as_posix() if path.is_relative_to(root) else path)
 
 

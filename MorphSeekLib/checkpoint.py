@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
+from torch import Tensor
 
 from . import __version__
 from .errors import MorphSeekError
 from .files import write_atomically
 from .policy import ModelSettings, RegistrationModel
 from .preprocessing import Preprocessing
-from .settings import from_dict, to_dict
+from .settings import from_dict, to_dict, to_json
 
 FORMAT = 1
 BUNDLED = Path(__file__).resolve().parent.parent / "Resources" / "Checkpoints"
@@ -68,13 +70,23 @@ def save(path: Path | str, model: RegistrationModel, card: Card) -> None:
     """Write weights and card; the file appears whole or not at all.
 
     Raises:
-        MorphSeekError: the folder cannot be written or the disk is full.
+        MorphSeekError: a weight is NaN or infinite, the folder cannot be written, or the disk is full.
     """
     path = Path(path)
     card = dataclasses.replace(card, model=model.settings, parameters=model.parameter_counts())
-    metadata = {"morphseek": json.dumps({"format": FORMAT, **to_dict(card)})}
+    metadata = {"morphseek": to_json({"format": FORMAT, **to_dict(card)})}
     state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    if (name := not_finite(state)) is not None:
+        raise MorphSeekError(
+            f"{path.name} was not written because its tensor '{name}' holds NaN or infinite values; train again with a "
+            "lower learning rate, or check the file that the weights come from."
+        )
     write_atomically(path, serialize(state, metadata))
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None where all are finite."""
+    return next((name for name, value in state.items() if not bool(torch.isfinite(value).all())), None)
 
 
 def read_card(path: Path | str) -> Card:
@@ -119,7 +131,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
     """The model in eval mode, and its card.
 
     Raises:
-        MorphSeekError: as :func:`read_card`, or weights that do not fit the card.
+        MorphSeekError: as :func:`read_card`, or weights that do not fit the card, are NaN or are infinite.
     """
     path = Path(path)
     card = read_card(path)
@@ -131,6 +143,11 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise MorphSeekError(f"The weights in {path.name} do not fit its card ({reason}); copy it again.") from error
+    if (name := not_finite(state)) is not None:
+        raise MorphSeekError(
+            f"{path.name} cannot be used because its tensor '{name}' holds NaN or infinite values; download or copy "
+            "the file again, or train the model again."
+        )
     return model.to(device).eval(), card
 
 

@@ -165,9 +165,15 @@ def evaluate(
             cancelled=cancelled,
         )  # fmt: skip
     table = Table("figure", "mean", "standard deviation", title=f"{result['dataset']}, {len(result['pairs'])} pairs")
-    for name, mean in result["mean"].items():
-        table.add_row(name, f"{mean:.4f}", f"{result['std'][name]:.4f}")
+    for name in result["mean"]:
+        values = (result[key][name] for key in ("mean", "std"))
+        table.add_row(name, *("none" if value is None else f"{value:.4f}" for value in values))
     console.print(table)
+    if result["lost_labels"]:
+        lost = ", ".join(f"{name} in {count} pairs" for name, count in result["lost_labels"].items())
+        errors.print(
+            f"Labels that warping lost (Dice 0, no HD95): {lost}.", style="yellow", markup=False, soft_wrap=True
+        )
     console.print(f"Wrote {out}", soft_wrap=True)
 
 
@@ -181,13 +187,9 @@ def check(
     with job() as (on_event, cancelled):
         from .cases import check as run
         from .cases import find_cases
-        from .files import write_atomically
-        from .settings import to_dict
 
         refuse_overwriting([] if out is None else [out], [dataset])
-        report = run(find_cases(dataset), labels=labels, on_event=on_event, cancelled=cancelled)
-        if out is not None:
-            write_atomically(out, json.dumps(to_dict(report), indent=1).encode())
+        report = run(find_cases(dataset), labels=labels, out=out, on_event=on_event, cancelled=cancelled)
     print_check(report)
     if report.problems:
         raise typer.Exit(2)

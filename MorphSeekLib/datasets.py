@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ class Dataset:
         cases: split -> cases.
         pairs: split -> pairs.
         labels: label value -> name.
+        orphans: label maps of a folder without dataset.json that no image belongs to.
         evaluated: labels to score; None for all.
         pairing: patterns (fnmatch) that the file names of fixed and of moving training cases match; None: any two cases
             make a pair. See :func:`training_pair`.
@@ -86,6 +88,12 @@ class Dataset:
     evaluated: tuple[int, ...] | None = None
     pairing: tuple[str, str] | None = None
     about: dict[str, str] = field(default_factory=dict)
+    orphans: tuple[Path, ...] = ()
+
+    def label_name(self, value: int) -> str:
+        """Return what a label is called: its name, with the value where another label has the same name."""
+        name = self.labels.get(value, str(value))
+        return name if list(self.labels.values()).count(name) < 2 else f"{name} ({value})"
 
     def split(self, name: str, kind: str = "pairs") -> list:
         """The pairs (or cases) of a split.
@@ -113,47 +121,181 @@ def load_dataset(path: Path | str) -> Dataset:
             raise MorphSeekError(f"The folder {path} holds no label maps ({', '.join(IMAGE_SUFFIXES)}).")
         return Dataset(path, {"training": [Case(label=p) for p in files]}, about={"name": path.name})
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise MorphSeekError(f"The data set {path} cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MorphSeekError(f"The data set {path} is not valid JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise MorphSeekError(f"The data set {path} must be a JSON object with splits such as 'training'.")
-    root = path.parent
-    cases: dict[str, list[Case]] = {}
-    pairs: dict[str, list[Pair]] = {}
-    by_image: dict[str, Case] = {}
-    entries = {k: v for k, v in values.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
-    for split, rows in entries.items():
-        if "image" in rows[0] or "label" in rows[0]:
-            cases[split] = [
-                Case(*(_file(root, row.get(kind), path) for kind in ("image", "label", "landmarks"))) for row in rows
-            ]
-            by_image.update(
-                {row["image"]: case for row, case in zip(rows, cases[split], strict=True) if "image" in row}
-            )
-    for split, rows in entries.items():
-        if "fixed" in rows[0]:
-            pairs[split] = [
-                Pair(*(_case(row, side, by_image, root, path) for side in ("fixed", "moving"))) for row in rows
-            ]
-    return Dataset(
-        path,
-        cases,
-        pairs,
-        {int(k): str(v) for k, v in values.get("labels", {}).items() if str(k).isdigit()},
-        tuple(values["evaluated_labels"]) if "evaluated_labels" in values else None,
-        _pairing(values["pairing"], path) if "pairing" in values else None,
-        {k: v for k, v in values.items() if isinstance(v, str)},
-    )
+    return _Description(path, values).dataset()
+
+
+_CASE, _PAIR = ("image", "label", "landmarks"), ("fixed", "moving")
+_SPLITS = {"training": "image", "registration_val": "fixed", "registration_test": "fixed"}
+"""Names that are splits, whatever they hold, and what their rows must name."""
+
+
+class _Description:
+    """The content of a dataset.json on its way to a :class:`Dataset`.
+
+    Raises, in all its methods:
+        MorphSeekError: one sentence that names the file, what is wrong in it, and what it should be.
+    """
+
+    def __init__(self, path: Path, values: object) -> None:
+        self.path = path
+        if not isinstance(values, dict):
+            self.refuse("must be a JSON object with splits such as 'training'")
+        self.values = {name: value for name, value in values.items() if value is not None}
+
+    def refuse(self, what: str) -> NoReturn:
+        shown = "".join(c if c.isprintable() else "?" for c in what)  # names in it may hold anything
+        raise MorphSeekError(f"The data set {self.path} {shown}.")
+
+    def dataset(self) -> Dataset:
+        """Return what is described."""
+        splits = {name: rows for name in self.values if (rows := self.rows(name)) is not None}
+        cases: dict[str, list[Case]] = {}
+        known: dict[str, Case] = {}
+        for name, rows in splits.items():
+            if not self.is_pairs(name, rows):
+                cases[name] = [self.case(row, f"{name}[{n}]") for n, row in enumerate(rows)]
+                known |= {row["image"]: c for row, c in zip(rows, cases[name], strict=True) if row.get("image")}
+        pairs = {
+            name: [self.pair(row, f"{name}[{n}]", known) for n, row in enumerate(rows)]
+            for name, rows in splits.items()
+            if self.is_pairs(name, rows)
+        }
+        labels = self.labels()
+        return Dataset(
+            self.path,
+            cases,
+            pairs,
+            labels,
+            self.evaluated(labels),
+            _pairing(self.values["pairing"], self.path) if "pairing" in self.values else None,
+            {k: v for k, v in self.values.items() if isinstance(v, str)},
+        )
+
+    def rows(self, name: str) -> list[dict] | None:
+        """Return the rows of a split; None where the name stands for something else, or for nothing."""
+        rows = self.values[name]
+        keys = {*_CASE, *_PAIR}
+        ours = isinstance(rows, list) and any(isinstance(row, dict) and keys & set(row) for row in rows)
+        if name not in _SPLITS and not ours:
+            return None
+        if not isinstance(rows, list):
+            self.refuse(f"has a '{name}' that is not a list of cases or pairs; write it as [{{...}}, {{...}}]")
+        if name == "training":  # a bare name can only be an image
+            rows = [{"image": row} if isinstance(row, str) else row for row in rows]
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                self.refuse(f"has a '{name}[{number}]' that is not an object; {self.example(name)}")
+        return rows or None
+
+    def is_pairs(self, name: str, rows: list[dict]) -> bool:
+        return _SPLITS.get(name, "fixed" if "fixed" in rows[0] else "image") == "fixed"
+
+    def example(self, name: str) -> str:
+        if _SPLITS.get(name) == "fixed":
+            return 'write each row as {"fixed": "images/a.nii.gz", "moving": "images/b.nii.gz"}'
+        return 'write each row as {"image": "images/a.nii.gz", "label": "labels/a.nii.gz"}'
+
+    def case(self, row: dict, where: str) -> Case:
+        files = [self.file(row, kind, where) for kind in _CASE]
+        if files[0] is None and files[1] is None:
+            self.refuse(f"has a '{where}' that names neither an image nor a label map; {self.example('training')}")
+        return Case(*files)
+
+    def pair(self, row: dict, where: str, known: dict[str, Case]) -> Pair:
+        sides = []
+        for side in _PAIR:
+            name = row.get(side)
+            if name is None:
+                self.refuse(f"has a '{where}' without '{side}'; {self.example('registration_test')}")
+            own = [self.file(row, key, where) for key in (side, f"{side}_label", f"{side}_landmarks")]
+            case = known.get(name) if isinstance(name, str) else None
+            if case is not None:  # what the pair itself says goes before what a training row says
+                own = [mine or other for mine, other in zip(own, (case.image, case.label, case.landmarks), strict=True)]
+            sides.append(Case(*own))
+        return Pair(*sides)
+
+    def file(self, row: dict, key: str, where: str) -> Path | None:
+        """Return the file that a row names; None where it names none."""
+        name = row.get(key)
+        if name is None:
+            return None
+        if not isinstance(name, str) or not name.strip():
+            self.refuse(f"has a '{where}' whose '{key}' is not a file name; name one file, relative to the data set")
+        path = self.path.parent / name
+        try:
+            found = path.exists()
+        except (OSError, ValueError):  # too long a name, or a character that no name has
+            found = False
+        if not found:
+            self.refuse(f"names {name}, which is not there; fix the data set or copy the file")
+        return path
+
+    def labels(self) -> dict[int, str]:
+        """Return value -> name, from {"1": "liver"}, {"liver": 1} (as nnU-Net writes it) or ["background", "liver"]."""
+        given = self.values.get("labels", {})
+        if isinstance(given, list):
+            given = dict(enumerate(given))
+        if not isinstance(given, dict):
+            self.refuse('has \'labels\' that are not an object; write them as {"1": "liver", "2": "spleen"}')
+        names: dict[int, str] = {}
+        for key, value in given.items():
+            number, name = _whole(key), value
+            if number is None:
+                number, name = _whole(value), key
+                if isinstance(value, list):  # a region of nnU-Net: a name for several values together
+                    continue
+            if number is None or number < 0 or isinstance(name, (dict, list)) or name is None:
+                self.refuse(
+                    f"has the label '{key}' without a value of 0 or above; write labels as "
+                    '{"1": "liver", "2": "spleen"}'
+                )
+            if number in names:
+                self.refuse(f"names the label value {number} twice; give each value one name")
+            names[number] = str(name)
+        return names
+
+    def evaluated(self, labels: dict[int, str]) -> tuple[int, ...] | None:
+        """Return the labels to score, from values or names, one or several; None for all."""
+        given = self.values.get("evaluated_labels")
+        if given is None:
+            return None
+        by_name = {name: value for value, name in labels.items()}
+        found = []
+        for entry in given if isinstance(given, list) else [given]:
+            value = _whole(entry)
+            if value is None and isinstance(entry, str):
+                value = by_name.get(entry)
+            if value is None or value < 0:
+                self.refuse(f"has the entry {json.dumps(entry)} in 'evaluated_labels'; write values such as [1, 2, 3]")
+            if value:  # the background is never scored
+                found.append(value)
+        if not found:
+            self.refuse("has no label in 'evaluated_labels'; name some, or leave it out to evaluate all")
+        return tuple(dict.fromkeys(found))
+
+
+def _whole(value: object) -> int | None:
+    """Return the whole number that a JSON value is or spells; None where it is none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value) else None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    return value if isinstance(value, int) else None
 
 
 def _pairing(text: object, path: Path) -> tuple[str, str]:
     found = re.fullmatch(r"\s*fixed\s*=\s*([^\s,=]+)\s*,\s*moving\s*=\s*([^\s,=]+)\s*", str(text))
     if found is None:
         raise MorphSeekError(
-            f"{path} has the pairing '{text}'; it must name patterns of file names: 'fixed = mr_*, moving = ct_*'."
+            f"The data set {path} has the pairing '{text}'; it must name patterns of file names: 'fixed = mr_*, moving "
+            "= ct_*'."
         )
     return found[1], found[2]
 
@@ -192,21 +334,6 @@ def training_pair(cases: Sequence[Case], pairing: tuple[str, str] | None, genera
             return Pair(fixed, moving)
 
 
-def _case(row: dict, side: str, known: dict[str, Case], root: Path, path: Path) -> Case:
-    image = row.get(side)
-    if image in known:
-        return known[image]
-    return Case(*(_file(root, name, path) for name in (image, row.get(f"{side}_label"), row.get(f"{side}_landmarks"))))
-
-
-def _file(root: Path, name: str | None, dataset: Path) -> Path | None:
-    if name is None:
-        return None
-    if not (root / name).exists():
-        raise MorphSeekError(f"{dataset} names {name}, which is not there; mend the data set or copy the file.")
-    return root / name
-
-
 def read_case_labels(case: Case, image: Volume) -> Volume:
     """A case's label map on the grid of its image, int32 (i, j, k), merged as the case says.
 
@@ -231,17 +358,33 @@ def _log_once(message: str) -> None:
     log.warning("%s", message)
 
 
-def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]:
-    """((fixed image, its labels), (moving image, its labels)) of a pair to score.
+def scored_pairs(dataset: Dataset, split: str) -> list[Pair]:
+    """Return the pairs of a split, all of which have images and label maps.
 
     Raises:
-        MorphSeekError: a case without image or labels, or as :func:`MorphSeekLib.images.read_image` and
-            :func:`read_case_labels`.
+        MorphSeekError: no such split, or a pair that cannot be scored, with what it lacks.
+    """
+    pairs: list[Pair] = dataset.split(split)
+    for number, pair in enumerate(pairs):
+        for side, case in (("fixed", pair.fixed), ("moving", pair.moving)):
+            if case.image is None or case.label is None:
+                lacks, named = ("a label map", case.image) if case.image is not None else ("an image", case.label)
+                raise MorphSeekError(
+                    f"{named.name}, the {side} one of pair {number + 1} of '{split}' in {dataset.path.name}, has no "
+                    f"entry for {lacks}, without which the pair cannot be scored; add a training row that names both, "
+                    f"or '{side}_label' to the pair."
+                )
+    return pairs
+
+
+def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]:
+    """((fixed image, its labels), (moving image, its labels)) of a pair from :func:`scored_pairs`.
+
+    Raises:
+        MorphSeekError: as :func:`MorphSeekLib.images.read_image` and :func:`read_case_labels`.
     """
     volumes = []
     for case in (pair.fixed, pair.moving):
-        if case.image is None or case.label is None:
-            raise MorphSeekError(f"{case.image or case.label} has no partner: a pair needs images and labels.")
         image = _noted(read_image(case.image))
         volumes.append((image, read_case_labels(case, image)))
     return volumes[0], volumes[1]

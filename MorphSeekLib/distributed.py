@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import MorphSeekError
+from .errors import Cancelled, MorphSeekError
 
 
 class World:
@@ -40,17 +42,45 @@ class World:
         return values if self.size == 1 else self._fabric.all_reduce(values, reduce_op="mean")
 
     def mean_figures(self, figures: dict[str, float], count: int) -> dict[str, float]:
-        """Means over all processes' validation pairs, weighted by their numbers; the first process's names count."""
+        """Means over all processes' validation pairs, weighted by their numbers."""
         if self.size == 1:
             return figures
         gathered = self._gather((figures, count))
-        total = {name: sum(c for f, c in gathered if name in f) for name in gathered[0][0]}
+        names = dict.fromkeys(name for f, _ in gathered for name in f)
+        total = {name: sum(c for f, c in gathered if name in f) for name in names}
         return {name: sum(f[name] * c for f, c in gathered if name in f) / max(total[name], 1) for name in total}
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that exchanges nothing, and leave it with all other processes: when one of them cannot go on, all
+        raise, so that none waits for it in the next exchange.
+
+        Raises:
+            what the block raised; where only another process's block did, Cancelled, or a MorphSeekError that says
+            which.
+        """
+        problem = None
+        try:
+            yield
+        except Exception as found:
+            problem = found
         if self.size > 1:
-            self._fabric.barrier()
+            self._agree(problem)
+        if problem is not None:
+            raise problem
+
+    def _agree(self, problem: Exception | None) -> None:
+        """Raise where another process has a problem and this one has none."""
+        count = torch.tensor(float(problem is not None), device=self.device)
+        if float(self._fabric.all_reduce(count, reduce_op="sum")) == 0:
+            return
+        told = self._gather(None if problem is None else (isinstance(problem, Cancelled), str(problem)))
+        if problem is not None:
+            return
+        rank, (cancelled, text) = next((rank, found) for rank, found in enumerate(told) if found is not None)
+        if cancelled:
+            raise Cancelled
+        raise MorphSeekError(f"This training stopped because process {rank} of {self.size} could not go on: {text}")
 
     def _gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size

@@ -143,6 +143,36 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def check_out(path: str | os.PathLike, *inputs: str | os.PathLike | None) -> None:
+    """Refuse an output file before the work rather than after it. Nothing is left behind, not even a folder.
+
+    Args:
+        path: the file that the job will write.
+        inputs: files that the job reads; None is skipped.
+
+    Raises:
+        MorphSeekError: it is a folder, is one of the inputs, or cannot be written.
+    """
+    path = Path(path)
+    refuse_overwriting([path], inputs)
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    with contextlib.suppress(_Trial):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path):
+                raise _Trial
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        finally:
+            for folder in made:
+                with contextlib.suppress(OSError):  # another process may use it by now
+                    folder.rmdir()
+
+
+class _Trial(Exception):
+    """Nothing went wrong."""
+
+
 @contextmanager
 def output_folder(path: str | os.PathLike, owns: Collection[str] = (), seal: str = "") -> Iterator[Path]:
     """Write the files of a folder; they appear together or not at all.

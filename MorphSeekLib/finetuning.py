@@ -33,7 +33,7 @@ from .grpo import (
     policy_loss,
     sample_and_score,
 )
-from .metrics import dice_per_label
+from .metrics import label_figures
 from .policy import RegistrationModel, draw
 from .rewards import RewardSettings, State, common_labels
 from .settings import to_dict
@@ -44,6 +44,7 @@ from .training import (
     WarmupSettings,
     advance,
     check_finite,
+    check_model_out,
     generator_for,
     set_learning_rate,
     state_file,
@@ -60,6 +61,7 @@ FIELD_POLICY = PolicyGradientSettings(
 )
 """The policy on control points with local credit, in the rewards' own units: the gradient of the expected reward."""
 POSTERIOR_SAMPLES = 10
+SPREAD_DEFINITION = "standard deviation of Dice over ten latent samples of one pair, one step"
 
 
 @dataclass(frozen=True)
@@ -135,13 +137,12 @@ def finetune(
         world: the processes that share the work; alone by default.
 
     Raises:
-        MorphSeekError: unusable data or settings, or a run that collapsed (with what to change).
+        MorphSeekError: unusable data, settings or ``out``, or a run that collapsed (with what to change).
         Cancelled: the person stopped it; the state is saved.
     """
     out, run, world = Path(out), config.training, world or World()
     device = torch.device(device)
-    if out.suffix != ".safetensors":
-        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
+    check_model_out(out, dataset, init)
     if run.pairs % world.size:
         raise MorphSeekError(f"training.pairs is {run.pairs}; it must be a multiple of the {world.size} processes.")
     on_event(Event("read", 0.0, "Reading the checkpoint and the training cases"))
@@ -173,17 +174,19 @@ def finetune(
         """This process's pairs of an iteration."""
         found = []
         for index in range(world.rank, run.pairs, world.size):
-            generator = generator_for(run.seed, iteration * run.pairs + index)
+            generator = generator_for(run.seed, "pairs", iteration * run.pairs + index)
             pair = loader(training_pair(cases, dataset.pairing, generator))
             found.append(augment(pair, run.augmentation, generator) if run.augmentation > 0 else pair)
         return found
 
-    validation = validation_pairs(dataset, preprocessing, run, model.multiple_of)[world.rank :: world.size]
+    validation = validation_pairs(dataset, run, loader)[world.rank :: world.size]
 
     def validate_all(checkpoint: Callable[[], None]) -> dict[str, float]:
-        figures = validate(model, validation, run.steps, device, checkpoint)
-        if validation and world.rank == 0:
-            figures |= {"posterior_dice_spread": posterior_spread(model, validation[0](), config.policy.tau, device)}
+        with world.together():
+            figures = validate(model, validation, run.steps, device, checkpoint)
+            if "dice" in figures and world.rank == 0:
+                spread = posterior_spread(model, validation[0](), config.policy.tau, device)
+                figures |= {} if spread is None else {"posterior_dice_spread": spread}
         return world.mean_figures(figures, len(validation))
 
     optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
@@ -198,36 +201,35 @@ def finetune(
         out,
         json.dumps(to_dict(config) | start, sort_keys=True),
         score=lambda figures: score(figures, run.folding_limit),
-        main=world.rank == 0,
+        world=world,
         on_event=on_event,
         cancelled=cancelled,
     )
-    if world.rank == 0:
-        card = Card(
-            title=config.title or f"{card.title}, fine-tuned on {dataset.about.get('name', dataset.path.name)}",
-            model=dataclasses.replace(card.model, policy=dataclasses.replace(card.model.policy, s=config.policy.s)),
-            preprocessing=preprocessing,
-            provenance={
-                "stage": "GRPO fine-tuning" if config.policy.weight > 0 else "weakly supervised",
-                "data": dataset.about | {"file": dataset.path.name},
-                "cases": len(cases),
-                "init": read_card(init).provenance | {"sha256": start["init"]},
-                "settings": to_dict(config),
-                "best_iteration": int(outcome.memory.get("best/iteration", run.iterations)),
-                "seconds": round(outcome.seconds),
-                "date": time.strftime("%Y-%m-%d"),
-                "software": software(),
-            },
-            results={
-                "validation": outcome.figures,
-                "definitions": VALIDATION_DEFINITIONS
-                | {"posterior_dice_spread": "standard deviation of Dice over ten latent samples of one pair, one step"},
-            },
-            licence=config.licence or card.licence,
-        )
-        save(out, model, card)
-        state_file(out).unlink(missing_ok=True)
-    world.wait()
+    with world.together():
+        if world.rank == 0:
+            card = Card(
+                title=config.title or f"{card.title}, fine-tuned on {dataset.about.get('name', dataset.path.name)}",
+                model=dataclasses.replace(card.model, policy=dataclasses.replace(card.model.policy, s=config.policy.s)),
+                preprocessing=preprocessing,
+                provenance={
+                    "stage": "GRPO fine-tuning" if config.policy.weight > 0 else "weakly supervised",
+                    "data": dataset.about | {"file": dataset.path.name},
+                    "cases": len(cases),
+                    "init": read_card(init).provenance | {"sha256": start["init"]},
+                    "settings": to_dict(config),
+                    "best_iteration": int(outcome.memory.get("best/iteration", run.iterations)),
+                    "seconds": round(outcome.seconds),
+                    "date": time.strftime("%Y-%m-%d"),
+                    "software": software(),
+                },
+                results={
+                    "validation": outcome.figures,
+                    "definitions": VALIDATION_DEFINITIONS | {"posterior_dice_spread": SPREAD_DEFINITION},
+                },
+                licence=config.licence or card.licence,
+            )
+            save(out, model, card)
+            state_file(out).unlink(missing_ok=True)
     on_event(Event("write", 1.0, f"Wrote {out}"))
     return out
 
@@ -253,10 +255,11 @@ def score(figures: dict[str, float], folding_limit: float) -> float:
     return figures.get("dice", 0.0) if njd <= folding_limit else -1 - njd
 
 
-def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, device: torch.device) -> float:
-    """Standard deviation of hard Dice over ten latent samples of one step: near zero, the posterior has collapsed."""
+def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, device: torch.device) -> float | None:
+    """Standard deviation of hard Dice over ten latent samples of one step: near zero, the posterior has collapsed.
+    None without labels in common."""
     if pair.fixed_labels is None or pair.moving_labels is None:
-        return math.nan
+        return None
     values = []
     with torch.inference_mode():
         latent = model.encode(pair.moving.to(device), pair.fixed.to(device))
@@ -264,9 +267,8 @@ def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, d
             z = draw(latent.mu, latent.log_sigma, tau, 1, generator=torch.Generator().manual_seed(seed))
             step = model.displacement(model.field(latent, z)).cpu()
             warped = fields.warp(pair.moving_labels.float(), step, "nearest").int()[0, 0]
-            dice = dice_per_label(pair.fixed_labels[0, 0], warped, moving_labels=pair.moving_labels[0, 0])
-            values.append(sum(dice.values()) / max(len(dice), 1))
-    return float(torch.tensor(values).std())
+            values.append(label_figures(pair.fixed_labels[0, 0], warped, pair.moving_labels[0, 0]).mean_dice)
+    return None if None in values else float(torch.tensor(values).std())
 
 
 def _iterate(
@@ -286,8 +288,8 @@ def _iterate(
     parameters = [p for p in model.parameters() if p.requires_grad]
     begun = []
     for index, pair in enumerate(pairs):
-        seed = (iteration * run.pairs + world.rank + index * world.size) ^ 0x5EED
-        begun.append((*prepare(pair, config, device), generator_for(run.seed + 1, seed)))
+        number = iteration * run.pairs + world.rank + index * world.size  # whatever the processes, a pair's own
+        begun.append((*prepare(pair, config, device), generator_for(run.seed, "policy", number)))
     figures: list[dict[str, Tensor]] = []
     norms: list[Tensor] = []
     optimizer.zero_grad(set_to_none=True)

@@ -28,9 +28,9 @@ from .errors import MorphSeekError
 from .events import Notice
 from .files import library_name, linked, shown, whole_file
 from .geometry import DenseTransform, Grid, Transform, Volume, covering_grid, index_points, reordered, resample
+from .labels import check_label_values
 
 WRITABLE = (".nii", ".nii.gz", ".nrrd", ".mha")
-LARGEST_LABEL = 2**31 - 1
 _SAMPLES = 1 << 22  # voxels, at random, of which the air value of a large image is found
 _AXES = ("first", "second", "third")
 
@@ -132,24 +132,10 @@ def label_values(values: Tensor, name: str) -> Tensor:
         MorphSeekError: with ``name``: fractions, negative values, or values beyond 32 bits.
     """
     whole = values.round()
-    # scl_slope makes 3 into 2.9999998
-    if values.is_floating_point() and not bool(((values - whole).abs() <= 1e-3).all()):
-        raise MorphSeekError(
-            f"{name} is not a label image: some of its values are not whole numbers; give a segmentation that was "
-            "resampled with nearest-neighbor interpolation."
-        )
-    low, high = int(whole.min()), int(whole.max())
-    if low < 0:
-        raise MorphSeekError(
-            f"{name} has the label {low}, and labels must not be negative; give that structure a number above 0, or 0 "
-            "if it is background."
-        )
-    if high > LARGEST_LABEL:
-        raise MorphSeekError(
-            f"{name} has the label {high}, and labels must not be larger than {LARGEST_LABEL}; give that structure a "
-            "smaller number."
-        )
-    return whole.to(torch.int32)
+    if values.is_floating_point() and bool(((values - whole).abs() <= 1e-3).all()):
+        values = whole  # scl_slope makes 3 into 2.9999998
+    check_label_values(values, name)
+    return values.to(torch.int32)
 
 
 @dataclass

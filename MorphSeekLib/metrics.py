@@ -8,6 +8,7 @@ follow the Learn2Reg challenge's evaluation, so that published tables can stand 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,9 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from . import fields
+from .labels import check_label_values
 
+_FIXED, _MOVING, _WARPED = "The fixed label map", "The moving label map", "The warped label map"
 _LARGEST_DIRECT_LABEL = 1 << 20  # beyond it labels are renumbered before they are counted
 
 # The surface that separates set from unset corners of a 2x2x2 cell, cut through the middles of the edges: the area
@@ -43,6 +46,42 @@ _CELL_SURFACES: dict[tuple[int, ...], list[tuple[float, float, float]]] = {
     (0, 1, 6, 7): [(1 / 2, 1 / 2, 0)] * 2,
     (0, 3, 5, 6): [(1 / 8, 1 / 8, 1 / 8)] * 4,
 }
+
+
+LABEL_DEFINITIONS = {
+    "dice": "mean over labels of 2|A and B| / (|A| + |B|); labels absent from the fixed or the unwarped moving image "
+    "are left out, a label that warping lost counts as 0",
+    "hd95": "mean over labels of Learn2Reg's 95 % Hausdorff distance, in mm; labels that warping lost have none and "
+    "are left out, null where all were lost",
+    "lost_labels": "labels of both images of which warping left no voxel on the fixed grid",
+}
+"""What :class:`LabelFigures` says, for whatever prints them."""
+
+
+@dataclass(frozen=True)
+class LabelFigures:
+    """How well the labels of a pair agree: the one definition behind every score, table and card.
+
+    Attributes:
+        dice: label -> Dice of every label that can be judged, ascending; 0 for a lost one.
+        hd95: label -> 95 % Hausdorff distance in mm of every judged label that warping did not lose; empty where
+            distances were not asked for.
+        lost: the judged labels that warping lost, ascending.
+    """
+
+    dice: dict[int, float]
+    hd95: dict[int, float]
+    lost: tuple[int, ...]
+
+    @property
+    def mean_dice(self) -> float | None:
+        """Mean over the judged labels; None without any."""
+        return mean(self.dice.values())
+
+    @property
+    def mean_hd95(self) -> float | None:
+        """Mean over the labels that have a distance; None without any."""
+        return mean(self.hd95.values())
 
 
 @dataclass(frozen=True)
@@ -72,6 +111,53 @@ class FoldingFigures:
     )
 
 
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the finite values; None without any. What could not be measured is left out, never counted."""
+    kept = _finite(values)
+    return statistics.fmean(kept) if kept else None
+
+
+def deviation(values: Iterable[float | None]) -> float | None:
+    """Standard deviation (of the whole population) of the finite values; None without any."""
+    kept = _finite(values)
+    return statistics.pstdev(kept) if kept else None
+
+
+def label_figures(
+    fixed_labels: Tensor,
+    warped_labels: Tensor,
+    moving_labels: Tensor,
+    spacing: Sequence[float] | None = None,
+    labels: Iterable[int] | None = None,
+) -> LabelFigures:
+    """Judge the labels of a pair; see :class:`LabelFigures`.
+
+    Args:
+        fixed_labels, warped_labels, moving_labels, labels: as in :func:`dice_per_label`.
+        spacing: mm between voxels along i, j, k; None measures no distances.
+
+    Raises:
+        MorphSeekError, ValueError: as :func:`dice_per_label` and :func:`hd95_per_label`.
+    """
+    labels = None if labels is None else tuple(labels)
+    dice = dice_per_label(fixed_labels, warped_labels, labels, moving_labels)
+    left = _count(warped_labels.reshape(-1), _WARPED)
+    distances = {}
+    if spacing is not None:
+        distances = hd95_per_label(fixed_labels, warped_labels, spacing, labels, moving_labels)
+    kept = {label: distance for label, distance in distances.items() if label in left}
+    return LabelFigures(dice, kept, tuple(label for label in dice if label not in left))
+
+
+def judged_labels(fixed_labels: Tensor, moving_labels: Tensor, labels: Iterable[int] | None = None) -> list[int]:
+    """Return the labels that can be judged, before any warping: asked for, and present in both images; ascending.
+
+    Raises:
+        MorphSeekError, ValueError: as :func:`dice_per_label`.
+    """
+    return _judged(_count(fixed_labels.reshape(-1), _FIXED), labels, moving_labels)
+
+
 def dice_per_label(
     fixed_labels: Tensor,
     warped_labels: Tensor,
@@ -93,11 +179,13 @@ def dice_per_label(
         {label: Dice}, ascending; empty where nothing can be judged.
 
     Raises:
-        ValueError: shapes differ, labels are not whole numbers or are negative.
+        MorphSeekError: a label is negative.
+        ValueError: shapes differ, or labels are not whole numbers.
     """
     _check_labels(fixed_labels, warped_labels)
     fixed, warped = fixed_labels.reshape(-1), warped_labels.reshape(-1)
-    in_fixed, in_warped, in_both = _count(fixed), _count(warped), _count(fixed[fixed == warped])
+    in_fixed, in_warped = _count(fixed, _FIXED), _count(warped, _WARPED)
+    in_both = _count(fixed[fixed == warped], _FIXED)
     return {
         label: 2 * in_both.get(label, 0) / (in_fixed[label] + in_warped.get(label, 0))
         for label in _judged(in_fixed, labels, moving_labels)
@@ -128,13 +216,13 @@ def hd95_per_label(
         {label: distance}, ascending; infinity where warping lost the label.
 
     Raises:
-        ValueError: as :func:`dice_per_label`, or a spacing that is not three positive numbers.
+        MorphSeekError, ValueError: as :func:`dice_per_label`, or a spacing that is not three positive numbers.
     """
     _check_labels(fixed_labels, warped_labels)
     spacing = np.asarray(spacing, dtype=np.float64)
     if spacing.shape != (3,) or not (spacing > 0).all():
         raise ValueError(f"Spacing must be three positive numbers in mm, not {spacing.tolist()}.")
-    judged = _judged(_count(fixed_labels.reshape(-1)), labels, moving_labels)
+    judged = _judged(_count(fixed_labels.reshape(-1), _FIXED), labels, moving_labels)
     arrays = [_renumbered(image, judged) for image in (fixed_labels, warped_labels)]
     boxes = [ndimage.find_objects(array, max_label=max(len(judged), 1)) for array in arrays]
     areas = _cell_areas(tuple(spacing.tolist()))
@@ -240,15 +328,18 @@ def _check_labels(fixed: Tensor, warped: Tensor) -> None:
         )
 
 
-def _count(labels: Tensor) -> dict[int, int]:
+def _finite(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _count(labels: Tensor, name: str) -> dict[int, int]:
     """{label: voxels} of what occurs, background left out, ascending."""
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"Labels must be whole numbers, not {labels.dtype}.")
     if labels.numel() == 0:
         return {}
     labels = labels.to(torch.uint8) if labels.dtype == torch.bool else labels
-    if int(labels.min()) < 0:
-        raise ValueError("Labels must not be negative.")
+    check_label_values(labels, name)
     if int(labels.max()) > _LARGEST_DIRECT_LABEL:
         found, counts = torch.unique(labels, return_counts=True)
     else:
@@ -264,7 +355,7 @@ def _judged(in_fixed: dict[int, int], labels: Iterable[int] | None, moving_label
     if labels is not None:
         present &= set(labels)
     if moving_labels is not None:
-        present &= set(_count(moving_labels.reshape(-1)))
+        present &= set(_count(moving_labels.reshape(-1), _MOVING))
     return sorted(present)
 
 

@@ -44,6 +44,7 @@ from .geometry import (
     voxel_displacement,
 )
 from .images import air_value, check_overlap
+from .labels import check_label_values
 from .metrics import dice_per_label, folding
 from .policy import RegistrationModel, refine
 from .preprocessing import (
@@ -200,6 +201,9 @@ def register(
     if state is not None and len(state.figures) - 1 + steps > MAX_STEPS:
         raise MorphSeekError(f"{len(state.figures) - 1} steps were taken already, and {MAX_STEPS} are the most.")
     refinement = refinement or RefinementSettings()
+    for labels, name in ((fixed_labels, "The fixed label map"), (moving_labels, "The moving label map")):
+        if labels is not None:
+            check_label_values(labels.data, name)
     checkpoint = checkpoint_for(cancelled)
     clock = _Clock()
     read = (fixed, moving, fixed_labels, moving_labels)

@@ -39,11 +39,11 @@ from .devices import pick_device
 from .errors import Cancelled, InUseError, MorphSeekError
 from .evaluation import DEFINITIONS, evaluate
 from .events import Event, OnEvent, ignore, never, part
-from .files import try_lock, write_atomically
+from .files import check_out, try_lock, write_atomically
 from .finetuning import FinetuneConfig, finetune
 from .registration import load_model
 from .sac import SACConfig, train_spac
-from .settings import load, override, to_dict
+from .settings import load, override, to_dict, to_json
 from .training import TrainingConfig, warmup
 
 WARMUP, FINETUNE = "warmup", "finetune"
@@ -137,7 +137,7 @@ def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], 
                 status.fraction, status.message = event.fraction, event.message
                 on_event(event)
             if event is None or time.monotonic() - written > _STATUS_SECONDS:
-                write_atomically(folder / "status.json", json.dumps(dataclasses.asdict(status), indent=1).encode())
+                write_atomically(folder / "status.json", to_json(dataclasses.asdict(status), indent=1).encode())
                 written = time.monotonic()
 
         tell()
@@ -162,6 +162,7 @@ def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], 
 
 def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bool]) -> None:
     settings = load(RunSettings, folder / "run.json")
+    check_out(folder / settings.model)
     tell(Event("read", 0.0, "Looking through the cases"))
     dataset = hold_out(find_cases(folder / settings.dataset), settings.leave_out)
     device = pick_device(settings.device)

@@ -55,6 +55,7 @@ from .training import (
     VALIDATION_DEFINITIONS,
     WarmupSettings,
     check_finite,
+    check_model_out,
     generator_for,
     state_file,
     train,
@@ -323,7 +324,7 @@ class Episodes:
     def __call__(self, iteration: int, pair: PreparedPair, memory: dict[str, float]) -> dict[str, float]:
         """One episode, with the updates that fall due in it; figures for the curves."""
         run, backbone = self.run, self.learner.network.backbone
-        generator = generator_for(run.seed + 1, iteration)
+        generator = generator_for(run.seed, "policy", iteration)
         state = self._start(pair)
         score = first = self._score(state, state.moving)
         before, losses, gained = backbone.pair(state.moving, state.fixed), [], 0.0
@@ -400,8 +401,7 @@ def train_spac(
         Cancelled: the person stopped it; the state is saved.
     """
     out, run, device = Path(out), config.training, torch.device(device)
-    if out.suffix != ".safetensors":
-        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
+    check_model_out(out, dataset)
     on_event(Event("read", 0.0, "Reading the training cases"))
     cases = dataset.split("training", "cases")
     what = "labelled training cases" if run.reward == "dice" else "training cases"
@@ -416,10 +416,10 @@ def train_spac(
     optimizer = learner.optimizer(run)
     preprocessing = dataclasses.replace(config.preprocessing, steps=run.steps)
     loader = PairLoader(preprocessing, learner.network.multiple_of, run.centered)
-    validation = validation_pairs(dataset, preprocessing, run, learner.network.multiple_of)
+    validation = validation_pairs(dataset, run, loader)
 
     def pair_of(iteration: int) -> PreparedPair:
-        return loader(training_pair(cases, dataset.pairing, generator_for(run.seed, iteration)))
+        return loader(training_pair(cases, dataset.pairing, generator_for(run.seed, "pairs", iteration)))
 
     outcome = train(
         learner,

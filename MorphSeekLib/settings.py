@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -49,6 +50,20 @@ def from_dict(settings_type: type[T], values: dict[str, Any], where: str = "sett
 def to_dict(settings: Any) -> dict[str, Any]:
     """The plain dict of a settings dataclass, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def finite(value: Any) -> Any:
+    """Return the same structure with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Write JSON that every program reads: a number that is not finite becomes null."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def override(settings: T, table: str, **values: Any) -> T:

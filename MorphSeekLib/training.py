@@ -14,23 +14,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from . import fields
-from .checkpoint import Card, load, read_card, save, sha256, software
+from .checkpoint import Card, load, not_finite, read_card, save, sha256, software
 from .datasets import Dataset, PairLoader, training_pair
 from .devices import network_autocast, place, training_autocast
+from .distributed import World
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
-from .files import write_atomically
-from .metrics import dice_per_label, folding
+from .files import check_out, write_atomically
+from .metrics import LABEL_DEFINITIONS, folding, label_figures, mean
 from .policy import Latent, ModelSettings, RegistrationModel, kl_to_standard_normal, refine
 from .preprocessing import Preprocessing
 from .regularizers import diffusion, folding_penalty
@@ -38,6 +40,9 @@ from .rewards import landmark_errors
 from .settings import to_dict
 from .similarity import SIMILARITIES
 from .synthesis import LabelMapSource, SynthesisSettings
+
+Stream = Literal["pairs", "policy", "layers"]
+"""What random numbers are for: pairs and how they are changed, samples of a policy, layers that drop at random."""
 
 
 @dataclass(frozen=True)
@@ -245,12 +250,11 @@ def warmup(
         cancelled: asked every iteration; True ends the run.
 
     Raises:
-        MorphSeekError: unusable data or settings, or a state of other settings, or a loss that is not a number.
+        MorphSeekError: unusable data, settings or ``out``, a state of other settings, or a loss that is not a number.
         Cancelled: the person stopped it; the state is saved.
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
+    check_model_out(out, dataset, init)
     run, device = config.training, torch.device(device)
     on_event(Event("read", 0.0, "Reading the training cases"))
     torch.manual_seed(run.seed)
@@ -258,8 +262,9 @@ def warmup(
     if init is not None:
         _start_from(init, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
-    batch_of = _batches(dataset, config, model.multiple_of)
-    validation = validation_pairs(dataset, config.preprocessing, run, model.multiple_of)
+    loader = PairLoader(config.preprocessing, model.multiple_of, run.centered)
+    batch_of = _batches(dataset, config, loader)
+    validation = validation_pairs(dataset, run, loader)
     start = {"init": sha256(init) if init is not None else None}
     outcome = train(
         model,
@@ -306,6 +311,27 @@ class Outcome:
     memory: dict[str, float]
 
 
+@dataclass
+class Standing:
+    """Where a run stands: all that its coming iterations and its end depend on, beside weights and optimizer.
+
+    Attributes:
+        done: optimizer steps.
+        seconds: spent until the last state.
+        memory: numbers that must survive a kill.
+        best: the weights to keep, where a score chooses them.
+        figures: of the validation of the weights to keep.
+        owed: figures of the last iteration while its validation is not finished; None once it is.
+    """
+
+    done: int = 0
+    seconds: float = 0.0
+    memory: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    owed: dict[str, float] | None = None
+
+
 def train(
     model: RegistrationModel,
     optimizer: torch.optim.Adam,
@@ -317,7 +343,7 @@ def train(
     fingerprint: str,
     *,
     score: Callable[[dict[str, float]], float] | None = None,
-    main: bool = True,
+    world: World | None = None,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] = never,
 ) -> Outcome:
@@ -333,67 +359,124 @@ def train(
         validate: figures of the model as it stands; it is given a function to call often.
         fingerprint: of all settings; a state of others is refused.
         score: figures -> how good; the model ends with the best weights. None: with the last.
-        main: whether this process writes files (one of several does).
+        world: the processes that share the work, of which the first writes files; alone by default.
 
     Raises:
-        MorphSeekError: a state of other settings.
+        MorphSeekError: a state of other settings, or weights that are no numbers any more.
         Cancelled: the person stopped it; the state is saved.
     """
-    checkpoint = checkpoint_for(cancelled)
-    state = state_file(out)
-    memory: dict[str, float] = {}
-    best: dict[str, Tensor] = {}
-    begin, seconds = _resume(state, fingerprint, model, optimizer, memory, best)
-    log = _Log(out, begin) if main else None
-    started = time.monotonic() - seconds
-    done = begin
-    figures: dict[str, float] = {k.removeprefix("best/"): v for k, v in memory.items() if k.startswith("best/")}
-
-    def keep_state() -> None:
-        if main:
-            _save_state(state, fingerprint, model, optimizer, done, time.monotonic() - started, memory, best)
-
+    world, checkpoint = world or World(), checkpoint_for(cancelled)
+    training = _Training(model, optimizer, run, validate, out, fingerprint, score, world, on_event, checkpoint)
+    at = training.at
     try:
+        if at.owed is not None:
+            training.conclude(at.owed)
         with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(batch_of, begin)
-            for iteration in range(begin, run.iterations):
-                checkpoint()
-                batch = coming.result()
-                coming = ahead.submit(batch_of, min(iteration + 1, run.iterations - 1))
-                torch.manual_seed(seed_for(run.seed + 2, iteration))  # layers that drop at random draw from there
-                metrics = iterate(iteration, batch, memory)
-                done = iteration + 1
-                last = done == run.iterations
-                if done % run.validate_every == 0 or last:
-                    model.eval()
-                    found = validate(checkpoint)
-                    model.train()
-                    metrics = metrics | {f"validation/{k}": v for k, v in found.items()}
-                    if score is None or not found:
-                        figures = found
-                    elif "score" not in memory or score(found) > memory["score"]:
-                        figures = found
-                        memory["score"] = score(found)
-                        memory |= {f"best/{k}": v for k, v in found.items()} | {"best/iteration": done}
-                        best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-                elapsed = time.monotonic() - started
-                if log is not None:
-                    log.write(done, metrics)
-                message = (
-                    f"Iteration {done} of {run.iterations}, {_clock(elapsed / done * (run.iterations - done))} left"
-                )
-                on_event(Event("train", done / run.iterations, message, done, run.iterations, metrics))
-                if done % run.save_every == 0 and not last:
-                    keep_state()
+            coming = ahead.submit(batch_of, min(at.done, run.iterations - 1))
+            while at.done < run.iterations:
+                with world.together():
+                    checkpoint()
+                    batch = coming.result()
+                coming = ahead.submit(batch_of, min(at.done + 1, run.iterations - 1))
+                torch.manual_seed(seed_for(run.seed, "layers", at.done))  # layers that drop at random draw from there
+                at.owed = iterate(at.done, batch, at.memory)
+                at.done += 1
+                training.conclude(at.owed)
     except Cancelled:
-        keep_state()
+        training.keep_state()
         raise
     finally:
-        if log is not None:
-            log.close()
-    if best:
-        model.load_state_dict(best)
-    return Outcome(figures, time.monotonic() - started, memory)
+        training.close()
+    if at.best:
+        model.load_state_dict(at.best)
+    return Outcome(at.figures, training.seconds(), at.memory)
+
+
+class _Training:
+    """What :func:`train` does around its iterations: validate, keep the best, write curves and states, tell."""
+
+    def __init__(
+        self,
+        model: RegistrationModel,
+        optimizer: torch.optim.Adam,
+        run: WarmupSettings,
+        validate: Callable[[Callable[[], None]], dict[str, float]],
+        out: Path,
+        fingerprint: str,
+        score: Callable[[dict[str, float]], float] | None,
+        world: World,
+        on_event: OnEvent,
+        checkpoint: Callable[[], None],
+    ) -> None:
+        self._model, self._optimizer, self._run, self._validate = model, optimizer, run, validate
+        self._state, self._fingerprint, self._score = state_file(out), fingerprint, score
+        self._world, self._on_event, self._checkpoint = world, on_event, checkpoint
+        self.at = _resume(self._state, fingerprint, model, optimizer)
+        self._log = _Log(out, self.at.done - (self.at.owed is not None)) if world.rank == 0 else None
+        self._started = time.monotonic() - self.at.seconds
+
+    def seconds(self) -> float:
+        """Spent on the run, by all processes that it was resumed in."""
+        return time.monotonic() - self._started
+
+    def conclude(self, metrics: dict[str, float]) -> None:
+        """End an iteration: validate where that is due, log, tell, save. Cancelled in its validation, it can be done
+        again by a resumed run."""
+        at, run = self.at, self._run
+        last = at.done == run.iterations
+        if at.done % run.validate_every == 0 or last:
+            metrics = metrics | {f"validation/{k}": v for k, v in self._look().items()}
+        at.owed = None
+        if self._log is not None:
+            self._log.write(at.done, metrics)
+        left = _clock(self.seconds() / at.done * (run.iterations - at.done))
+        message = f"Iteration {at.done} of {run.iterations}, {left} left"
+        self._on_event(Event("train", at.done / run.iterations, message, at.done, run.iterations, metrics))
+        if at.done % run.save_every == 0 and not last:
+            with self._world.together():
+                self.keep_state()
+
+    def _look(self) -> dict[str, float]:
+        """Validate the model; its figures. The best weights are kept."""
+        at = self.at
+        _check_weights(self._model, at.done)
+        self._model.eval()
+        try:
+            found = self._validate(self._checkpoint)
+        finally:
+            self._model.train()
+        if self._score is None or not found:
+            at.figures = found
+        elif "score" not in at.memory or self._score(found) > at.memory["score"]:
+            at.figures = found
+            at.memory |= {"score": self._score(found), "best/iteration": at.done}
+            at.best = {k: v.detach().cpu().clone() for k, v in self._model.state_dict().items()}
+        return found
+
+    def keep_state(self) -> None:
+        """Write what a killed run needs to go on; one process does it for all."""
+        if self._world.rank == 0:
+            _check_weights(self._model, self.at.done)
+            self.at.seconds = self.seconds()
+            _save_state(self._state, self._fingerprint, self._model, self._optimizer, self.at)
+
+    def close(self) -> None:
+        """Close the curves."""
+        if self._log is not None:
+            self._log.close()
+
+
+def _check_weights(model: RegistrationModel, done: int) -> None:
+    """Refuse to validate or keep weights that are no numbers any more.
+
+    Raises:
+        MorphSeekError: with what to change.
+    """
+    if (name := not_finite(model.state_dict())) is not None:
+        raise MorphSeekError(
+            f"The training has become unstable: the weights '{name}' hold NaN or infinite values after iteration "
+            f"{done}; lower training.learning_rate and start again."
+        )
 
 
 def state_file(out: Path) -> Path:
@@ -404,14 +487,16 @@ def state_file(out: Path) -> Path:
 class _Log:
     """Curves for TensorBoard, and the same figures as JSON lines; what a killed run logged beyond its state is cut."""
 
-    def __init__(self, out: Path, begin: int) -> None:
-        self._writer = SummaryWriter(str(out.with_name(out.name + ".log")), purge_step=begin)
+    def __init__(self, out: Path, written: int) -> None:
+        """``written``: iterations whose figures are to stay."""
+        self._writer = SummaryWriter(str(out.with_name(out.name + ".log")), purge_step=written + 1)
         path = out.with_name(out.name + ".jsonl")
-        lines = path.read_text(encoding="utf-8").splitlines() if begin and path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if written and path.is_file() else []
         self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(f"{line}\n" for line in lines[:begin])
+        self._file.writelines(f"{line}\n" for line in lines[:written])
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no others
         for name, value in metrics.items():
             self._writer.add_scalar(name if "/" in name else f"training/{name}", value, iteration)
         self._file.write(json.dumps({"iteration": iteration} | metrics) + "\n")
@@ -423,8 +508,9 @@ class _Log:
 
 
 VALIDATION_DEFINITIONS = {
-    "dice": "mean hard Dice over labels and pairs, nearest-neighbour warped labels on the working grid",
+    "dice": f"over the pairs: {LABEL_DEFINITIONS['dice']}; nearest-neighbor warped labels on the working grid",
     "dice_before": "the same before registration, on the working grid",
+    "lost_labels": f"number a pair of {LABEL_DEFINITIONS['lost_labels']}, here the working grid",
     "njd_percent": "share of working-grid voxels with a Jacobian determinant <= 0 (central differences)",
     "sdlogj": "standard deviation of log J over voxels, as metrics.folding defines it",
     "tre_mm": "mean distance of mapped fixed landmarks to their partners, mm",
@@ -438,27 +524,41 @@ def validate(
     device: torch.device,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Mean figures over labelled pairs on the working grid; see VALIDATION_DEFINITIONS. Empty without pairs."""
-    rows = []
+    """Measure pairs on the working grid: means over those that have the figure; see VALIDATION_DEFINITIONS.
+
+    Returns:
+        finite figures; one that no pair has is missing, so it is empty without pairs.
+
+    Raises:
+        MorphSeekError: the model's displacement is not a number.
+    """
+    rows: list[dict[str, float | None]] = []
     for make in pairs:
         checkpoint()
         pair = make()
         fixed, moving = pair.fixed.to(device), pair.moving.to(device)
         with torch.inference_mode(), network_autocast(device):
-            total = refine(model, lambda u, moving=moving: fields.warp(moving, u), fixed, steps)
-        figures = folding(total.cpu())
+            total = refine(model, lambda u, moving=moving: fields.warp(moving, u), fixed, steps).cpu()
+        if not bool(torch.isfinite(total).all()):
+            raise MorphSeekError(
+                "The training has become unstable: the model's displacement is not a number; lower "
+                "training.learning_rate and start again."
+            )
+        figures = folding(total)
         row = {"njd_percent": figures.njd_percent, "sdlogj": figures.sdlogj}
         if pair.fixed_labels is not None and pair.moving_labels is not None:
-            warped = fields.warp(pair.moving_labels.float(), total.cpu(), "nearest").int()[0, 0]
+            warped = fields.warp(pair.moving_labels.float(), total, "nearest").int()[0, 0]
             known, before = pair.fixed_labels[0, 0], pair.moving_labels[0, 0]
-            row["dice"] = _mean(dice_per_label(known, warped, moving_labels=before))
-            row["dice_before"] = _mean(dice_per_label(known, before, moving_labels=before))
+            after = label_figures(known, warped, before)
+            row |= {"dice": after.mean_dice, "dice_before": label_figures(known, before, before).mean_dice}
+            row |= {"lost_labels": float(len(after.lost))}
         if pair.fixed_points is not None and pair.moving_points is not None:
             spacing = pair.grid.spacing.tolist()
-            row["tre_mm"] = float(landmark_errors(total.cpu(), pair.fixed_points, pair.moving_points, spacing).mean())
+            row["tre_mm"] = float(landmark_errors(total, pair.fixed_points, pair.moving_points, spacing).mean())
         rows.append(row)
-    names = rows[0] if rows else {}
-    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    names = dict.fromkeys(name for row in rows for name in row)
+    means = {name: mean(row.get(name) for row in rows) for name in names}
+    return {name: value for name, value in means.items() if value is not None}
 
 
 def _iterate(
@@ -506,7 +606,7 @@ def check_finite(values: list[float], iteration: int) -> None:
         )
 
 
-def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Callable[[int], Batch]:
+def _batches(dataset: Dataset, config: TrainingConfig, loader: PairLoader) -> Callable[[int], Batch]:
     """Iteration -> its batch, a pure function of the seed and the iteration."""
     seed = config.training.seed
     cases = dataset.split("training", "cases")
@@ -514,7 +614,7 @@ def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Call
         source = LabelMapSource([_needed(case.label, case) for case in cases], config.preprocessing, config.synthesis)
 
         def synthetic(iteration: int) -> Batch:
-            pair = source.pair(generator_for(seed, iteration))
+            pair = source.pair(generator_for(seed, "pairs", iteration))
             return Batch(**vars(pair))
 
         return synthetic
@@ -524,21 +624,31 @@ def _batches(dataset: Dataset, config: TrainingConfig, multiple_of: int) -> Call
         raise MorphSeekError(
             "Warm-up from images is unsupervised; set loss.dice and loss.features to 0, or fine-tune with labels."
         )
-    loader = PairLoader(config.preprocessing, multiple_of, config.training.centered)
 
     def real(iteration: int) -> Batch:
-        pair = loader(training_pair(cases, dataset.pairing, generator_for(seed, iteration)))
+        pair = loader(training_pair(cases, dataset.pairing, generator_for(seed, "pairs", iteration)))
         return Batch(pair.fixed, pair.moving)
 
     return real
 
 
-def validation_pairs(
-    dataset: Dataset, preprocessing: Preprocessing, run: WarmupSettings, multiple_of: int
-) -> list[Callable[[], Any]]:
-    """Functions that prepare the pairs of the split registration_val; synthetic runs without one use none."""
+def check_model_out(out: Path, dataset: Dataset, init: Path | str | None = None) -> None:
+    """Refuse a file that a training could not write its model to, before the work.
+
+    Raises:
+        MorphSeekError: the wrong ending, what the training reads, or a place that cannot be written.
+    """
+    if out.suffix != ".safetensors":
+        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
+    check_out(out, dataset.path, init)
+
+
+def validation_pairs(dataset: Dataset, run: WarmupSettings, loader: PairLoader) -> list[Callable[[], Any]]:
+    """Functions that prepare the pairs of the split registration_val; synthetic runs without one use none.
+
+    The training's own loader prepares them, so that a run keeps one set of cases in memory.
+    """
     pairs = dataset.pairs.get("registration_val", [])[: run.validation_pairs]
-    loader = PairLoader(preprocessing, multiple_of, run.centered)
     return [lambda pair=pair: loader(pair) for pair in pairs]
 
 
@@ -556,14 +666,19 @@ def _needed(path: Path | None, case: Any) -> Path:
     return path
 
 
-def generator_for(seed: int, iteration: int) -> torch.Generator:
+def generator_for(seed: int, stream: Stream, iteration: int) -> torch.Generator:
     """The randomness of one iteration."""
-    return torch.Generator().manual_seed(seed_for(seed, iteration))
+    return torch.Generator().manual_seed(seed_for(seed, stream, iteration))
 
 
-def seed_for(seed: int, iteration: int) -> int:
-    """A number for a run's seed and an iteration, unlike those of other iterations and seeds."""
-    return (seed * 1_000_003 + iteration) % 2**63
+def seed_for(seed: int, stream: Stream, iteration: int) -> int:
+    """Return a number for a run's seed, a stream and an iteration that has nothing to do with those of others.
+
+    NumPy's SeedSequence hashes the three (as its ``spawn`` does), so that runs of neighboring seeds share nothing. It
+    has 32 bits: a generator of torch on the CPU takes no more.
+    """
+    key = (get_args(Stream).index(stream), iteration)
+    return int(np.random.SeedSequence(seed % 2**63, spawn_key=key).generate_state(1, np.uint32)[0])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -572,61 +687,53 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in values))
 
 
-def _mean(values: dict[int, float]) -> float:
-    return sum(values.values()) / len(values) if values else float("nan")
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
+_STATE_FORMAT = "2"  # streams of random numbers and what is owed, as they are since then
+
+
 def _save_state(
-    path: Path,
-    fingerprint: str,
-    model: RegistrationModel,
-    optimizer: torch.optim.Adam,
-    done: int,
-    seconds: float,
-    memory: dict[str, float],
-    best: dict[str, Tensor],
+    path: Path, fingerprint: str, model: RegistrationModel, optimizer: torch.optim.Adam, at: Standing
 ) -> None:
-    """Everything that the iterations after ``done`` depend on."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in best.items()}
+    """Everything that the iterations after ``at.done`` depend on."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in at.best.items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"adam.{k}.{name}": v for k, v in optimizer.state[parameter].items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    metadata = {"done": str(done), "seconds": str(seconds), "settings": fingerprint, "memory": json.dumps(memory)}
+    standing = {f.name: getattr(at, f.name) for f in dataclasses.fields(Standing) if f.name != "best"}
+    metadata = {"format": _STATE_FORMAT, "settings": fingerprint, "standing": json.dumps(standing)}
     write_atomically(path, serialize(tensors, metadata))
 
 
-def _resume(
-    path: Path,
-    fingerprint: str,
-    model: RegistrationModel,
-    optimizer: torch.optim.Adam,
-    memory: dict[str, float],
-    best: dict[str, Tensor],
-) -> tuple[int, float]:
-    """Load a state if there is one, into all that is given; (iterations done, seconds spent)."""
+def _resume(path: Path, fingerprint: str, model: RegistrationModel, optimizer: torch.optim.Adam) -> Standing:
+    """Load a state if there is one, into model and optimizer too.
+
+    Raises:
+        MorphSeekError: a damaged state, or one of other settings or another version.
+    """
     if not path.is_file():
-        return 0, 0.0
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if metadata.get("settings") != fingerprint:
-            raise MorphSeekError(
-                f"{path.name} belongs to a run with other settings; remove it to start anew, or choose another --out."
-            )
-        stored = set(file.keys())
-        model.load_state_dict({k: file.get_tensor(f"model.{k}") for k in model.state_dict()})
-        best |= {k.removeprefix("best."): file.get_tensor(k) for k in stored if k.startswith("best.")}
-        moments = {}
-        for index, (name, parameter) in enumerate(model.named_parameters()):
-            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in stored]
-            if keys:  # a parameter that no loss has reached yet has no moments
-                moments[index] = {k: file.get_tensor(f"adam.{k}.{name}").to(parameter.device) for k in keys}
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        memory |= json.loads(metadata.get("memory", "{}"))
-    return int(metadata["done"]), float(metadata["seconds"])
+        return Standing()
+    advice = f"remove {path} to start again, or choose another --out"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("settings") != fingerprint:
+                raise MorphSeekError(f"{path.name} belongs to a run with other settings; {advice}.")
+            if metadata.get("format") != _STATE_FORMAT:
+                raise MorphSeekError(f"{path.name} was written by another version of MorphSeek; {advice}.")
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise MorphSeekError(f"{path.name} cannot be read ({error}); {advice}.") from error
+    model.load_state_dict({k: stored[f"model.{k}"] for k in model.state_dict()})
+    moments = {}
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in stored]
+        if keys:  # a parameter that no loss has reached yet has no moments
+            moments[index] = {k: stored[f"adam.{k}.{name}"].to(parameter.device) for k in keys}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    best = {k.removeprefix("best."): v for k, v in stored.items() if k.startswith("best.")}
+    return Standing(**json.loads(metadata["standing"]), best=best)

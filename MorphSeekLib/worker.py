@@ -38,7 +38,7 @@ from .refinement import RefinementSettings
 from .registration import LoadedModel, State, load_model, register
 from .report import RegistrationPictures
 from .results import export_results
-from .settings import from_dict, to_dict
+from .settings import from_dict, to_dict, to_json
 
 PROTOCOL = 1
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
@@ -271,8 +271,7 @@ class Worker:
         self._send({"method": "progress", "params": {"id": number, **vars(event)}})
 
     def _send(self, message: dict) -> None:
-        # NaN is no JSON: a figure that does not exist is null
-        text = json.dumps({"jsonrpc": "2.0", **_finite(message)}, allow_nan=False)
+        text = to_json({"jsonrpc": "2.0", **message})
         with self.writing:
             self.sink.write(text + "\n")
             self.sink.flush()
@@ -394,15 +393,6 @@ def _save(data: np.ndarray, path: Path) -> None:
         raise MorphSeekError(
             f"The results cannot be handed over through {path.parent} ({error.strerror}); free some disk space."
         ) from error
-
-
-def _finite(value: Any) -> Any:
-    """The same structure with null for NaN and infinity."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class Job:
     into: dict
     places: list  # where the two volumes stand, LPS
     folder: tempfile.TemporaryDirectory
+    warnings: list[dict] = field(default_factory=list)  # of the nodes, to go with the engine's into the report
 
     def finish(self, result: dict) -> RegistrationNodes:
         """Nodes from the worker's answer; the folder is removed in any case.
@@ -55,6 +56,9 @@ class Job:
                             "'{node}' has left the scene, so its result has no place; load it and register again."
                         ).format(node=node.GetName())
                     )
+            if self.warnings:
+                report = result.get("report") or {}
+                result = result | {"report": report | {"warnings": self.warnings + (report.get("warnings") or [])}}
             state = _read_state(result.get("state"), self.places)
             nodes = scene.create_nodes(
                 result, self.fixed, self.moving, self.moving_to_space, self.labels, into=self.into
@@ -157,6 +161,11 @@ def prepare(
     moving = scene.read_volume(moving_node, space)
     moving_to_space = scene.matrix_to_space(moving_node, space)
     fixed_labels, moving_labels = scene.read_label_pair(fixed_labels_node, fixed_node, moving_labels_node, moving_node)
+    warnings = [
+        {"code": "overlapping-segments", "message": labels.warning}
+        for labels in (fixed_labels, moving_labels)
+        if labels is not None and labels.warning
+    ]
     initial = None if initial_transform_node is None else scene.read_transform(initial_transform_node, fixed)
     places = [fixed.affine, moving.affine]
     if state is not None and not np.allclose(places, state["places"], atol=1e-4):
@@ -197,7 +206,7 @@ def prepare(
     except BaseException:
         folder.cleanup()
         raise
-    return Job(params, fixed_node, moving_node, moving_to_space, moving_labels, into or {}, places, folder)
+    return Job(params, fixed_node, moving_node, moving_to_space, moving_labels, into or {}, places, folder, warnings)
 
 
 def register(

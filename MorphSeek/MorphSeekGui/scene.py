@@ -63,11 +63,13 @@ class Labels:
         array: (i, j, k) int32, 0 = background.
         names: label value -> (segment's name, its RGB colour); empty for a label map volume.
         color_node_id: the label map volume's colour table, None for a segmentation.
+        warning: a sentence about what the array could not take over, or "".
     """
 
     array: np.ndarray
     names: dict[int, tuple[str, tuple[float, float, float]]] = field(default_factory=dict)
     color_node_id: str | None = None
+    warning: str = ""
 
 
 @dataclass
@@ -148,7 +150,8 @@ def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Label
     """Labels on the grid of a volume.
 
     A label map on another grid is resampled (nearest neighbour). The segments of a segmentation get the numbers 1, 2,
-    3, ... in their order unless ``numbers`` says otherwise; where segments overlap, the later one wins.
+    3, ... in their order unless ``numbers`` says otherwise; where segments overlap, the later one wins, and the labels'
+    ``warning`` says so.
 
     Args:
         node: label map volume, scalar volume with whole numbers, or segmentation.
@@ -503,7 +506,35 @@ def _read_segmentation(node, to_labels: np.ndarray, shape, numbers: dict[str, in
     if not names:
         return Labels(np.zeros(shape, np.int32))
     array = numpy_support.vtk_to_numpy(merged.GetPointData().GetScalars()).reshape(shape[::-1])
-    return Labels(array.transpose(2, 1, 0).astype(np.int32), names)
+    array = array.transpose(2, 1, 0).astype(np.int32)
+    return Labels(array, names, warning=_overlap(node, geometry, ids, values, names, array))
+
+
+def _overlap(node, geometry, ids, values, names: dict, merged: np.ndarray) -> str:
+    """Say which segments lost voxels to later ones, for a label map holds one label a voxel; "" where none did."""
+    if node.GetSegmentation().GetNumberOfLayers() == 1:  # segments of one layer cannot overlap
+        return ""
+    kept = np.bincount(merged.ravel(), minlength=max(names) + 1)
+    lost = {}
+    for n in range(ids.GetNumberOfValues()):
+        alone, one, value = slicer.vtkOrientedImageData(), vtk.vtkStringArray(), vtk.vtkIntArray()
+        one.InsertNextValue(ids.GetValue(n))
+        value.InsertNextValue(1)
+        extent_mode = slicer.vtkSegmentation.EXTENT_REFERENCE_GEOMETRY
+        if node.GenerateMergedLabelmapForAllSegments(alone, extent_mode, geometry, one, value):
+            voxels = np.count_nonzero(numpy_support.vtk_to_numpy(alone.GetPointData().GetScalars()))
+            label = values.GetValue(n)
+            if voxels > kept[label]:
+                lost[names[label][0]] = int(voxels - kept[label])
+    if not lost:
+        return ""
+    return _(
+        "Segments of '{node}' overlap, but a label map holds one label a voxel and the later segment keeps it; lost "
+        "were {lost}. Remove the overlap in the Segment Editor where that matters."
+    ).format(
+        node=node.GetName(),
+        lost=", ".join(_("{count} voxels of '{name}'").format(count=n, name=name) for name, n in lost.items()),
+    )
 
 
 def _read_label_map(node, to_labels: np.ndarray, shape) -> Labels:

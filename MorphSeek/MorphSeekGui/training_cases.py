@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,15 @@ from . import scene
 from .scene import FLIP, Image, InputError, _
 
 
-def export_cases(cases: list[tuple], folder: Path) -> Iterator[str]:
+def export_cases(
+    cases: list[tuple], folder: Path, on_warning: Callable[[str], None] = lambda text: None
+) -> Iterator[str]:
     """Write (volume node, labels node) pairs as cases of a data set; the names of the cases, one by one as they are
     written, so that whoever iterates can show progress and give up.
 
     Labels are numbered alike in all cases: label maps by their values, segmentations by their segments' names. Linear
-    parent transforms count, as in a registration.
+    parent transforms count, as in a registration. ``on_warning`` is told in a sentence what labels could not take over,
+    such as voxels where segments overlap.
 
     Raises:
         InputError: a node that cannot be used, label maps mixed with segmentations, or a folder that cannot be written.
@@ -37,6 +40,8 @@ def export_cases(cases: list[tuple], folder: Path) -> Iterator[str]:
     for number, (volume, labels) in enumerate(cases, 1):
         image = scene.read_volume(volume)
         found = scene.read_labels(labels, volume, numbers)
+        if found.warning:
+            on_warning(found.warning)
         stem = f"{number:03d}-{_plain(volume.GetName())}"
         row = {"image": f"images/{stem}.nrrd", "label": f"labels/{stem}.nrrd"}
         _write(image, folder / row["image"])

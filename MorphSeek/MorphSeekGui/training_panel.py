@@ -214,6 +214,7 @@ class TrainingPanel:
             self._say(_("The check was cancelled."))
             return
         self._forget_check()
+        self._export_warnings = []
         self.ui.checkButton.text = _("Cancel")
         self.ui.checkProgress.maximum = 0  # busy, until there is something to count
         self.ui.checkProgress.visible = True
@@ -229,7 +230,7 @@ class TrainingPanel:
                 trainings = trainings_folder()
                 trainings.mkdir(parents=True, exist_ok=True)
                 self._exported = tempfile.TemporaryDirectory(prefix=".cases-", dir=trainings)
-                self._export = export_cases(cases, Path(self._exported.name))
+                self._export = export_cases(cases, Path(self._exported.name), self._export_warnings.append)
                 self.ui.checkProgress.maximum = len(cases)
                 self._say(_("Copying the cases from the scene"))
             elif self.ui.casesFolder.directory in ("", "."):
@@ -365,7 +366,7 @@ class TrainingPanel:
             )
             if left_out:
                 text += " " + _("Left out because of problems: {count}.").format(count=left_out)
-            self._say(" ".join([text, *report["warnings"]]))
+            self._say(" ".join([text, *self._export_warnings, *report["warnings"]]))
             if report["spacing"]:
                 self.ui.spacingBox.value = report["spacing"]
         self._show_start()
@@ -657,13 +658,12 @@ def figures_table(held_out: dict) -> str:
     start, result = held_out.get("start"), held_out["mean"]
     lines = []
     for name, (title, form, better) in _FIGURES.items():
-        color = ""
-        if start is not None and form.format(start[name]) != form.format(result[name]):
+        values = result.get(f"{name}_aligned"), (start or {}).get(name), result[name]
+        aligned, before, after = ("-" if value is None else form.format(value) for value in values)
+        if "-" not in (before, after) and before != after:
             color = "#0a7d32" if (result[name] - start[name]) * better > 0 else "#a05f00"
-        before = form.format(start[name]) if start is not None else "-"
-        aligned = form.format(result[f"{name}_aligned"]) if f"{name}_aligned" in result else "-"
+            after = f'<b style="color: {color}">{after}</b>'
         tip = escape(held_out["definitions"].get(name, ""))
-        after = f'<b style="color: {color}">{form.format(result[name])}</b>' if color else form.format(result[name])
         cells = (aligned, before, after)
         lines.append(
             f'<tr><td title="{tip}">{title}</td>' + "".join(f'<td align="right">{cell}</td>' for cell in cells)

@@ -47,7 +47,7 @@ from ..registration import Registration, load_model, register
 from ..report import RegistrationPictures, draw_sheets
 from ..runs import locked, seconds_per_iteration, train_stage
 from ..sac import SACConfig
-from ..settings import from_dict, load, override, to_dict
+from ..settings import from_dict, load, override, to_dict, to_json
 from ..training import TrainingConfig, state_file
 from .classical import CLASSICAL
 from .published import PUBLISHED
@@ -387,7 +387,7 @@ def _do(
             "date": time.strftime("%Y-%m-%d"),
             "software": software(),
         }
-        write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+        write_atomically(folder / "result.json", to_json(result, indent=1).encode())
     return True
 
 

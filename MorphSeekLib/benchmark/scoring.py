@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,20 +11,18 @@ from typing import Any
 import torch
 
 from ..cases import name_of
-from ..datasets import Dataset, Pair, read_pair
-from ..errors import MorphSeekError
+from ..datasets import Dataset, Pair, read_pair, scored_pairs
+from ..evaluation import check_judged, label_row
 from ..events import Event, OnEvent, checkpoint_for, ignore, never
 from ..geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
-from ..metrics import dice_per_label, folding, hd95_per_label
+from ..metrics import LABEL_DEFINITIONS, folding, label_figures
 
 Method = Callable[[Volume, Volume], Transform]
 """(fixed, moving) -> fixed point -> moving point, LPS mm."""
 
 DEFINITIONS = {
-    "Dice": "2|A and B| / (|A| + |B|), mean over labels; moving labels warped nearest-neighbour onto the fixed image's "
-    "grid; labels absent from the fixed or the unwarped moving image are left out",
-    "HD95": "95 % Hausdorff distance of the labels' surfaces as Learn2Reg defines it, mm, mean over the labels that "
-    "warping did not lose",
+    "Dice": f"{LABEL_DEFINITIONS['dice']}; moving labels warped nearest-neighbor onto the fixed image's grid",
+    "HD95": LABEL_DEFINITIONS["hd95"],
     "NJD": "share of the fixed image's voxels with a Jacobian determinant <= 0 of the whole transform, alignment "
     "included (central differences, one-sided at the border)",
     "SDlogJ": "standard deviation of the logarithm of that determinant over the voxels where it is above 0",
@@ -52,50 +48,44 @@ def measure(
         pairs: only the first so many.
 
     Returns:
-        a row a pair: "fixed", "moving" (cases), "dice", "dice_per_label", "hd95" (mm), "njd_percent", "sdlogj", and of
-        the method's call alone "seconds" (wall), "cpu_seconds" and "peak_gb" (None where it cannot be known).
+        a row a pair: "fixed", "moving" (cases), what :func:`score` measures, and of the method's call alone
+        "seconds" (wall), "cpu_seconds" and "peak_gb" (None where it cannot be known).
 
     Raises:
         MorphSeekError: no such split, pairs without labels, unreadable files, pairs without a label in common.
         Cancelled: the person stopped it.
     """
     checkpoint = checkpoint_for(cancelled)
-    wanted: list[Pair] = dataset.split(split)[:pairs]
+    wanted: list[Pair] = scored_pairs(dataset, split)[:pairs]
     rows = []
     for number, pair in enumerate(wanted, start=1):
         checkpoint()
         on_event(Event("step", (number - 1) / len(wanted), f"Pair {number} of {len(wanted)}", number, len(wanted)))
         (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
+        check_judged(fixed_labels, moving_labels, pair, dataset)
         begin, cpu = time.perf_counter(), time.process_time()
         with peak_memory(device) as peak:
             transform = method(fixed, moving)
         spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
         figures = score(fixed_labels, moving_labels, transform, dataset)
-        if not figures["dice_per_label"]:
-            raise MorphSeekError(f"{pair.fixed.label.name} and {pair.moving.label.name} have no label in common.")
         names = {"fixed": name_of(pair.fixed, dataset), "moving": name_of(pair.moving, dataset)}
         rows.append(names | figures | spent | {"peak_gb": peak()})
     return rows
 
 
 def score(fixed_labels: Volume, moving_labels: Volume, transform: Transform, dataset: Dataset) -> dict[str, Any]:
-    """Overlap and folding of one transform, fixed point -> moving point (LPS mm), on the fixed labels' grid."""
+    """Judge one transform, fixed point -> moving point (LPS mm), on the fixed labels' grid.
+
+    Returns:
+        what :func:`MorphSeekLib.evaluation.label_row` says of the labels, "njd_percent" and "sdlogj".
+    """
     grid = fixed_labels.grid
     warped = resample(moving_labels, grid, transform, mode="nearest").data
-    known, before = fixed_labels.data, moving_labels.data
-    dice = dice_per_label(known, warped, dataset.evaluated, before)
-    distances = hd95_per_label(known, warped, grid.spacing, dataset.evaluated, before)
-    kept = [distance for distance in distances.values() if math.isfinite(distance)]
+    found = label_figures(fixed_labels.data, warped, moving_labels.data, grid.spacing, dataset.evaluated)
     if not isinstance(transform, DenseTransform):
         transform = dense_from_voxels(torch.zeros(1, 3, *grid.shape), grid, transform)
     folds = folding(jacobian=jacobian_volume(transform, grid).data)
-    return {
-        "dice": statistics.fmean(dice.values()) if dice else math.nan,
-        "hd95": statistics.fmean(kept) if kept else math.nan,
-        "njd_percent": folds.njd_percent,
-        "sdlogj": folds.sdlogj,
-        "dice_per_label": {dataset.labels.get(label, str(label)): value for label, value in dice.items()},
-    }
+    return label_row(found, dataset) | {"njd_percent": folds.njd_percent, "sdlogj": folds.sdlogj}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from scipy.stats import wilcoxon
 
 from ..files import write_atomically
+from ..metrics import deviation, mean
 from ..settings import to_dict
 from .classical import CLASSICAL
 from .scoring import DEFINITIONS
@@ -310,18 +311,16 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _values(pairs: Sequence[dict], name: str) -> list[float]:
-    """A figure of every pair; NaN where it could not be measured."""
-    return [math.nan if row[name] is None else row[name] for row in pairs]
-
-
 def _mean(pairs: Sequence[dict], name: str) -> float:
-    return statistics.fmean(_values(pairs, name))
+    """Mean over the pairs that have the figure; NaN without any."""
+    found = mean(row[name] for row in pairs)
+    return math.nan if found is None else found
 
 
 def _std(pairs: Sequence[dict], name: str) -> float:
-    values = _values(pairs, name)
-    return math.nan if any(map(math.isnan, values)) else statistics.pstdev(values)  # which stops at a NaN
+    """Standard deviation over the pairs that have the figure; NaN without any."""
+    found = deviation(row[name] for row in pairs)
+    return math.nan if found is None else found
 
 
 def _number(value: float, digits: int) -> str:

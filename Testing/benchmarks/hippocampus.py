@@ -37,7 +37,7 @@ from MorphSeekLib.datasets import PairLoader, load_dataset
 from MorphSeekLib.devices import network_autocast
 from MorphSeekLib.finetuning import FIELD_POLICY, FinetuneConfig, finetune
 from MorphSeekLib.grpo import PolicyGradientSettings
-from MorphSeekLib.metrics import dice_per_label, folding, hd95_per_label
+from MorphSeekLib.metrics import folding, label_figures
 from MorphSeekLib.policy import refine
 from MorphSeekLib.settings import from_dict
 from MorphSeekLib.settings import load as load_settings
@@ -218,12 +218,11 @@ def test(dataset: Path, checkpoint: Path, *, zeroed: bool) -> list[dict[str, flo
         warped = fields.warp(prepared.moving_labels.float(), total, "nearest").int()[0, 0]
         known, before = prepared.fixed_labels[0, 0], prepared.moving_labels[0, 0]
         found = folding(total)
-        dice = dice_per_label(known, warped, moving_labels=before)
-        distance = hd95_per_label(known, warped, prepared.grid.spacing, moving_labels=before)
+        labels = label_figures(known, warped, before, prepared.grid.spacing)
         rows.append(
             {
-                "dice": statistics.fmean(dice.values()),
-                "hd95": statistics.fmean(distance.values()),
+                "dice": labels.mean_dice,
+                "hd95": labels.mean_hd95,
                 "njd_percent": found.njd_percent,
                 "sdlogj": found.sdlogj,
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -97,6 +98,14 @@ def missing_weight(path):
     rewrite(path, lambda card, state: state.pop("head.mu.weight"))
 
 
+def not_a_number(path):
+    rewrite(path, lambda card, state: state["head.mu.weight"].view(-1)[3:4].fill_(float("nan")))
+
+
+def infinite(path):
+    rewrite(path, lambda card, state: state["head.mu.bias"].fill_(-float("inf")))
+
+
 def other_backbone(path):
     rewrite(path, lambda card, state: card["model"].update(backbone="resnet"))
 
@@ -111,6 +120,8 @@ def other_backbone(path):
         (later, "format 99"),
         (unknown_key, "no setting 'colour'"),
         (missing_weight, "do not fit its card"),
+        (not_a_number, r"small.safetensors .* tensor 'head.mu.weight' holds NaN or infinite values"),
+        (infinite, "tensor 'head.mu.bias' holds NaN or infinite values"),
         (other_backbone, "no backbone 'resnet'"),
         (lambda path: path.write_bytes(b""), "damaged or not"),
         (lambda path: path.write_text("hello, this is text"), "damaged or not"),
@@ -158,6 +169,31 @@ def test_a_folder_in_the_way_is_refused_and_nothing_is_left(tmp_path, saved):
     with pytest.raises(MorphSeekError, match="cannot be written"):
         checkpoint.save(tmp_path / "taken", model, CARD)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.safetensors", "taken"]
+
+
+def test_weights_that_are_no_numbers_are_not_written(tmp_path, saved):
+    path, model = saved
+    before = path.read_bytes()
+    model.head.mu.bias.data[0] = float("nan")
+    with pytest.raises(MorphSeekError, match=r"small.safetensors was not written because its tensor 'head.mu.bias'"):
+        checkpoint.save(path, model, CARD)
+    assert path.read_bytes() == before
+
+
+def test_a_figure_that_is_no_number_is_null_in_the_card(tmp_path, saved):
+    path, model = saved
+    checkpoint.save(path, model, dataclasses.replace(CARD, results={"dice": float("nan")}))
+    assert checkpoint.read_card(path).results == {"dice": None}
+
+
+def test_an_output_is_tried_without_leaving_a_trace(tmp_path, saved):
+    path, _ = saved
+    checkpoint.check_out(tmp_path / "new" / "deep" / "m.safetensors", path, None, tmp_path / "gone")
+    checkpoint.check_out(path, tmp_path / "gone")
+    for out, words in ((path, "also an input"), (path / "m.safetensors", "cannot be written"), (tmp_path, "a folder")):
+        with pytest.raises(MorphSeekError, match=words):
+            checkpoint.check_out(out, path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_find_names_what_there_is(saved):

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import write_dataset
+from cases import TINY, write_dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from MorphSeekLib import fields
+from MorphSeekLib.cases import hold_out
 from MorphSeekLib.datasets import (
     Case,
     Pair,
@@ -22,12 +25,15 @@ from MorphSeekLib.datasets import (
     augment,
     load_dataset,
     read_landmarks,
+    scored_pairs,
     training_pair,
 )
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.geometry import Grid, Volume, apply_affine
 from MorphSeekLib.images import read_image, write_image
+from MorphSeekLib.policy import ModelSettings
 from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib.training import TrainingConfig, WarmupSettings, warmup
 
 TURNED = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, -1.0]])
 
@@ -166,6 +172,114 @@ def test_a_loader_keeps_no_more_than_its_budget(tmp_path, reads):
         assert torch.equal(getattr(first, name), getattr(again, name))
     tiny = PairLoader(Preprocessing(align="none"), 4, True, kept_bytes=0)
     assert torch.equal(tiny(Pair(cases[0], cases[1])).moving, first.moving), "even where a single case is too large"
+
+
+def test_a_training_and_its_validation_share_what_is_kept(tmp_path, reads):
+    """Cases 0 and 1 are trained on and validated on; each is read once, so there is one budget and not two."""
+    dataset = load_dataset(write_dataset(tmp_path, 2))
+    run = WarmupSettings(iterations=2, steps=1, validate_every=1)
+    small = ModelSettings(backbone_settings=TINY["voxelmorph"])
+    warmup(dataset, TrainingConfig(model=small, training=run), tmp_path / "m.safetensors")
+    assert sorted(reads) == ["image_0.nii.gz", "image_1.nii.gz"]
+
+
+# ------------------------------------------------------------------ descriptions as people write them
+
+
+def described(folder, **values):
+    """A data set of that description, with three files that it may name."""
+    for name in "abc":
+        (folder / f"{name}.nii.gz").touch()
+    (folder / "dataset.json").write_text(json.dumps(values))
+    return load_dataset(folder / "dataset.json")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ({"0": "background", "1": "liver", "7": "spleen"}, {0: "background", 1: "liver", 7: "spleen"}),
+        (["background", "liver"], {0: "background", 1: "liver"}),
+        ({"background": 0, "liver": 1, "whole": [1, 2]}, {0: "background", 1: "liver"}),
+        (None, {}),
+    ],
+)
+def test_names_of_labels_are_read_in_every_usual_form(tmp_path, labels, names):
+    assert described(tmp_path, labels=labels).labels == names
+
+
+@pytest.mark.parametrize("given", [2, "2", [2], ["2"], [2.0], "spleen", ["spleen"], [0, 2, 2]])
+def test_labels_to_evaluate_are_read_as_they_are_meant(tmp_path, given):
+    assert described(tmp_path, labels={"1": "liver", "2": "spleen"}, evaluated_labels=given).evaluated == (2,)
+
+
+def test_a_training_row_may_be_the_name_of_an_image(tmp_path):
+    assert described(tmp_path, training=["a.nii.gz"]).cases["training"] == [Case(tmp_path / "a.nii.gz")]
+
+
+def test_a_pair_s_own_labels_go_before_a_training_row_s(tmp_path):
+    row = {"image": "a.nii.gz", "label": "b.nii.gz"}
+    pair = {"fixed": "a.nii.gz", "fixed_label": "c.nii.gz", "moving": "a.nii.gz"}
+    [found] = described(tmp_path, training=[row], registration_test=[pair]).pairs["registration_test"]
+    assert (found.fixed.label.name, found.moving.label.name) == ("c.nii.gz", "b.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"labels": 3}, "has 'labels' that are not an object"),
+        ({"labels": {"liver": "one"}}, "has the label 'liver' without a value"),
+        ({"labels": {"1": "liver", "1.0": "x"}}, "has the label '1.0' without a value"),
+        ({"labels": {"-1": "liver"}}, "has the label '-1' without a value"),
+        ({"evaluated_labels": ["kidney"]}, "has the entry \"kidney\" in 'evaluated_labels'"),
+        ({"evaluated_labels": []}, "has no label in 'evaluated_labels'"),
+        ({"evaluated_labels": [True]}, "has the entry true"),
+        ({"training": {"image": "a.nii.gz"}}, "has a 'training' that is not a list"),
+        ({"training": [{"image": "a.nii.gz"}, 5]}, r"has a 'training\[1\]' that is not an object"),
+        ({"training": [{"picture": "a.nii.gz"}]}, r"has a 'training\[0\]' that names neither an image nor"),
+        ({"training": [{"image": ["a.nii.gz", "b.nii.gz"]}]}, r"whose 'image' is not a file name"),
+        ({"training": [{"image": ""}]}, "whose 'image' is not a file name"),
+        ({"training": [{"image": "gone\n.nii.gz"}]}, r"names gone\?.nii.gz, which is not there"),
+        ({"registration_test": ["a.nii.gz"]}, r"has a 'registration_test\[0\]' that is not an object"),
+        ({"registration_val": [{"fixed": "a.nii.gz"}]}, r"has a 'registration_val\[0\]' without 'moving'"),
+        ({"other": [{"image": "a.nii.gz"}, None]}, r"has a 'other\[1\]' that is not an object"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence(tmp_path, values, words):
+    with pytest.raises(MorphSeekError, match=words) as caught:
+        described(tmp_path, **values)
+    assert str(caught.value).startswith(f"The data set {tmp_path / 'dataset.json'} ")
+    assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["a.nii.gz", "1", "liver"]) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["image", "1", "fixed"]), inner),
+    max_leaves=6,
+)
+PLACES = ["training", "registration_test", "registration_val", "labels", "evaluated_labels", "pairing", "name", "more"]
+CASE = st.fixed_dictionaries({}, optional=dict.fromkeys(("image", "label", "landmarks"), JSON))
+PAIR = st.fixed_dictionaries({}, optional=dict.fromkeys(("fixed", "moving", "fixed_label"), JSON))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(PLACES), JSON | st.lists(CASE | JSON, max_size=3) | st.lists(PAIR, max_size=2)))
+def test_whatever_a_description_holds_is_read_or_refused_in_one_sentence(tmp_path, values):
+    refused = ""
+    try:
+        found = described(tmp_path, **values)
+        for split in found.pairs:
+            scored_pairs(found, split)
+        hold_out(found)
+    except MorphSeekError as problem:
+        refused = str(problem)
+    assert len(refused.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "[" * 100_000, "\ufeff[]"])
+def test_a_description_that_is_no_object_is_one_sentence(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text, encoding="utf-8")
+    with pytest.raises(MorphSeekError, match=r"dataset.json (is not valid JSON|must be a JSON object)"):
+        load_dataset(tmp_path / "dataset.json")
 
 
 def test_threads_may_share_a_loader(tmp_path, reads):

@@ -28,7 +28,7 @@ from MorphSeekLib.policy import ModelSettings, PolicySettings
 from MorphSeekLib.preprocessing import Preprocessing
 from MorphSeekLib.rewards import RewardSettings
 from MorphSeekLib.settings import to_dict
-from MorphSeekLib.training import LossSettings, TrainingConfig, WarmupSettings, warmup
+from MorphSeekLib.training import LossSettings, TrainingConfig, WarmupSettings, validate, warmup
 
 MODEL = ModelSettings(
     backbone_settings={"encoder": (8, 8), "decoder": (8,), "extra": (8,), "norm": "instance", "flow_stride": 2}
@@ -111,7 +111,7 @@ def test_weights_move_after_each_step_or_once_an_iteration(dataset, init, tmp_pa
             dataset, config, init, tmp_path / "m.safetensors", on_event=seen.append, cancelled=lambda: len(seen) > 3
         )
     with safe_open(tmp_path / "m.safetensors.state", framework="pt") as state:
-        assert state.metadata()["done"] == "3"
+        assert json.loads(state.metadata()["standing"])["done"] == 3
         counts = {int(state.get_tensor(name)) for name in state.keys() if name.startswith("adam.step.")}  # noqa: SIM118
     assert counts == {updates}
 
@@ -132,7 +132,7 @@ def test_the_policys_gradient_keeps_to_its_share(dataset, init, tmp_path):
         found[name] = weights(tmp_path / f"{name}.safetensors")
 
     def apart(name):
-        return max(float((found[name][k].float() - v.float()).abs().max()) for k, v in found["none"].items())
+        return sum(float((found[name][k].float() - v.float()).square().sum()) for k, v in found["none"].items()) ** 0.5
 
     assert apart("silent") < 0.1 * apart("heard")
     rows = [json.loads(line) for line in (tmp_path / "silent.safetensors.jsonl").read_text().splitlines()]
@@ -209,12 +209,16 @@ def test_landmark_rewards_bring_landmarks_together(init, tmp_path):
             trajectories=16, place="field", cell=4, credit="local", reach=1, antithetic=True, advance="mean"
         ),
         reward=RewardSettings({"landmarks": 1.0}),
-        training=FinetuneRun(iterations=40, steps=1, validate_every=1, learning_rate=1e-2),
+        training=FinetuneRun(iterations=40, steps=1, validate_every=1, learning_rate=3e-3),
     )
+    model, card = checkpoint.load(init)
+    loader = PairLoader(card.preprocessing, model.multiple_of, True)
+    held_out = [lambda: loader(marked.pairs["registration_val"][0])]
+    before = validate(model, held_out, 1, torch.device("cpu"))["tre_mm"]
     finetune(marked, config, init, tmp_path / "m.safetensors")
     rows = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
     errors = [row["validation/tre_mm"] for row in rows]
-    assert sum(errors[-5:]) / 5 < 0.87 * errors[0]
+    assert sum(errors[-5:]) / 5 < 0.95 * before  # 0.85 to 0.89 of it with the seeds 0 to 3
     bare = load_dataset(write_dataset(tmp_path / "bare"))
     with pytest.raises(MorphSeekError, match=r"needs landmarks of every training case, but image_0.nii.gz has none"):
         finetune(bare, config, init, tmp_path / "n.safetensors")
@@ -237,26 +241,8 @@ def test_a_policy_at_its_floor_stops_the_run(dataset, tmp_path):
 def test_two_processes_do_what_one_does(dataset, init, tmp_path):
     """The same global batch, shared by two real CPU processes under torchrun's variables."""
     pytest.importorskip("lightning_fabric", reason="several processes need Lightning Fabric")
-    (tmp_path / "settings.json").write_text(json.dumps(plain(CONFIG)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "MorphSeekLib.cli", "finetune", str(dataset.path), "--init", str(init)]
-    command += ["--config", str(tmp_path / "settings.json"), "--device", "cpu"]
-    processes = []
-    for rank in range(2):
-        shared = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GROUP_RANK": "0"}
-        shared |= {"TORCHELASTIC_RUN_ID": "test"}
-        processes.append(
-            subprocess.Popen(
-                [*command, "--out", str(tmp_path / "two.safetensors")],
-                env=os.environ | shared, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-            )
-        )  # fmt: skip
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    for code, errors in ended(two_processes(dataset, init, CONFIG, tmp_path / "two.safetensors")):
+        assert code == 0, errors
     finetune(dataset, CONFIG, init, tmp_path / "one.safetensors")
     # biases before InstanceNorm have no gradient but rounding, which Adam blows up: what the models do is compared
     pair = PairLoader(Preprocessing(spacing=(2.5, 2.5, 2.5)), 4, True)(dataset.split("registration_val")[0])
@@ -270,6 +256,72 @@ def test_two_processes_do_what_one_does(dataset, init, tmp_path):
     assert float((one - two).abs().max()) < 0.01 * moved
 
 
+def two_processes(dataset, init, config, out):
+    """Two real CPU processes that share a training, under torchrun's variables."""
+    (out.parent / "settings.json").write_text(json.dumps(plain(config)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "MorphSeekLib.cli", "finetune", str(dataset.path), "--init", str(init)]
+    command += ["--config", str(out.parent / "settings.json"), "--device", "cpu", "--out", str(out)]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"OMP_NUM_THREADS": "1", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    return [
+        subprocess.Popen(
+            command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+
+
+def ended(processes):
+    """(exit code, last words) of each; what waits for the other for ever is ended after 300 s, which is an error."""
+    try:
+        return [(process.wait(300), process.stderr.read()[-2000:]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def endless(config=CONFIG):
+    """More iterations than any test waits for."""
+    return dataclasses.replace(
+        config, training=dataclasses.replace(config.training, iterations=10**6, validate_every=10**6)
+    )
+
+
+def test_processes_stop_together_when_one_is_asked_to(dataset, init, tmp_path):
+    """Ctrl-C reaches the second process alone: neither waits for the other, and the run can be resumed."""
+    pytest.importorskip("lightning_fabric", reason="several processes need Lightning Fabric")
+    processes = two_processes(dataset, init, endless(), tmp_path / "two.safetensors")
+    lines = tmp_path / "two.safetensors.jsonl"
+    wait_until(lambda: lines.is_file() and len(lines.read_text().splitlines()) >= 2, processes)
+    processes[1].send_signal(signal.SIGINT)
+    assert [code for code, _ in ended(processes)] == [130, 130]
+    with safe_open(tmp_path / "two.safetensors.state", framework="pt") as state:
+        assert json.loads(state.metadata()["standing"])["done"] == len(lines.read_text().splitlines())
+
+
+def test_a_process_that_cannot_go_on_is_named_by_the_other(dataset, init, tmp_path):
+    """A case that only the second process cannot read, in a training whose processes read different pairs."""
+    pytest.importorskip("lightning_fabric", reason="several processes need Lightning Fabric")
+    data = load_dataset(write_dataset(tmp_path / "data", 12))
+    (tmp_path / "data" / "image_11.nii.gz").write_bytes(b"no image")
+    codes, words = zip(*ended(two_processes(data, init, endless(), tmp_path / "two.safetensors")), strict=True)
+    assert codes == (2, 2)
+    assert any("because process" in text and "of 2 could not go on" in text for text in words)
+    assert all("image_11.nii.gz" in text for text in words)
+
+
+def wait_until(condition, processes):
+    """Wait while all live; the limit only ends a hang."""
+    limit = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen within 300 s"
+        assert all(process.poll() is None for process in processes), "it ended too early"
+        time.sleep(0.02)
+
+
 def test_a_killed_process_resumes_to_the_same_weights(dataset, init, tmp_path):
     """A real process, really killed."""
     run = dataclasses.replace(CONFIG.training, iterations=20, pairs=1, validate_every=20)
@@ -281,9 +333,7 @@ def test_a_killed_process_resumes_to_the_same_weights(dataset, init, tmp_path):
          "--config", str(tmp_path / "settings.json"), "--out", str(tmp_path / "cut.safetensors")],
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "cut.safetensors.state").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_until((tmp_path / "cut.safetensors.state").exists, [process])
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut.safetensors").exists(), "it was killed before its end"

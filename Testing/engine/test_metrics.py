@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from MorphSeekLib import fields, metrics
+from MorphSeekLib.errors import MorphSeekError
 
 SHAPE = (7, 6, 5)
 label_images = hnp.arrays(np.uint8, SHAPE, elements=st.integers(0, 3)).map(torch.from_numpy)
@@ -93,7 +94,7 @@ def test_what_are_no_labels_is_refused(figure):
         figure(good, good[:2])
     with pytest.raises(ValueError, match="whole numbers"):
         figure(good.float(), good)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(MorphSeekError, match=r"fixed label map has the label -1, and labels must not be negative"):
         figure(-good, good)
 
 

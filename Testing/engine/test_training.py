@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -15,15 +16,17 @@ import pytest
 import torch
 from cases import TINY as TINY_SETTINGS
 from cases import blob_grid, blob_labels, write_dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from MorphSeekLib import checkpoint, fields
 from MorphSeekLib.datasets import PairLoader, load_dataset
 from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.finetuning import FinetuneConfig
+from MorphSeekLib.finetuning import FinetuneConfig, finetune
 from MorphSeekLib.images import write_image
 from MorphSeekLib.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing, normalize
-from MorphSeekLib.sac import SACConfig
+from MorphSeekLib.sac import SACConfig, train_spac
 from MorphSeekLib.settings import from_dict, load, to_dict
 from MorphSeekLib.synthesis import LabelMapSource, SynthesisSettings
 from MorphSeekLib.training import (
@@ -34,6 +37,7 @@ from MorphSeekLib.training import (
     WarmupSettings,
     advance,
     feature_loss,
+    seed_for,
     soft_dice,
     warmup,
     warmup_loss,
@@ -79,7 +83,7 @@ def test_a_run_writes_a_checkpoint_that_says_what_it_is(dataset, tmp_path, confi
     assert card.provenance["data"]["name"] == "blobs"
     assert card.provenance["settings"] == to_dict(config)
     assert card.preprocessing.steps == 2
-    assert {"dice", "dice_before", "njd_percent", "sdlogj"} == set(card.results["validation"])
+    assert {"dice", "dice_before", "lost_labels", "njd_percent", "sdlogj"} == set(card.results["validation"])
     assert [e.step for e in events if e.phase == "train"] == [1, 2, 3, 4, 5, 6]
     assert events[-1].fraction == 1.0
     assert not (tmp_path / "model.safetensors.state").exists()
@@ -101,6 +105,30 @@ def test_a_cancelled_run_resumes_to_the_same_weights(dataset, tmp_path, config):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def same_card(one, other):
+    """Equal in all but when and how long."""
+    found = [to_dict(checkpoint.read_card(path)) for path in (one, other)]
+    for card in found:
+        card["provenance"] |= {"seconds": 0, "date": ""}
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("calls", [2, 4, 8], ids=["in an iteration", "in a validation", "in the last validation"])
+def test_a_run_cancelled_anywhere_resumes_to_the_same_card_and_curves(dataset, tmp_path, calls):
+    """It is asked once an iteration and once a validation pair: three iterations, a validation, and again."""
+    run(dataset, CONFIG, tmp_path / "whole.safetensors")
+    asked = itertools.count(1)
+    with pytest.raises(Cancelled):
+        warmup(dataset, CONFIG, tmp_path / "cut.safetensors", cancelled=lambda: next(asked) == calls)
+    assert next(asked) == calls + 1, "nothing was begun after it"
+    run(dataset, CONFIG, tmp_path / "cut.safetensors")
+    same_card(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
+    whole, cut = weights(tmp_path / "whole.safetensors"), weights(tmp_path / "cut.safetensors")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    whole, cut = ((tmp_path / f"{name}.safetensors.jsonl").read_text() for name in ("whole", "cut"))
+    assert whole == cut
+
+
 def test_a_killed_process_resumes_to_the_same_weights(dataset, tmp_path):
     """A real process, really killed between two states."""
     config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, iterations=40, save_every=2))
@@ -114,8 +142,8 @@ def test_a_killed_process_resumes_to_the_same_weights(dataset, tmp_path):
     command += ["warmup", str(dataset.path), "--config", str(tmp_path / "settings.json")]
     command += ["--out", str(tmp_path / "cut.safetensors"), "--device", "cpu"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "cut.safetensors.state").exists() and time.monotonic() < deadline:
+    limit = time.monotonic() + 300  # only ends a hang
+    while not (tmp_path / "cut.safetensors.state").exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -271,6 +299,51 @@ def test_a_loss_that_is_no_number_stops_the_run(dataset, tmp_path):
     with pytest.raises(MorphSeekError, match="not a number at iteration 1"):
         warmup(dataset, config, tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_model_that_becomes_useless_in_the_last_step_is_not_written(dataset, tmp_path):
+    training = dataclasses.replace(CONFIG.training, iterations=1, learning_rate=3e37)
+    with pytest.raises(MorphSeekError, match="The training has become unstable"):
+        warmup(dataset, dataclasses.replace(CONFIG, training=training), tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+    assert not (tmp_path / "m.safetensors.state").exists()
+
+
+def test_a_start_with_weights_that_are_no_numbers_is_refused(dataset, tmp_path):
+    run(dataset, CONFIG, tmp_path / "start.safetensors")
+    with safe_open(tmp_path / "start.safetensors", framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        card = file.metadata()
+    state["head.mu.bias"].fill_(float("inf"))
+    save_file(state, tmp_path / "start.safetensors", card)
+    with pytest.raises(MorphSeekError, match=r"start.safetensors cannot be used .* 'head.mu.bias'"):
+        warmup(dataset, CONFIG, tmp_path / "m.safetensors", init=tmp_path / "start.safetensors")
+
+
+@pytest.mark.parametrize("train", ["warmup", "finetune", "spac"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(dataset, tmp_path, train):
+    (tmp_path / "file").write_text("mine")
+    out, events = tmp_path / "file" / "m.safetensors", []
+    begin = {
+        "warmup": lambda: warmup(dataset, CONFIG, out, on_event=events.append),
+        "finetune": lambda: finetune(dataset, FinetuneConfig(), tmp_path / "no", out, on_event=events.append),
+        "spac": lambda: train_spac(dataset, SACConfig(), out, on_event=events.append),
+    }
+    with pytest.raises(MorphSeekError, match=r"m.safetensors cannot be written"):
+        begin[train]()
+    assert events == []
+
+
+def test_streams_of_neighboring_seeds_share_no_number():
+    """Torch's generator takes 32 bits of a seed, so those are compared."""
+    streams = {
+        (seed, stream): {seed_for(seed, stream, iteration) % 2**32 for iteration in range(500)}
+        for seed in range(4)
+        for stream in ("pairs", "policy", "layers")
+    }
+    assert all(len(numbers) == 500 for numbers in streams.values())
+    assert len(set.union(*streams.values())) == 500 * len(streams)
+    assert seed_for(-1, "pairs", 0) != seed_for(1, "pairs", 0), "any whole number is a seed"
 
 
 @pytest.fixture(scope="module")

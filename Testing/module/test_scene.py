@@ -326,6 +326,26 @@ def test_labels_on_another_grid_are_resampled(mrml, application, name):
         assert (found != expected).mean() < 1e-3, node.GetName()  # ties at half a voxel
 
 
+def test_overlapping_segments_are_named_with_what_they_lose(mrml, application):
+    """A later segment covers a part of an earlier one: the labels say whose voxels it took, and how many."""
+    world = worlds.make_world("upright")
+    moving = worlds.add_volume("M", world.moving)
+    nested = geometry.Volume((world.moving_labels == 3).int(), world.moving.grid)
+    node = segmentation_of("S", nested, {"liver": 1})
+    nested.data[:, : nested.data.shape[1] // 2] = 0
+    part = segmentation_of("part", nested, {"tumor": 1})
+    node.GetSegmentation().CopySegmentFromSegmentation(
+        part.GetSegmentation(), part.GetSegmentation().GetNthSegmentID(0)
+    )
+    lost = int(nested.data.sum())
+    assert lost > 0
+    found = scene.read_labels(node, moving)
+    assert found.warning.startswith("Segments of 'S' overlap, but")
+    assert f"lost were {lost} voxels of 'liver'." in found.warning
+    apart = segmentation_of("apart", geometry.Volume(world.moving_labels, world.moving.grid), {"a": 3, "b": 7})
+    assert scene.read_labels(apart, moving).warning == ""
+
+
 def test_segments_are_matched_by_name(mrml, application):
     world = worlds.make_world("oblique")
     volume = geometry.Volume(world.moving_labels, world.moving.grid)
