@@ -32,12 +32,14 @@ import torch
 
 from .errors import MorphSeekError
 from .geometry import DenseTransform, Grid, Transform, Volume, index_points, resample
+from .startup import check_readable
 
 log = logging.getLogger(__name__)
 
 WRITABLE = (".nii", ".nii.gz", ".nrrd", ".mha")
 _PART = ".morphseek-"
 _AXES = ("first", "second", "third")
+_ALL_THREADS = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
 
 
 def read_image(path: str | os.PathLike) -> Volume:
@@ -107,14 +109,9 @@ def read_sitk(path: str | os.PathLike, components: int = 1) -> sitk.Image:
             axes, shear and, outside NIfTI, NaN are left to the caller.)
     """
     path = Path(path)
-    if not path.exists():
-        raise MorphSeekError(f"{path} does not exist; check the name.")
-    if not os.access(path, os.R_OK):
-        raise MorphSeekError(f"{path} may not be read; check its permissions.")
+    check_readable(path)
     if path.is_dir():
         return _read_series(path)
-    if path.stat().st_size == 0:
-        raise MorphSeekError(f"{path} is an empty file (0 bytes); copy or export it again.")
     if _is_dicom(path):
         return _read_series(path.parent, path)
     if _is_nifti(path):
@@ -133,6 +130,11 @@ def read_sitk(path: str | os.PathLike, components: int = 1) -> sitk.Image:
             return reader.Execute()
         except RuntimeError as error:
             raise MorphSeekError(_unreadable(path, str(error))) from None
+
+
+def use_simpleitk_threads(count: int | None = None) -> None:
+    """Let SimpleITK compute with so many threads from now on; None for as many as it took at the start."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count or _ALL_THREADS)
 
 
 def check_overlap(

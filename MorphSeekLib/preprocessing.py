@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .geometry import Grid, covering_grid
+from .startup import ALIGNMENTS
 
-ALIGNMENTS = ("none", "center", "rigid", "affine")
 FINE_VOXELS = 16_000_000
 """Refinement takes about 400 bytes of memory a voxel."""
 

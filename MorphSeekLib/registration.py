@@ -44,12 +44,12 @@ from .geometry import (
 from .images import check_overlap
 from .metrics import dice_per_label, folding
 from .policy import RegistrationModel, refine
-from .preprocessing import ALIGNMENTS, Preprocessing, fine_grid, normalize, working_grid
+from .preprocessing import Preprocessing, fine_grid, normalize, working_grid
 from .refinement import Objective, Refined, RefinementSettings, fit, objective, optimize, unfold
 from .settings import to_dict
 from .similarity import lncc, mind_ssc
+from .startup import MAX_STEPS, check_alignment, check_steps, find
 
-MAX_STEPS = 20
 # a step that raises LNCC by less than this does not help any more
 LEAST_GAIN = 0.002
 # working grids beyond this would need more memory than any machine of the field has
@@ -82,7 +82,7 @@ def load_model(model: str | Path, device: str = "auto") -> LoadedModel:
         MorphSeekError: unknown model or device, unusable file, or not enough memory.
     """
     where = pick_device(device)
-    path = checkpoints.find(model)
+    path = find(model)
     with memory_advice(where):
         network, card = checkpoints.load(path)
         return LoadedModel(place(network, where), card, str(model), checkpoints.sha256(path), where)
@@ -175,12 +175,12 @@ def register(
     card, device = model.card, model.device
     steps = card.preprocessing.steps if steps is None else steps
     align = ("none" if initial is not None else card.preprocessing.align) if align is None else align
-    if not 1 <= steps <= MAX_STEPS:
-        raise MorphSeekError(f"{steps} refinement steps were asked for; choose 1 to {MAX_STEPS}.")
-    if align not in ALIGNMENTS:
-        raise MorphSeekError(f"There is no alignment '{align}'; choose one of {', '.join(ALIGNMENTS)}.")
+    check_steps(steps)
+    check_alignment(align)
     if state is not None and len(state.figures) - 1 + steps > MAX_STEPS:
         raise MorphSeekError(f"{len(state.figures) - 1} steps were taken already, and {MAX_STEPS} are the most.")
+    if fixed_labels is not None and moving_labels is not None:
+        _check_label_pair(fixed_labels, moving_labels)
     refinement = refinement or RefinementSettings()
     checkpoint = checkpoint_for(cancelled)
     clock = _Clock()
@@ -484,6 +484,12 @@ def _interruptible(network: RegistrationModel, checkpoint: Callable[[], None]):
             handle.remove()
 
 
+def _check_label_pair(fixed: Volume, moving: Volume) -> None:
+    """Refuse two label images of which no label can be compared."""
+    if not dice_per_label(fixed.data, fixed.data, moving_labels=moving.data):  # scores the labels that both have
+        raise MorphSeekError("The two label images have no label in common; check that they use the same numbers.")
+
+
 def _dice(
     fixed: Volume, moving: Volume, warped: Volume, start: Transform, checkpoint: Callable[[], None]
 ) -> dict[str, Any]:
@@ -495,8 +501,6 @@ def _dice(
     }
     per_stage = {k: dice_per_label(fixed.data, v, moving_labels=moving.data) for k, v in stages.items()}
     labels = sorted(per_stage["warped"])
-    if not labels:
-        raise MorphSeekError("The two label images have no label in common; check that they use the same numbers.")
     return {
         "labels": {str(label): {k: per_stage[k][label] for k in per_stage} for label in labels},
         "mean": {k: sum(v.values()) / len(v) for k, v in per_stage.items()},

@@ -44,6 +44,7 @@ from .finetuning import FinetuneConfig, finetune
 from .registration import load_model
 from .sac import SACConfig, train_spac
 from .settings import load, override, to_dict
+from .startup import check_run, find
 from .training import TrainingConfig, warmup
 
 try:
@@ -129,8 +130,7 @@ def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], 
         Cancelled: it was stopped; the same call goes on.
     """
     folder = Path(folder).resolve()
-    if not (folder / "run.json").is_file():
-        raise MorphSeekError(f"{folder} is no training run: it has no run.json; choose a folder that Slicer made.")
+    check_run(folder)
     stop = folder / "stop"
     with locked(folder):
         stop.unlink(missing_ok=True)
@@ -170,7 +170,7 @@ def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bo
     tell(Event("read", 0.0, "Looking through the cases"))
     dataset = hold_out(find_cases(folder / settings.dataset), settings.leave_out)
     device = pick_device(settings.device)
-    start = None if settings.init is None else checkpoints.find(_path(folder, settings.init))
+    start = None if settings.init is None else find(_path(folder, settings.init))
     stages = [stage for stage in (WARMUP, FINETUNE) if getattr(settings, stage) is not None]
     labelled = all(c.label is not None for pair in dataset.pairs[TEST] for c in (pair.fixed, pair.moving))
     share = (0.9 if labelled else 1.0) / len(stages)  # of the whole, for each stage

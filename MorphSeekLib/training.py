@@ -36,6 +36,7 @@ from .regularizers import diffusion, folding_penalty
 from .rewards import landmark_errors
 from .settings import to_dict
 from .similarity import SIMILARITIES
+from .startup import check_output_file
 from .synthesis import LabelMapSource, SynthesisSettings
 
 
@@ -248,8 +249,7 @@ def warmup(
         Cancelled: the person stopped it; the state is saved.
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
+    check_output_file(out, ".safetensors")
     run, device = config.training, torch.device(device)
     on_event(Event("read", 0.0, "Reading the training cases"))
     torch.manual_seed(run.seed)

@@ -15,6 +15,7 @@ from MorphSeekLib.checkpoint import Card
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib.startup import find
 
 MODEL = ModelSettings(
     backbone_settings={"encoder": [4, 6], "decoder": [6, 4], "extra": [4]},
@@ -162,6 +163,6 @@ def test_a_folder_in_the_way_is_refused_and_nothing_is_left(tmp_path, saved):
 
 def test_find_names_what_there_is(saved):
     path, _ = saved
-    assert checkpoint.find(path) == path
+    assert find(path) == path
     with pytest.raises(MorphSeekError, match="no model 'brain-xr'"):
-        checkpoint.find("brain-xr")
+        find("brain-xr")
