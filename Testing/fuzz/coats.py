@@ -54,6 +54,7 @@ class Dress:
         late: called with the final grid (in the file's space) before writing.
         writer: replaces the writer of the form; given path, stored values and grid.
         spoil: called with the written path.
+        damaged: the product must refuse this file.
         stem: name of the file without its ending.
     """
 
@@ -72,6 +73,7 @@ class Dress:
     late: list[Callable[[Dress, Grid], None]] = field(default_factory=list)
     writer: Callable[[Path, np.ndarray, Grid], Path] | None = None
     spoil: Callable[[Path], Path | None] | None = None
+    damaged: bool = False
     stem: str = ""
 
 
@@ -112,7 +114,7 @@ class Pair:
     @classmethod
     def undressed(cls, heads: Heads) -> Pair:
         """The base pair."""
-        return cls(Dress(False, heads.grid, stem="fixed"), Dress(True, heads.grid, stem="moving"))
+        return cls(Dress(False, heads.grid, stem="anna"), Dress(True, heads.grid, stem="bertha"))
 
     def some(self, generator: np.random.Generator) -> tuple[list[Dress], str]:
         """One of the images or both, and their names."""
@@ -540,7 +542,7 @@ def _(g: np.random.Generator, pair: Pair) -> str:
     for dress in (pair.fixed, pair.moving):
         dress.stem = f"{dress.stem} {stems[g.integers(len(stems))]}" if g.integers(2) else stems[g.integers(len(stems))]
     if pair.fixed.stem == pair.moving.stem:
-        pair.moving.stem += " moving"
+        pair.moving.stem += " again"
     pair.output = str(g.choice(["out [x]", "out", "résultats", "out [/red] 1"]))
     return f"{pair.fixed.stem} / {pair.moving.stem} / {pair.output}"
 
@@ -655,7 +657,10 @@ def _damage(name: str, *touches: str):
 
 
 def _one(g: np.random.Generator, pair: Pair) -> tuple[Dress, str]:
-    return [(pair.fixed, "fixed"), (pair.moving, "moving")][g.integers(2)]
+    """The image that is damaged."""
+    dress, which = [(pair.fixed, "fixed"), (pair.moving, "moving")][g.integers(2)]
+    dress.damaged = True
+    return dress, which
 
 
 @_damage("truncated file")
@@ -829,14 +834,17 @@ class Written:
         values: (i, j, k) float64, what the file says of the intensities.
         grid: in the file's space.
         world: (4, 4), space of the base pair -> space of the file.
-        quantum: the step of the stored numbers, 0 for floating point.
+        air, white: what the file says of the intensities 0 and 1.
+        damaged: the product must refuse it.
     """
 
     path: Path
     values: np.ndarray
     grid: Grid
     world: np.ndarray
-    quantum: float
+    air: float
+    white: float
+    damaged: bool = False
 
 
 def write(dress: Dress, heads: Heads, folder: Path, generator: np.random.Generator) -> Written:
@@ -859,7 +867,7 @@ def write(dress: Dress, heads: Heads, folder: Path, generator: np.random.Generat
     if dress.slopes:
         stored, scale = _per_slice(dress.low + x * (dress.high - dress.low), dress.kind)
     values = stored.astype(np.float64)
-    quantum = 0.0 if np.issubdtype(stored.dtype, np.floating) else 1.0
+    air, white = dress.low, dress.high
     suffix = dress.form.lower()
     if dress.writer is not None:
         path = dress.writer(path, stored, grid)
@@ -877,16 +885,14 @@ def write(dress: Dress, heads: Heads, folder: Path, generator: np.random.Generat
         repeated = np.broadcast_to(stored.reshape(*stored.shape, *(1 for _ in more)), (*stored.shape, *more))
         path = write_nifti(path, repeated, grid, dress.nifti)
         if np.isfinite(dress.nifti.slope) and dress.nifti.slope != 0:
-            values = values * dress.nifti.slope + dress.nifti.intercept
-            quantum *= abs(dress.nifti.slope)
+            values, air, white = (v * dress.nifti.slope + dress.nifti.intercept for v in (values, air, white))
     if dicom:
         values = values * scale.slopes + scale.intercepts
-        quantum = float(np.abs(scale.slopes).max())
     if dress.spoil is not None:
         path = dress.spoil(path) or path
     if dress.form == "dicom-file" and path.is_dir():
         path = sorted(path.iterdir())[grid.shape[2] // 3]
-    return Written(path, values, grid, dress.world, quantum)
+    return Written(path, values, grid, dress.world, air, white, dress.damaged)
 
 
 def write_labels(labels: LabelDress, dress: Dress, image: Written, heads: Heads, folder: Path) -> Written:
@@ -900,12 +906,12 @@ def write_labels(labels: LabelDress, dress: Dress, image: Written, heads: Heads,
     if labels.turned:
         grid, stored = turned(grid, [1, 2, 0], [True, False, True]), stored.transpose(1, 2, 0)[::-1, :, ::-1]
     stored = stored.astype(labels.kind)
-    path = folder / f"{'moving' if dress.moving else 'fixed'}-labels{labels.form}"
+    path = folder / f"{'bertha' if dress.moving else 'anna'}-labels{labels.form}"
     if labels.form == ".nrrd":
         write_nrrd(path, stored, grid)
     else:
         write_nifti(path, stored, grid, NiftiHeader())
-    return Written(path, values, image.grid, image.world, 1.0)
+    return Written(path, values, image.grid, image.world, 0.0, float(values.max()))
 
 
 def turned(grid: Grid, order, flips) -> Grid:

@@ -282,12 +282,13 @@ def fuzz(
                 free.append(hand)
             return result if result.coats else dataclasses.replace(result, coats=str(draw(seed, index, heads)))
 
+        pool = ThreadPoolExecutor(len(hands))
         try:
             hands[0].ask(None)
-            with ThreadPoolExecutor(len(hands)) as pool:
-                for future in as_completed([pool.submit(run, index) for index in indices]):
-                    yield future.result()
+            for future in as_completed([pool.submit(run, index) for index in indices]):
+                yield future.result()
         finally:
+            pool.shutdown(cancel_futures=True)
             for hand in hands:
                 hand.close()
 
@@ -306,11 +307,12 @@ def failed(result: Result) -> bool:
 
 def _coarse_model(path: Path) -> Path:
     """Write brain-mr's weights with a working grid of the undressed images' voxels."""
-    from MorphSeekLib.checkpoint import find, load, save
+    from MorphSeekLib.checkpoint import save
+    from MorphSeekLib.registration import load_model
 
-    network, card = load(find(MODEL))
-    preprocessing = dataclasses.replace(card.preprocessing, spacing=(VOXEL,) * 3, shape=None)
-    save(path, network, dataclasses.replace(card, preprocessing=preprocessing))
+    loaded = load_model(MODEL, "cpu")
+    preprocessing = dataclasses.replace(loaded.card.preprocessing, spacing=(VOXEL,) * 3, shape=None)
+    save(path, loaded.network, dataclasses.replace(loaded.card, preprocessing=preprocessing))
     return path
 
 

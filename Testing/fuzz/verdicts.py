@@ -103,8 +103,8 @@ def judge(ran: Ran, stored: Stored, coats: list[Coat], heads: Heads, base: Error
         return Verdict("traceback", ran.error or f"exit code {ran.code}: {ran.stderr[-300:]}")
     files = {path.name for path in ran.folder.rglob("*")} if ran.folder.exists() else set()
     if ran.code == 2:
-        if files:
-            return Verdict("half-written", f"refused, but left {sorted(files)}")
+        if ran.folder.exists():
+            return Verdict("half-written", f"refused, but left {sorted(files) or 'an empty folder'}")
         return _refused(ran.stderr, stored, coats)
     owed = set(FILES) - {"inverse.h5"} - (set() if stored.moving_labels else {"warped-labels.nii.gz"})
     if files != owed:
@@ -142,8 +142,7 @@ def _refused(stderr: str, stored: Stored, coats: list[Coat]) -> Verdict:
     sentence = lines[-1] if lines else ""
     if all(coat.refusal == "never" for coat in coats):
         return Verdict("wrong", f"refused without need: {sentence}")
-    given = [w for w in (stored.fixed, stored.moving, stored.fixed_labels, stored.moving_labels) if w is not None]
-    names = {re.sub(r"[^\x20-\x7e].*", "", w.path.name) for w in given} | {w.path.parent.name for w in given}
+    names = _names_due(stored, coats)
     bare = sentence
     for name in sorted(names, key=len, reverse=True):
         bare = bare.replace(name, "FILE")
@@ -155,6 +154,19 @@ def _refused(stderr: str, stored: Stored, coats: list[Coat]) -> Verdict:
     if not _ADVICE.search(bare):
         return Verdict("wrong", f"refused without saying what to do: {sentence}")
     return Verdict("refused", sentence)
+
+
+def _names_due(stored: Stored, coats: list[Coat]) -> set[str]:
+    """Collect the names of the files that a refusal is about: one of them must be said."""
+    images, labels = [stored.fixed, stored.moving], [w for w in (stored.fixed_labels, stored.moving_labels) if w]
+    about = [w for w in images if w.damaged]
+    if any(coat.refusal == "must" and "labels" in coat.touches for coat in coats):
+        about += labels
+    if any(coat.refusal == "may" for coat in coats):
+        about = images
+    # a DICOM slice stands for its folder; of a name that cannot be printed its plain beginning is enough
+    names = {name for w in about for name in (w.path.name, w.path.parent.name if w.path.suffix == ".dcm" else "")}
+    return {re.sub(r"[^\x20-\x7e].*", "", name) for name in names} - {"", "in"}
 
 
 def _wrong_errors(ran: Ran, stored: Stored, coats: list[Coat], heads: Heads, base: Errors) -> list[str]:
@@ -199,8 +211,7 @@ def _wrong_files(ran: Ran, stored: Stored, coats: list[Coat]) -> list[str]:
         reasons.append(f"{100 * off.mean():.1f} % of the warped image is not what SimpleITK makes of transform.h5")
     if not np.isfinite(written).all():
         reasons.append("the warped image holds NaN or infinity")
-    if np.ptp(written[within < -0.5]) > rounding if (within < -0.5).any() else False:
-        reasons.append("the warped image has several values outside of the moving image")
+    reasons += _wrong_outside(written[within < -0.5], moving, rounding)
     if stored.moving_labels is not None:
         reasons += _wrong_labels(ran, stored, transform)
     try:
@@ -213,6 +224,18 @@ def _wrong_files(ran: Ran, stored: Stored, coats: list[Coat]) -> list[str]:
     if str(ran.folder / "report.html") not in ran.stdout:
         reasons.append("the path of the report is not printed as it is")
     return reasons
+
+
+def _wrong_outside(values: np.ndarray, moving: Written, rounding: float) -> list[str]:
+    """Check what the warped image holds where the moving image shows nothing: one value, its air or darker fill."""
+    if not values.size:
+        return []
+    if np.ptp(values) > rounding:
+        return [f"the warped image holds {values.min():g} to {values.max():g} outside of the moving image"]
+    span, darkest = moving.white - moving.air, np.nanmin(moving.values)
+    if not min(darkest, moving.air) - 0.05 * span - rounding <= values[0] <= moving.air + 0.25 * span + rounding:
+        return [f"the warped image holds {values[0]:g} outside of the moving image, whose air is {moving.air:g}"]
+    return []
 
 
 def _wrong_labels(ran: Ran, stored: Stored, transform: sitk.Transform) -> list[str]:
