@@ -25,9 +25,10 @@ import numpy as np
 from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset, paired_sides
 from .errors import MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
-from .files import check_out, shown, write_atomically
+from .files import write_atomically
 from .images import check_labels, read_image, read_labels
 from .settings import to_dict, to_json
+from .startup import check_output_file, shown
 
 VALIDATION, TEST = "registration_val", "registration_test"
 FEWEST = 4  # cases: two to train on, one to validate on, one for the figures before and after
@@ -170,7 +171,7 @@ def check(
         Cancelled: the person stopped it.
     """
     if out is not None:
-        check_out(out, [dataset.path])
+        check_output_file(out, inputs=[dataset.path])
     checkpoint = checkpoint_for(cancelled)
     cases = _all_cases(dataset)
     rows, seen = [], {}

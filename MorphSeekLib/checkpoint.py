@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,9 +26,7 @@ from .files import write_atomically
 from .policy import ModelSettings, RegistrationModel
 from .preprocessing import Preprocessing
 from .settings import from_dict, to_dict, to_json
-
-FORMAT = 1
-BUNDLED = Path(__file__).resolve().parent.parent / "Resources" / "Checkpoints"
+from .startup import FORMAT, read_header
 
 
 @dataclass(frozen=True)
@@ -96,35 +93,7 @@ def read_card(path: Path | str) -> Card:
         MorphSeekError: no such file, or not a MorphSeek checkpoint: pickled, foreign, damaged or from a later version.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MorphSeekError(f"There is no checkpoint file {path}; check the path.")
-    with open(path, "rb") as file:
-        head = file.read(2)
-    if head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise MorphSeekError(
-            f"{path.name} is a pickled PyTorch file, which MorphSeek does not open because it could run any program; "
-            "use a MorphSeek .safetensors checkpoint."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise MorphSeekError(
-            f"{path.name} is damaged or not a .safetensors file ({error}); download or copy it again."
-        ) from error
-    if "morphseek" not in metadata:
-        raise MorphSeekError(
-            f"{path.name} is a .safetensors file of another program: it carries no MorphSeek card. "
-            "Choose a checkpoint that MorphSeek wrote."
-        )
-    try:
-        values = json.loads(metadata["morphseek"])
-        number = values.pop("format")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise MorphSeekError(f"The card of {path.name} is damaged ({error}); copy the file again.") from error
-    if number != FORMAT:
-        raise MorphSeekError(f"{path.name} has format {number}, this MorphSeek reads {FORMAT}; update MorphSeek.")
-    return from_dict(Card, values, f"the card of {path.name}")
+    return from_dict(Card, read_header(path), f"the card of {path.name}")
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[RegistrationModel, Card]:
@@ -154,24 +123,3 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
 def sha256(path: Path | str) -> str:
     """Hex digest of a file, by which reports name the checkpoint."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def bundled() -> dict[str, Path]:
-    """Checkpoints that come with MorphSeek: name -> file."""
-    return {path.stem: path for path in sorted(BUNDLED.glob("*.safetensors"))}
-
-
-def find(model: str | Path) -> Path:
-    """The file of a bundled model's name, or of a path.
-
-    Raises:
-        MorphSeekError: neither; the known names are listed.
-    """
-    names = bundled()
-    if str(model) in names:
-        return names[str(model)]
-    path = Path(model).expanduser()
-    if path.is_file():
-        return path
-    known = ", ".join(names) or "none are installed"
-    raise MorphSeekError(f"There is no model '{model}': give a bundled name ({known}) or a .safetensors file.")

@@ -11,23 +11,37 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent
-from .files import refuse_overwriting, shown
+from .settings import read_values
+from .startup import (
+    check_alignment,
+    check_device,
+    check_model,
+    check_output_file,
+    check_output_folder,
+    check_readable,
+    check_run,
+    check_steps,
+    check_threads,
+    shown,
+    wait_passively,
+)
 
 if TYPE_CHECKING:
     from .cases import CheckReport
+    from .checkpoint import Card
     from .refinement import RefinementSettings
 
 app = typer.Typer(
@@ -38,22 +52,39 @@ app = typer.Typer(
 )
 benchmarks = typer.Typer(no_args_is_help=True, help="Train and measure what a paper's table compares; hours to days.")
 app.add_typer(benchmarks, name="benchmark")
-console = Console()
-errors = Console(stderr=True, soft_wrap=True)
+# without markup: a file may be called scan[1].nii
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 Model = Annotated[str, typer.Option(help="A bundled model's name, or a .safetensors file.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
-Steps = Annotated[int | None, typer.Option(help="Refinement steps; what the model was trained with by default.")]
+Device = Annotated[str, typer.Option(help="auto (the first GPU, else the processor), cpu or cuda:N.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of the processor to compute with.", show_default="all", metavar="N")
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Steps of the network, 1 to 20.", show_default="what the model was trained with")
+]
 Align = Annotated[
-    str | None, typer.Option(help="none, center, rigid or affine before the network; what the model wants by default.")
+    str | None,
+    typer.Option(help="Alignment before the network: none, center, rigid or affine.", show_default="the model's own"),
 ]
 Refine = Annotated[
     int, typer.Option(help="Iterations that fit this pair without labels, after the network: slower and more exact.")
 ]
 RefineFine = Annotated[
-    int, typer.Option(help="Iterations more on the fixed image's own grid: the most exact, and the slowest.")
+    int, typer.Option(help="More iterations, on the fixed image's own grid: the most exact, and the slowest.")
 ]
-RefineBy = Annotated[str, typer.Option(help="What --refine fits: lncc (one modality), mind (two) or mse.")]
+RefineBy = Annotated[
+    str,
+    typer.Option(help="Similarity that --refine raises: lncc or mse (one modality), or mind (two modalities)."),
+]
+Config = Annotated[
+    Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.", show_default="built-in settings")
+]
+FirstLabels = Annotated[
+    int | None, typer.Option(help="Use only the first N labeled cases.", show_default="all", metavar="N")
+]
+NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetensors).")]
 
 
 @app.command()
@@ -64,6 +95,7 @@ def register(
     model: Model = "brain-mr",
     steps: Steps = None,
     device: Device = "auto",
+    threads: Threads = None,
     align: Align = None,
     refine: Refine = 0,
     refine_fine: RefineFine = 0,
@@ -87,18 +119,26 @@ def register(
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
     with job() as (on_event, cancelled):
+        for path in (fixed, moving, initial_transform, fixed_labels, moving_labels):
+            if path is not None:
+                check_readable(path)
+        check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
+        check_output_folder(output)
+
+        from .devices import pick_device
         from .events import checkpoint_for
         from .geometry import covering_grid
         from .images import check_labels, read_image, read_labels
         from .registration import load_model
         from .registration import register as run
-        from .results import check_outputs, check_writable, write_results
+        from .results import check_outputs, write_results
         from .transforms import read_transform
 
         begin = time.perf_counter()
+        use_threads(threads)
+        pick_device(device)
         refinement = refinement_of(refine, refine_fine, refine_by)
         check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
-        check_writable(output)
         on_event(Event("read", 0.0, "Reading the images"))
         images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
         if as_float:
@@ -142,9 +182,10 @@ def evaluate(
     dataset: Annotated[Path, typer.Argument(help="dataset.json in Learn2Reg's style.")],
     model: Model,
     out: Annotated[Path, typer.Option(help="The JSON file to write.")],
-    split: Annotated[str, typer.Option(help="Which pairs.")] = "registration_test",
+    split: Annotated[str, typer.Option(help="Which pairs of the data set.")] = "registration_test",
     steps: Steps = None,
     device: Device = "auto",
+    threads: Threads = None,
     align: Align = None,
     refine: Refine = 0,
     refine_fine: RefineFine = 0,
@@ -152,12 +193,16 @@ def evaluate(
 ) -> None:
     """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ per pair and their means."""
     with job() as (on_event, cancelled):
+        check_readable(dataset)
+        check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
+        check_output_file(out, inputs=[dataset, model])
+
         from .datasets import load_dataset
         from .evaluation import evaluate as run
         from .registration import load_model
 
+        use_threads(threads)
         refinement = refinement_of(refine, refine_fine, refine_by)
-        refuse_overwriting([out], [dataset, model])
         data = load_dataset(dataset)
         loaded = load_model(model, device)
         result = run(
@@ -180,11 +225,15 @@ def evaluate(
 @app.command()
 def check(
     dataset: Annotated[Path, typer.Argument(help="dataset.json, or a folder of images and label maps named alike.")],
-    out: Annotated[Path | None, typer.Option(help="A JSON file to write the findings to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write the findings to.", show_default="none")] = None,
     labels: Annotated[bool, typer.Option(help="Whether every case needs labels (warm-up alone does not).")] = True,
 ) -> None:
     """Look through the cases of a training before it: grids, labels in common, counts. Exit code 2: no start."""
     with job() as (on_event, cancelled):
+        check_readable(dataset)
+        if out is not None:
+            check_output_file(out, inputs=[dataset])
+
         from .cases import check as run
         from .cases import find_cases
 
@@ -197,14 +246,22 @@ def check(
 @app.command()
 def warmup(
     dataset: Annotated[Path, typer.Argument(help="dataset.json, or a folder of label maps for synthetic training.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
-    config: Annotated[Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Overrides model.backbone of the settings.")] = None,
-    init: Annotated[Path | None, typer.Option(help="A checkpoint of the same model to start from.")] = None,
+    out: NewModel,
+    config: Config = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Overrides model.backbone of the settings.", show_default="the settings'")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="A model of the same kind to start from: a name or a file.", show_default="random weights"),
+    ] = None,
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Train a backbone with its policy head. Run the same command again to resume a run that was stopped."""
     with job() as (on_event, cancelled):
+        start = check_training(dataset, out, config, device, threads, init)
+
         import dataclasses
 
         from .datasets import load_dataset
@@ -213,34 +270,40 @@ def warmup(
         from .training import TrainingConfig
         from .training import warmup as run
 
-        refuse_overwriting([out], [dataset, config, init])
         settings = load(TrainingConfig, config)
         if backbone is not None and backbone != settings.model.backbone:
             settings = dataclasses.replace(
                 settings, model=dataclasses.replace(settings.model, backbone=backbone, backbone_settings={})
             )
+        use_threads(threads)
         where = pick_device(device)
-        run(load_dataset(dataset), settings, out, device=where, init=init, on_event=on_event, cancelled=cancelled)
+        run(load_dataset(dataset), settings, out, device=where, init=start, on_event=on_event, cancelled=cancelled)
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
 
 @app.command()
 def finetune(
-    dataset: Annotated[Path, typer.Argument(help="dataset.json with labelled training cases.")],
-    init: Annotated[Path, typer.Option(help="The checkpoint to start from.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
-    config: Annotated[Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Refinement steps T; overrides the settings.")] = None,
-    trajectories: Annotated[int | None, typer.Option(help="Trajectories J; overrides the settings.")] = None,
-    labels: Annotated[int | None, typer.Option(help="Use only the first so many labelled cases.")] = None,
+    dataset: Annotated[Path, typer.Argument(help="dataset.json with labeled training cases.")],
+    init: Annotated[str, typer.Option(help="The model to start from: a bundled model's name, or a .safetensors file.")],
+    out: NewModel,
+    config: Config = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps T of the network in training.", show_default="the settings'")
+    ] = None,
+    trajectories: Annotated[
+        int | None, typer.Option(help="Trajectories J of each group.", show_default="the settings'")
+    ] = None,
+    labels: FirstLabels = None,
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
-    """Fine-tune a checkpoint by GRPO on labelled cases. Run the same command again to resume a run that was stopped.
+    """Fine-tune a model by GRPO on labeled cases. Run the same command again to resume a run that was stopped.
 
     Under torchrun or SLURM all processes share the work.
     """
     with job() as (on_event, cancelled):
-        from .checkpoint import find
+        start = check_training(dataset, out, config, device, threads, init)
+
         from .datasets import load_dataset
         from .devices import pick_device
         from .distributed import join
@@ -248,14 +311,14 @@ def finetune(
         from .finetuning import finetune as run
         from .settings import load, override
 
-        refuse_overwriting([out], [dataset, config, init])
         settings = load(FinetuneConfig, config)
         settings = override(settings, "training", steps=steps, labels=labels)
         settings = override(settings, "policy", trajectories=trajectories)
+        use_threads(threads)
         world = join(device)
         where = world.device or pick_device(device)
         run(
-            load_dataset(dataset), settings, find(init), out, device=where, world=world, on_event=on_event,
+            load_dataset(dataset), settings, start, out, device=where, world=world, on_event=on_event,
             cancelled=cancelled,
         )  # fmt: skip
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
@@ -263,23 +326,26 @@ def finetune(
 
 @app.command()
 def spac(
-    dataset: Annotated[Path, typer.Argument(help="dataset.json with labelled training cases.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
-    config: Annotated[Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.")] = None,
-    labels: Annotated[int | None, typer.Option(help="Use only the first so many labelled cases.")] = None,
+    dataset: Annotated[Path, typer.Argument(help="dataset.json with labeled training cases.")],
+    out: NewModel,
+    config: Config = None,
+    labels: FirstLabels = None,
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Train SPAC, the reinforcement learning that MorphSeek is compared with, by soft actor-critic.
 
     Run the same command again to resume a run that was stopped.
     """
     with job() as (on_event, cancelled):
+        check_training(dataset, out, config, device, threads)
+
         from .datasets import load_dataset
         from .devices import pick_device
         from .sac import SACConfig, train_spac
         from .settings import load, override
 
-        refuse_overwriting([out], [dataset, config])
+        use_threads(threads)
         settings = override(load(SACConfig, config), "training", labels=labels)
         where = pick_device(device)
         train_spac(load_dataset(dataset), settings, out, device=where, on_event=on_event, cancelled=cancelled)
@@ -292,11 +358,16 @@ def train(
     while_open: Annotated[
         bool, typer.Option(help="Stop when standard input is closed, unless the folder then holds a file 'keep'.")
     ] = False,
+    threads: Threads = None,
 ) -> None:
     """Warm up, fine-tune and measure as a run's folder says. Run it again to resume; a file 'stop' there stops it."""
     with job() as (on_event, cancelled):
+        check_run(folder)
+        check_choices(threads=threads)
+
         from .runs import run
 
+        use_threads(threads)
         stop, alone = threading.Event(), threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what a session's end sends
         if while_open:
@@ -313,61 +384,88 @@ def train(
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(help="A PyTorch file of an official code; read weights-only, never run.")],
     architecture: Annotated[str, typer.Option(help="Whose weights they are, such as vxm-2; a wrong name lists all.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write (.safetensors).")],
+    out: NewModel,
     spacing: Annotated[
-        tuple[float, float, float] | None, typer.Option(help="mm of the working grid; the fixed image's by default.")
+        tuple[float, float, float] | None,
+        typer.Option(help="Voxel size of the working grid, in mm.", show_default="the fixed image's"),
     ] = None,
     shape: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="The least voxels of the working grid: the size of training.")
+        tuple[int, int, int] | None,
+        typer.Option(help="Smallest size of the working grid, in voxels.", show_default="what the image needs"),
     ] = None,
-    orientation: Annotated[str | None, typer.Option(help="Axis code of the working grid; RAS by default.")] = None,
+    orientation: Annotated[str | None, typer.Option(help="Axis code of the working grid.", show_default="RAS")] = None,
     intensity: Annotated[
-        str | None, typer.Option(help="percentile (the default), window or none: how intensities become 0 to 1.")
+        str | None,
+        typer.Option(help="How intensities become 0 to 1: percentile, window or none.", show_default="percentile"),
     ] = None,
-    low: Annotated[float | None, typer.Option(help="The percentile or intensity that becomes 0.")] = None,
-    high: Annotated[float | None, typer.Option(help="The percentile or intensity that becomes 1.")] = None,
-    align: Annotated[str | None, typer.Option(help="none, center, rigid or affine (the default) before.")] = None,
-    steps: Annotated[int, typer.Option(help="Refinement steps when nothing is asked for.")] = 1,
-    title: Annotated[str, typer.Option(help="One line for a list of models.")] = "",
-    licence: Annotated[str, typer.Option(help="Of the weights; the file does not say.")] = "",
+    low: Annotated[
+        float | None, typer.Option(help="The percentile or intensity that becomes 0.", show_default="0.5")
+    ] = None,
+    high: Annotated[
+        float | None, typer.Option(help="The percentile or intensity that becomes 1.", show_default="99.5")
+    ] = None,
+    align: Annotated[
+        str | None,
+        typer.Option(help="Alignment before the network: none, center, rigid or affine.", show_default="affine"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the network when a registration does not say.")] = 1,
+    title: Annotated[str, typer.Option(help="One line for a list of models.", show_default="made from the file")] = "",
+    license_: Annotated[
+        str, typer.Option("--license", help="License of the weights, which the file does not say.", show_default="none")
+    ] = "",
 ) -> None:
-    """Make a MorphSeek checkpoint of the weights of a published network; it gives what the official code gives."""
+    """Make a MorphSeek model of the weights of a published network; it gives what the official code gives."""
     with job():
+        check_readable(file)
+        check_output_file(out, ".safetensors", [file])
+
         from .official import import_checkpoint as run
         from .preprocessing import Preprocessing
         from .settings import from_dict
 
-        refuse_overwriting([out], [file])
         options = {
             "spacing": spacing, "shape": shape, "orientation": orientation, "intensity": intensity, "low": low,
             "high": high, "align": align, "steps": steps,
         }  # fmt: skip
         given = {name: value for name, value in options.items() if value is not None}
         preprocessing = from_dict(Preprocessing, given, "the checkpoint's preprocessing")
-        run(file, architecture, out, preprocessing=preprocessing, title=title, licence=licence)
+        run(file, architecture, out, preprocessing=preprocessing, title=title, licence=license_)
     console.print(f"Wrote {out}", soft_wrap=True)
 
 
 @app.command()
-def info(model: Annotated[str, typer.Argument(help="A bundled model's name, or a .safetensors file.")]) -> None:
-    """Print a checkpoint's card: what it is, what it was trained on, how it was measured, its licence."""
+def info(
+    model: Annotated[str, typer.Argument(help="A bundled model's name, or a .safetensors file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole card as JSON, for programs.")] = False,
+) -> None:
+    """Print a model's card: what it is, what it was trained on, how it was measured, its license."""
     with job():
-        from .checkpoint import find, read_card
+        file = check_model(model)
+
+        from .checkpoint import read_card
         from .settings import to_dict
 
-        card = to_dict(read_card(find(model)))
-    console.print_json(json.dumps(card))
+        card = read_card(file)
+    if as_json:
+        console.print_json(json.dumps(to_dict(card)))
+    else:
+        print_card(card, file)
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-output"),
     device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Register two real brain scans that come with installable packages, and say how well it went."""
     with job() as (on_event, cancelled):
+        check_choices(device=device, threads=threads)
+        check_output_folder(output)
+
         from .demo import run_demo
 
+        use_threads(threads)
         report, sentences = run_demo(output, device, on_event, cancelled)
     print_report(report)
     for sentence in sentences:
@@ -396,6 +494,12 @@ def _add_benchmark(name: str, text: str) -> None:
     @benchmarks.command(name, help=text)
     def command(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
         with job() as (on_event, cancelled):
+            check_readable(data)
+            check_choices(device=device)
+            check_output_folder(out)
+            if config is not None:
+                read_values(config)
+
             from .benchmark.main_table import MainTableSettings, main_table, shipped_settings
             from .settings import load
 
@@ -415,7 +519,12 @@ def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: cancelled.set()) if main else None
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
     code = 0
     try:
         with Progress(*columns, console=errors, transient=True) as progress:
@@ -435,7 +544,7 @@ def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
 
             yield on_event, cancelled.is_set
     except MorphSeekError as error:
-        errors.print(str(error), style="red", markup=False)
+        errors.print(str(error), style="red")
         code = 2
     except Cancelled:
         errors.print("Cancelled.")
@@ -447,6 +556,50 @@ def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
             signal.signal(signal.SIGINT, before)
     if code:
         raise typer.Exit(code)
+
+
+def check_choices(
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    steps: int | None = None,
+    align: str | None = None,
+) -> None:
+    """Refuse a name or number that cannot be, before anything is imported or read for it; None was not given.
+
+    Raises:
+        MorphSeekError: which of them, and what there is.
+    """
+    checks = (check_model, model), (check_device, device), (check_threads, threads)
+    for check_one, value in (*checks, (check_steps, steps), (check_alignment, align)):
+        if value is not None:
+            check_one(value)
+
+
+def check_training(
+    dataset: Path, out: Path, config: Path | None, device: str, threads: int | None, init: str | None = None
+) -> Path | None:
+    """Refuse what a training could not begin with; return the file of the model that it starts from.
+
+    Raises:
+        MorphSeekError: a path, a name or a settings file that cannot be used.
+    """
+    check_readable(dataset)
+    if config is not None:
+        read_values(config)
+    check_choices(device=device, threads=threads)
+    start = None if init is None else check_model(init)
+    check_output_file(out, ".safetensors", [dataset, config, start])
+    return start
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with so many threads; None leaves it at all."""
+    if threads is not None:
+        from .devices import use_threads as use
+
+        use(threads)
 
 
 def refinement_of(iterations: int, fine_iterations: int, similarity: str) -> RefinementSettings:
@@ -485,7 +638,72 @@ def print_report(report: dict) -> None:
     table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
     console.print(table)
     for warning in report.get("warnings", []):
-        errors.print(warning["message"], style="yellow", markup=False)
+        errors.print(warning["message"], style="yellow")
+
+
+def print_card(card: Card, file: Path) -> None:
+    """What a model says of itself, as a table, with its file and check sums."""
+    from .checkpoint import sha256
+
+    preprocessing, trained, counts = card.preprocessing, card.provenance, card.parameters
+    data = trained.get("data")
+    data = data if isinstance(data, dict) else {"name": data}
+    told = [data.get("name"), data.get("description"), f"{trained['cases']} cases" if "cases" in trained else None]
+    told += ["images synthesized from labels" if trained.get("synthetic") else None, trained.get("stage")]
+    sizes = f", {counts['backbone']:,} weights" if "backbone" in counts else ""
+    share = f", {counts['policy_head']:,} weights" if "policy_head" in counts else ""
+    spacing = "the fixed image's voxels" if preprocessing.spacing is None else f"{_by(preprocessing.spacing)} mm"
+    least = "" if preprocessing.shape is None else f", at least {_by(preprocessing.shape)} voxels"
+    intensities = {
+        "percentile": f"percentiles {preprocessing.low:g} to {preprocessing.high:g} become 0 to 1",
+        "window": f"{preprocessing.low:g} to {preprocessing.high:g} become 0 to 1",
+        "none": "as given",
+    }
+    rows = [
+        ("Title", card.title or "none"),
+        ("Trained on", ", ".join(str(text) for text in told if text) or "not stated"),
+        ("Backbone", f"{card.model.backbone}{sizes}; its output is read as a {card.model.output}"),
+        ("Policy head", f"mean {card.model.policy.mean}{share}"),
+        ("Working grid", f"{preprocessing.orientation}, {spacing}{least}"),
+        ("Intensities", intensities[preprocessing.intensity]),
+        ("Alignment", preprocessing.align),
+        ("Steps", str(preprocessing.steps)),
+        *(("Measured", text) for text in _figures(card.results)),
+        ("License", card.licence or "not stated"),
+    ]
+    table = Table(show_header=False, title="Model")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    # whole lines, to be copied
+    console.print(f"File: {file}\nSHA-256 of the file: {sha256(file)}", soft_wrap=True)
+
+
+_FIGURE_NAMES = {
+    "dice_before": "Dice before {:.3f}",
+    "dice_aligned": "aligned {:.3f}",
+    "dice": "registered {:.3f}",
+    "hd95": "HD95 {:.2f} mm",
+    "njd_percent": "NJD {:.3f} %",
+    "sdlogj": "SDlogJ {:.3f}",
+    "tre_mm": "landmarks {:.2f} mm",
+}
+
+
+def _figures(results: dict) -> list[str]:
+    """A line for each data set that a card holds means of."""
+    lines = []
+    for name, value in results.items():
+        means = value.get("mean", value) if isinstance(value, dict) else {}
+        found = [words.format(means[key]) for key, words in _FIGURE_NAMES.items() if isinstance(means.get(key), float)]
+        if found:
+            pairs = f" ({value['pairs']} pairs)" if "pairs" in value else ""
+            lines.append(f"{value.get('dataset', name)}{pairs}: {', '.join(found)}")
+    return lines
+
+
+def _by(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
 
 
 def _await_end(source: int, ended: threading.Event) -> None:
@@ -500,14 +718,14 @@ def print_check(report: CheckReport) -> None:
     """The findings about a data set, as a table and sentences."""
     table = Table("case", "voxels", "mm", "labels", "remarks", title="Cases")
     for case in report.cases:
-        remarks = [f"[red]{escape(text)}[/red]" for text in case.problems] + [escape(text) for text in case.warnings]
-        numbers = (" x ".join(f"{n:g}" for n in values) for values in (case.shape, case.spacing))
-        table.add_row(escape(case.name), *numbers, str(len(case.labels)), "\n".join(remarks))
+        remarks = [Text(text, "red") for text in case.problems] + [Text(text) for text in case.warnings]
+        numbers = (_by(values) for values in (case.shape, case.spacing))
+        table.add_row(case.name, *numbers, str(len(case.labels)), Text("\n").join(remarks))
     console.print(table)
     for text in report.warnings:
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(text, soft_wrap=True)
     for text in report.problems:
-        errors.print(text, style="red", markup=False)
+        errors.print(text, style="red")
     if not report.problems:
         left_out = f"; {len(report.unusable)} are left out" if report.unusable else ""
         console.print(
@@ -518,7 +736,8 @@ def print_check(report: CheckReport) -> None:
 
 
 def main() -> None:
-    """Entry point of ``morphseek``."""
+    """Entry point of ``morphseek`` and of ``python -m MorphSeekLib.cli``."""
+    wait_passively()
     app()
 
 

@@ -22,7 +22,8 @@ from .geometry import DenseTransform, Volume, apply_affine, covering_grid, dense
 from .images import read_image
 from .preprocessing import sampled_places
 from .registration import load_model, register
-from .results import check_writable, write_results
+from .results import write_results
+from .startup import check_output_folder
 
 COLIN27 = Path("/usr/share/mricron/templates/ch2.nii.gz")
 MODEL = "brain-mr"
@@ -69,7 +70,7 @@ def deformed(volume: Volume, seed: int = 0) -> tuple[Volume, DenseTransform]:
 
 def run_demo(output: Path, device: str, on_event: OnEvent, cancelled: Callable[[], bool]) -> tuple[dict, list[str]]:
     """Register the pair and write its results; returns the report and sentences on how well it went."""
-    check_writable(output)
+    check_output_folder(output)
     on_event(Event("read", 0.0, "Reading the template"))
     fixed = template()
     truth = None

@@ -18,6 +18,10 @@ import torch
 from torch import nn
 
 from .errors import MorphSeekError
+from .images import use_simpleitk_threads
+from .startup import check_device, check_threads
+
+_ALL_THREADS = torch.get_num_threads()
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -26,15 +30,12 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises:
         MorphSeekError: an unknown name, or CUDA asked for where there is none.
     """
+    check_device(name)
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or not (number or "0").isdigit():
-        raise MorphSeekError(
-            f"There is no device '{name}'; use auto, cpu or cuda:N (N is the number of a GPU, from 0)."
-        )
+    number = name.partition(":")[2]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise MorphSeekError(
@@ -44,6 +45,21 @@ def pick_device(name: str = "auto") -> torch.device:
     if int(number or 0) >= count:
         raise MorphSeekError(f"The device {name} was asked for, but the last GPU here is cuda:{count - 1}.")
     return torch.device("cuda", int(number or 0))
+
+
+def use_threads(count: int | None = None) -> None:
+    """Compute with so many threads of the processor from now on, in PyTorch and in SimpleITK.
+
+    Args:
+        count: 1 or more; None for as many as there were at the start, which is all unless the environment says less.
+
+    Raises:
+        MorphSeekError: a count below one.
+    """
+    if count is not None:
+        check_threads(count)
+    torch.set_num_threads(count or _ALL_THREADS)
+    use_simpleitk_threads(count)
 
 
 def describe_devices() -> list[dict[str, str | int]]:

@@ -19,7 +19,8 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
 from .errors import MorphSeekError
-from .files import library_name, python_name, shown
+from .files import library_name, python_name
+from .startup import shown
 
 # what tells several volumes in one file apart: the macro that holds it, its attribute, and what to call it
 _VOLUMES = (

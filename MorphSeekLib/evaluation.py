@@ -14,12 +14,13 @@ from .checkpoint import software
 from .datasets import Dataset, Pair, read_pair, scored_pairs
 from .errors import MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
-from .files import check_out, write_atomically
+from .files import write_atomically
 from .geometry import Volume
 from .metrics import LABEL_DEFINITIONS, LabelFigures, deviation, judged_labels, label_figures, mean
 from .refinement import RefinementSettings
 from .registration import LoadedModel, register
 from .settings import to_dict, to_json
+from .startup import check_output_file
 
 DEFINITIONS = LABEL_DEFINITIONS | {
     "njd_percent": "share of the fixed image's voxels with a Jacobian determinant <= 0 (central differences, one-sided "
@@ -61,7 +62,7 @@ def evaluate(
         Cancelled: the rows so far are kept beside ``out``.
     """
     out = Path(out)
-    check_out(out, [dataset.path])
+    check_output_file(out, inputs=[dataset.path])
     pairs = scored_pairs(dataset, split)
     checkpoint = checkpoint_for(cancelled)
     settings = {

@@ -14,12 +14,13 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from .errors import MorphSeekError
+from .startup import shown
 
 if os.name == "nt":
     import msvcrt
@@ -28,11 +29,6 @@ else:
 
 _PART = ".morphseek-"
 _LOCK = ".lock"
-
-
-def shown(path: str | os.PathLike) -> str:
-    """Return a file's name as text that can be printed and stored, whatever its bytes are."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def library_name(path: str | os.PathLike) -> str:
@@ -64,54 +60,6 @@ def linked(path: Path, ending: str) -> Iterator[str]:
         except OSError:  # Windows, without the right to
             shutil.copyfile(path, other)
         yield library_name(other)
-
-
-def refuse_overwriting(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None]) -> None:
-    """Refuse to write over a file that is read.
-
-    Args:
-        outputs: the files that will be written.
-        inputs: what is read; None and what is not there are passed over.
-
-    Raises:
-        MorphSeekError: an output is one of the inputs, by whatever name.
-    """
-    existing = [path for path in inputs if path is not None and os.path.exists(path)]
-    for output in outputs:
-        for path in existing:
-            if os.path.exists(output) and os.path.samefile(output, path):
-                raise MorphSeekError(
-                    f"{shown(path)} is an input and would be overwritten by the results; choose another output."
-                )
-
-
-class _Trial(Exception):
-    """Nothing went wrong."""
-
-
-def check_out(path: str | os.PathLike, inputs: Iterable[str | os.PathLike | None] = ()) -> None:
-    """Refuse an output file before the work rather than after it. Nothing is left behind, not even a folder.
-
-    Args:
-        path: the file that the job will write.
-        inputs: as for :func:`refuse_overwriting`.
-
-    Raises:
-        MorphSeekError: it is a folder, is one of the inputs, or cannot be written.
-    """
-    path = Path(path)
-    refuse_overwriting([path], inputs)
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(_Trial), whole_file(path):
-            raise _Trial
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # another process may use it by now
-                folder.rmdir()
 
 
 def try_lock(file: IO) -> bool:

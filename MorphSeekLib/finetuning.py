@@ -37,6 +37,7 @@ from .metrics import label_figures
 from .policy import RegistrationModel, draw
 from .rewards import RewardSettings, State, common_labels
 from .settings import to_dict
+from .startup import check_output_file
 from .training import (
     VALIDATION_DEFINITIONS,
     Batch,
@@ -44,7 +45,6 @@ from .training import (
     WarmupSettings,
     advance,
     check_finite,
-    check_model_out,
     generator_for,
     set_learning_rate,
     state_file,
@@ -142,7 +142,7 @@ def finetune(
     """
     out, run, world = Path(out), config.training, world or World()
     device = torch.device(device)
-    check_model_out(out, dataset, init)
+    check_output_file(out, ".safetensors", [dataset.path, init])
     if run.pairs % world.size:
         raise MorphSeekError(f"training.pairs is {run.pairs}; it must be a multiple of the {world.size} processes.")
     on_event(Event("read", 0.0, "Reading the checkpoint and the training cases"))

@@ -26,13 +26,15 @@ from torch import Tensor
 from . import dicom, nifti
 from .errors import MorphSeekError
 from .events import Notice
-from .files import library_name, linked, shown, whole_file
+from .files import library_name, linked, whole_file
 from .geometry import DenseTransform, Grid, Transform, Volume, covering_grid, index_points, reordered, resample
 from .labels import check_label_values
+from .startup import check_readable, shown
 
 WRITABLE = (".nii", ".nii.gz", ".nrrd", ".mha")
 _SAMPLES = 1 << 22  # voxels, at random, of which the air value of a large image is found
 _AXES = ("first", "second", "third")
+_ALL_THREADS = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
 
 
 def read_image(path: str | os.PathLike, nifti_form: str | None = None) -> Volume:
@@ -132,14 +134,10 @@ def label_values(values: Tensor, name: str) -> Tensor:
         MorphSeekError: with ``name``: fractions, negative values, or values beyond 32 bits.
     """
     whole = values.round()
-    # scl_slope makes 3 into 2.9999998
-    if values.is_floating_point() and not bool(((values - whole).abs() <= 1e-3).all()):
-        raise MorphSeekError(
-            f"{name} is not a label image: some of its values are not whole numbers; give a segmentation that was "
-            "resampled with nearest-neighbor interpolation."
-        )
-    check_label_values(whole, name)
-    return whole.to(torch.int32)
+    if values.is_floating_point() and bool(((values - whole).abs() <= 1e-3).all()):
+        values = whole  # scl_slope makes 3 into 2.9999998
+    check_label_values(values, name)
+    return values.to(torch.int32)
 
 
 @dataclass
@@ -179,15 +177,10 @@ def _read(path: str | os.PathLike, components: int = 1, nifti_form: str | None =
     if nifti_form not in (None, *nifti.FORMS):
         raise MorphSeekError(f"There is no NIfTI form '{nifti_form}'; choose qform or sform.")
     library_name(path)
-    if not path.exists():
-        raise MorphSeekError(f"{path} does not exist; check the name.")
-    if not os.access(path, os.R_OK):
-        raise MorphSeekError(f"{path} may not be read; check its permissions.")
-    if path.is_dir() or (path.stat().st_size and dicom.is_dicom(path)):
+    check_readable(path)
+    if path.is_dir() or dicom.is_dicom(path):
         with _quiet():
             return _Source(dicom.read_series(path) if path.is_dir() else dicom.read_series(path.parent, path))
-    if path.stat().st_size == 0:
-        raise MorphSeekError(f"{path} is an empty file (0 bytes); copy or export it again.")
     if not nifti.is_nifti(path):
         upper = path.suffix != ".mha" and path.suffix.lower() == ".mha"  # the one format that ITK knows by its case
         with linked(path, ".mha") if upper else nullcontext(library_name(path)) as name:
@@ -301,6 +294,11 @@ def _form_notice(path: Path, header: nifti.Header, taken: str | None, wanted: st
             "warped.nii.gz instead, whose two forms are equal."
         )
     return Notice("nifti-forms", said)
+
+
+def use_simpleitk_threads(count: int | None = None) -> None:
+    """Let SimpleITK compute with so many threads from now on; None for as many as it took at the start."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count or _ALL_THREADS)
 
 
 def check_overlap(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from .errors import MorphSeekError
@@ -9,19 +10,24 @@ from .errors import MorphSeekError
 LARGEST_LABEL = 2**31 - 1
 
 
-def check_label_values(values: Tensor, name: str) -> None:
+def check_label_values(values: Tensor | np.ndarray, name: str) -> None:
     """Refuse values that cannot be labels.
 
     Args:
-        values: whole numbers of any type and shape.
+        values: whole or floating-point numbers, any shape.
         name: what to call the label map in the sentence (its file).
 
     Raises:
-        MorphSeekError: a value is negative or does not fit 32 bits.
+        MorphSeekError: a value that is not a whole number, is negative, or does not fit 32 bits.
     """
-    if not values.numel():
+    if 0 in values.shape:
         return
     low, high = values.min().item(), values.max().item()
+    if _fractional(values) and not bool((values % 1 == 0).all()):
+        raise MorphSeekError(
+            f"{name} is not a label image: some of its values are not whole numbers; give a segmentation that was "
+            "resampled with nearest-neighbor interpolation."
+        )
     if low < 0:
         raise MorphSeekError(
             f"{name} has the label {low:.0f}, and labels must not be negative; give that structure a number above 0, "
@@ -32,3 +38,8 @@ def check_label_values(values: Tensor, name: str) -> None:
             f"{name} has the label {high:.0f}, and labels must not be larger than {LARGEST_LABEL}; give that structure "
             "a smaller number."
         )
+
+
+def _fractional(values: Tensor | np.ndarray) -> bool:
+    """Whether the type could hold fractions."""
+    return values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind == "f"

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import MorphSeekError
-from .files import library_name, linked, shown
+from .files import library_name, linked
+from .startup import shown
 
 FORMS = ("qform", "sform")
 _FLOATS = {16: "f4", 64: "f8"}

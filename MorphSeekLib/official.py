@@ -21,6 +21,7 @@ from .errors import MorphSeekError
 from .policy import ModelSettings, PolicySettings, RegistrationModel
 from .preprocessing import Preprocessing
 from .settings import to_dict
+from .startup import check_output_file
 
 WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")
 """Under which keys training scripts put the weights beside an optimiser, an epoch and the like."""
@@ -53,8 +54,7 @@ def import_checkpoint(
     path, out = Path(path), Path(out)
     if architecture not in ARCHITECTURES:
         raise MorphSeekError(f"There is no architecture '{architecture}'; choose one of: {', '.join(ARCHITECTURES)}.")
-    if out.suffix != ".safetensors":
-        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
+    check_output_file(out, ".safetensors")
     known = ARCHITECTURES[architecture]
     weights, arguments = read_weights(path)
     state = known.from_official(weights)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .errors import MorphSeekError
 from .geometry import Grid, Volume, covering_grid
+from .startup import ALIGNMENTS
 
-ALIGNMENTS = ("none", "center", "rigid", "affine")
 FINE_VOXELS = 16_000_000
 """Refinement takes about 400 bytes of memory a voxel."""
 _SEED = 1

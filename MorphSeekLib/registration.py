@@ -48,7 +48,6 @@ from .labels import check_label_values
 from .metrics import dice_per_label, folding
 from .policy import RegistrationModel, refine
 from .preprocessing import (
-    ALIGNMENTS,
     Preprocessing,
     fine_grid,
     foreground_of,
@@ -59,8 +58,8 @@ from .preprocessing import (
 from .refinement import Objective, Refined, RefinementSettings, fit, objective, optimize, unfold
 from .settings import to_dict
 from .similarity import Judge, mind_ssc
+from .startup import MAX_STEPS, check_alignment, check_steps, find
 
-MAX_STEPS = 20
 # a step that raises LNCC by less than this does not help any more
 LEAST_GAIN = 0.002
 WARPED = (
@@ -97,7 +96,7 @@ def load_model(model: str | Path, device: str = "auto") -> LoadedModel:
         MorphSeekError: unknown model or device, unusable file, or not enough memory.
     """
     where = pick_device(device)
-    path = checkpoints.find(model)
+    path = find(model)
     with memory_advice(where):
         network, card = checkpoints.load(path)
         return LoadedModel(place(network, where), card, str(model), checkpoints.sha256(path), where)
@@ -194,12 +193,12 @@ def register(
     card, device = model.card, model.device
     steps = card.preprocessing.steps if steps is None else steps
     align = ("none" if initial is not None else card.preprocessing.align) if align is None else align
-    if not 1 <= steps <= MAX_STEPS:
-        raise MorphSeekError(f"{steps} refinement steps were asked for; choose 1 to {MAX_STEPS}.")
-    if align not in ALIGNMENTS:
-        raise MorphSeekError(f"There is no alignment '{align}'; choose one of {', '.join(ALIGNMENTS)}.")
+    check_steps(steps)
+    check_alignment(align)
     if state is not None and len(state.figures) - 1 + steps > MAX_STEPS:
         raise MorphSeekError(f"{len(state.figures) - 1} steps were taken already, and {MAX_STEPS} are the most.")
+    if fixed_labels is not None and moving_labels is not None:
+        _check_label_pair(fixed_labels, moving_labels)
     refinement = refinement or RefinementSettings()
     for labels, name in ((fixed_labels, "The fixed label map"), (moving_labels, "The moving label map")):
         if labels is not None:
@@ -666,6 +665,12 @@ def _interruptible(network: RegistrationModel, checkpoint: Callable[[], None]):
             handle.remove()
 
 
+def _check_label_pair(fixed: Volume, moving: Volume) -> None:
+    """Refuse two label images of which no label can be compared."""
+    if not dice_per_label(fixed.data, fixed.data, moving_labels=moving.data):  # scores the labels that both have
+        raise MorphSeekError("The two label images have no label in common; check that they use the same numbers.")
+
+
 def _dice(
     fixed: Volume, moving: Volume, warped: Volume, start: Transform, checkpoint: Callable[[], None]
 ) -> dict[str, Any]:
@@ -677,8 +682,6 @@ def _dice(
     }
     per_stage = {k: dice_per_label(fixed.data, v, moving_labels=moving.data) for k, v in stages.items()}
     labels = sorted(per_stage["warped"])
-    if not labels:
-        raise MorphSeekError("The two label images have no label in common; check that they use the same numbers.")
     return {
         "labels": {str(label): {k: per_stage[k][label] for k in per_stage} for label in labels},
         "mean": {k: sum(v.values()) / len(v) for k, v in per_stage.items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -14,11 +13,12 @@ from . import __version__
 from .checkpoint import software
 from .errors import MorphSeekError
 from .events import Event, OnEvent, ignore
-from .files import output_folder, refuse_overwriting
+from .files import output_folder
 from .geometry import DenseTransform, Volume
 from .images import write_image
 from .registration import Registration
 from .report import RegistrationPictures, write_report
+from .startup import refuse_overwriting
 from .transforms import write_transform
 
 FILES = {
@@ -149,21 +149,3 @@ def check_outputs(folder: Path | str, inputs: Iterable[Path | str | None]) -> No
         MorphSeekError: one of the inputs (None and missing ones are passed over) has the name of a result there.
     """
     refuse_overwriting((Path(folder) / name for name in FILES), inputs)
-
-
-def check_writable(folder: Path | str) -> None:
-    """Refuse an output folder before the work rather than after it.
-
-    Raises:
-        MorphSeekError: it is a file, or cannot be made or written to.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise MorphSeekError(f"The output folder {folder} is a file; choose another name.")
-    # a trial that fails leaves no trace, not even a folder it had to make
-    with contextlib.suppress(_Trial), output_folder(folder):
-        raise _Trial
-
-
-class _Trial(Exception):
-    """Nothing went wrong."""

@@ -39,11 +39,12 @@ from .devices import pick_device
 from .errors import Cancelled, InUseError, MorphSeekError
 from .evaluation import DEFINITIONS, evaluate
 from .events import Event, OnEvent, ignore, never, part
-from .files import check_out, try_lock, write_atomically
+from .files import try_lock, write_atomically
 from .finetuning import FinetuneConfig, finetune
 from .registration import load_model
 from .sac import SACConfig, train_spac
 from .settings import load, override, to_dict, to_json
+from .startup import check_output_file, check_run, find
 from .training import TrainingConfig, warmup
 
 WARMUP, FINETUNE = "warmup", "finetune"
@@ -124,8 +125,7 @@ def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], 
         Cancelled: it was stopped; the same call goes on.
     """
     folder = Path(folder).resolve()
-    if not (folder / "run.json").is_file():
-        raise MorphSeekError(f"{folder} is no training run: it has no run.json; choose a folder that Slicer made.")
+    check_run(folder)
     stop = folder / "stop"
     with locked(folder):
         stop.unlink(missing_ok=True)
@@ -162,11 +162,11 @@ def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], 
 
 def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bool]) -> None:
     settings = load(RunSettings, folder / "run.json")
-    check_out(folder / settings.model)
+    check_output_file(folder / settings.model)
     tell(Event("read", 0.0, "Looking through the cases"))
     dataset = hold_out(find_cases(folder / settings.dataset), settings.leave_out)
     device = pick_device(settings.device)
-    start = None if settings.init is None else checkpoints.find(_path(folder, settings.init))
+    start = None if settings.init is None else find(_path(folder, settings.init))
     stages = [stage for stage in (WARMUP, FINETUNE) if getattr(settings, stage) is not None]
     labelled = all(c.label is not None for pair in dataset.pairs[TEST] for c in (pair.fixed, pair.moving))
     share = (0.9 if labelled else 1.0) / len(stages)  # of the whole, for each stage

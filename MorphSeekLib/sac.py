@@ -51,11 +51,11 @@ from .regularizers import diffusion
 from .rewards import State, common_labels
 from .settings import to_dict
 from .similarity import lncc, multiresolution_lncc
+from .startup import check_output_file
 from .training import (
     VALIDATION_DEFINITIONS,
     WarmupSettings,
     check_finite,
-    check_model_out,
     generator_for,
     state_file,
     train,
@@ -401,7 +401,7 @@ def train_spac(
         Cancelled: the person stopped it; the state is saved.
     """
     out, run, device = Path(out), config.training, torch.device(device)
-    check_model_out(out, dataset)
+    check_output_file(out, ".safetensors", [dataset.path])
     on_event(Event("read", 0.0, "Reading the training cases"))
     cases = dataset.split("training", "cases")
     what = "labelled training cases" if run.reward == "dice" else "training cases"

@@ -87,16 +87,24 @@ def load(settings_type: type[T], path: Path | str | None) -> T:
     """
     if path is None:
         return settings_type()
+    return from_dict(settings_type, read_values(path), Path(path).name)
+
+
+def read_values(path: Path | str) -> Any:
+    """Return what a .toml or .json file says, not yet checked against any settings.
+
+    Raises:
+        MorphSeekError: missing, unreadable or malformed file.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise MorphSeekError(f"The settings file {path} cannot be read ({error}); check the path.") from error
     except ValueError as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise MorphSeekError(f"The settings file {path} is not valid {kind}: {error}.") from error
-    return from_dict(settings_type, values, path.name)
 
 
 def _default(field: dataclasses.Field, base: Any) -> Any:

@@ -31,7 +31,7 @@ from .devices import network_autocast, place, training_autocast
 from .distributed import World
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
-from .files import check_out, write_atomically
+from .files import write_atomically
 from .metrics import LABEL_DEFINITIONS, folding, label_figures, mean
 from .policy import Latent, ModelSettings, RegistrationModel, kl_to_standard_normal, refine
 from .preprocessing import Preprocessing
@@ -39,6 +39,7 @@ from .regularizers import diffusion, folding_penalty
 from .rewards import landmark_errors
 from .settings import to_dict
 from .similarity import SIMILARITIES
+from .startup import check_output_file
 from .synthesis import LabelMapSource, SynthesisSettings
 
 Stream = Literal["pairs", "policy", "layers"]
@@ -254,7 +255,7 @@ def warmup(
         Cancelled: the person stopped it; the state is saved.
     """
     out = Path(out)
-    check_model_out(out, dataset, init)
+    check_output_file(out, ".safetensors", [dataset.path, init])
     run, device = config.training, torch.device(device)
     on_event(Event("read", 0.0, "Reading the training cases"))
     torch.manual_seed(run.seed)
@@ -630,17 +631,6 @@ def _batches(dataset: Dataset, config: TrainingConfig, loader: PairLoader) -> Ca
         return Batch(pair.fixed, pair.moving)
 
     return real
-
-
-def check_model_out(out: Path, dataset: Dataset, init: Path | str | None = None) -> None:
-    """Refuse a file that a training could not write its model to, before the work.
-
-    Raises:
-        MorphSeekError: the wrong ending, what the training reads, or a place that cannot be written.
-    """
-    if out.suffix != ".safetensors":
-        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
-    check_out(out, [dataset.path, init])
 
 
 def validation_pairs(dataset: Dataset, run: WarmupSettings, loader: PairLoader) -> list[Callable[[], Any]]:

@@ -4,8 +4,9 @@
 
 Requests: hello, load, info, register, check, export, shutdown. Notifications out: progress. Notification in: cancel.
 Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
-``_volume``. A checkpoint is loaded once and kept. The process ends when its stdin closes, so that it never outlives
-Slicer; whatever the libraries print goes to stderr, so that stdout holds the protocol alone.
+``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A checkpoint is
+loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever the libraries
+print goes to stderr, so that stdout holds the protocol alone.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from .startup import bundled, check_alignment, check_model, check_steps, find, wait_passively
+
+if __name__ == "__main__":
+    wait_passively()  # before torch is imported
+
 import numpy as np
 import torch
 
 from . import __version__
 from .backbones import BACKBONES
 from .cases import check, find_cases
-from .checkpoint import bundled, find, read_card, software
-from .devices import describe_devices
+from .checkpoint import read_card, software
+from .devices import describe_devices, pick_device, use_threads
 from .errors import Cancelled, MorphSeekError
 from .events import Event
 from .geometry import DenseTransform, Grid, Transform, Volume
@@ -103,6 +109,7 @@ class Worker:
         output = Path(_get(params, "output", str))
         if not output.is_dir():
             raise _InvalidParamsError(f"output: there is no folder {output}")
+        options, show_steps = _options(params), _get(params, "show_steps", bool, False)
         self._report(number, Event("read", 0.0, "Reading the images"))
         fixed, moving = (
             usable(_volume(_get(params, name, dict), name, torch.float32), f"The {name} image")
@@ -117,7 +124,6 @@ class Worker:
                     f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
                 )
         initial = _initial(_get(params, "initial", dict, None))
-        refinement = from_dict(RefinementSettings, _get(params, "refinement", dict, {}), "refinement")
         state = _state(_get(params, "state", dict, None))
 
         pictures = itertools.count()  # a fitted step comes twice, and the client may still read the first
@@ -135,14 +141,10 @@ class Worker:
             fixed,
             moving,
             model,
-            steps=_get(params, "steps", int, None),
-            align=_get(params, "align", str, None),
+            **options,
             initial=initial,
-            inverse=_get(params, "inverse", bool, False),
-            refinement=refinement,
-            stop_early=_get(params, "stop_early", bool, False),
             state=state,
-            on_step=on_step if _get(params, "show_steps", bool, False) else None,
+            on_step=on_step if show_steps else None,
             on_event=lambda event: self._report(number, event),
             cancelled=lambda: number in self.cancelled,
             **labels,
@@ -287,6 +289,29 @@ def _get(params: dict, name: str, kind: type, *default: Any) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise _InvalidParamsError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
     return value
+
+
+def _options(params: dict) -> dict[str, Any]:
+    """The settings of a "register" request, checked before its arrays are read; its threads are used from here on.
+
+    Raises:
+        MorphSeekError: a model, device or number that cannot be.
+    """
+    check_model(_get(params, "model", str))
+    pick_device(_get(params, "device", str, "auto"))
+    steps, align = _get(params, "steps", int, None), _get(params, "align", str, None)
+    if steps is not None:
+        check_steps(steps)
+    if align is not None:
+        check_alignment(align)
+    use_threads(_get(params, "threads", int, None))
+    return {
+        "steps": steps,
+        "align": align,
+        "inverse": _get(params, "inverse", bool, False),
+        "refinement": from_dict(RefinementSettings, _get(params, "refinement", dict, {}), "refinement"),
+        "stop_early": _get(params, "stop_early", bool, False),
+    }
 
 
 def _array(reference: dict, name: str, axes: int) -> np.ndarray:

@@ -31,7 +31,7 @@ import torch
 
 from ..alignment import align
 from ..backbones.spac import SPACSettings
-from ..checkpoint import BUNDLED, find, read_card, sha256, software
+from ..checkpoint import read_card, sha256, software
 from ..datasets import Dataset, load_dataset
 from ..devices import pick_device
 from ..errors import InUseError, MorphSeekError
@@ -48,6 +48,7 @@ from ..report import RegistrationPictures, draw_sheets
 from ..runs import locked, seconds_per_iteration, train_stage
 from ..sac import SACConfig
 from ..settings import from_dict, load, override, to_dict, to_json
+from ..startup import BUNDLED, find
 from ..training import TrainingConfig, state_file
 from .classical import CLASSICAL
 from .published import PUBLISHED

@@ -14,7 +14,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from MorphSeekLib.checkpoint import BUNDLED, load, save
+from MorphSeekLib.checkpoint import load, save
+from MorphSeekLib.startup import BUNDLED
 
 SPACING, SHAPE, STEPS = (1.5, 1.5, 1.5), (128, 160, 128), 2
 

@@ -18,7 +18,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from MorphSeekLib.checkpoint import BUNDLED, load, save
+from MorphSeekLib.checkpoint import load, save
+from MorphSeekLib.startup import BUNDLED
 
 
 def average(one: Path, two: Path, out: Path) -> None:

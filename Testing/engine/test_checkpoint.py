@@ -16,6 +16,7 @@ from MorphSeekLib.checkpoint import Card
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib.startup import find
 
 MODEL = ModelSettings(
     backbone_settings={"encoder": [4, 6], "decoder": [6, 4], "extra": [4]},
@@ -188,6 +189,6 @@ def test_a_figure_that_is_no_number_is_null_in_the_card(tmp_path, saved):
 
 def test_find_names_what_there_is(saved):
     path, _ = saved
-    assert checkpoint.find(path) == path
+    assert find(path) == path
     with pytest.raises(MorphSeekError, match="no model 'brain-xr'"):
-        checkpoint.find("brain-xr")
+        find("brain-xr")

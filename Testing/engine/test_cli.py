@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 from test_registration import random_model
 from typer.testing import CliRunner
 
+from MorphSeekLib.checkpoint import sha256
 from MorphSeekLib.cli import app
 from MorphSeekLib.geometry import Grid, Volume
 from MorphSeekLib.images import write_image
@@ -87,8 +89,16 @@ def test_initial_transform_file(files, tmp_path):
     assert report["align"] == "none"
 
 
-def test_info(files):
-    assert json.loads(run("info", files / "model.safetensors"))["title"] == "random"
+def test_info_prints_the_card_as_json_for_programs(files):
+    assert json.loads(run("info", files / "model.safetensors", "--json"))["title"] == "random"
+
+
+def test_info_prints_a_table_that_a_person_reads(files):
+    printed = run("info", files / "model.safetensors")
+    for row in ("Title .* random", "Working grid .* RAS, 3 x 3 x 3 mm", "Alignment .* none", "Steps .* 2"):
+        assert re.search(row, printed), row
+    assert f"SHA-256 of the file: {sha256(files / 'model.safetensors')}" in printed
+    assert "{" not in printed
 
 
 def test_evaluate(files, tmp_path):
@@ -137,7 +147,7 @@ def test_warmup(files, tmp_path):
     (tmp_path / "settings.toml").write_text(settings)
     options = ["--config", tmp_path / "settings.toml", "--backbone", "voxelmorph", "--out", tmp_path / "m.safetensors"]
     run("warmup", files / "data" / "dataset.json", *options)
-    assert json.loads(run("info", tmp_path / "m.safetensors"))["provenance"]["cases"] == 2
+    assert json.loads(run("info", tmp_path / "m.safetensors", "--json"))["provenance"]["cases"] == 2
 
 
 # ------------------------------------------------------------------ bad input: a sentence, exit code 2, nothing written
@@ -250,8 +260,6 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(files, tmp_path, name):
-    import re
-
     make, words = BAD[name]
     changes = make(tmp_path)
     output = run(*registering(files, tmp_path / "out", **changes), code=2)

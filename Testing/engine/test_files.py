@@ -15,15 +15,14 @@ import SimpleITK as sitk
 from MorphSeekLib import images, transforms
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.files import (
-    check_out,
     library_name,
     output_folder,
     python_name,
-    refuse_overwriting,
     shown,
     whole_file,
     write_atomically,
 )
+from MorphSeekLib.startup import refuse_overwriting
 
 WRITERS = {
     "folder": "with files.output_folder(path) as part:\n    (part / 'a.txt').write_text('half')\n    wait()",
@@ -213,15 +212,3 @@ def test_folder_that_cannot_be_written(tmp_path):
             output_folder(path),
         ):
             pass
-
-
-def test_an_output_is_tried_without_leaving_a_trace(tmp_path):
-    path = tmp_path / "mine"
-    path.write_text("mine")
-    check_out(tmp_path / "new" / "deep" / "m.safetensors", [path, None, tmp_path / "gone"])
-    check_out(path, [tmp_path / "gone"])
-    for out, words in ((path, "is an input"), (path / "m.safetensors", "cannot be written"), (tmp_path, "a folder")):
-        with pytest.raises(MorphSeekError, match=words):
-            check_out(out, [path])
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_text() == "mine"

@@ -187,7 +187,7 @@ def test_on_the_command_line(vxm2, tmp_path):
     out = tmp_path / "m.safetensors"
     options = ["--architecture", "vxm-2", "--out", out]
     more = ["--spacing", 2, 2, 3, "--shape", 32, 48, 32, "--intensity", "window", "--low", -100, "--high", 300]
-    more += ["--align", "rigid", "--steps", 2, "--licence", "MIT", "--title", "Mine"]
+    more += ["--align", "rigid", "--steps", 2, "--license", "MIT", "--title", "Mine"]
     run("import-checkpoint", write(state), *options, *more)
     card = checkpoint.read_card(out)
     assert card.preprocessing == Preprocessing(

@@ -291,6 +291,37 @@ def test_bad_requests_are_refused_and_survived(client, request_of, spoil, code, 
     assert "result" in client.call("hello")
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"model": "nothing"}, "no model 'nothing'"),
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"steps": 0}, "choose 1 to"),
+        ({"align": "elastic"}, "no alignment 'elastic'"),
+        ({"refinement": {"similarity": "touch"}}, "similarity is 'touch'"),
+        ({"threads": 0}, "0 threads were asked for"),
+    ],
+)
+def test_settings_are_refused_before_an_array_is_read(client, request_of, setting, words):
+    request_of["fixed"]["path"] = "/nowhere.npy"
+    client.notes.clear()
+    error = client.call("register", request_of | setting)["error"]
+    assert words in error["message"]
+    assert client.notes == []
+
+
+def test_threads_count_for_the_request_that_names_them(client, request_of):
+    def threads():
+        return client.call("hello")["result"]["devices"][-1]["label"]
+
+    client.call("register", request_of)
+    before = threads()
+    client.call("register", request_of | {"threads": 3})
+    assert threads() == "CPU (3 threads)"
+    client.call("register", request_of)
+    assert threads() == before
+
+
 def test_a_pickled_array_is_never_run(client, request_of, tmp_path):
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     request_of["fixed"]["path"] = str(tmp_path / "pickled.npy")
