@@ -626,9 +626,14 @@ def print_report(report: dict) -> None:
         "Similarity (LNCC), aligned / registered", f"{similarity['aligned']:.3f} / {similarity['warped']:.3f}"
     )
     folding = report["folding"]
-    table.add_row(
-        "Folding (NJD)", f"{folding['njd_percent']:.4f} % ({folding['folded_voxels']} of {folding['voxels']} voxels)"
-    )
+    cells = folding["cells"]
+    table.add_row("Folded cells", f"{cells['folded_percent']:.4f} % ({cells['folded']:,} of {cells['cells']:,})")
+    if cells["no_fold_proven"]:
+        table.add_row("No fold", f"proven (determinant above {cells['smallest_proven']:.2g} in every cell)")
+    else:
+        beyond = cells["folded_outside"] + cells["undecided_outside"]
+        table.add_row("Undecided cells / not proven beyond the image", f"{cells['undecided']:,} / {beyond:,}")
+    table.add_row("NJD, by central differences", f"{folding['njd_percent']:.4f} %")
     table.add_row("SDlogJ", f"{folding['sdlogj']:.3f}")
     motion = report["displacement_mm"]
     table.add_row("Displacement, mean / 95 % / largest", " / ".join(f"{motion[k]:.1f}" for k in motion) + " mm")

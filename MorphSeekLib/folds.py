@@ -24,7 +24,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from . import fields
-from .geometry import DenseTransform, Grid, Transform, Volume, apply_affine
+from .geometry import DenseTransform, Grid, Volume, apply_affine
 
 MARGIN = 1e-9
 """A determinant above it counts as positive: far more than float64 rounds away."""
@@ -102,7 +102,7 @@ class Certificate:
 def certify(
     transform: DenseTransform,
     fixed: Grid,
-    alignment: Transform | None = None,
+    mirrored: bool = False,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> Certificate:
     """Judge every cell of the grid on which a transform is delivered.
@@ -110,13 +110,13 @@ def certify(
     Args:
         transform: the map as written; every axis at least two nodes.
         fixed: the fixed image's grid; shares are of the cells whose center lies in it.
-        alignment: what the determinant's sign is relative to; None for a map that keeps handedness.
+        mirrored: whether the alignment exchanges left and right, so that determinants count with the other sign.
         checkpoint: called once a slab; may raise to cancel.
 
     Raises:
         ValueError: the displacement is not finite.
     """
-    frame = _Frame(transform, alignment)
+    frame = _Frame(transform, mirrored)
     to_fixed = np.linalg.inv(fixed.affine) @ transform.grid.affine
     totals: dict[str, int] = dict.fromkeys(("cells", "folded", "undecided", "folded_outside", "undecided_outside"), 0)
     smallest = math.inf
@@ -260,7 +260,7 @@ def regions(least: Volume) -> list[Region]:
 
 def unfold(
     transform: DenseTransform,
-    alignment: Transform | None = None,
+    mirrored: bool = False,
     iterations: int = 300,
     checkpoint: Callable[[], None] = lambda: None,
 ) -> DenseTransform:
@@ -272,14 +272,14 @@ def unfold(
     about them are worked on.
 
     Args:
-        transform, alignment: as for :func:`certify`.
+        transform, mirrored: as for :func:`certify`.
         iterations: the most; none where every cell is proven.
         checkpoint: called once an iteration; may raise to cancel.
 
     Returns:
         the transform; it may still fold where the iterations did not suffice.
     """
-    frame = _Frame(transform, alignment)
+    frame = _Frame(transform, mirrored)
     active = torch.zeros([n - 1 for n in frame.shape], dtype=torch.bool)
     for block in frame.blocks():
         cells = block.open_cells() + block.first
@@ -322,9 +322,8 @@ class _Frame:
             alignment's sign.
     """
 
-    def __init__(self, transform: DenseTransform, alignment: Transform | None) -> None:
+    def __init__(self, transform: DenseTransform, mirrored: bool) -> None:
         affine = transform.affine_part()
-        mirrored = alignment is not None and _linear_determinant(alignment) < 0
         if (np.linalg.det(affine[:3, :3]) < 0) != mirrored:
             affine = np.diag([-1.0 if mirrored else 1.0, 1, 1, 1])
         self.displacement = transform.displacement
@@ -426,11 +425,6 @@ class _Block:
         bends = (edges[0] * mixed[0] * mixed[1]).sqrt() + (edges[1] * mixed[0] * mixed[2]).sqrt()
         bends += (edges[2] * mixed[1] * mixed[2]).sqrt()
         return least - bends / 4 - 3 * self._rounding * edges.amax(dim=0)
-
-
-def _linear_determinant(transform: Transform) -> float:
-    affine = transform.affine_part() if isinstance(transform, DenseTransform) else transform
-    return float(np.linalg.det(affine[:3, :3]))
 
 
 def _least(values: Tensor) -> float:

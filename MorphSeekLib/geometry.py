@@ -211,6 +211,12 @@ class DenseTransform:
 Transform = np.ndarray | DenseTransform  # a (4, 4) matrix in LPS mm, or a dense one
 
 
+def is_mirrored(transform: Transform) -> bool:
+    """Whether a map exchanges left and right: its linear part has a negative determinant."""
+    affine = transform.affine_part() if isinstance(transform, DenseTransform) else transform
+    return bool(np.linalg.det(affine[:3, :3]) < 0)
+
+
 def apply_affine(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(n, 3) points through a (4, 4) matrix."""
     return np.asarray(points) @ affine[:3, :3].T + affine[:3, 3]

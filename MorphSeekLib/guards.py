@@ -78,6 +78,17 @@ def unknown_sizes(sizes: Sequence[float], preprocessing: Preprocessing) -> tuple
     return notices, factor
 
 
+def mirrored_alignment(mirrored: bool) -> list[Notice]:
+    """Whether the alignment exchanges left and right."""
+    if not mirrored:
+        return []
+    words = (
+        "The initial transform mirrors the image (its determinant is negative), so left and right change places; "
+        "folding is judged relative to that. Check that you want this."
+    )
+    return [Notice("mirrored", words)]
+
+
 def small_foreground(voxels: int) -> list[Notice]:
     """Whether the fixed image shows enough on the working grid, in voxels of it."""
     if voxels >= LEAST_VOXELS:

@@ -5,8 +5,8 @@ the network's grid, then the field on the fixed image's own, finer grid, each by
 
     similarity(fixed, moving o Phi) + lambda_reg diffusion(u) + lambda_fold folding_penalty(u),
 
-by Adam. The lowest objective that was met is kept, so the answer is never worse by it than the one it started from. In
-the end voxels move away from the folds that are left.
+by Adam. The lowest objective that was met is kept, so the answer is never worse by it than the one it started from.
+:func:`MorphSeekLib.folds.unfold` then pulls apart what still folds.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from .regularizers import diffusion, folding_penalty
 from .similarity import SIMILARITIES, mse
 
 MAX_ITERATIONS = 1000
-_LOOK = 5  # iterations between looks for folds
-_STRIDE = 0.25  # voxels that unfolding moves one by at most, an iteration
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,10 @@ class RefinementSettings:
         latent_share: share of the K iterations spent on z, before the field.
         similarity: "lncc", "mse" or "mind" (for two modalities).
         regularization: lambda_reg, of the diffusion regulariser in voxels.
-        folding: lambda_fold, of mean(relu(0.05 - det J)).
+        folding: lambda_fold, of :func:`MorphSeekLib.regularizers.folding_penalty`.
         latent_rate, field_rate: Adam's steps, in units of z and in voxels.
         stride, fine_stride: voxels between the control points of the field's correction, on either grid.
-        unfold: the most iterations of :func:`unfold` that follow.
+        unfold: the most iterations of :func:`MorphSeekLib.folds.unfold` that follow.
     """
 
     iterations: int = 0
@@ -56,7 +54,7 @@ class RefinementSettings:
     field_rate: float = 0.25
     stride: int = 4
     fine_stride: int = 2
-    unfold: int = 100
+    unfold: int = 300
 
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES:
@@ -165,41 +163,6 @@ def fit(
         correction, rate, iterations, value, start, on_iteration,
         lambda: start.total + F.interpolate(correction, size=tuple(shape), mode="trilinear", align_corners=True),
     )  # fmt: skip
-
-
-def unfold(
-    total: Tensor,
-    iterations: int,
-    margin: float = 0.1,
-    rate: float = 0.1,
-    on_iteration: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Move voxels until none folds, as little as it takes: descent on the sum of relu(margin - det J).
-
-    Only voxels about a place whose determinant is below the margin move, in all by less than a voxel in most cases.
-
-    Args:
-        total: (1, 3, i, j, k), voxels.
-        iterations: the most; none where nothing folds.
-        margin: determinant below which a place is worked on.
-        rate: of the descent.
-        on_iteration: called after each; may raise to cancel.
-
-    Returns:
-        the field; it may still fold where the iterations did not suffice.
-    """
-    field = total.detach().clone()
-    for iteration in range(iterations):
-        field.requires_grad_()
-        jacobian = fields.jacobian_determinant(field)
-        if iteration % _LOOK == 0 and not bool((jacobian <= 0).any()):  # waits for the device, so not every time
-            break
-        (gradient,) = torch.autograd.grad(torch.relu(margin - jacobian).sum(), field)
-        step = rate * gradient
-        length = step.norm(dim=1, keepdim=True)
-        field = field.detach() - step * (_STRIDE / length.clamp(min=_STRIDE))  # the gradient of a wild field explodes
-        on_iteration()
-    return field.detach()
 
 
 @torch.no_grad()

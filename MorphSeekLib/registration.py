@@ -28,7 +28,8 @@ from .checkpoint import Card
 from .devices import memory_advice, network_autocast, network_precision, pick_device, place
 from .errors import MorphSeekError
 from .events import Event, Notice, OnEvent, checkpoint_for, ignore, never
-from .fields import jacobian_determinant, sample
+from .fields import jacobian_determinant, least_determinant, sample
+from .folds import certify, folded_voxels, regions, unfold
 from .geometry import (
     DenseTransform,
     Grid,
@@ -37,6 +38,7 @@ from .geometry import (
     apply_affine,
     covering_grid,
     dense_from_voxels,
+    is_mirrored,
     jacobian_volume,
     map_voxels,
     resample,
@@ -55,10 +57,11 @@ from .preprocessing import (
     sampled,
     working_grid,
 )
-from .refinement import Objective, Refined, RefinementSettings, fit, objective, optimize, unfold
+from .refinement import Objective, Refined, RefinementSettings, fit, objective, optimize
 from .settings import to_dict
 from .similarity import Judge, mind_ssc
 from .startup import MAX_STEPS, check_alignment, check_steps, find
+from .transforms import rounded
 
 # a step that raises LNCC by less than this does not help any more
 LEAST_GAIN = 0.002
@@ -66,6 +69,7 @@ WARPED = (
     "the moving image's number type, integers rounded and clipped to its range; outside: the value where the fixed "
     "image's grid reaches beyond the moving image"
 )
+MOST_REGIONS = 200  # folded regions that a report lists
 # working grids beyond this would need more memory than any machine of the field has
 MAX_WORKING_VOXELS = 512**3
 
@@ -128,7 +132,8 @@ class Registration:
         transform: fixed point -> moving point, alignment and initial transform included.
         warped: the moving image at full resolution.
         aligned: the moving image after the alignment alone.
-        jacobian: determinant of the whole transform; <= 0 is folded.
+        jacobian: determinant of the whole transform by central differences.
+        folding: uint8, 1 where a voxel's box meets a folded cell of the transform (:mod:`MorphSeekLib.folds`).
         warped_labels: the moving labels, or None.
         inverse: moving point -> fixed point, or None.
         state: to continue from.
@@ -139,6 +144,7 @@ class Registration:
     warped: Volume
     aligned: Volume
     jacobian: Volume
+    folding: Volume
     warped_labels: Volume | None
     inverse: DenseTransform | None
     state: State
@@ -225,6 +231,8 @@ def register(
             )
         guards.check_finite(start, "The alignment")
         check_overlap(fixed, moving, start)
+        mirrored = is_mirrored(start)
+        notices += guards.mirrored_alignment(mirrored)
         preprocessing = card.preprocessing
         if preprocessing.knows is not None:
             sizes = [object_size(volume, checkpoint) for volume in (fixed, moving)]
@@ -258,8 +266,7 @@ def register(
         pair = _Pair(fixed, moving, before, start, grid, preprocessing, device, checkpoint)
         outcome = _refine(pair, model, steps, refinement, stop_early, state, clock, on_event, show)
         total, step_figures, refined = outcome.total, outcome.figures, outcome.refined
-        transform = dense_from_voxels(*outcome.fine, start)
-        guards.check_finite(transform, "The registration")
+        transform = outcome.transform
         notices += outcome.notices
 
     with clock("resample"), memory_advice(device):
@@ -276,7 +283,8 @@ def register(
     with clock("metrics"), memory_advice(device):
         on_event(Event("metrics", 0.82, "Measuring folding"))
         jacobian = jacobian_volume(transform, fixed.grid, device=device, checkpoint=checkpoint)
-        figures = folding(jacobian=jacobian.data)
+        certificate = certify(transform, fixed.grid, mirrored, checkpoint)
+        least = Volume(folded_voxels(certificate.folded, transform.grid, fixed.grid), fixed.grid)
         dice = None
         if fixed_labels is not None and moving_labels is not None:
             on_event(Event("metrics", 0.86, "Measuring the overlap of the labels"))
@@ -309,6 +317,7 @@ def register(
         "device": str(device),
         "precision": str(network_precision(device)).removeprefix("torch."),
         "align": align,
+        "mirrored": mirrored,
         "steps": step_figures,
         "refinement": refined,
         "similarity": {
@@ -317,7 +326,7 @@ def register(
             "aligned": aligned_similarity,
             "warped": outcome.similarity,
         },
-        "folding": vars(figures).copy(),
+        "folding": vars(folding(jacobian=jacobian.data)) | {"cells": vars(certificate.count).copy()} | _regions(least),
         "displacement_mm": _displacement(total, grid),
         "dice": dice,
         "inverse": residual,
@@ -326,7 +335,8 @@ def register(
     }
     checkpoint()
     state = State(start, align, total.detach().cpu(), step_figures)
-    return Registration(transform, warped, aligned, jacobian, warped_labels, back, state, report)
+    folded = Volume((least.data <= 0).to(torch.uint8), fixed.grid)
+    return Registration(transform, warped, aligned, jacobian, folded, warped_labels, back, state, report)
 
 
 class _Pair:
@@ -375,14 +385,27 @@ class _Pair:
         self.checkpoint()
         return sample(self.moving, map_voxels(total, self.grid, self.start, self.volumes[1].grid))
 
+    def moving_by(self, transform: Transform) -> Tensor:
+        """The moving image warped by a whole map, (1, 1, i, j, k)."""
+        return sample(self.moving, map_voxels(self.nothing(), self.grid, transform, self.volumes[1].grid))
+
+    def delivered(self, displacement: Tensor, grid: Grid) -> DenseTransform:
+        """A displacement (1, 3, i, j, k) in voxels of a grid as the whole map that is written.
+
+        Raises:
+            MorphSeekError: the displacement is not made of finite numbers.
+        """
+        transform = rounded(dense_from_voxels(displacement, grid, self.start))
+        guards.check_finite(transform, "The registration")
+        return transform
+
     def similarity(self, total: Tensor) -> float:
         """What the judge says of a displacement."""
         return float(self.judge(self.moving_at(total)))
 
     def similarity_as_given(self) -> float:
         """What the judge says of the images before their alignment."""
-        moving = self.volumes[1].grid
-        return float(self.judge(sample(self.moving, map_voxels(self.nothing(), self.grid, self.before, moving))))
+        return float(self.judge(self.moving_by(self.before)))
 
     def overlap(self, total: Tensor) -> float:
         """Share of what is judged that lands in the moving image; 1 where nothing is judged."""
@@ -399,10 +422,10 @@ class _Pair:
             MorphSeekError: the displacement is not made of finite numbers.
         """
         length = _turned(total, self.grid).norm(dim=0)
-        jacobian = jacobian_determinant(total)
-        values = torch.stack([self.judge(warped), length.mean(), 100 * (jacobian <= 0).float().mean()]).tolist()
+        shares = [100 * (j <= 0).float().mean() for j in (least_determinant(total), jacobian_determinant(total))]
+        values = torch.stack([self.judge(warped), length.mean(), *shares]).tolist()
         guards.check_finite(values, f"Step {step}")
-        names = ("similarity", "mean_displacement_mm", "njd_percent")
+        names = ("similarity", "mean_displacement_mm", "folded_percent", "njd_percent")
         return {"step": step, **dict(zip(names, values, strict=True))}
 
 
@@ -412,7 +435,7 @@ class _Outcome:
 
     Attributes:
         total: (1, 3, i, j, k) voxels of the working grid.
-        fine: the same on the grid it was found on, and that grid.
+        transform: the whole map as it is delivered, alignment included, rounded as its file is.
         figures: after each step, index 0: before; "answer" is true in one of them.
         answer: its index.
         similarity: of ``total``, as the judge has it.
@@ -422,7 +445,7 @@ class _Outcome:
     """
 
     total: Tensor
-    fine: tuple[Tensor, Grid]
+    transform: DenseTransform
     figures: list[dict[str, float]]
     answer: int
     similarity: float
@@ -473,7 +496,8 @@ class _Steps:
         """The best."""
         figures = [row | {"answer": n == self.answer} for n, row in enumerate(self.figures)]
         notices = guards.no_step_helped(figures, self.answer, self.taken)
-        return _Outcome(self.total, (self.total, self.pair.grid), figures, self.answer, self.similarity, None, notices)
+        transform = self.pair.delivered(self.total, self.pair.grid)
+        return _Outcome(self.total, transform, figures, self.answer, self.similarity, None, notices)
 
 
 def _refine(
@@ -573,12 +597,13 @@ def _fitted(
         found, fine_objectives = fit(
             on_fine, refinement.fine_iterations, value, rate, refinement.fine_stride, on_iteration
         )
-    found = unfold(found, refinement.unfold, on_iteration=pair.checkpoint)
+    transform = pair.delivered(found, finest)
+    transform = rounded(unfold(transform, is_mirrored(start), refinement.unfold, pair.checkpoint))
     total = found
     if refinement.fine_iterations:
         total = voxel_displacement(dense_from_voxels(found, finest), grid, device)
     with torch.no_grad():
-        after = pair.look(begin.answer, total, pair.moving_at(total))
+        after = pair.look(begin.answer, total, pair.moving_by(transform))
     refined = {
         "settings": to_dict(refinement),
         "objective": _course(coarse.objectives),
@@ -590,7 +615,7 @@ def _fitted(
     }
     aligned, similarity = begin.figures[0]["similarity"], after["similarity"]
     notices = begin.notices + guards.fit_fell(refinement.similarity, aligned, begin.similarity, similarity)
-    return _Outcome(total, (found, finest), begin.figures, begin.answer, similarity, refined, notices)
+    return _Outcome(total, transform, begin.figures, begin.answer, similarity, refined, notices)
 
 
 def _objective(
@@ -688,6 +713,12 @@ def _dice(
         "definition": "2|A and B| / (|A| + |B|) per label on the fixed grid, nearest-neighbour warped; labels absent "
         "from either image are left out",
     }
+
+
+def _regions(least: Volume) -> dict[str, Any]:
+    """The folded regions for the report, LPS mm, the largest ones in full."""
+    found = regions(least)
+    return {"regions": [vars(region).copy() for region in found[:MOST_REGIONS]], "region_count": len(found)}
 
 
 def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed: Grid, moving: Grid) -> dict[str, Any]:

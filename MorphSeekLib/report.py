@@ -53,7 +53,8 @@ class RegistrationPictures:
     Attributes:
         fixed, moving_aligned, warped: on the fixed grid; ``moving_aligned`` is the moving image after the alignment
             alone, ``warped`` after the whole registration.
-        jacobian: Jacobian determinant on the fixed grid; <= 0 where the deformation folds.
+        jacobian: Jacobian determinant on the fixed grid, by central differences.
+        folding: above 0 where a voxel of the fixed grid meets a folded cell.
         transform: the whole fixed -> moving map, for the deformation grid.
     """
 
@@ -61,6 +62,7 @@ class RegistrationPictures:
     moving_aligned: Volume
     warped: Volume
     jacobian: Volume
+    folding: Volume
     transform: DenseTransform
 
 
@@ -156,10 +158,22 @@ def verdict(report: dict[str, Any]) -> list[tuple[str, str]]:
         found.append((word, sentence))
     else:
         found.append(("same", "No labels to measure overlap: judge the match by eye"))
-    folded = _find(report, "folding.folded_voxels")
-    if folded is not None:
-        found.append(("look", f"{folded:,} voxels fold (red)") if folded else ("good", "No folding"))
+    cells = _find(report, "folding.cells")
+    if cells is not None:
+        found.append(_fold_verdict(cells))
     return found
+
+
+def _fold_verdict(cells: dict[str, Any]) -> tuple[str, str]:
+    """What the count of :class:`MorphSeekLib.folds.FoldCount` says in words."""
+    outside = cells["folded_outside"] + cells["undecided_outside"]
+    if cells["folded"]:
+        return "look", f"{cells['folded']:,} of {cells['cells']:,} cells fold (red)"
+    if cells["undecided"]:
+        return "look", f"No fold was found, but {cells['undecided']:,} cells could not be proven"
+    if outside:
+        return "good", f"No fold in the fixed image: proven ({outside:,} cells beyond its edge fold or are undecided)"
+    return "good", "No fold: proven"
 
 
 def draw_sheets(pictures: RegistrationPictures) -> list[Sheet]:
@@ -189,8 +203,8 @@ def draw_sheets(pictures: RegistrationPictures) -> list[Sheet]:
             "Difference: moving minus fixed, each scaled to its own grey window, both on one scale; it says little "
             "where the two images have different contrast. Deformation grid: squares of "
             f"{scene.grid_step:g} mm on the aligned moving image, warped with it; the affine part is left out. Local "
-            "volume change: Jacobian determinant of fixed to moving, alignment included; red = folded (determinant "
-            "≤ 0).",
+            "volume change: Jacobian determinant of fixed to moving, alignment included; red = the transform folds in "
+            "or beside the voxel.",
             scene.sheet(
                 scene.center,
                 {
@@ -340,7 +354,7 @@ class _Scene:
 
         The view grows to show it.
         """
-        folded = (self.pictures.jacobian.data <= 0).numpy()
+        folded = (self.pictures.folding.data > 0).numpy()
         clusters, count = ndimage.label(folded, np.ones((3, 3, 3)))
         if count == 0:
             return None
@@ -348,7 +362,7 @@ class _Scene:
         sizes = np.bincount(clusters.ravel(), minlength=count + 1)[1:]
         inside = np.bincount(foreground, minlength=count + 1)[1:]
         worst = int(np.lexsort((sizes, inside))[-1])
-        points = geometry.apply_affine(self.pictures.jacobian.grid.affine, np.argwhere(clusters == worst + 1))
+        points = geometry.apply_affine(self.pictures.folding.grid.affine, np.argwhere(clusters == worst + 1))
         center = points[np.linalg.norm(points - points.mean(axis=0), axis=1).argmin()]
         radius = float(np.linalg.norm(points - center, axis=1).max()) + 0.02 * float((self.high - self.low).max())
         self.low, self.high = np.minimum(self.low, center - radius), np.maximum(self.high, center + radius)
@@ -423,7 +437,7 @@ class _Scene:
         panel.show(moving_grey - fixed_grey, _DIFFERENCE, -self.difference_limit, self.difference_limit)
 
     def _folds(self, panel: _Panel) -> None:
-        folded = _cut(self.pictures.jacobian, panel.grid, "nearest") <= 0
+        folded = _cut(self.pictures.folding, panel.grid, "nearest") > 0
         if folded.any():
             panel.show(np.where(folded[..., None], to_rgba(_FOLDED), 0.0), smooth=False)
 

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-import torch
-
 from . import __version__
 from .checkpoint import software
 from .errors import MorphSeekError
@@ -25,8 +23,8 @@ FILES = {
     "warped.nii.gz": "the moving image on the fixed grid, one linear interpolation",
     "transform.h5": "ITK transform, fixed point to moving point, alignment included",
     "inverse.h5": "ITK transform, moving point to fixed point",
-    "jacobian.nii.gz": "Jacobian determinant of the transform on the fixed grid",
-    "folding.nii.gz": "1 where the Jacobian determinant is 0 or less",
+    "jacobian.nii.gz": "Jacobian determinant of the transform on the fixed grid, by central differences",
+    "folding.nii.gz": "1 where a voxel meets a folded cell of the transform",
     "warped-labels.nii.gz": "the moving labels on the fixed grid, nearest neighbour",
     "report.json": "every figure, with its definition",
     "report.html": "the report to look at",
@@ -69,7 +67,7 @@ def write_results(
             write_transform(result.inverse, part / "inverse.h5")
         checkpoint()
         write_image(result.jacobian, part / "jacobian.nii.gz")
-        write_image(Volume((result.jacobian.data <= 0).to(torch.uint8), fixed.grid), part / "folding.nii.gz")
+        write_image(result.folding, part / "folding.nii.gz")
         if result.warped_labels is not None:
             write_image(result.warped_labels, part / "warped-labels.nii.gz")
         checkpoint()
@@ -80,7 +78,9 @@ def write_results(
         write_report(
             part,
             report,
-            RegistrationPictures(fixed, result.aligned, result.warped, result.jacobian, result.transform),
+            RegistrationPictures(
+                fixed, result.aligned, result.warped, result.jacobian, result.folding, result.transform
+            ),
         )
     return report
 
@@ -113,7 +113,6 @@ def export_results(
     if unknown or not wanted:
         named = f"'{', '.join(unknown)}' cannot be exported" if unknown else "Nothing was chosen to be exported"
         raise MorphSeekError(f"{named}; choose of {', '.join(EXPORTS)}.")
-    jacobian = pictures.jacobian
     with output_folder(folder, seal="report.json") as part:
         if "transform" in wanted:
             on_event(Event("write", 0.1, "Writing the transform"))
@@ -122,8 +121,8 @@ def export_results(
                 write_transform(inverse, part / "inverse.h5")
         if "jacobian" in wanted:
             on_event(Event("write", 0.3, "Writing the Jacobian"))
-            write_image(jacobian, part / "jacobian.nii.gz")
-            write_image(Volume((jacobian.data <= 0).to(torch.uint8), jacobian.grid), part / "folding.nii.gz")
+            write_image(pictures.jacobian, part / "jacobian.nii.gz")
+            write_image(pictures.folding, part / "folding.nii.gz")
         if "report" in wanted:
             on_event(Event("write", 0.6, "Drawing the report"))
             written = {*(file.name for file in part.iterdir()), *_REPORT}

@@ -38,6 +38,7 @@ from .checkpoint import read_card, software
 from .devices import describe_devices, pick_device, use_threads
 from .errors import Cancelled, MorphSeekError
 from .events import Event
+from .folds import certify, folded_voxels
 from .geometry import DenseTransform, Grid, Transform, Volume
 from .images import form_notices, label_values, stored_values, usable
 from .refinement import RefinementSettings
@@ -151,12 +152,11 @@ class Worker:
         )
         self._report(number, Event("write", 0.95, "Handing over the results"))
         registered = time.perf_counter()
-        folding = Volume((result.jacobian.data <= 0).to(torch.uint8), fixed.grid)
         answer = {
             "warped": _reference(result.warped, output / "warped.npy"),
             "aligned": _reference(result.aligned, output / "aligned.npy"),
             "jacobian": _reference(result.jacobian, output / "jacobian.npy"),
-            "folding": _reference(folding, output / "folding.npy"),
+            "folding": _reference(result.folding, output / "folding.npy"),
             "warped_labels": _reference(result.warped_labels, output / "warped_labels.npy"),
             "displacement": _reference(result.transform, output / "displacement.npy"),
             "inverse": _reference(result.inverse, output / "inverse.npy"),
@@ -185,12 +185,15 @@ class Worker:
         )
         if transform is None:
             raise _InvalidParamsError("displacement is missing")
+        report, grid = _get(params, "report", dict), volumes[0].grid
+        folded = certify(transform, grid, report.get("mirrored") is True).folded
+        folding = Volume((folded_voxels(folded, transform.grid, grid) <= 0).to(torch.uint8), grid)
         files = export_results(
             _get(params, "output", str),
             _get(params, "wanted", list),
-            RegistrationPictures(*volumes, transform),
+            RegistrationPictures(*volumes, folding, transform),
             inverse,
-            _get(params, "report", dict),
+            report,
             on_event=lambda event: self._report(number, event),
         )
         return {"files": files}
