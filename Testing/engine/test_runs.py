@@ -165,7 +165,7 @@ def test_bad_settings_are_one_sentence(dataset, tmp_path, changes, words):
 
 
 def test_no_run_in_a_folder(tmp_path):
-    with pytest.raises(MorphSeekError, match="no training run"):
+    with pytest.raises(MorphSeekError, match="is not a training run"):
         run(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
