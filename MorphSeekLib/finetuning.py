@@ -37,7 +37,6 @@ from .metrics import dice_per_label
 from .policy import RegistrationModel, draw
 from .rewards import RewardSettings, State, common_labels
 from .settings import to_dict
-from .startup import check_output_file
 from .training import (
     VALIDATION_DEFINITIONS,
     Batch,
@@ -141,7 +140,8 @@ def finetune(
     """
     out, run, world = Path(out), config.training, world or World()
     device = torch.device(device)
-    check_output_file(out, ".safetensors")
+    if out.suffix != ".safetensors":
+        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
     if run.pairs % world.size:
         raise MorphSeekError(f"training.pairs is {run.pairs}; it must be a multiple of the {world.size} processes.")
     on_event(Event("read", 0.0, "Reading the checkpoint and the training cases"))

@@ -32,7 +32,6 @@ import torch
 
 from .errors import MorphSeekError
 from .geometry import DenseTransform, Grid, Transform, Volume, index_points, resample
-from .startup import check_readable
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +108,14 @@ def read_sitk(path: str | os.PathLike, components: int = 1) -> sitk.Image:
             axes, shear and, outside NIfTI, NaN are left to the caller.)
     """
     path = Path(path)
-    check_readable(path)
+    if not path.exists():
+        raise MorphSeekError(f"{path} does not exist; check the name.")
+    if not os.access(path, os.R_OK):
+        raise MorphSeekError(f"{path} may not be read; check its permissions.")
     if path.is_dir():
         return _read_series(path)
+    if path.stat().st_size == 0:
+        raise MorphSeekError(f"{path} is an empty file (0 bytes); copy or export it again.")
     if _is_dicom(path):
         return _read_series(path.parent, path)
     if _is_nifti(path):

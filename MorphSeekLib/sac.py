@@ -51,7 +51,6 @@ from .regularizers import diffusion
 from .rewards import State, common_labels
 from .settings import to_dict
 from .similarity import lncc, multiresolution_lncc
-from .startup import check_output_file
 from .training import (
     VALIDATION_DEFINITIONS,
     WarmupSettings,
@@ -401,7 +400,8 @@ def train_spac(
         Cancelled: the person stopped it; the state is saved.
     """
     out, run, device = Path(out), config.training, torch.device(device)
-    check_output_file(out, ".safetensors")
+    if out.suffix != ".safetensors":
+        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
     on_event(Event("read", 0.0, "Reading the training cases"))
     cases = dataset.split("training", "cases")
     what = "labelled training cases" if run.reward == "dice" else "training cases"

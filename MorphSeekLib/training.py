@@ -36,7 +36,6 @@ from .regularizers import diffusion, folding_penalty
 from .rewards import landmark_errors
 from .settings import to_dict
 from .similarity import SIMILARITIES
-from .startup import check_output_file
 from .synthesis import LabelMapSource, SynthesisSettings
 
 
@@ -249,7 +248,8 @@ def warmup(
         Cancelled: the person stopped it; the state is saved.
     """
     out = Path(out)
-    check_output_file(out, ".safetensors")
+    if out.suffix != ".safetensors":
+        raise MorphSeekError(f"The checkpoint {out.name} must be named with the ending .safetensors.")
     run, device = config.training, torch.device(device)
     on_event(Event("read", 0.0, "Reading the training cases"))
     torch.manual_seed(run.seed)
