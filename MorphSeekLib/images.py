@@ -35,10 +35,10 @@ from .geometry import DenseTransform, Grid, Transform, Volume, index_points, res
 
 log = logging.getLogger(__name__)
 
+_ALL_THREADS = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
 WRITABLE = (".nii", ".nii.gz", ".nrrd", ".mha")
 _PART = ".morphseek-"
 _AXES = ("first", "second", "third")
-_ALL_THREADS = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
 
 
 def read_image(path: str | os.PathLike) -> Volume:
@@ -136,11 +136,6 @@ def read_sitk(path: str | os.PathLike, components: int = 1) -> sitk.Image:
             raise MorphSeekError(_unreadable(path, str(error))) from None
 
 
-def use_simpleitk_threads(count: int | None = None) -> None:
-    """Let SimpleITK compute with so many threads from now on; None for as many as it took at the start."""
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count or _ALL_THREADS)
-
-
 def check_overlap(
     fixed: Volume, moving: Volume, transform: Transform | None = None, names: tuple[str, str] = ("", "")
 ) -> None:
@@ -164,6 +159,11 @@ def check_overlap(
             f"The fixed image{fixed_name} and the moving image{moving_name} do not overlap: {gap:.0f} mm lie between "
             "them; use --align center (or rigid or affine) to bring them together, or check --initial-transform."
         )
+
+
+def use_simpleitk_threads(count: int | None = None) -> None:
+    """Let SimpleITK compute with so many threads from now on; None for as many as it took at the start."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count or _ALL_THREADS)
 
 
 def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
