@@ -544,7 +544,7 @@ def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
 
             yield on_event, cancelled.is_set
     except MorphSeekError as error:
-        errors.print(str(error), style="red")
+        errors.print(str(error).encode(errors="backslashreplace").decode(), style="red")  # names need not be UTF-8
         code = 2
     except Cancelled:
         errors.print("Cancelled.")
@@ -648,8 +648,6 @@ def print_report(report: dict) -> None:
 
 def print_card(card: Card, file: Path) -> None:
     """What a model says of itself, as a table, with its file and check sums."""
-    from .checkpoint import sha256
-
     preprocessing, trained, counts = card.preprocessing, card.provenance, card.parameters
     data = trained.get("data")
     data = data if isinstance(data, dict) else {"name": data}
@@ -681,7 +679,16 @@ def print_card(card: Card, file: Path) -> None:
         table.add_row(*row)
     console.print(table)
     # whole lines, to be copied
-    console.print(f"File: {file}\nSHA-256 of the file: {sha256(file)}", soft_wrap=True)
+    console.print(f"File: {file}", soft_wrap=True)
+    for what, value in check_sums(file).items():
+        console.print(f"SHA-256 of the {what}: {value}", soft_wrap=True)
+
+
+def check_sums(file: Path) -> dict[str, str]:
+    """Return the check sums of a model file, by what they are of."""
+    from .checkpoint import sha256
+
+    return {"file": sha256(file)}
 
 
 _FIGURE_NAMES = {

@@ -31,10 +31,10 @@ from .geometry import DenseTransform, Grid, Transform, Volume, covering_grid, in
 from .labels import check_label_values
 from .startup import check_readable, shown
 
+_ALL_THREADS = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
 WRITABLE = (".nii", ".nii.gz", ".nrrd", ".mha")
 _SAMPLES = 1 << 22  # voxels, at random, of which the air value of a large image is found
 _AXES = ("first", "second", "third")
-_ALL_THREADS = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
 
 
 def read_image(path: str | os.PathLike, nifti_form: str | None = None) -> Volume:
@@ -296,11 +296,6 @@ def _form_notice(path: Path, header: nifti.Header, taken: str | None, wanted: st
     return Notice("nifti-forms", said)
 
 
-def use_simpleitk_threads(count: int | None = None) -> None:
-    """Let SimpleITK compute with so many threads from now on; None for as many as it took at the start."""
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count or _ALL_THREADS)
-
-
 def check_overlap(
     fixed: Volume, moving: Volume, transform: Transform | None = None, names: tuple[str, str] = ("", "")
 ) -> None:
@@ -324,6 +319,11 @@ def check_overlap(
             f"The fixed image{fixed_name} and the moving image{moving_name} do not overlap: {gap:.0f} mm lie between "
             "them; use --align center (or rigid or affine) to bring them together, or check --initial-transform."
         )
+
+
+def use_simpleitk_threads(count: int | None = None) -> None:
+    """Let SimpleITK compute with so many threads from now on; None for as many as it took at the start."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count or _ALL_THREADS)
 
 
 def check_labels(labels: Volume, image: Volume, name: str) -> Volume:

@@ -26,6 +26,7 @@ from .views import _composites, _Layers
 POLL_MS = 50
 MODELS_FOLDER = "MorphSeek/ModelsFolder"
 ENGINE_PYTHON = "MorphSeek/EnginePython"
+THREADS = "MorphSeek/Threads"
 
 
 class RegisterPanel(VTKObservationMixin):
@@ -77,6 +78,8 @@ class RegisterPanel(VTKObservationMixin):
         ui.modelsFolderButton.connect("directoryChanged(QString)", self._set_models_folder)
         ui.enginePythonEdit.currentPath = slicer.util.settingsValue(ENGINE_PYTHON, "")
         ui.enginePythonEdit.connect("currentPathChanged(QString)", self._set_engine_python)
+        ui.threadsSpinBox.value = slicer.util.settingsValue(THREADS, 0, converter=int)
+        ui.threadsSpinBox.connect("valueChanged(int)", self._set_threads)
         self._show_devices([{"name": "cpu", "label": _("Processor")}])
 
     # --------------------------------------------------------------------------------------- what Slicer and others say
@@ -191,6 +194,7 @@ class RegisterPanel(VTKObservationMixin):
                 steps=steps,
                 align=p.alignment.value,
                 device=p.device,
+                threads=self.ui.threadsSpinBox.value or None,
                 initial_transform_node=p.initialTransform,
                 fixed_labels_node=p.fixedLabels,
                 moving_labels_node=p.movingLabels,
@@ -389,6 +393,9 @@ class RegisterPanel(VTKObservationMixin):
         self.logic.close_engine()
         self._hello, self._devices = None, []
         self._update_setup()
+
+    def _set_threads(self, threads: int) -> None:
+        qt.QSettings().setValue(THREADS, threads)
 
     def _ask_devices(self) -> None:
         """Ask the engine, without waiting; the answer fills the list."""

@@ -136,6 +136,7 @@ def prepare(
     steps: int | None = None,
     align: str | None = None,
     device: str = "auto",
+    threads: int | None = None,
     initial_transform_node=None,
     fixed_labels_node=None,
     moving_labels_node=None,
@@ -192,6 +193,7 @@ def prepare(
             "moving_labels": save(labels_on(moving_labels, moving), "moving-labels"),
             "model": model,
             "device": device,
+            "threads": threads,
             "steps": steps,
             "align": align,
             "initial": initial,
@@ -217,6 +219,7 @@ def register(
     steps: int | None = None,
     align: str | None = None,
     device: str = "auto",
+    threads: int | None = None,
     initial_transform_node=None,
     fixed_labels_node=None,
     moving_labels_node=None,
@@ -238,6 +241,7 @@ def register(
         steps: refinement steps; None takes the model's.
         align: "none", "center", "rigid" or "affine" before the network; None takes the model's.
         device: "auto", "cpu" or "cuda:N".
+        threads: how many of the processor's threads to compute with; None takes all.
         initial_transform_node: any transform node under which the moving volume lies (or would lie) roughly right.
         fixed_labels_node, moving_labels_node: label maps (matched by value) or segmentations (matched by segment
             name); with both, the report tells Dice before and after; the moving ones are warped too.
@@ -263,6 +267,7 @@ def register(
         steps=steps,
         align=align,
         device=device,
+        threads=threads,
         initial_transform_node=initial_transform_node,
         fixed_labels_node=fixed_labels_node,
         moving_labels_node=moving_labels_node,

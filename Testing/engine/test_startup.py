@@ -193,3 +193,19 @@ def test_a_header_without_its_weights_is_refused(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[:-1])
     with pytest.raises(MorphSeekError, match=f"has {len(whole) - 1} bytes instead of {len(whole)}"):
         read_header(tmp_path / "cut.safetensors")
+
+
+def test_a_name_that_is_not_utf8_is_printed_in_a_sentence(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "MorphSeekLib.cli",
+        "register",
+        b"sc\xe4n.nii",
+        "b.nii",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "sc\\udce4n.nii does not exist; check the name." in done.stderr

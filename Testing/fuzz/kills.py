@@ -66,7 +66,8 @@ FINETUNE = {  # so fast that the best weights are early ones, which a resumed tr
     "policy": {"trajectories": 4, "weight": 0.1},
     "training": {"iterations": 6, "steps": 1, "validate_every": 1, "save_every": 1, "learning_rate": 0.01},
 }
-VARYING = ("seconds", "date")  # of a card: they say when and how fast, not what
+VARYING = ("seconds", "date", "sha256")
+"""Of a card: when and how fast, and the sum of the file that a training started from, which holds its own seconds."""
 
 
 def main() -> int:

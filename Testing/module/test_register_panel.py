@@ -347,6 +347,16 @@ def test_devices_are_asked_of_the_engine(stand_in, panel, ui):
     assert panel.logic.getParameterNode().device == "cpu"
 
 
+def test_threads_are_kept_and_go_to_the_engine(stand_in, module, panel, ui, pair):
+    assert ui.threadsSpinBox.text == "all"
+    ui.threadsSpinBox.value = 3
+    ui.registerButton.click()
+    run(stand_in, panel)
+    devices = panel.logic.client().call("hello")["devices"]
+    assert devices[-1]["label"] == "CPU (3 threads)"
+    assert slicer.util.settingsValue("MorphSeek/Threads", 0, converter=int) == 3
+
+
 def test_the_settings_are_saved_with_the_scene(stand_in, panel, ui, pair, tmp_path):
     ui.stepsSpinBox.value = 4
     slicer.mrmlScene.SetURL(str(tmp_path / "scene.mrml"))
