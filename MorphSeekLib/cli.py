@@ -4,6 +4,7 @@ info | demo | benchmark``.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -514,6 +515,8 @@ def print_check(report: CheckReport) -> None:
 
 def main() -> None:
     """Entry point of ``morphseek``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's locale
     app()
 
 
