@@ -4,6 +4,7 @@ info | demo | benchmark``.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -750,6 +751,8 @@ def print_check(report: CheckReport) -> None:
 def main() -> None:
     """Entry point of ``morphseek`` and of ``python -m MorphSeekLib.cli``."""
     wait_passively()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's locale
     app()
 
 

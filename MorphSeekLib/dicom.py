@@ -27,7 +27,6 @@ _VOLUMES = (
     ("FrameContentSequence", "StackID", "stacks"),
     ("MREchoSequence", "EffectiveEchoTime", "echoes"),
     ("FrameContentSequence", "TemporalPositionIndex", "time points"),
-    ("CardiacSynchronizationSequence", "NominalPercentageOfCardiacPhase", "cardiac phases"),
     ("MRDiffusionSequence", "DiffusionBValue", "diffusion weightings"),
     ("SegmentIdentificationSequence", "ReferencedSegmentNumber", "segments"),
 )
@@ -130,7 +129,8 @@ def _read_slices(files: Sequence[str], name: str) -> sitk.Image:
     reader.SetFileNames([library_name(file) for file in files])
     # by itself the reader squeezes every slice into the number type of the first
     stored = {(h.GetPixelID(), _tag(h, "0028|1052"), _tag(h, "0028|1053"), _tag(h, "0028|0103")) for h in headers}
-    reader.SetOutputPixelType(headers[0].GetPixelID() if len(stored) == 1 else sitk.sitkFloat32)
+    one_type = len(stored) == 1 or headers[0].GetNumberOfComponents() > 1  # colors are refused later
+    reader.SetOutputPixelType(headers[0].GetPixelID() if one_type else sitk.sitkFloat32)
     return reader.Execute()
 
 

@@ -114,12 +114,14 @@ class Volume:
         notices: what a person should know of how it was read.
         dtype: the number type of its file, such as "int16", in which what is made of it is written; the data itself is
             float32 whatever that is.
+        elsewhere: (4, 4) voxel index -> LPS mm, the other place that the file's header states when it states two.
     """
 
     data: Tensor
     grid: Grid
     notices: tuple[Notice, ...] = ()
     dtype: str = "float32"
+    elsewhere: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.data.shape) != self.grid.shape:

@@ -147,12 +147,14 @@ class _Source:
     Attributes:
         image: as SimpleITK has it.
         affine: where it lies (LPS mm) when that is not where ITK places it.
+        elsewhere: the other place that a NIfTI header states when it states two.
         nifti_codes: see :class:`Grid`.
         notices: about its place.
     """
 
     image: sitk.Image
     affine: np.ndarray | None = None
+    elsewhere: np.ndarray | None = None
     nifti_codes: tuple[int, int] = (1, 1)
     notices: tuple[Notice, ...] = ()
 
@@ -198,7 +200,10 @@ def _read(path: str | os.PathLike, components: int = 1, nifti_form: str | None =
     wanted = nifti_form if nifti_form is not None and header.codes[nifti.FORMS.index(nifti_form)] > 0 else None
     notice = _form_notice(path, header, taken, wanted)
     affine = header.form(wanted) if wanted is not None and wanted != taken else None
-    return _Source(image, affine, header.codes, () if notice is None else (notice,))
+    elsewhere = None
+    if nifti.disagreement(header) is not None:
+        elsewhere = header.form("sform" if (wanted or taken) == "qform" else "qform")
+    return _Source(image, affine, elsewhere, header.codes, () if notice is None else (notice,))
 
 
 def _read_file(name: str, path: Path, components: int) -> sitk.Image:
@@ -347,6 +352,12 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
     turned = reordered(labels, grid)
     if turned is not None:
         return turned
+    if _same_but_for_the_form(labels, image):
+        text = (
+            f"{name} lies at the other of the two places that the header of its image, or its own, states; its voxels "
+            "were taken for those of the image."
+        )
+        return dataclasses.replace(labels, grid=grid, notices=(*labels.notices, Notice("labels-place", text)))
     labelled = labels.data.nonzero().T.double()
     to_image = torch.from_numpy(np.linalg.inv(grid.affine) @ labels.grid.affine)
     index = to_image[:3, :3] @ labelled + to_image[:3, 3:]
@@ -364,6 +375,17 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
     ).format(name, *sizes, 100 * (1 - float(inside.double().mean())))
     found = resample(labels, grid, mode="nearest")
     return dataclasses.replace(found, notices=(*labels.notices, Notice("labels-grid", text)))
+
+
+def _same_but_for_the_form(labels: Volume, image: Volume) -> bool:
+    """Whether labels have the voxels of an image, and lie where one of the two headers says as well."""
+    if labels.data.shape != image.data.shape:
+        return False
+    pairs = ((labels.grid.affine, image.elsewhere), (labels.elsewhere, image.grid.affine))
+    return any(
+        one is not None and other is not None and Grid(image.grid.shape, one).same_as(Grid(image.grid.shape, other))
+        for one, other in pairs
+    )
 
 
 def write_image(volume: Volume, path: str | os.PathLike) -> None:
@@ -441,7 +463,7 @@ def _volume(source: _Source, name: str, dtype: torch.dtype) -> Volume:
     volume = volume_from_sitk(source.image, name, dtype)
     affine = volume.grid.affine if source.affine is None else source.affine
     grid = Grid(volume.grid.shape, affine, source.nifti_codes)
-    return dataclasses.replace(volume, grid=grid, notices=source.notices)
+    return dataclasses.replace(volume, grid=grid, notices=source.notices, elsewhere=source.elsewhere)
 
 
 def _right_angled(volume: Volume, name: str, mode: str) -> Volume:

@@ -53,9 +53,11 @@ def write_results(
         the report as written.
 
     Raises:
-        MorphSeekError: the folder cannot be written or the disk is full.
+        MorphSeekError: one of the two is a file that a result would replace, the folder cannot be written or the disk
+            is full.
     """
     begin = time.perf_counter()
+    check_outputs(folder, names.values())
     report = result.report
     for side in ("fixed", "moving"):
         report[side] = {"path": names[side], **report[side]}

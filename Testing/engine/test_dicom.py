@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import locale
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ def series(
 ) -> Path:
     """A series of slices, whose positions follow ``places`` times ``normal_step``; ``scales`` are slope, intercept."""
     folder.mkdir(exist_ok=True)
+    language = locale.setlocale(locale.LC_ALL)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     block = block_of() if block is None else block
@@ -63,6 +65,7 @@ def series(
             slice_ = pydicom.dcmread(path)
             slice_.RescaleSlope, slice_.RescaleIntercept = scales[k]
             slice_.save_as(path)
+    locale.setlocale(locale.LC_ALL, language)  # GDCM sets "C" when it writes
     return folder
 
 

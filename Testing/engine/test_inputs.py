@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -201,6 +202,18 @@ def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(files, tmp_path):
     output = run(*registering(files, tmp_path / os.fsdecode(b"out\xe9")), code=2)
     assert "is not valid UTF-8" in " ".join(output.split())
     assert os.listdir(tmp_path) == ["files"]
+
+
+def test_a_name_that_the_locale_cannot_print_registers(files, tmp_path):
+    """In the C locale, as in many containers and batch jobs."""
+    moving = files / "caf\u00e9.nii.gz"
+    shutil.copy(files / "moving.nii.gz", moving)
+    command = [sys.executable, "-m", "MorphSeekLib.cli", *registering(files, tmp_path / "\u00e9", moving=moving)]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([os.fsencode(str(c)) for c in command], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "\u00e9" / "report.json").read_text(encoding="utf-8"))
+    assert report["moving"]["path"] == str(moving)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,28 @@ def test_forms_that_mirror_each_other_are_said_to(tmp_path):
     assert "degrees apart and mirrored" in images.read_image(tmp_path / "x.nii.gz").notices[0].message
 
 
+@pytest.mark.parametrize("codes", [(1, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize("form", [None, *nifti.FORMS])
+@pytest.mark.parametrize("kept", nifti.FORMS)
+def test_labels_with_one_of_the_two_forms_go_with_their_image(tmp_path, codes, form, kept):
+    """As programs save a segmentation that go by one form and write that one alone."""
+    path = tmp_path / "x.nii.gz"
+    two_forms(path, codes)
+    label_path = as_labels(path)
+    left = (codes[0], 0) if kept == "qform" else (0, codes[1])
+
+    def change(data: bytearray) -> None:
+        struct.pack_into("<2h", data, 252, *left)
+
+    edit(label_path, change)
+    image, labels = images.read_image(path, form), images.read_labels(label_path, form)
+    found = images.check_labels(labels, image, "l.nii.gz")
+    assert found.grid is image.grid or found is labels
+    assert found.grid.same_as(image.grid)
+    assert torch.equal(found.data, labels.data), "voxel for voxel"
+    assert [n.code for n in found.notices] == ([] if labels.grid.same_as(image.grid) else ["labels-place"])
+
+
 def test_a_sheared_sform_alone_is_refused_until_it_is_asked_for(tmp_path):
     path = tmp_path / "x.nii.gz"
     two_forms(path, (0, 1), SHEAR)

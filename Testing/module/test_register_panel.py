@@ -117,7 +117,9 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     ui.stepSlider.value = 0
     assert ui.stepLabel.text == "aligned"
     in_place = slicer.vtkSlicerVolumesLogic.ResampleVolumeToReferenceVolume(pair.moving, pair.fixed)
-    assert (np.abs(shown() - slicer.util.arrayFromVolume(in_place)) > 1).mean() < 0.02
+    in_place = slicer.util.arrayFromVolume(in_place)
+    in_place = np.where(in_place == 0, nodes.report["warped"]["outside"], in_place)  # MRML fills with 0
+    assert (np.abs(shown() - in_place) > 1).mean() < 0.02
     ui.stepSlider.value = 2
     assert np.array_equal(shown(), warped)
 

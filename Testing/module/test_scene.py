@@ -438,3 +438,27 @@ def test_a_large_fixed_grid_is_sampled_coarsely_but_wholly(mrml, computed, monke
     assert (index < np.array(grid.shape) - 1 + 1e-6).all()
     points = geometry.apply_affine(grid.affine, [[2, 3, 1]])
     assert np.allclose(points[0] + sampled.array[:, 2, 3, 1], world.transform.map_points(points)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [-7, 2.0**31])
+def test_label_values_that_do_not_fit_are_refused_by_what_they_are(mrml, application, computed, value):
+    world, _result = computed("oblique")
+    data = world.moving_labels.double()
+    data[data == 3] = value
+    moving = worlds.add_volume("M", world.moving)
+    labels = worlds.add_volume("L", geometry.Volume(data, world.moving.grid))
+    with pytest.raises(InputError, match=rf"'L' has labels from .*{int(value)}.*; use numbers from 0 to 2147483647"):
+        scene.read_labels(labels, moving)
+
+
+def test_nan_in_a_label_map_is_background(mrml, application, computed):
+    world, _result = computed("oblique")
+    data = world.moving_labels.double()
+    data[:3] = float("nan")
+    moving = worlds.add_volume("M", world.moving)
+    found = scene.read_labels(worlds.add_volume("L", geometry.Volume(data, world.moving.grid)), moving)
+    assert np.array_equal(found.array, np.nan_to_num(data.numpy()))
+
+
+def test_a_volume_of_no_file_says_none(mrml, application, computed):
+    assert scene.file_of(worlds.add_volume("M", computed("oblique")[0].moving)) == {}

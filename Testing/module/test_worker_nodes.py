@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
+
 import numpy as np
 import pytest
 
@@ -14,7 +17,7 @@ from MorphSeekGui import engine_client, scene
 from MorphSeekGui.engine_client import EngineCancelled, EngineClient, EngineError
 from MorphSeekGui.registration import register
 
-from MorphSeekLib import geometry
+from MorphSeekLib import geometry, images
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,44 @@ def test_cancel_in_the_midst_of_a_run(application, client, model, mrml, monkeypa
     assert not {"metrics", "write"} & set(phases)
     assert mrml.GetNumberOfNodes() == before
     assert client.running, "the worker gave in by itself and was not killed"
+
+
+def load_volume(path):
+    """A volume node as Slicer loads it from a file."""
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", path.name)
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLVolumeArchetypeStorageNode")
+    storage.SetFileName(str(path))
+    storage.SetCenterImage(False)
+    assert storage.ReadData(node)
+    node.SetAndObserveStorageNodeID(storage.GetID())
+    return node
+
+
+def test_a_file_that_states_two_places_is_said_and_the_result_has_its_number_type(application, client, model, tmp_path):
+    world = worlds.make_world("upright")
+    for name in ("fixed", "moving"):
+        volume = getattr(world, name)
+        stored = geometry.Volume(volume.data.round(), volume.grid, dtype="int16")
+        images.write_image(stored, tmp_path / f"{name}.nii.gz")
+    place = state_another_place(tmp_path / "fixed.nii.gz")
+    fixed, moving = load_volume(tmp_path / "fixed.nii.gz"), load_volume(tmp_path / "moving.nii.gz")
+    expected = images.read_image(tmp_path / "fixed.nii.gz")
+    np.testing.assert_allclose(scene.read_volume(fixed).affine, expected.grid.affine, atol=1e-3)
+    assert not np.allclose(expected.grid.affine, place, atol=1), "Slicer takes the form that ITK takes, the qform"
+    nodes = register(fixed, moving, model=model, device="cpu", align="none", client=client)
+    (warning,) = nodes.report["warnings"]
+    assert warning["code"] == "nifti-forms"
+    assert str(tmp_path / "fixed.nii.gz") in warning["message"]
+    assert slicer.util.arrayFromVolume(nodes.warped).dtype == np.int16
+    assert slicer.util.arrayFromVolume(nodes.aligned).dtype == np.int16
+
+
+def state_another_place(path) -> np.ndarray:
+    """Move the sform of a NIfTI file by 7 mm, with a code that ITK does not prefer; returns it, LPS."""
+    sform = images.read_image(path).grid.affine
+    sform[0, 3] += 7
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    struct.pack_into("<2h", data, 252, 1, 2)
+    struct.pack_into("<12f", data, 280, *(np.diag([-1, -1, 1, 1]) @ sform)[:3].ravel())
+    path.write_bytes(gzip.compress(bytes(data)))
+    return sform
