@@ -129,6 +129,8 @@ def _climb(
 def object_size(volume: Volume, checkpoint: Callable[[], None] | None = None) -> float:
     """The longest side in mm of what an image shows: of its foreground's box, but for the outermost hundredths."""
     block = _average(volume, _SPACING * _unit(volume.grid))
+    if float(block.data.min()) == float(block.data.max()):
+        return float((block.grid.spacing * block.grid.shape).max())
     index = np.argwhere(_array(_foreground(_clipped(block)))).astype(np.float64)
     if checkpoint is not None:
         checkpoint()

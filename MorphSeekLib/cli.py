@@ -334,10 +334,11 @@ def import_checkpoint(
 def info(model: Annotated[str, typer.Argument(help="A bundled model's name, or a .safetensors file.")]) -> None:
     """Print a checkpoint's card: what it is, what it was trained on, how it was measured, its licence."""
     with job():
-        from .checkpoint import find, read_card
+        from .checkpoint import find, read_card, sha256, weights_sha256
         from .settings import to_dict
 
-        card = to_dict(read_card(find(model)))
+        path = find(model)
+        card = to_dict(read_card(path)) | {"sha256": {"file": sha256(path), "weights": weights_sha256(path)}}
     console.print_json(json.dumps(card))
 
 

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software, write_atomically
-from .datasets import Dataset, PairLoader, training_pair
+from .datasets import Dataset, PairLoader, known_sizes, training_pair
 from .devices import network_autocast, place, training_autocast
 from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent, checkpoint_for, ignore, never
@@ -275,7 +275,13 @@ def warmup(
     card = Card(
         title=config.title or f"{config.model.backbone} warm-up on {dataset.about.get('name', dataset.path.name)}",
         model=config.model,
-        preprocessing=dataclasses.replace(config.preprocessing, steps=run.steps),
+        preprocessing=dataclasses.replace(
+            config.preprocessing,
+            steps=run.steps,
+            knows=known_sizes(
+                dataset.split("training", "cases"), None if config.synthesis is None else config.synthesis.anatomy
+            ),
+        ),
         provenance={
             "stage": "warm-up",
             "data": dataset.about | {"file": dataset.path.name},
