@@ -323,7 +323,7 @@ def _starts(fixed: _Scan, moving: _Scan) -> Iterator[np.ndarray]:
 
 
 def _unit(*grids: Grid) -> float:
-    """1 for images of a usual size; for others, how many times the largest of them is that of the smallest usual one."""
+    """1 for images of a usual size; for others, the size of the largest of them over the smallest usual one."""
     size = max(float(np.prod(grid.spacing * grid.shape)) ** (1 / 3) for grid in grids)
     return 1.0 if _USUAL[0] <= size <= _USUAL[1] else size / _USUAL[0]
 

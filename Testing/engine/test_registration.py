@@ -372,7 +372,8 @@ def test_an_object_of_a_size_that_was_not_trained_on_is_named(pair, tmp_path):
     assert report["working_grid"]["spacing"] == [3.0, 3.0, 3.0]
 
 
-def test_what_covers_a_few_voxels_of_the_working_grid_is_named(pair, model):
+def test_what_covers_a_few_voxels_of_the_working_grid_is_named(pair, tmp_path):
+    model = random_model(tmp_path / "model.safetensors", shape=(16, 16, 16))
     report = register(resized(pair[0], 0.01), resized(pair[1], 0.01), model, inverse=False).report
     assert "small-foreground" in [warning["code"] for warning in report["warnings"]]
 
