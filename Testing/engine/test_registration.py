@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from cases import blob_grid, blob_image, blob_labels
+from cases import blob_grid, blob_image, blob_labels, follow_forces
 
 from MorphSeekLib import checkpoint
 from MorphSeekLib.checkpoint import Card
@@ -35,20 +35,6 @@ def random_model(path, output="displacement", **preprocessing):
     card = Card(title="random", preprocessing=Preprocessing(**{"spacing": (3.0,) * 3, "align": "none"} | preprocessing))
     checkpoint.save(path, model, card)
     return load_model(path, "cpu")
-
-
-@torch.no_grad()
-def follow_forces(backbone):
-    """Let the field be the forces of two scales, blurred, and a little of what the random layers say."""
-    carry, flow = backbone.extra[0][0].weight, backbone.flow.weight
-    torch.nn.init.normal_(flow, 0, 0.005)
-    carry[:6] = 0
-    backbone.extra[0][0].bias[:6] = 0
-    flow[:, :6] = 0
-    for axis in range(3):
-        for sign, channel in ((1, axis), (-1, axis + 3)):  # LeakyReLU(f) - LeakyReLU(-f) is a multiple of f
-            carry[channel, axis - 6, 1, 1, 1] = carry[channel, axis - 3, 1, 1, 1] = sign
-            flow[axis, channel] = sign * 0.3 / 27
 
 
 @pytest.fixture(scope="module")
