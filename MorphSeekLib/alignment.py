@@ -129,6 +129,8 @@ def _climb(
 def object_size(volume: Volume, checkpoint: Callable[[], None] | None = None) -> float:
     """The longest side in mm of what an image shows: of its foreground's box, but for the outermost hundredths."""
     block = _average(volume, _SPACING * _unit(volume.grid))
+    if float(block.data.min()) == float(block.data.max()):
+        return float((block.grid.spacing * block.grid.shape).max())
     index = np.argwhere(_array(_foreground(_clipped(block)))).astype(np.float64)
     if checkpoint is not None:
         checkpoint()
@@ -321,9 +323,9 @@ def _starts(fixed: _Scan, moving: _Scan) -> Iterator[np.ndarray]:
 
 
 def _unit(*grids: Grid) -> float:
-    """How many times the largest of the images is smaller (below 1) or larger (above 1) than the usual; 1 for these."""
+    """1 for images of a usual size; for others, the size of the largest of them over the smallest usual one."""
     size = max(float(np.prod(grid.spacing * grid.shape)) ** (1 / 3) for grid in grids)
-    return size / min(max(size, _USUAL[0]), _USUAL[1])
+    return 1.0 if _USUAL[0] <= size <= _USUAL[1] else size / _USUAL[0]
 
 
 def _moved(volume: Volume, matrix: np.ndarray) -> Volume:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -86,6 +87,21 @@ def not_finite(state: Mapping[str, Tensor]) -> str | None:
     return next((name for name, value in state.items() if not bool(torch.isfinite(value).all())), None)
 
 
+def rewrite_card(path: Path | str, card: Card) -> None:
+    """Put another card on a checkpoint; its weights stay as they are, bit by bit.
+
+    Raises:
+        MorphSeekError: the file is no checkpoint, or cannot be written.
+    """
+    path = Path(path)
+    read_card(path)
+    header, data = _parts(path)
+    header["__metadata__"]["morphseek"] = json.dumps({"format": FORMAT, **to_dict(card)})
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomically(path, len(text).to_bytes(8, "little") + text + data)
+
+
 def read_card(path: Path | str) -> Card:
     """The card alone; no weights are read.
 
@@ -123,3 +139,15 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
 def sha256(path: Path | str) -> str:
     """Hex digest of a file, by which reports name the checkpoint."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def weights_sha256(path: Path | str) -> str:
+    """Hex digest of a checkpoint's weights alone; it stays when the card is rewritten."""
+    return hashlib.sha256(_parts(Path(path))[1]).hexdigest()
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of a .safetensors file and the bytes of its tensors (https://github.com/huggingface/safetensors)."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]

@@ -448,7 +448,7 @@ def info(
 
         card = read_card(file)
     if as_json:
-        console.print_json(json.dumps(to_dict(card)))
+        console.print_json(json.dumps(to_dict(card) | {"sha256": check_sums(file)}))
     else:
         print_card(card, file)
 
@@ -687,9 +687,9 @@ def print_card(card: Card, file: Path) -> None:
 
 def check_sums(file: Path) -> dict[str, str]:
     """Return the check sums of a model file, by what they are of."""
-    from .checkpoint import sha256
+    from .checkpoint import sha256, weights_sha256
 
-    return {"file": sha256(file)}
+    return {"file": sha256(file), "weights": weights_sha256(file)}
 
 
 _FIGURE_NAMES = {

@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fields
+from .alignment import object_size
 from .background import quiet_background
 from .errors import MorphSeekError
 from .geometry import Grid, Volume, apply_affine, orientation_matrix, resample, smooth_for_spacing
 from .images import check_labels, read_image, read_labels
-from .preprocessing import Preprocessing, normalized, working_grid
+from .preprocessing import Preprocessing, normalized, sampled, working_grid
 
 log = logging.getLogger(__name__)
 
@@ -388,6 +389,29 @@ def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]
         image = _noted(read_image(case.image))
         volumes.append((image, read_case_labels(case, image)))
     return volumes[0], volumes[1]
+
+
+def known_sizes(cases: Sequence[Case], anatomy: Sequence[int] | None = None, most: int = 100) -> tuple[float, float]:
+    """Smallest and largest size (mm) of what a training on these cases shows, for ``Preprocessing.knows``.
+
+    Args:
+        cases: of the training; of many, some are drawn.
+        anatomy: None when the images are shown; else they are synthesised from the label maps, and these labels are
+            shown alone at times.
+        most: how many cases to measure.
+    """
+    places = sampled(torch.arange(len(cases)), most).tolist()
+    sizes = []
+    for case in (cases[place] for place in places):
+        if anatomy is None:
+            sizes.append(object_size(read_image(case.image)))
+            continue
+        labels = read_labels(case.label)
+        shown = [labels.data != 0]
+        if anatomy:
+            shown.append(torch.isin(labels.data, torch.tensor(anatomy, dtype=labels.data.dtype)))
+        sizes += [object_size(Volume(mask.float(), labels.grid)) for mask in shown]
+    return round(min(sizes), 1), round(max(sizes), 1)
 
 
 def read_landmarks(path: Path, grid: Grid) -> np.ndarray:

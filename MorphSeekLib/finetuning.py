@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import fields
 from .checkpoint import Card, load, read_card, save, sha256, software
-from .datasets import Dataset, PairLoader, PreparedPair, augment, training_pair
+from .datasets import Dataset, PairLoader, PreparedPair, augment, known_sizes, training_pair
 from .devices import place
 from .distributed import World
 from .errors import MorphSeekError
@@ -207,6 +207,8 @@ def finetune(
     )
     with world.together():
         if world.rank == 0:
+            sizes = known_sizes(cases) + (card.preprocessing.knows or ())
+            preprocessing = dataclasses.replace(preprocessing, knows=(min(sizes), max(sizes)))
             card = Card(
                 title=config.title or f"{card.title}, fine-tuned on {dataset.about.get('name', dataset.path.name)}",
                 model=dataclasses.replace(card.model, policy=dataclasses.replace(card.model.policy, s=config.policy.s)),

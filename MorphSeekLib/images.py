@@ -312,9 +312,11 @@ def check_overlap(
         names: what to call the two in the sentence (their files); "" leaves the name out.
 
     Raises:
-        MorphSeekError: not one voxel of either lies within the other.
+        MorphSeekError: not one voxel of either lies within the other, or the transform is not finite.
     """
     gap = _gap(fixed.grid, moving.grid, transform)
+    if math.isnan(gap):
+        raise MorphSeekError("The transform between the two images is not made of finite numbers; check it.")
     if gap > 0 and not isinstance(transform, DenseTransform):
         # a small moving image may slip between the points looked at in a large fixed one
         gap = min(gap, _gap(moving.grid, fixed.grid, None if transform is None else np.linalg.inv(transform)))

@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from . import fields
 from .checkpoint import Card, load, not_finite, read_card, save, sha256, software
-from .datasets import Dataset, PairLoader, training_pair
+from .datasets import Dataset, PairLoader, known_sizes, training_pair
 from .devices import network_autocast, place, training_autocast
 from .distributed import World
 from .errors import Cancelled, MorphSeekError
@@ -282,7 +282,13 @@ def warmup(
     card = Card(
         title=config.title or f"{config.model.backbone} warm-up on {dataset.about.get('name', dataset.path.name)}",
         model=config.model,
-        preprocessing=dataclasses.replace(config.preprocessing, steps=run.steps),
+        preprocessing=dataclasses.replace(
+            config.preprocessing,
+            steps=run.steps,
+            knows=known_sizes(
+                dataset.split("training", "cases"), None if config.synthesis is None else config.synthesis.anatomy
+            ),
+        ),
         provenance={
             "stage": "warm-up",
             "data": dataset.about | {"file": dataset.path.name},

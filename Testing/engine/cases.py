@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from MorphSeekLib.backbones.voxelmorph import VoxelMorph
 from MorphSeekLib.geometry import Grid, Volume
 from MorphSeekLib.images import write_image
 
@@ -71,3 +72,21 @@ def write_dataset(folder: Path, count: int = 4, grid: Grid | None = None) -> Pat
     }
     (folder / "dataset.json").write_text(json.dumps(values))
     return folder / "dataset.json"
+
+
+@torch.no_grad()
+def follow_forces(backbone: VoxelMorph, gain: float = 0.3) -> None:
+    """Let a random network's field be the forces of two scales, blurred, and a little of what its layers say.
+
+    So it brings images closer, which no random network does. It must have been built with two ``forces`` and one
+    ``extra`` convolution of at least six channels.
+    """
+    carry, flow = backbone.extra[0][0].weight, backbone.flow.weight
+    torch.nn.init.normal_(flow, 0, 0.005)
+    carry[:6] = 0
+    backbone.extra[0][0].bias[:6] = 0
+    flow[:, :6] = 0
+    for axis in range(3):
+        for sign, channel in ((1, axis), (-1, axis + 3)):  # LeakyReLU(f) - LeakyReLU(-f) is a multiple of f
+            carry[channel, axis - 6, 1, 1, 1] = carry[channel, axis - 3, 1, 1, 1] = sign
+            flow[axis, channel] = sign * gain / 27

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from cases import blob_grid, blob_image, blob_labels
 
-from MorphSeekLib.alignment import align
+from MorphSeekLib.alignment import align, object_size
 from MorphSeekLib.errors import Cancelled, MorphSeekError
 from MorphSeekLib.geometry import DenseTransform, Grid, Transform, Volume, apply_affine, covering_grid, resample
 from MorphSeekLib.images import read_image, read_labels
@@ -183,3 +184,50 @@ def test_head_with_skull_onto_brain_without(brain):
     # both ways round
     back = align(carried, brain, "affine")
     assert error_mm(np.linalg.inv(back), found, points) < 0.5
+
+
+def scaled(volume: Volume, factor: float) -> Volume:
+    return Volume(volume.data, Grid(volume.grid.shape, np.diag([factor] * 3 + [1.0]) @ volume.grid.affine))
+
+
+@pytest.fixture(scope="module")
+def blobs() -> tuple[Volume, Volume]:
+    grid = blob_grid()
+    return tuple(blob_image(blob_labels(n, grid), n) for n in (0, 1))
+
+
+@pytest.mark.parametrize("factor", [0.001, 0.1, 1000])
+def test_tiny_and_huge_images_are_aligned_as_small_ones_are(blobs, factor):
+    """A NIfTI in meters whose header does not say so: a margin of 9 mm was 4,500 voxels, and never came to an end."""
+    usual = align(*blobs, "affine")
+    found = align(*(scaled(volume, factor) for volume in blobs), "affine")
+    np.testing.assert_allclose(found[:3, :3], usual[:3, :3], atol=1e-4)
+    np.testing.assert_allclose(found[:3, 3] / factor, usual[:3, 3], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["center", "rigid", "affine"])
+@pytest.mark.parametrize("slices", [2, 3])
+def test_volumes_of_two_and_three_slices_are_aligned(blobs, kind, slices):
+    thin = [Volume(v.data[..., 8 : 8 + slices].contiguous(), Grid((24, 28, slices), v.grid.affine)) for v in blobs]
+    assert np.isfinite(align(*thin, kind)).all()
+
+
+def test_a_ct_with_shifted_values_is_aligned(shared):
+    """Hounsfield units minus 32768: nothing of it lies between -1000 and 1000."""
+    fixed, moving = (read_image(shared / "cases" / f"ct33792_{name}.nii.gz") for name in ("fix", "mov"))
+    found = align(fixed, moving, "rigid")
+    true = align(*(Volume(v.data + 32768, v.grid) for v in (fixed, moving)), "rigid")
+    assert np.linalg.norm(apply_affine(found, fixed.grid.corners()) - apply_affine(true, fixed.grid.corners())) < 30
+
+
+def test_one_outlier_voxel_is_not_taken_for_ct(blobs):
+    spoiled = blobs[0].data.clone()
+    spoiled[0, 0, 0] = -1000.0
+    assert object_size(Volume(spoiled, blobs[0].grid)) == pytest.approx(object_size(blobs[0]), abs=4)
+
+
+def test_the_size_of_an_object_is_its_longest_side():
+    data = torch.zeros(60, 50, 40)
+    data[10:50, 20:30, 10:20] = 1
+    data[0, 0, 0] = 1
+    assert object_size(Volume(data, Grid(data.shape, np.diag([2.0, 3.0, 1.0, 1.0])))) == pytest.approx(80, abs=6)

@@ -192,3 +192,24 @@ def test_find_names_what_there_is(saved):
     assert find(path) == path
     with pytest.raises(MorphSeekError, match="no model 'brain-xr'"):
         find("brain-xr")
+
+
+def test_a_card_is_rewritten_without_touching_the_weights(tmp_path):
+    path = tmp_path / "m.safetensors"
+    checkpoint.save(path, RegistrationModel(CARD.model), CARD)
+    weights, file = checkpoint.weights_sha256(path), checkpoint.sha256(path)
+    before = checkpoint.load(path)[0].state_dict()
+    card = checkpoint.read_card(path)
+    preprocessing = dataclasses.replace(card.preprocessing, knows=(10.0, 20.5))
+    checkpoint.rewrite_card(path, dataclasses.replace(card, preprocessing=preprocessing))
+    assert checkpoint.weights_sha256(path) == weights
+    assert checkpoint.sha256(path) != file
+    model, card = checkpoint.load(path)
+    assert card.preprocessing.knows == (10.0, 20.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["brain-mr", "hippocampus-mr"])
+def test_the_bundled_models_know_the_sizes_they_were_trained_on(name):
+    low, high = checkpoint.read_card(find(name)).preprocessing.knows
+    assert 0 < low < high < 300

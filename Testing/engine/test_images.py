@@ -425,3 +425,9 @@ def test_full_disk(small_disk, ending):
     with pytest.raises(MorphSeekError, match=rf"The disk is full: .*/out/x\{ending} could"):
         fill()
     assert os.listdir(small_disk) == []
+
+
+def test_a_transform_of_nan_does_not_pass_for_an_overlap():
+    volume = Volume(torch.rand(4, 4, 4), Grid((4, 4, 4), np.eye(4)))
+    with pytest.raises(MorphSeekError, match="not made of finite numbers"):
+        images.check_overlap(volume, volume, np.full((4, 4), np.nan))

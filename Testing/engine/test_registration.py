@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from cases import blob_grid, blob_image, blob_labels
+from cases import blob_grid, blob_image, blob_labels, follow_forces
 
 from MorphSeekLib import checkpoint
 from MorphSeekLib.checkpoint import Card
@@ -44,20 +44,6 @@ def test_negative_labels_are_refused_before_the_work(model, pair):
     with pytest.raises(MorphSeekError, match="has the label -3, and labels must not be negative"):
         register(fixed, moving, model, fixed_labels=fixed_labels, moving_labels=wrong, on_event=events.append)
     assert events == []
-
-
-@torch.no_grad()
-def follow_forces(backbone):
-    """Let the field be the forces of two scales, blurred, and a little of what the random layers say."""
-    carry, flow = backbone.extra[0][0].weight, backbone.flow.weight
-    torch.nn.init.normal_(flow, 0, 0.005)
-    carry[:6] = 0
-    backbone.extra[0][0].bias[:6] = 0
-    flow[:, :6] = 0
-    for axis in range(3):
-        for sign, channel in ((1, axis), (-1, axis + 3)):  # LeakyReLU(f) - LeakyReLU(-f) is a multiple of f
-            carry[channel, axis - 6, 1, 1, 1] = carry[channel, axis - 3, 1, 1, 1] = sign
-            flow[axis, channel] = sign * 0.3 / 27
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +341,79 @@ def test_bfloat16_changes_the_field_little(pair, model, monkeypatch):
     difference = (half.transform.displacement - full.transform.displacement).abs()
     assert float(difference.max()) > 0
     assert float(difference.mean()) < 0.05 * float(full.report["displacement_mm"]["max"])
+
+
+def resized(volume, factor):
+    return Volume(volume.data, Grid(volume.grid.shape, np.diag([factor] * 3 + [1.0]) @ volume.grid.affine))
+
+
+def test_an_object_of_another_world_is_named_and_registered_at_its_own_scale(pair, tmp_path):
+    fixed, moving, *_ = pair
+    model = random_model(tmp_path / "knows.safetensors", knows=(30.0, 60.0))
+    usual = register(fixed, moving, model, inverse=False)
+    assert usual.report["warnings"] == []
+    tiny = register(resized(fixed, 0.01), resized(moving, 0.01), model, inverse=False)
+    [warning] = tiny.report["warnings"]
+    assert warning["code"] == "unknown-size"
+    assert "30 to 60 mm" in warning["message"]
+    assert "grid was made" in warning["message"]
+    assert max(tiny.report["working_grid"]["spacing"]) < 0.1
+    assert tiny.report["similarity"]["warped"] > tiny.report["similarity"]["aligned"] + 0.03
+
+
+def test_an_object_of_a_size_that_was_not_trained_on_is_named(pair, tmp_path):
+    model = random_model(tmp_path / "knows.safetensors", knows=(100.0, 110.0))
+    report = register(*pair[:2], model, inverse=False).report
+    assert [warning["code"] for warning in report["warnings"]] == ["unknown-size"]
+    assert report["working_grid"]["spacing"] == [3.0, 3.0, 3.0]
+
+
+def test_what_covers_a_few_voxels_of_the_working_grid_is_named(pair, tmp_path):
+    model = random_model(tmp_path / "model.safetensors", shape=(16, 16, 16))
+    report = register(resized(pair[0], 0.01), resized(pair[1], 0.01), model, inverse=False).report
+    assert "small-foreground" in [warning["code"] for warning in report["warnings"]]
+
+
+def test_an_alignment_that_lowers_similarity_or_dice_is_said(pair, model):
+    """Onto a part of itself: the centers differ, though the images lie right."""
+    fixed, _, labels, _ = pair
+    data = fixed.data.clone()
+    data[:, :, 12:] = 0
+    cut = Volume(data, fixed.grid)
+    report = register(fixed, cut, model, align="center", fixed_labels=labels, moving_labels=labels).report
+    said = [w["message"] for w in report["warnings"] if w["code"] == "alignment-lowers"]
+    assert any("(center) lowered the similarity" in text for text in said)
+    assert any("(center) lowered the mean Dice from 1.000" in text for text in said)
+
+
+def test_weights_that_give_nan_are_refused(pair, tmp_path):
+    broken = random_model(tmp_path / "broken.safetensors")
+    with torch.no_grad():
+        broken.network.backbone.flow.weight[0] = torch.nan
+    with pytest.raises(MorphSeekError, match="Step 1 gave numbers that are not finite"):
+        register(*pair[:2], broken)
+
+
+def test_an_image_without_contrast_is_refused(pair, tmp_path):
+    model = random_model(tmp_path / "window.safetensors", intensity="window", low=1000.0, high=2000.0)
+    with pytest.raises(MorphSeekError, match=r"The fixed image has intensities from .* from 1000 to 2000 only"):
+        register(*pair[:2], model)
+
+
+def test_masks_are_registered(pair, model):
+    """Two values alone: both percentiles are the same."""
+    masks = [Volume((v.data > 50).float(), v.grid) for v in pair[:2]]
+    report = register(*masks, model, inverse=False).report
+    assert report["similarity"]["warped"] > report["similarity"]["aligned"] > 0.5
+
+
+def test_the_same_head_moved_rigidly_stays_where_the_alignment_put_it(shared):
+    """[same_mov]: the network alone would move it by 1.8 mm on the average."""
+    fixed = read_image(shared / "data" / "brain_oasis" / "images" / "oasis_1000.nii.gz")
+    moving = read_image(shared / "cases" / "same_mov.nii.gz")
+    result = register(fixed, moving, load_model("brain-mr", "cpu"), steps=1, inverse=False)
+    true = sitk.ReadTransform(str(shared / "cases" / "same_true.tfm"))
+    points = apply_affine(fixed.grid.affine, (fixed.data > 20).nonzero().numpy()[::500])
+    expected = np.array([true.TransformPoint(p) for p in points])
+    assert np.linalg.norm(result.transform.map_points(points) - expected, axis=1).mean() < 0.3
+    assert result.report["warnings"][0]["code"] == "no-step-helped"

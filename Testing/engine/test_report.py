@@ -113,6 +113,13 @@ def folded(tmp_path_factory):
     return folder, path.read_text("utf-8"), pictures
 
 
+def test_the_table_of_steps_says_which_one_is_the_answer(tmp_path):
+    pictures = example(GRIDS["oblique"], push=8)
+    steps = [{"step": n, "similarity": 0.5, "answer": n == 1} for n in range(3)]
+    text = reports.write_report(tmp_path, figures(pictures, steps=steps), pictures).read_text("utf-8")
+    assert [word for word in Page(text).words if "the answer" in word] == ["1 ◀ the answer"]
+
+
 def test_numbers_on_the_page_are_those_of_the_json(folded):
     folder, text, _ = folded
     report = json.loads((folder / "report.json").read_text("utf-8"))

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from MorphSeekLib import checkpoint, fields
-from MorphSeekLib.datasets import PairLoader, load_dataset
+from MorphSeekLib.datasets import PairLoader, known_sizes, load_dataset
 from MorphSeekLib.errors import Cancelled, MorphSeekError
 from MorphSeekLib.finetuning import FinetuneConfig, finetune
 from MorphSeekLib.images import write_image
@@ -28,7 +28,7 @@ from MorphSeekLib.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing, normalize
 from MorphSeekLib.sac import SACConfig, train_spac
 from MorphSeekLib.settings import from_dict, load, to_dict
-from MorphSeekLib.synthesis import LabelMapSource, SynthesisSettings
+from MorphSeekLib.synthesis import LabelMapSource, SynthesisSettings, label_values
 from MorphSeekLib.training import (
     Batch,
     LossSettings,
@@ -495,3 +495,17 @@ def test_a_partial_table_leaves_the_other_defaults():
     assert found.loss == dataclasses.replace(FinetuneConfig().loss, dice=2.0)
     paper = load(FinetuneConfig, Path(__file__).parents[2] / "Resources/Training/finetune-paper.toml").policy
     assert (paper.place, paper.credit, paper.s, paper.advance) == ("latent", "trajectory", "sqrt_n", "greedy")
+
+
+def test_a_label_that_lies_between_every_second_voxel_is_not_lost():
+    labels = torch.zeros(8, 8, 8, dtype=torch.int32)
+    labels[1, 3, 5], labels[7, 7, 7] = -4, 9
+    assert label_values(labels) == [-4, 0, 9]
+
+
+def test_a_training_writes_the_sizes_it_has_seen_onto_the_card(tmp_path):
+    dataset = load_dataset(write_dataset(tmp_path / "data"))
+    cases = dataset.split("training", "cases")
+    low, high = known_sizes(cases)
+    assert 20 < low <= high < 60
+    assert known_sizes(cases, anatomy=(3,))[0] < low, "the ball alone is shown, too"

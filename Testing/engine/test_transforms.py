@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.geometry import DenseTransform, Grid, apply_affine
-from MorphSeekLib.transforms import read_transform, write_transform
+from MorphSeekLib.transforms import read_transform, rounded, write_transform
 
 TURN = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
@@ -200,3 +200,18 @@ def test_full_disk(tmp_path):
         assert os.listdir(tmp_path) == []
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(("spacing", "step"), [(1.5, 2**-12), (1000.0, 2**-12), (0.1, 2**-16), (0.001, 2**-22)])
+def test_displacements_are_rounded_in_proportion_to_the_nodes_distance(tmp_path, spacing, step):
+    grid = Grid.from_parts((5, 6, 7), (spacing,) * 3, np.eye(3), (0.0, 0.0, 0.0))
+    generator = torch.Generator().manual_seed(0)
+    transform = DenseTransform(spacing * torch.randn(3, 5, 6, 7, generator=generator), grid)
+    found = rounded(transform)
+    assert float((found.displacement - transform.displacement).abs().max()) <= step / 2
+    assert step <= max(spacing, 1.0) / 4096
+    assert torch.equal(found.displacement / step, (found.displacement / step).round())
+    write_transform(transform, tmp_path / "t.h5")
+    read = sitk.DisplacementFieldTransform(sitk.ReadTransform(str(tmp_path / "t.h5"))).GetDisplacementField()
+    written = sitk.GetArrayFromImage(read).transpose(3, 2, 1, 0)
+    assert np.array_equal(written, found.displacement.double().numpy()), "what rounded() gives is what is written"

@@ -56,17 +56,18 @@ def mrml(application):
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
-    """A checkpoint whose random weights move things by some millimetres, and fold here and there."""
+    """A checkpoint whose network moves things by some millimeters, and closer."""
     import torch
+    from cases import follow_forces
 
     from MorphSeekLib import checkpoint
     from MorphSeekLib.policy import ModelSettings, RegistrationModel
     from MorphSeekLib.preprocessing import Preprocessing
 
     torch.manual_seed(1)
-    widths = {"encoder": (4, 4), "decoder": (4, 4), "extra": (4,)}
+    widths = {"encoder": (4, 4), "decoder": (4, 4), "extra": (8,), "forces": 2}
     network = RegistrationModel(ModelSettings(backbone_settings=widths))
-    torch.nn.init.normal_(network.backbone.flow.weight, 0.0, 2.0)
+    follow_forces(network.backbone, 0.6)
     path = tmp_path_factory.mktemp("model") / "random.safetensors"
     checkpoint.save(path, network, checkpoint.Card("random", preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5))))
     return str(path)

@@ -10,6 +10,7 @@ pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core
 import slicer.util
 import worlds
 from MorphSeekGui import scene
+from MorphSeekGui.comparison import difference_limit
 from MorphSeekGui.views import ResultViews, difference_colors, jacobian_colors
 
 from MorphSeekLib import geometry
@@ -296,3 +297,10 @@ def test_a_slice_view_that_opens_later_joins_in(shown, application):
     assert later.composite.GetBackgroundVolumeID() == nodes.fixed.GetID()
     views.restore()
     assert later.composite.GetBackgroundVolumeID() is None
+
+
+def test_the_difference_s_limit_does_not_hang_on_one_slice():
+    """A stride of 10 would read the empty slice alone."""
+    difference = np.full((300, 1000, 10), 0.8, np.float32)
+    difference[..., 0] = 0
+    assert difference_limit(difference) == pytest.approx(0.8)
