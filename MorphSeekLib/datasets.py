@@ -346,7 +346,7 @@ class PairLoader:
         if case.label is not None:
             labels = read_case_labels(case, image)
         points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
-        image = Volume(normalize(quiet_background(image.data), self.preprocessing), image.grid)
+        image = Volume(quiet_background(normalize(image.data, self.preprocessing)), image.grid)
         if self.preprocessing.spacing is not None:
             direction = orientation_matrix(self.preprocessing.orientation)
             image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))

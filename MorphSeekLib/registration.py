@@ -454,7 +454,7 @@ def _prepared(
 ) -> tuple[Tensor, Tensor]:
     """Intensities as the network takes them, (1, 1, i, j, k): fixed on a grid; moving on its own, as smooth as that."""
     spacing = _world_spacing(grid)
-    quiet = [Volume(normalize(quiet_background(v.data), preprocessing), v.grid) for v in (fixed, moving)]
+    quiet = [Volume(quiet_background(normalize(v.data, preprocessing)), v.grid) for v in (fixed, moving)]
     images = [smooth_for_spacing(volume, spacing) for volume in quiet]
     on_grid = resample(images[0], grid, checkpoint=checkpoint).data
     return on_grid[None, None].to(device), images[1].data[None, None].to(device)

@@ -214,7 +214,7 @@ def test_landmark_rewards_bring_landmarks_together(init, tmp_path):
     finetune(marked, config, init, tmp_path / "m.safetensors")
     rows = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
     errors = [row["validation/tre_mm"] for row in rows]
-    assert sum(errors[-5:]) / 5 < 0.87 * errors[0]
+    assert sum(errors[-5:]) / 5 < 0.9 * errors[0]
     bare = load_dataset(write_dataset(tmp_path / "bare"))
     with pytest.raises(MorphSeekError, match=r"needs landmarks of every training case, but image_0.nii.gz has none"):
         finetune(bare, config, init, tmp_path / "n.safetensors")
