@@ -21,7 +21,7 @@ _LEAST = 0.2  # of the dark blocks must be noisy air: the rims of an object on e
 
 
 def quiet_background(data: Tensor) -> Tensor:
-    """Give air that holds nothing but noise one value, its level; nothing else changes.
+    """Give air that holds nothing but noise the image's least value (black); nothing else changes.
 
     Level and standard deviation of the noise are those of the darkest blocks of 4x4x4 voxels, as in the estimators
     from local moments of the background (Aja-Fernandez et al., "Noise estimation in single- and multiple-coil magnetic
@@ -30,22 +30,21 @@ def quiet_background(data: Tensor) -> Tensor:
     taken for air only if they are noise (the blocks differ far less from each other than the voxels within them), are
     clearly darker than tissue, and are no mere rim. Neither shape nor place of the object counts, nor the scale and
     offset of the intensities. Air is then where the mean of 3x3x3 voxels is within two standard deviations of the
-    level, and the voxels beside it that are within three themselves; what is darker (padding) is raised to the level.
+    level, or is darker (padding), and the voxels beside it that are within three themselves.
 
     Args:
-        data: (i, j, k), any type; computed in float32.
+        data: (i, j, k), floating point.
 
     Returns:
-        ``data`` (as float32) where there is no such air: exactly black, none in the image (crops), or not noise alone.
+        ``data`` itself where there is no such air: exactly black, none in the image (crops), or not noise alone.
     """
-    data = data.float()
     found = _air(data)
     if found is None:
         return data
     level, deviation = found
     inner = _around(data, Tensor.add_) <= 27 * (level + _WITHIN * deviation)
     air = inner | (_around(inner, Tensor.logical_or_) & (data <= level + _BESIDE * deviation))
-    return data.clamp(min=level).masked_fill_(air, level)
+    return data.masked_fill(air, float(data.min()))
 
 
 def _around(data: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from . import fields
 from .alignment import object_size
-from .background import quiet_background
 from .errors import MorphSeekError
 from .geometry import Grid, Volume, apply_affine, orientation_matrix, resample, smooth_for_spacing
 from .images import check_labels, read_image, read_labels
@@ -529,7 +528,7 @@ class PairLoader:
         if case.label is not None:
             labels = read_case_labels(case, image)
         points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
-        image = normalized(Volume(quiet_background(image.data), image.grid), self.preprocessing, f"{case.image}")
+        image = normalized(image, self.preprocessing, f"{case.image}")
         if self.preprocessing.spacing is not None:
             direction = orientation_matrix(self.preprocessing.orientation)
             image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .background import quiet_background
 from .errors import MorphSeekError
 from .geometry import Grid, Volume, covering_grid
 from .startup import ALIGNMENTS
@@ -188,7 +189,7 @@ def normalize(data: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def normalized(image: Volume, preprocessing: Preprocessing, name: str) -> Volume:
-    """An image as the network takes it.
+    """An image as the network takes it, noise in its air made flat.
 
     Args:
         image: its intensities as they were read.
@@ -212,4 +213,4 @@ def normalized(image: Volume, preprocessing: Preprocessing, name: str) -> Volume
             f"{name} has intensities from {values}, but almost all of its voxels have one value, so that there is "
             "nothing to register; check that it is the one you mean."
         )
-    return Volume(data, image.grid)
+    return Volume(quiet_background(data), image.grid)

@@ -360,15 +360,14 @@ class _Pair:
         checkpoint: Callable[[], None],
     ) -> None:
         """``before`` and ``start``: fixed point -> moving point, before and after the alignment."""
-        self.volumes = tuple(Volume(quiet_background(volume.data), volume.grid) for volume in (fixed, moving))
-        self.before, self.start, self.grid = before, start, grid
+        self.volumes, self.before, self.start, self.grid = (fixed, moving), before, start, grid
         self.preprocessing, self.device, self.checkpoint = preprocessing, device, checkpoint
 
     def prepare(self) -> None:
         """Make the images."""
         self.fixed, self.moving = self.on(self.grid)
         fixed = self.volumes[0]
-        foreground = Volume(foreground_of(fixed.data).to(torch.uint8), fixed.grid)
+        foreground = Volume(foreground_of(quiet_background(fixed.data)).to(torch.uint8), fixed.grid)
         foreground = resample(foreground, self.grid, mode="nearest", checkpoint=self.checkpoint).data.bool()
         self.judge = Judge(self.fixed, foreground[None, None].to(self.device))
 
