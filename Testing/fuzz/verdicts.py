@@ -227,7 +227,7 @@ def _wrong_files(ran: Ran, stored: Stored, coats: list[Coat]) -> list[str]:
 
 
 def _wrong_outside(values: np.ndarray, moving: Written, rounding: float) -> list[str]:
-    """Check what the warped image holds where the moving image shows nothing: one value, its air, its fill or darker."""
+    """Check what the warped image holds outside of the moving image: one value, its air, its fill or darker."""
     if not values.size:
         return []
     if np.ptp(values) > rounding:
