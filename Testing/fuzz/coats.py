@@ -45,6 +45,7 @@ class Dress:
         averaged: voxels are means over their extent; else slices are thin and have gaps.
         world: (4, 4), space of the base pair -> space of the file: a shift and one scale for all axes.
         changes: of the intensities, which are 0 (air) to 1.
+        fill: intensity outside of the field of view; None: air.
         kind: numpy type of the stored values.
         low, high: stored values of the intensities 0 and 1.
         nifti: of the header, if the file is NIfTI; its slope counts there.
@@ -63,6 +64,7 @@ class Dress:
     averaged: bool = True
     world: np.ndarray = field(default_factory=lambda: np.eye(4))
     changes: list[Callable[[np.ndarray], np.ndarray]] = field(default_factory=list)
+    fill: float | None = None
     kind: str = "float32"
     low: float = 0.0
     high: float = 255.0
@@ -308,7 +310,7 @@ def _(g: np.random.Generator, pair: Pair) -> str:
     dresses, which = pair.some(g)
     value = -g.uniform(0.2, 20)
     for dress in dresses:
-        dress.changes.append(_filled(value))
+        _fill(dress, value)
     return f"{which} {value:.2f} of the range"
 
 
@@ -317,7 +319,7 @@ def _(g: np.random.Generator, pair: Pair) -> str:
     dresses, which = pair.some(g)
     value = g.uniform(0.2, 3)
     for dress in dresses:
-        dress.changes.append(_filled(value))
+        _fill(dress, value)
     return f"{which} {value:.2f} of the range"
 
 
@@ -327,7 +329,7 @@ def _(g: np.random.Generator, pair: Pair) -> str:
     kind = str(g.choice(["float32", "float64"]))
     for dress in dresses:
         dress.kind = kind
-        dress.changes.append(_filled(np.nan))
+        _fill(dress, np.nan)
     return f"{which} {kind}"
 
 
@@ -834,7 +836,7 @@ class Written:
         values: (i, j, k) float64, what the file says of the intensities.
         grid: in the file's space.
         world: (4, 4), space of the base pair -> space of the file.
-        air, white: what the file says of the intensities 0 and 1.
+        air, white, fill: what the file says of the intensities 0 and 1, and outside of the field of view.
         damaged: the product must refuse it.
     """
 
@@ -844,6 +846,7 @@ class Written:
     world: np.ndarray
     air: float
     white: float
+    fill: float
     damaged: bool = False
 
 
@@ -868,6 +871,8 @@ def write(dress: Dress, heads: Heads, folder: Path, generator: np.random.Generat
         stored, scale = _per_slice(dress.low + x * (dress.high - dress.low), dress.kind)
     values = stored.astype(np.float64)
     air, white = dress.low, dress.high
+    fill = air if dress.fill is None or np.isnan(dress.fill) else air + dress.fill * (white - air)
+    fill = float(_stored(np.array(fill), dress.kind))
     suffix = dress.form.lower()
     if dress.writer is not None:
         path = dress.writer(path, stored, grid)
@@ -885,14 +890,16 @@ def write(dress: Dress, heads: Heads, folder: Path, generator: np.random.Generat
         repeated = np.broadcast_to(stored.reshape(*stored.shape, *(1 for _ in more)), (*stored.shape, *more))
         path = write_nifti(path, repeated, grid, dress.nifti)
         if np.isfinite(dress.nifti.slope) and dress.nifti.slope != 0:
-            values, air, white = (v * dress.nifti.slope + dress.nifti.intercept for v in (values, air, white))
+            values, air, white, fill = (
+                v * dress.nifti.slope + dress.nifti.intercept for v in (values, air, white, fill)
+            )
     if dicom:
         values = values * scale.slopes + scale.intercepts
     if dress.spoil is not None:
         path = dress.spoil(path) or path
     if dress.form == "dicom-file" and path.is_dir():
         path = sorted(path.iterdir())[grid.shape[2] // 3]
-    return Written(path, values, grid, dress.world, air, white, dress.damaged)
+    return Written(path, values, grid, dress.world, air, white, fill, dress.damaged)
 
 
 def write_labels(labels: LabelDress, dress: Dress, image: Written, heads: Heads, folder: Path) -> Written:
@@ -911,7 +918,7 @@ def write_labels(labels: LabelDress, dress: Dress, image: Written, heads: Heads,
         write_nrrd(path, stored, grid)
     else:
         write_nifti(path, stored, grid, NiftiHeader())
-    return Written(path, values, image.grid, image.world, 0.0, float(values.max()))
+    return Written(path, values, image.grid, image.world, 0.0, float(values.max()), 0.0)
 
 
 def turned(grid: Grid, order, flips) -> Grid:
@@ -947,7 +954,7 @@ def _shift(vector: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _filled(value: float) -> Callable[[np.ndarray], np.ndarray]:
+def _fill(dress: Dress, value: float) -> None:
     """Fill the air outside of the ellipse that the first two axes inscribe."""
 
     def change(x: np.ndarray) -> np.ndarray:
@@ -956,7 +963,8 @@ def _filled(value: float) -> Callable[[np.ndarray], np.ndarray]:
         x[outside] = value
         return x
 
-    return change
+    dress.fill = value
+    dress.changes.append(change)
 
 
 def _sheared(shear: float) -> Callable[[Dress, Grid], None]:

@@ -69,13 +69,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """A judged case."""
+    """A judged case; ``seconds`` of the processor."""
 
     index: int
     coats: str
     verdict: Verdict
     seconds: float
-    """Of the processor."""
 
 
 def draw(seed: int, index: int, heads: Heads) -> Case:
@@ -341,7 +340,8 @@ def main() -> None:
         if failed(result) or options.verbose:
             verdict = result.verdict
             again = f"--seed {options.seed} --only {result.index}"
-            line = f"{verdict.outcome}: {result.coats}: {verdict.reason} [{again}; {result.seconds:.1f} s]"
+            reason = " ".join(verdict.reason.split())
+            line = f"{verdict.outcome}: {result.coats}: {reason} [{again}; {result.seconds:.1f} s]"
             print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
     print(count(results))
     sys.exit(any(map(failed, results)))

@@ -227,12 +227,14 @@ def _wrong_files(ran: Ran, stored: Stored, coats: list[Coat]) -> list[str]:
 
 
 def _wrong_outside(values: np.ndarray, moving: Written, rounding: float) -> list[str]:
-    """Check what the warped image holds where the moving image shows nothing: one value, its air or darker fill."""
+    """Check what the warped image holds outside of the moving image: one value, its air, its fill or darker."""
     if not values.size:
         return []
     if np.ptp(values) > rounding:
         return [f"the warped image holds {values.min():g} to {values.max():g} outside of the moving image"]
     span, darkest = moving.white - moving.air, np.nanmin(moving.values)
+    if abs(values[0] - moving.fill) <= 0.01 * span + rounding:
+        return []
     if not min(darkest, moving.air) - 0.05 * span - rounding <= values[0] <= moving.air + 0.25 * span + rounding:
         return [f"the warped image holds {values[0]:g} outside of the moving image, whose air is {moving.air:g}"]
     return []
