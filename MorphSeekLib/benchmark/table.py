@@ -24,6 +24,10 @@ from .scoring import DEFINITIONS
 if TYPE_CHECKING:
     from .main_table import MainTableSettings, Run
 
+CENTRAL_ONLY = (
+    "Dated 2026-11-26: folding in this table was judged by central differences only, which miss folds that alternate",
+    "from voxel to voxel (see MorphSeekLib/folds.py).",
+)
 FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj", "seconds", "cpu_seconds", "peak_gb")
 MORE_DICE, LESS_FOLDING = 0.02, 0.3
 """What is claimed of MorphSeek over its baseline: points of Dice, share of the folding."""
@@ -139,6 +143,8 @@ def write_report(settings: MainTableSettings, out: Path) -> None:
 def markdown(settings: MainTableSettings, rows: Sequence[Row]) -> str:
     """The table, what it is compared with, whether the claim is reached, and the definitions."""
     lines = [f"# {settings.title}", ""]
+    if any(math.isnan(row.mean["folded_percent"]) for row in rows):
+        lines += [*CENTRAL_ONLY, ""]
     by_processor = settings.threads == 1 and all(row.result["device"] == "cpu" for row in rows)
     for task in dict.fromkeys(row.task for row in rows):
         here = [row for row in rows if row.task == task]
