@@ -284,7 +284,7 @@ def unfold(
     for block in frame.blocks():
         cells = block.open_cells() + block.first
         active[tuple(cells[_unproven(frame.corners(cells), 0.0)].unbind(1))] = True
-    if not bool(active.any()):
+    if not iterations or not bool(active.any()):
         return transform
     nodes = frame.nodes()
     start = nodes.clone()

@@ -45,7 +45,7 @@ def determinant_at(corners: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         weights = [torch.stack([1 - x, x]) for x in point]
         return torch.einsum("a,b,c,abcdn->nd", *weights, corners)
 
-    return torch.linalg.det(torch.autograd.functional.jacobian(place, where))
+    return torch.linalg.det(torch.func.jacfwd(place)(where))
 
 
 def one_cell(corners: torch.Tensor) -> DenseTransform:
@@ -54,7 +54,7 @@ def one_cell(corners: torch.Tensor) -> DenseTransform:
     return DenseTransform((corners - here).movedim(-1, 0).float(), plain((2, 2, 2)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000), where=st.tuples(*[st.floats(0, 1)] * 3))
 def test_the_coefficients_are_those_of_the_determinant(seed, where):
     corners = torch.randn(2, 2, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -67,14 +67,14 @@ def test_the_coefficients_are_those_of_the_determinant(seed, where):
     torch.testing.assert_close(at_corners, fields.determinants_at_corners(corners), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000), size=st.floats(0.05, 1.5))
 def test_the_cheap_bound_lies_below_every_determinant_of_the_cell(seed, size):
     u = size * torch.randn(1, 3, 3, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     bound = fields.determinant_bound(u)[0]
     cells = torch.ones_like(bound).nonzero()
     corners = fields.gather_corners(u, torch.zeros(len(cells), dtype=torch.long), cells.unbind(1))
-    for where in product((0.0, 0.3, 0.5, 1.0), repeat=3):
+    for where in product((0.0, 0.4, 1.0), repeat=3):
         found = determinant_at(corners, torch.tensor(where, dtype=torch.float64))
         assert bool((bound.flatten() <= found + 1e-9).all())
 
@@ -109,17 +109,17 @@ def cell_that_folds_inside(seed: int) -> torch.Tensor | None:
     """A cell (2, 2, 2, 3) whose corner determinants are above 0 and whose determinant at some inner point is not."""
     generator = torch.Generator().manual_seed(seed)
     here = torch.tensor(CORNERS, dtype=torch.float64).view(2, 2, 2, 3, 1)
-    corners = here + 0.55 * torch.randn(2, 2, 2, 3, 4000, dtype=torch.float64, generator=generator)
+    corners = here + 0.55 * torch.randn(2, 2, 2, 3, 1000, dtype=torch.float64, generator=generator)
     corners = corners[..., fields.determinants_at_corners(corners).amin(dim=0) > 0.02]
     inside = torch.stack(
-        [determinant_at(corners, torch.tensor(p, dtype=torch.float64)) for p in product((0.25, 0.5, 0.75), repeat=3)]
+        [determinant_at(corners, torch.tensor(p, dtype=torch.float64)) for p in product((0.3, 0.7), repeat=3)]
     )
     bad = (inside.amin(dim=0) < -0.02).nonzero()
     return corners[..., bad[0, 0]] if len(bad) else None
 
 
 def test_a_fold_between_positive_corners_is_found():
-    cells = [cell for cell in map(cell_that_folds_inside, range(40)) if cell is not None][:10]
+    cells = [cell for cell in map(cell_that_folds_inside, range(60)) if cell is not None][:10]
     assert len(cells) == 10
     for cell in cells:
         found = folds.certify(one_cell(cell), plain((2, 2, 2)))
@@ -253,7 +253,7 @@ def test_unfolding_moves_only_what_folds():
     assert folds.unfold(transform, iterations=0) is transform
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(strength=st.floats(2.0, 20.0), seed=st.integers(0, 1000))
 def test_unfolding_a_field_of_folds_stays_finite_and_makes_none_more(strength, seed):
     grid = plain((12, 12, 12))
