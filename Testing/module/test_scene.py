@@ -7,13 +7,15 @@ import pytest
 
 pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
 
+import SimpleITK as sitk
 import slicer.util
 import vtk
 import worlds
 from MorphSeekGui import scene
 from MorphSeekGui.scene import FLIP, InputError
+from vtk.util import numpy_support
 
-from MorphSeekLib import geometry
+from MorphSeekLib import geometry, transforms
 
 NAMES = sorted(worlds.GRIDS)
 
@@ -438,6 +440,75 @@ def test_a_large_fixed_grid_is_sampled_coarsely_but_wholly(mrml, computed, monke
     assert (index < np.array(grid.shape) - 1 + 1e-6).all()
     points = geometry.apply_affine(grid.affine, [[2, 3, 1]])
     assert np.allclose(points[0] + sampled.array[:, 2, 3, 1], world.transform.map_points(points)[0], atol=1e-3)
+
+
+def itk_transform(kind: str, fixed: geometry.Grid) -> sitk.Transform:
+    """A transform of ITK whose domain lies in the middle of a grid and does not cover it."""
+    random = np.random.default_rng(0)
+    if kind == "B-spline":
+        transform = sitk.BSplineTransform(3, 3)
+        transform.SetTransformDomainDirection(worlds.rotation((10, 20, -15)).ravel().tolist())
+        transform.SetTransformDomainPhysicalDimensions((12.0, 14.0, 15.0))
+        transform.SetTransformDomainOrigin((fixed.center - 7).tolist())
+        transform.SetTransformDomainMeshSize((2, 3, 4))
+        transform.SetParameters(random.normal(scale=2, size=len(transform.GetParameters())).tolist())
+        return transform
+    if kind == "grid":
+        image = sitk.GetImageFromArray(random.normal(scale=2, size=(4, 5, 6, 3)), isVector=True)
+        image.SetDirection(worlds.rotation((-10, 5, 25)).ravel().tolist())
+        image.SetSpacing((3.0, 4.0, 5.0))
+        image.SetOrigin((fixed.center - 8).tolist())
+        return sitk.DisplacementFieldTransform(image)
+    turn = sitk.Euler3DTransform(fixed.center.tolist(), 0.1, -0.2, 0.05, (1.0, 2.0, 3.0))
+    return sitk.CompositeTransform([turn, itk_transform("B-spline", fixed), turn, itk_transform("grid", fixed)])
+
+
+@pytest.mark.parametrize("kind", ["B-spline", "grid", "chain"])
+def test_an_initial_transform_means_the_same_in_slicer_and_on_the_command_line(mrml, tmp_path, kind):
+    world = worlds.make_world("oblique")
+    path = tmp_path / "t.h5"
+    sitk.WriteTransform(itk_transform(kind, world.fixed.grid), str(path))
+    node = mrml.AddNewNodeByClass("vtkMRMLTransformNode")
+    storage = mrml.AddNewNodeByClass("vtkMRMLTransformStorageNode")
+    storage.SetFileName(str(path))
+    assert storage.ReadData(node)
+    links = vtk.vtkCollection()
+    slicer.vtkMRMLTransformNode.FlattenGeneralTransform(links, node.GetTransformFromParent())
+    for n in range(links.GetNumberOfItems()):
+        if isinstance(links.GetItemAsObject(n), slicer.vtkOrientedGridTransform):
+            links.GetItemAsObject(n).SetInterpolationModeToLinear()
+    sampled = scene.read_transform(node, scene.read_volume(worlds.add_volume("F", world.fixed)))
+    expected = transforms.read_transform(path, world.fixed.grid)
+    assert np.abs(sampled.array - expected.displacement.numpy()).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["B-spline", "grid"])
+def test_an_inverted_initial_transform_is_as_slicer_has_it(mrml, kind):
+    world = worlds.make_world("oblique")
+    node = mrml.AddNewNodeByClass("vtkMRMLTransformNode")
+    if kind == "grid":
+        displacement = np.random.default_rng(0).normal(scale=0.1, size=(3, *world.fixed.grid.shape))
+        node.SetAndObserveTransformFromParent(
+            scene.grid_transform(scene.Image(displacement.astype(np.float32), world.fixed.grid.affine))
+        )
+    else:
+        spline = slicer.vtkOrientedBSplineTransform()
+        coefficients = vtk.vtkImageData()
+        coefficients.SetDimensions(6, 6, 6)
+        coefficients.SetSpacing(20, 20, 20)
+        coefficients.SetOrigin(to_ras(world.fixed.grid.center) - 50)
+        values = np.random.default_rng(0).normal(size=(216, 3))
+        coefficients.GetPointData().SetScalars(numpy_support.numpy_to_vtk(values, deep=True))
+        spline.SetCoefficientData(coefficients)
+        node.SetAndObserveTransformFromParent(spline)
+    node.Inverse()
+    sampled = scene.read_transform(node, scene.read_volume(worlds.add_volume("F", world.fixed)))
+    from_world = vtk.vtkGeneralTransform()
+    node.GetTransformFromWorld(from_world)
+    index = np.random.default_rng(0).integers(0, world.fixed.grid.shape, (30, 3))
+    points = geometry.apply_affine(sampled.affine, index)
+    found = points + np.array([sampled.array[:, i, j, k] for i, j, k in index])
+    assert np.abs(found - to_ras(through(from_world, to_ras(points)))).max() < 1e-3
 
 
 @pytest.mark.parametrize("value", [-7, 2.0**31])
