@@ -101,15 +101,15 @@ def linear_transform(name: str, degrees=(4.0, -7.0, 12.0), shift=(6.0, -3.0, 9.0
     return node
 
 
-def result_of(world: World, folder: Path, inverse: bool = True, labels: bool = True) -> dict:
+def result_of(world: World, folder: Path, inverse: bool = True, labels: bool = True, mirrored: bool = False) -> dict:
     """The worker's answer for this world, its arrays written to ``folder``."""
     transform, grid = world.transform, world.fixed.grid
     jacobian = fields.jacobian_determinant(geometry.voxel_displacement(transform, grid))[0, 0]
-    certificate = folds.certify(transform, grid)
+    certificate = folds.certify(transform, grid, mirrored)
     least = geometry.Volume(folds.folded_voxels(certificate.folded, transform.grid, grid), grid)
     regions = [vars(region) for region in folds.regions(least)]
     folding = vars(metrics.folding(jacobian=jacobian)) | {"cells": vars(certificate.count)}
-    report = {"mirrored": False, "folding": folding | {"regions": regions, "region_count": len(regions)}}
+    report = {"mirrored": mirrored, "folding": folding | {"regions": regions, "region_count": len(regions)}}
     back = transform.inverse(geometry.covering_grid(world.moving.grid, spacing=(4.0, 4.0, 4.0))) if inverse else None
 
     def save(name: str, data: torch.Tensor, affine: np.ndarray) -> dict:
