@@ -196,7 +196,7 @@ class InspectPanel(VTKObservationMixin):
             for column, bound in ((2, limits and f"{limits.amber:g}"), (3, limits and f"{limits.red:g}")):
                 _cell(table, row, column, bound or "", right=True, editable=limits is not None)
         table.blockSignals(blocked)
-        _fit_height(table)
+        _fit_height(table, 450)
         self._show_verdict(verdict)
 
     def _show_verdict(self, verdict: quality.Verdict) -> None:
