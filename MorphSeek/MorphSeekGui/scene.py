@@ -82,8 +82,8 @@ class RegistrationNodes:
         transform: fixed (world) -> moving (its own coordinates), as TransformFromParent: put the moving
             volume under it.
         inverse: the other way round, or None.
-        jacobian: determinant of the transform's Jacobian on the fixed grid; 1 keeps volume, <= 0 is folded.
-        folding: segmentation with one segment, where the Jacobian is <= 0.
+        jacobian: determinant of the transform's Jacobian on the fixed grid by central differences; 1 keeps volume.
+        folding: segmentation with one segment, the fixed voxels that meet a folded cell of the transform.
         aligned: the moving volume on the fixed grid after the alignment alone, for "before"; None from a worker that
             sends none.
         warped_labels: the moving labels on the fixed grid, or None.
@@ -386,9 +386,11 @@ def _remember(nodes: RegistrationNodes) -> None:
 
 
 def result_nodes(transform) -> RegistrationNodes | None:
-    """The registration that a transform node came from, or None if it is none of ours or not all of it is left."""
+    """The registration that a transform node came from, or None if it is none of ours or not all of it is left. Its
+    transforms are made linear, see :func:`keep_linear`."""
     if transform is None or transform.GetAttribute(REPORT) is None:
         return None
+    keep_linear(transform)
     parts = {role: transform.GetNodeReference(f"MorphSeek.{role}") for role in _ROLES}
     if any(parts[role] is None for role in _ROLES if role not in _OPTIONAL):
         return None
@@ -400,6 +402,26 @@ def result_nodes(transform) -> RegistrationNodes | None:
     except ValueError:
         report = {}
     return RegistrationNodes(transform=transform, report=report, **parts)
+
+
+def keep_linear(transform) -> None:
+    """Interpolate a result's transform, and its inverse, linearly: the map whose folds were judged.
+
+    Slicer sets transforms that it reads from files to cubic, which is another map.
+    """
+    for node in (transform, transform.GetNodeReference("MorphSeek.inverse")):
+        for get in (node.GetTransformFromParentAs, node.GetTransformToParentAs) if node is not None else ():
+            grid = get("vtkOrientedGridTransform", False)
+            if grid is not None and grid.GetInterpolationMode() != vtk.VTK_LINEAR_INTERPOLATION:
+                grid.SetInterpolationModeToLinear()
+
+
+def keep_results_linear(scene) -> None:
+    """Do :func:`keep_linear` for every result in a scene."""
+    for n in range(scene.GetNumberOfNodesByClass("vtkMRMLTransformNode")):
+        node = scene.GetNthNodeByClass(n, "vtkMRMLTransformNode")
+        if node.GetAttribute(REPORT) is not None:
+            keep_linear(node)
 
 
 def grid_transform(displacement: Image, source=None, target=None) -> vtk.vtkObject:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -204,6 +206,43 @@ def test_the_inverse_node_is_what_the_engine_computed(mrml, computed):
     assert np.abs(found - to_ras(back.map_points(points))).max() < 1e-3
 
 
+def saved_and_loaded(node, folder):
+    """A transform node as Slicer loads it from the file that it saved it to."""
+    storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformStorageNode")
+    storage.SetFileName(str(folder / f"{node.GetName()}.h5"))
+    assert storage.WriteData(node)
+    assert storage.ReadData(node)
+    return node.GetTransformFromParentAs("vtkOrientedGridTransform", False)
+
+
+def test_transforms_that_were_loaded_become_the_linear_maps_that_were_judged(mrml, computed, tmp_path):
+    world, result = computed("oblique")
+    nodes = scene.create_nodes(result, worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving))
+    points = to_ras(points_in(world.fixed.grid))
+    expected = to_ras(world.transform.map_points(to_ras(points)))
+    grids = [saved_and_loaded(node, tmp_path) for node in (nodes.transform, nodes.inverse)]
+    assert [grid.GetInterpolationModeAsString() for grid in grids] == ["Cubic", "Cubic"], "as Slicer reads files"
+    assert np.abs(through(nodes.transform.GetTransformFromParent(), points) - expected).max() > 0.01
+    nodes = scene.result_nodes(nodes.transform)
+    assert [grid.GetInterpolationModeAsString() for grid in grids] == ["Linear", "Linear"]
+    assert np.abs(through(nodes.transform.GetTransformFromParent(), points) - expected).max() < 1e-3
+
+
+def test_an_inverted_result_is_kept_linear_too(mrml, computed, tmp_path):
+    world, result = computed("oblique")
+    nodes = scene.create_nodes(result, worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving))
+    grid = saved_and_loaded(nodes.transform, tmp_path)
+    nodes.transform.Inverse()
+    scene.keep_results_linear(mrml)
+    assert grid.GetInterpolationModeAsString() == "Linear"
+    other = mrml.AddNewNodeByClass("vtkMRMLTransformNode", "someone else's")
+    cubic = scene.grid_transform(scene.load_image(result["displacement"]))
+    cubic.SetInterpolationModeToCubic()
+    other.SetAndObserveTransformFromParent(cubic)
+    scene.keep_results_linear(mrml)
+    assert cubic.GetInterpolationModeAsString() == "Cubic", "what is not ours stays as it is"
+
+
 def test_jacobian_folding_and_labels_lie_on_the_fixed_grid(mrml, application, computed):
     world, result = computed("oblique")
     moving, fixed = worlds.add_volume("M", world.moving), worlds.add_volume("F", world.fixed)
@@ -219,8 +258,7 @@ def test_jacobian_folding_and_labels_lie_on_the_fixed_grid(mrml, application, co
     assert np.array_equal(scene.read_labels(nodes.folding, fixed).array, folded)
     colors = nodes.warped_labels.GetDisplayNode().GetColorNode()
     assert (colors.GetColorName(3), colors.GetColorName(7)) == ("putamen", "pallidum")
-    assert nodes.report["folding"]["folded_voxels"] == folded.sum()
-    assert '"folded_voxels"' in nodes.transform.GetAttribute("MorphSeek.Report")
+    assert nodes.report == result["report"] == json.loads(nodes.transform.GetAttribute("MorphSeek.Report"))
     # MRML's own warp of the label map agrees
     label_node = worlds.add_volume(
         "L", geometry.Volume(world.moving_labels, world.moving.grid), "vtkMRMLLabelMapVolumeNode"
