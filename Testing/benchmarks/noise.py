@@ -36,7 +36,6 @@ ARMS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "clean": ("nothing", (), None),
     **{f"noise {name}": ("noise", sides, None) for name, sides in SOME.items()},
     **{f"bias {name}": ("bias", sides, None) for name, sides in SOME.items()},
-    "clean unaligned": ("nothing", (), "none"),
     "noise both unaligned": ("noise", SIDES, "none"),
 }
 """Name -> what is done, to which images, and the alignment (None: what the model's card says)."""
