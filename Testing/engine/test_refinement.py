@@ -203,8 +203,9 @@ def test_the_fine_grid_finds_what_the_working_grid_cannot(pair, tmp_path):
         register(*pair, model, refinement=RefinementSettings(iterations=20, fine_iterations=n), **how).warped.data
         for n in (0, 20)
     ]
-    apart = [float((warped - pair[0].data).abs().mean()) for warped in found]
-    assert apart[1] < 0.9 * apart[0]
+    shown = pair[0].data > pair[0].data.max() / 4  # noise in the air stays apart whatever is done
+    apart = [float((warped - pair[0].data)[shown].abs().mean()) for warped in found]
+    assert apart[1] < 0.9 * apart[0], apart
 
 
 def test_cancel_ends_it(pair, tmp_path):
