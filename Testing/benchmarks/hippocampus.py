@@ -237,7 +237,8 @@ def report(name: str, results: dict[tuple[str, str], list[dict]], out: Path, ite
     first = next(iter(EXPERIMENTS[name]))
     lines = [
         f"# {name}: {iterations} iterations from one warm-up, 60 test pairs\n",
-        "| arm | strength | seeds | Dice | HD95 mm | folded cells % | NJD % | SDlogJ | training s | p (Dice, folded, NJD) |",
+        "| arm | strength | seeds | Dice | HD95 mm | folded cells % | NJD % | SDlogJ | training s "
+        "| p (Dice, folded, NJD) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     if name == "skips":
