@@ -31,7 +31,7 @@ MARGIN = 1e-9
 HALVINGS = 5
 """A cell that its coefficients do not decide is halved along each axis at most so many times."""
 _CLEAR = 0.01  # a cell whose cheap bound exceeds it needs no coefficients
-_BLOCK_NODES = 30_000  # of these a block's numbers stay in the processor's cache
+_BLOCK_NODES = 80_000  # of these a block's numbers stay in the processor's cache
 _CHUNK = 4_000  # cells whose coefficients are computed together
 # unfolding: corner determinants below _WANTED are raised until all are above this share of it; what is proven then is
 # proven with a margin that the file's rounding cannot undo
@@ -122,35 +122,69 @@ def certify(
     """
     frame = _Frame(transform, mirrored)
     to_fixed = np.linalg.inv(fixed.affine) @ transform.grid.affine
-    totals: dict[str, int] = dict.fromkeys(("cells", "folded", "undecided", "folded_outside", "undecided_outside"), 0)
-    smallest = math.inf
-    found: list[Parts] = []
+    tally = _Tally()
     for block in frame.blocks():
         checkpoint()
         inside = _centers_inside(block, to_fixed, fixed)
-        totals["cells"] += block.bound.numel() if inside is None else int(inside.count_nonzero())
         for cells in block.open_cells().split(_CHUNK):
-            cell = _decide(block.coefficients(cells, torch.float64))
-            block.raise_bound(cells, torch.where(cell.folded | cell.undecided, math.inf, cell.bound))
             index = block.index(cells)
-            near = torch.ones_like(cell.folded) if inside is None else inside[tuple(index.unbind(1))]
-            for name, which in (("folded", cell.folded), ("undecided", cell.undecided)):
-                totals[name] += int((which & near).sum())
-                totals[f"{name}_outside"] += int((which & ~near).sum())
-            number, low, size, determinant = cell.parts
-            found.append(Parts(index[number] + block.first + low, size, determinant))
+            near = torch.ones(len(cells), dtype=torch.bool) if inside is None else inside[tuple(index.unbind(1))]
+            tally.judge(index + block.first, block.coefficients(cells, torch.float64), near)
+        tally.cells += block.bound.numel() if inside is None else int(inside.count_nonzero())
         bound = block.bound if inside is None else torch.where(inside, block.bound, math.inf)
-        smallest = min(smallest, float(bound.min()))
-    count = FoldCount(
-        **totals,
-        proven=totals["cells"] - totals["folded"] - totals["undecided"],
-        folded_percent=100 * totals["folded"] / max(totals["cells"], 1),
-        smallest_proven=smallest * frame.scale if math.isfinite(smallest) else math.nan,
-        no_fold_proven=not any(value for name, value in totals.items() if name != "cells"),
-    )
-    columns = zip(Parts(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0)), *found, strict=True)
-    low, size, determinant = (torch.cat(column) for column in columns)
-    return Certificate(count, Parts(low, size, determinant * frame.scale))
+        tally.smallest = min(tally.smallest, _least(torch.where(bound > MARGIN, bound, math.inf)))
+    return tally.certificate(frame.scale)
+
+
+class _Tally:
+    """What has been found so far; cells that need judging wait until there are enough of them."""
+
+    def __init__(self) -> None:
+        self.cells = 0
+        self.smallest = math.inf
+        self._counts = dict.fromkeys(("folded", "undecided", "folded_outside", "undecided_outside"), 0)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._found = [Parts(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0))]
+
+    def judge(self, index: Tensor, coefficients: Tensor, near: Tensor) -> None:
+        """Count cells (n, 3) by their coefficients (3, 3, 3, n); near: whether their center is in the fixed image."""
+        self._waiting.append((index, coefficients, near))
+        if sum(len(waiting) for waiting, _, _ in self._waiting) >= _CHUNK:
+            self._judge_waiting()
+
+    def certificate(self, scale: float) -> Certificate:
+        """All that was found, with determinants multiplied by a scale."""
+        self._judge_waiting()
+        counts = self._counts
+        count = FoldCount(
+            **counts,
+            cells=self.cells,
+            proven=self.cells - counts["folded"] - counts["undecided"],
+            folded_percent=100 * counts["folded"] / max(self.cells, 1),
+            smallest_proven=self.smallest * scale if math.isfinite(self.smallest) else math.nan,
+            no_fold_proven=not any(counts.values()),
+        )
+        low, size, determinant = (torch.cat(column) for column in zip(*self._found, strict=True))
+        return Certificate(count, Parts(low, size, determinant * scale))
+
+    def _judge_waiting(self) -> None:
+        if not self._waiting:
+            return
+        index, coefficients, near = (
+            torch.cat(column, dim=-1 if n == 1 else 0) for n, column in enumerate(zip(*self._waiting, strict=True))
+        )
+        self._waiting = []
+        cell = _decide(coefficients)
+        for name, which in (("folded", cell.folded), ("undecided", cell.undecided)):
+            self._counts[name] += int((which & near).sum())
+            self._counts[f"{name}_outside"] += int((which & ~near).sum())
+        self.smallest = min(self.smallest, _least(cell.bound[near & ~(cell.folded | cell.undecided)]))
+        number, low, size, determinant = cell.parts
+        self._found.append(Parts(index[number] + low, size, determinant))
+
+
+def _least(values: Tensor) -> float:
+    return float(values.min()) if values.numel() else math.inf
 
 
 def bernstein(corners: Tensor) -> Tensor:
@@ -425,12 +459,8 @@ class _Block:
         cells = (~(self._bound > _CLEAR)).nonzero()[:, 0]
         for chunk in cells.split(_CHUNK):
             least = self.coefficients(chunk, torch.float32).flatten(0, 2).amin(dim=0)
-            self.raise_bound(chunk, least - self._slack[chunk])
+            self._bound[chunk] = torch.maximum(self._bound[chunk], least - self._slack[chunk])
         return cells[~(self._bound[cells] > MARGIN)]
-
-    def raise_bound(self, cells: Tensor, bound: Tensor) -> None:
-        """Take a bound of cells (n,) where it is the better one."""
-        self._bound[cells] = torch.maximum(self._bound[cells], bound.float())
 
     def index(self, cells: Tensor) -> Tensor:
         """(n, 3): the index of cells (n,) within the block."""
