@@ -31,8 +31,8 @@ MARGIN = 1e-9
 HALVINGS = 5
 """A cell that its coefficients do not decide is halved along each axis at most so many times."""
 _CLEAR = 0.01  # a cell whose cheap bound exceeds it needs no coefficients
-_BLOCK_NODES = 80_000  # of these a block's numbers stay in the processor's cache
-_CHUNK = 4_000  # cells whose coefficients are computed together
+_BLOCK_NODES = 100_000  # of these a block's numbers stay in the processor's cache
+_CHUNK = 8_000  # cells whose coefficients are computed together
 # unfolding: corner determinants below _WANTED are raised until all are above this share of it; what is proven then is
 # proven with a margin that the file's rounding cannot undo
 _WANTED, _ENOUGH, _ROUNDED = 0.1, 0.2, 0.003
