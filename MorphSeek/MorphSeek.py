@@ -49,7 +49,10 @@ class MorphSeek(ScriptedLoadableModule):
         parent.contributors = ["The MorphSeek developers"]
         parent.helpText = _(
             "Registers two volumes with a learned deformation, refined step by step, and shows where the deformation "
-            "folds. Choose a fixed and a moving volume and press Register. The method is MorphSeek: Zhang et al., "
+            "folds, or proves that it does not. Choose a fixed and a moving volume and press Register. What is "
+            "proven holds for linear interpolation: Slicer sets transforms that it reads from files to cubic, which is "
+            "another map, so set a transform.h5 that you load to linear; the results in a scene are kept linear by the "
+            "module. The method is MorphSeek: Zhang et al., "
             '"MorphSeek: Fine-grained Latent Representation-Level Policy Optimization for Deformable Image '
             'Registration", CVPR 2026, {link}. For research; not a medical device.'
         ).format(link='<a href="https://arxiv.org/abs/2511.17392">arXiv 2511.17392</a>')
@@ -155,7 +158,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
         """Register the moving volume to the fixed one and wait for the end.
 
             nodes = MorphSeekLogic().register(fixed, moving, steps=3, inverse=True)
-            nodes.warped, nodes.transform, nodes.jacobian, nodes.folding, nodes.report["folding"]["njd_percent"]
+            nodes.warped, nodes.transform, nodes.jacobian, nodes.folding, nodes.report["folding"]["cells"]
             more = MorphSeekLogic().register(fixed, moving, steps=1, state=nodes.state)  # one more step
 
         Args:
@@ -174,7 +177,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
 
             pairs = [{"fixed_node": atlas, "moving_node": scan} for scan in scans]
             for outcome in MorphSeekLogic().registerBatch(pairs, steps=2):
-                print(outcome.pair["moving_node"].GetName(), outcome.error or outcome.nodes.report["folding"])
+                print(outcome.pair["moving_node"].GetName(), outcome.error or outcome.nodes.report["folding"]["cells"])
 
         Args:
             pairs: dicts of the arguments that differ, see :func:`MorphSeekGui.registration.register_batch`.

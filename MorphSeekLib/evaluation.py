@@ -23,6 +23,8 @@ from .settings import to_dict, to_json
 from .startup import check_output_file
 
 DEFINITIONS = LABEL_DEFINITIONS | {
+    "folded_percent": "share of the cells of the delivered transform that fold; no_fold_proven: whether every cell is "
+    "proven not to (MorphSeekLib.folds)",
     "njd_percent": "share of the fixed image's voxels with a Jacobian determinant <= 0 (central differences, one-sided "
     "at the border)",
     "before": "the images as they come; aligned: after the alignment; warped: after the registration",
@@ -169,6 +171,8 @@ def _figures(
         "dice_aligned": before["aligned"],
         "dice": labels["dice"],
         "hd95": labels["hd95"],
+        "folded_percent": folding["cells"]["folded_percent"],
+        "no_fold_proven": folding["cells"]["no_fold_proven"],
         "njd_percent": folding["njd_percent"],
         "sdlogj": folding["sdlogj"],
         "seconds": float(sum(seconds.values())),

@@ -71,7 +71,8 @@ class FinetuneRun(WarmupSettings):
     Attributes:
         pairs: pairs per iteration (over all processes).
         labels: use only the first so many labelled training cases; None for all.
-        folding_limit: the kept weights have the best validation Dice among those with at most this NJD (percent).
+        folding_limit: the kept weights have the best validation Dice among those with at most this share of folded
+            cells (percent).
         augmentation: strength of the random deformations and contrasts of training images; see
             :func:`MorphSeekLib.datasets.augment`.
         kl_target: the KL to N(0, I) (mean over dimensions) that beta is steered to; None keeps ``loss.kl``.
@@ -85,7 +86,7 @@ class FinetuneRun(WarmupSettings):
     validation_pairs: int = 20
     pairs: int = 1
     labels: int | None = None
-    folding_limit: float = 0.3
+    folding_limit: float = 1.0
     augmentation: float = 0.0
     kl_target: float | None = None
     update: str = "step"
@@ -253,8 +254,8 @@ def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
 
 def score(figures: dict[str, float], folding_limit: float) -> float:
     """Dice where folding keeps to its limit; else below all of those, the less folding the better."""
-    njd = figures["njd_percent"]
-    return figures.get("dice", 0.0) if njd <= folding_limit else -1 - njd
+    folded = figures["folded_percent"]
+    return figures.get("dice", 0.0) if folded <= folding_limit else -1 - folded
 
 
 def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, device: torch.device) -> float | None:

@@ -350,7 +350,7 @@ def unfold(
             cell = _decide(block.coefficients(cells, torch.float64))
             bad = cells[cell.folded | cell.undecided]
             active[tuple((block.index(bad) + block.first).unbind(1))] = True
-    if not bool(active.any()):
+    if not iterations or not bool(active.any()):
         return transform
     nodes = frame.nodes()
     start = nodes.clone()

@@ -20,7 +20,7 @@ from .preprocessing import Preprocessing
 
 SAME_SIZE = 1.5  # times smaller or larger than the training images is still what a model knows
 OTHER_WORLD = 5.0  # times: another species, or other units than mm; no two images of one object differ so much either
-LEAST_VOXELS = 500  # of the working grid: fewer show no shape
+LEAST_VOXELS = 200  # of the working grid: fewer show no shape
 LEAST_OVERLAP = 0.1  # of what the fixed image shows
 NOTABLE = 0.005  # of similarity or Dice: smaller losses are not worth a sentence
 

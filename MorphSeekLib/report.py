@@ -172,7 +172,7 @@ def _fold_verdict(cells: dict[str, Any]) -> tuple[str, str]:
     if cells["undecided"]:
         return "look", f"No fold was found, but {cells['undecided']:,} cells could not be proven"
     if outside:
-        return "good", f"No fold in the fixed image: proven ({outside:,} cells beyond its edge fold or are undecided)"
+        return "good", f"No fold in the fixed image: proven (beyond its edge {outside:,} cells are not)"
     return "good", "No fold: proven"
 
 

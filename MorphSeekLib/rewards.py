@@ -122,15 +122,18 @@ def dice_gain(state: State, total: Tensor) -> Tensor:
 
 
 def folding(state: State, total: Tensor) -> Tensor:
-    """Minus the share of voxels whose Jacobian determinant is <= 0, counted on the composed field."""
-    determinant = fields.jacobian_determinant(total)
-    return -(determinant <= 0).float() / determinant[0].numel()
+    """Minus the share of cells that fold at a corner, counted on the composed field."""
+    return -_on_cells((fields.least_determinant(total) <= 0).float())
 
 
 def folding_magnitude(state: State, total: Tensor) -> Tensor:
-    """Minus the mean of relu(-J): how deep the folds are, not only how many."""
-    determinant = fields.jacobian_determinant(total)
-    return -torch.relu(-determinant) / determinant[0].numel()
+    """Minus the mean over cells of relu(-least corner determinant): how deep the folds are, not only how many."""
+    return -_on_cells(torch.relu(-fields.least_determinant(total)))
+
+
+def _on_cells(values: Tensor) -> Tensor:
+    """The share that each cell (J, 1, i - 1, j - 1, k - 1) has in their mean, at its voxel of least index."""
+    return F.pad(values / values[0].numel(), (0, 1) * 3)
 
 
 def landmark_errors(total: Tensor, fixed_points: Tensor, moving_points: Tensor, spacing: Sequence[float]) -> Tensor:

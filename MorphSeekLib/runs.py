@@ -51,7 +51,7 @@ WARMUP, FINETUNE = "warmup", "finetune"
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes
 _FEWEST = 10  # iterations that such a budget must allow
 _STATUS_SECONDS = 0.5
-_FIGURES = ("dice", "hd95", "njd_percent", "sdlogj")
+_FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj")
 
 
 @dataclass(frozen=True)

@@ -518,6 +518,7 @@ VALIDATION_DEFINITIONS = {
     "dice": f"over the pairs: {LABEL_DEFINITIONS['dice']}; nearest-neighbor warped labels on the working grid",
     "dice_before": "the same before registration, on the working grid",
     "lost_labels": f"number a pair of {LABEL_DEFINITIONS['lost_labels']}, here the working grid",
+    "folded_percent": "share of working-grid cells with a corner determinant <= 0 (one-sided differences)",
     "njd_percent": "share of working-grid voxels with a Jacobian determinant <= 0 (central differences)",
     "sdlogj": "standard deviation of log J over voxels, as metrics.folding defines it",
     "tre_mm": "mean distance of mapped fixed landmarks to their partners, mm",
@@ -552,7 +553,11 @@ def validate(
                 "training.learning_rate and start again."
             )
         figures = folding(total)
-        row = {"njd_percent": figures.njd_percent, "sdlogj": figures.sdlogj}
+        row = {
+            "folded_percent": 100 * float((fields.least_determinant(total) <= 0).float().mean()),
+            "njd_percent": figures.njd_percent,
+            "sdlogj": figures.sdlogj,
+        }
         if pair.fixed_labels is not None and pair.moving_labels is not None:
             warped = fields.warp(pair.moving_labels.float(), total, "nearest").int()[0, 0]
             known, before = pair.fixed_labels[0, 0], pair.moving_labels[0, 0]

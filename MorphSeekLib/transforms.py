@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -14,13 +15,14 @@ import torch
 
 from .errors import MorphSeekError
 from .files import library_name, whole_file
-from .geometry import DenseTransform, Grid, Transform
+from .geometry import DenseTransform, Grid, Transform, apply_affine
 from .images import read_sitk
 
 _FIELDS = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 # displacements are rounded to 1/4096 of the nodes' distance, or finer: the file shrinks by a third
 _STEPS_PER_NODE = 4096
 _CHUNK = 3 << 14
+_SLAB_POINTS = 1_000_000  # mapped at once
 
 
 def rounded(transform: DenseTransform) -> DenseTransform:
@@ -78,6 +80,9 @@ def write_transform(transform: DenseTransform, path: str | os.PathLike) -> None:
 def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
     """Read a transform, fixed point -> moving point (what ITK, Slicer and ANTs store to resample the moving image).
 
+    A displacement field or a B-spline, alone or within a composite, ends at the edge of its domain, where ITK jumps to
+    no displacement at all and so tears the image. Here the displacement at the edge holds beyond it.
+
     Args:
         path: an ITK transform file (.tfm, .txt, .mat, .h5, .xfm) of any kind, composites included, or a displacement
             field image (.nii.gz, .nrrd, .mha; LPS mm, but NIfTI of intent 1006 RAS mm, as ITK has it).
@@ -104,18 +109,84 @@ def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
         raise MorphSeekError(f"{path} is a {transform.GetDimension()}D transform; give a 3D one.")
     if transform.IsLinear():
         return _matrix(transform, path)
-    field = sitk.TransformToDisplacementField(
-        transform,
-        sitk.sitkVectorFloat32,
-        grid.shape,
-        grid.origin.tolist(),
-        grid.spacing.tolist(),
-        grid.direction.ravel().tolist(),
-    )
-    displacement = torch.from_numpy(np.ascontiguousarray(sitk.GetArrayFromImage(field).transpose(3, 2, 1, 0)))
-    if not bool(torch.isfinite(displacement).all()):
-        raise MorphSeekError(f"{path} moves points by amounts that are NaN or infinite; make the transform again.")
+    links = _links(transform)
+    displacement = torch.empty(3, *grid.shape)
+    length = max(1, _SLAB_POINTS // (grid.shape[1] * grid.shape[2]))
+    for slab, first in zip(displacement.split(length, dim=1), range(0, grid.shape[0], length), strict=True):
+        index = np.indices(slab.shape[1:]).reshape(3, -1).T + np.array([first, 0, 0])
+        points = apply_affine(grid.affine, np.ascontiguousarray(index, dtype=np.float64))  # as BLAS wants them
+        moved = points
+        for link in links:
+            moved = link.map_points(moved)
+            if not np.isfinite(moved).all():
+                raise MorphSeekError(
+                    f"{path} moves points by amounts that are NaN or infinite; make the transform again."
+                )
+        slab.copy_(torch.from_numpy((moved - points).T).view(slab.shape))
     return DenseTransform(displacement, grid)
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One transform of a chain.
+
+    Attributes:
+        transform: as ITK has it.
+        domain: the box between the outermost nodes is where ITK knows a displacement; beyond it ITK's is 0, a jump.
+            None for a transform that is the same formula everywhere.
+    """
+
+    transform: sitk.Transform
+    domain: Grid | None
+
+    def map_points(self, points: np.ndarray) -> np.ndarray:
+        """Map (n, 3) LPS mm; a point beyond the domain moves as the nearest one of the domain does."""
+        if self.domain is None:
+            return _mapped(self.transform, points)
+        index = apply_affine(np.linalg.inv(self.domain.affine), points)
+        held = np.clip(index, 0, np.array(self.domain.shape) - 1)
+        held = apply_affine(self.domain.affine, held)
+        return points + (_mapped(self.transform, held) - held)
+
+
+def _links(transform: sitk.Transform) -> list[_Link]:
+    """The transforms of a chain in the order in which they are applied, composites within it taken apart."""
+    kind = transform.GetTransformEnum()
+    if kind == sitk.sitkComposite:
+        chain = sitk.CompositeTransform(transform)
+        backward = reversed(range(chain.GetNumberOfTransforms()))  # what was added last is applied first
+        return [link for n in backward for link in _links(chain.GetNthTransform(n))]
+    if kind == sitk.sitkDisplacementField:
+        field = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
+        place = field.GetSpacing(), field.GetDirection(), field.GetOrigin()
+        return [_Link(transform, Grid.from_parts(field.GetSize(), *place))]
+    if kind == sitk.sitkBSplineTransform:
+        return [_Link(transform, _spline_domain(sitk.BSplineTransform(transform)))]
+    return [_Link(transform, None)]
+
+
+def _spline_domain(spline: sitk.BSplineTransform) -> Grid:
+    """The box in which ITK knows a B-spline, smaller by 1e-6 of a cell: on its edge rounding decides what is inside."""
+    mesh = np.array(spline.GetTransformDomainMeshSize())
+    spacing = np.array(spline.GetTransformDomainPhysicalDimensions()) / mesh
+    box = Grid.from_parts(mesh + 1, spacing, spline.GetTransformDomainDirection(), spline.GetTransformDomainOrigin())
+    smaller = np.diag([*(1 - 2e-6 / mesh), 1.0])
+    smaller[:3, 3] = 1e-6
+    return Grid(box.shape, box.affine @ smaller)
+
+
+def _mapped(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
+    """(n, 3) points through a transform of ITK, all at once.
+
+    ITK maps a list only point by point, but an image of any size: so the points become the nodes of a line of voxels
+    with a field that moves each voxel to its point, and the transform is applied after that field.
+    """
+    line = np.zeros_like(points)
+    line[:, 0] = np.arange(len(points))
+    field = sitk.GetImageFromArray((points - line)[None, None], isVector=True)
+    chain = sitk.CompositeTransform([transform, sitk.DisplacementFieldTransform(field)])
+    moved = sitk.TransformToDisplacementField(chain, sitk.sitkVectorFloat64, (len(points), 1, 1))
+    return sitk.GetArrayFromImage(moved)[0, 0] + line
 
 
 def _read_itk(path: Path) -> sitk.Transform:

@@ -24,7 +24,6 @@ from .views import ResultViews
 
 UI = Path(__file__).resolve().parents[1] / "Resources" / "UI" / "Inspect.ui"
 LIMITS_SETTING, FOLDER_SETTING = "MorphSeek/Limits", "MorphSeek/ExportFolder"
-MOST_REGIONS = 200  # rows of the table; the smaller regions are only counted
 # background, text and sign (not everybody tells the colours apart)
 _COLORS = {
     "green": ("#1a9850", "#ffffff", "●"),
@@ -85,6 +84,8 @@ class InspectPanel(VTKObservationMixin):
         if mrml_scene is not None:
             self.addObserver(mrml_scene, slicer.vtkMRMLScene.NodeAboutToBeRemovedEvent, self._node_leaves)
             self.addObserver(mrml_scene, slicer.vtkMRMLScene.StartCloseEvent, self._scene_closes)
+            self.addObserver(mrml_scene, slicer.vtkMRMLScene.EndImportEvent, self._scene_was_loaded)
+            scene.keep_results_linear(mrml_scene)
 
     def enter(self) -> None:
         """The person opens the module: parts of a result may have gone meanwhile, or come."""
@@ -150,8 +151,8 @@ class InspectPanel(VTKObservationMixin):
                 self._say(_("Not everything of this registration is left in the scene; register again to inspect it."))
             return
         self._nodes, self._views = nodes, ResultViews(nodes)
-        self._regions = quality.folded_regions(nodes.jacobian)
-        self._figures = quality.measure(nodes.report, self._regions)
+        self._regions = quality.folded_regions(nodes.report)
+        self._figures = quality.measure(nodes.report)
         size = _longest_mm(nodes.warped)
         self.ui.gridSpacingSlider.maximum = max(10.0, round(size / 4))
         self.ui.gridSpacingSlider.value = max(1.0, round(size / 24))
@@ -172,13 +173,14 @@ class InspectPanel(VTKObservationMixin):
             section.enabled = there
         self.ui.differenceBeforeButton.enabled = there and self._nodes.aligned is not None
         folding = (self._nodes.report.get("folding") or {}) if there else {}
-        self.ui.definitionLabel.text = folding.get("definition", "")
+        self.ui.definitionLabel.text = (folding.get("cells") or folding).get("definition", "")
         self._fill_figures()
         self._fill_structures()
         self._fill_regions()
 
     def _fill_figures(self) -> None:
-        verdict = quality.judge(self._figures, self._limits)
+        found = quality.folds(self._nodes.report) if self._nodes is not None else None
+        verdict = quality.judge(self._figures, self._limits, found)
         table = self.ui.figuresTable
         blocked = table.blockSignals(True)
         table.setRowCount(len(self._figures))
@@ -194,7 +196,7 @@ class InspectPanel(VTKObservationMixin):
             for column, bound in ((2, limits and f"{limits.amber:g}"), (3, limits and f"{limits.red:g}")):
                 _cell(table, row, column, bound or "", right=True, editable=limits is not None)
         table.blockSignals(blocked)
-        _fit_height(table)
+        _fit_height(table, 450)
         self._show_verdict(verdict)
 
     def _show_verdict(self, verdict: quality.Verdict) -> None:
@@ -210,7 +212,11 @@ class InspectPanel(VTKObservationMixin):
             "amber": _("Amber: have a look before you use it."),
             "red": _("Red: do not use it without knowing why."),
         }
-        label.text = "\n".join([f"{sign} {words[verdict.color]}", *verdict.reasons])
+        lines = [f"{sign} {words[verdict.color]}"]
+        if verdict.folds is not None:
+            color, sentence = verdict.folds
+            lines.append(f"{_COLORS[color][2]} {sentence}")
+        label.text = "\n".join([*lines, *verdict.reasons])
         label.styleSheet = f"background: {background}; color: {text}; border-radius: 3px; font-weight: bold"
 
     def _fill_structures(self) -> None:
@@ -231,7 +237,7 @@ class InspectPanel(VTKObservationMixin):
         )
 
     def _fill_regions(self) -> None:
-        shown, count = self._regions[:MOST_REGIONS], len(self._regions)
+        shown = self._regions
         table = self.ui.regionsTable
         blocked = table.blockSignals(True)
         table.setRowCount(len(shown))
@@ -241,7 +247,7 @@ class InspectPanel(VTKObservationMixin):
                 row + 1,
                 quality.volume_form(region.mm3).format(region.mm3),
                 f"{region.voxels:,}",
-                f"{region.min_jacobian:.3f}",
+                f"{region.determinant:.3f}",
                 position,
             )
             for column, text in enumerate(texts):
@@ -250,10 +256,14 @@ class InspectPanel(VTKObservationMixin):
         table.blockSignals(blocked)
         _fit_height(table)
         table.visible = bool(shown)
+        folding = (self._nodes.report.get("folding") or {}) if self._nodes is not None else {}
+        count = quality.count_regions(self._nodes.report) if self._nodes is not None else 0
         if self._nodes is None:
             text = ""
+        elif "regions" not in folding:
+            text = _("The report lists no regions; register again to have them listed.")
         elif not count:
-            text = _("No voxel folds.")
+            text = _("No folded region was found.")
         else:
             text = _("{n} folded regions, the largest first. Click one to go there.").format(n=count)
             if count > len(shown):
@@ -476,6 +486,9 @@ class InspectPanel(VTKObservationMixin):
 
     def _scene_closes(self, _caller=None, _event=None) -> None:
         self._forget()
+
+    def _scene_was_loaded(self, caller, _event) -> None:
+        scene.keep_results_linear(caller)
 
 
 def _timer(function, milliseconds: int = 1000, once: bool = False):

@@ -141,8 +141,10 @@ def _figures(card: dict) -> list[str]:
             if before is not None
             else (f"{name}: Dice {mean['dice']:.3f}")
         )
+        if "folded_percent" in mean:
+            text += _(", folded cells {share:.3g} %").format(share=mean["folded_percent"])
         if "njd_percent" in mean:
-            text += _(", folding {njd:.3g} %").format(njd=mean["njd_percent"])
+            text += _(", NJD {njd:.3g} % by central differences").format(njd=mean["njd_percent"])
         if "pairs" in value:
             text += _(" ({n} pairs)").format(n=value["pairs"])
         found.append(text)

@@ -1,7 +1,7 @@
 """Is this registration good enough to use? Its figures, the limits that a person sets for them, the verdict in green,
 amber or red, and the folded regions one by one.
 
-    verdict = judge(measure(nodes.report, regions), limits)
+    verdict = judge(measure(nodes.report), limits, folds(nodes.report))
 
 Nothing here draws or asks; inspect_panel.py does.
 """
@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
-import slicer.util
-
-from .scene import _, ijk_to_ras
+from .scene import FLIP, _
 
 GREEN, AMBER, RED = "green", "amber", "red"
 _ORDER = (GREEN, AMBER, RED)
@@ -23,49 +21,83 @@ _ORDER = (GREEN, AMBER, RED)
 
 @dataclass(frozen=True)
 class Region:
-    """A folded region: voxels of Jacobian <= 0 that touch by face, edge or corner.
+    """A folded region: fixed voxels that meet a folded cell and touch by face, edge or corner.
 
     Attributes:
         voxels, mm3: its size.
-        min_jacobian: how badly it folds.
+        determinant: the least one found in it.
         position: RAS mm (world) of the folded voxel next to its middle; for banana-shaped regions the middle itself may
             not be folded.
     """
 
     voxels: int
     mm3: float
-    min_jacobian: float
+    determinant: float
     position: tuple[float, float, float]
 
 
-def folded_regions(jacobian_node) -> list[Region]:
-    """The folded regions of a Jacobian volume without parent transform, largest first."""
-    import SimpleITK as sitk  # part of Slicer, but slow to import
-
-    jacobian = slicer.util.arrayFromVolume(jacobian_node)
-    folded = jacobian <= 0
-    if not folded.any():
-        return []
-    # only the box that holds them is searched
-    box = []
-    for axis in range(3):
-        found = np.flatnonzero(folded.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append(slice(found[0], found[-1] + 1))
-    box = tuple(box)
-    labels = sitk.GetArrayFromImage(sitk.ConnectedComponent(sitk.GetImageFromArray(folded[box].astype(np.uint8)), True))
-    kji = np.argwhere(labels)
-    order = np.argsort(labels[tuple(kji.T)], kind="stable")
-    kji = kji[order]
-    starts = np.cumsum(np.bincount(labels[labels > 0])[1:])[:-1]
-    kji += [axis.start for axis in box]
-    to_ras = ijk_to_ras(jacobian_node)
-    voxel = abs(float(np.linalg.det(to_ras[:3, :3])))
-    ras = (to_ras @ np.c_[kji[:, ::-1], np.ones(len(kji))].T)[:3].T
+def folded_regions(report: dict) -> list[Region]:
+    """Return the folded regions that a report lists, largest first; it lists the largest ones only."""
     regions = []
-    for points, values in zip(np.split(ras, starts), np.split(jacobian[tuple(kji.T)], starts), strict=True):
-        middle = points[np.linalg.norm(points - points.mean(axis=0), axis=1).argmin()]
-        regions.append(Region(len(points), len(points) * voxel, float(values.min()), tuple(middle.tolist())))
-    return sorted(regions, key=lambda region: (-region.voxels, region.min_jacobian))
+    for region in (report.get("folding") or {}).get("regions") or []:
+        position = (FLIP[:3, :3] @ region["position"]).tolist()
+        regions.append(Region(region["voxels"], region["mm3"], region["determinant"], tuple(position)))
+    return regions
+
+
+def count_regions(report: dict) -> int:
+    """Return how many folded regions there are, those included that the report does not list."""
+    folding = report.get("folding") or {}
+    return int(_number(folding.get("region_count")) or len(folding.get("regions") or []))
+
+
+class Folds(NamedTuple):
+    """What is known of a transform's folds whatever the limits are.
+
+    Attributes:
+        sentence: for a person.
+        color: green where no fold in the fixed image was proven, amber where neither a fold nor a proof was found;
+            None where cells fold, which the limits judge.
+        key: of the figure that the color is for.
+    """
+
+    sentence: str
+    color: str | None
+    key: str
+
+
+_COUNTS = ("cells", "folded", "undecided", "folded_outside", "undecided_outside", "folded_percent")
+
+
+def folds(report: dict) -> Folds | None:
+    """Say what a report knows of folds; None where nothing was measured."""
+    folding = report.get("folding")
+    if not folding:
+        return None
+    cells = folding.get("cells") or {}
+    if any(_number(cells.get(name)) is None for name in _COUNTS):
+        sentence = _(
+            "An earlier version judged the folds of this registration by central differences only, which can miss "
+            "folds; register again."
+        )
+        return Folds(sentence, AMBER, "folded_percent")
+    numbers = {name: f"{cells[name]:,}" for name in ("cells", "folded", "undecided")}
+    if cells["folded"]:
+        sentence = _("{folded} of {cells} cells fold ({percent:.3g} %).")
+        if cells["undecided"]:
+            sentence += " " + _("{undecided} more are undecided: neither a fold nor a proof was found.")
+        return Folds(sentence.format(percent=cells["folded_percent"], **numbers), None, "folded_percent")
+    if cells["undecided"]:
+        sentence = _(
+            "No fold was found, but {undecided} of {cells} cells are undecided: neither a fold nor a proof was found "
+            "in them."
+        )
+        return Folds(sentence.format(**numbers), AMBER, "undecided_cells")
+    outside = cells["folded_outside"] + cells["undecided_outside"]
+    if outside or cells.get("no_fold_proven") is not True:
+        sentence = _("No fold in the fixed volume: proven; {n} cells beyond its edge fold or are undecided.")
+        return Folds(sentence.format(n=f"{outside:,}"), GREEN, "folded_percent")
+    return Folds(_("No fold: proven."), GREEN, "folded_percent")
 
 
 @dataclass(frozen=True)
@@ -111,7 +143,7 @@ class Limits:
 
 # What a careful reader of registration papers would ask back about; each site has its own, so all can be edited.
 DEFAULT_LIMITS = {
-    "njd_percent": Limits(0.1, 1.0),
+    "folded_percent": Limits(0.0, 1.0),
     "largest_region_mm3": Limits(50.0, 500.0),
     "sdlogj": Limits(0.5, 1.0),
     "dice": Limits(0.7, 0.5),
@@ -119,55 +151,108 @@ DEFAULT_LIMITS = {
 }
 
 
-def measure(report: dict, regions: list[Region]) -> list[Figure]:
+def measure(report: dict) -> list[Figure]:
     """The figures of a registration, in the table's order."""
+    return [*_cell_figures(report), *_central_figures(report), *_overlap_figures(report)]
+
+
+def _cell_figures(report: dict) -> list[Figure]:
+    """What the proof of each cell of the transform brought."""
     folding = report.get("folding") or {}
-    overlap = (report.get("dice") or {}).get("mean") or {}
-    before, after = _number(overlap.get("aligned")), _number(overlap.get("warped"))
-    definition = folding.get("definition", "")
+    cells = folding.get("cells") or {}
+    largest = max((region.mm3 for region in folded_regions(report)), default=0.0)
+    outside = [_number(cells.get(name)) for name in ("folded_outside", "undecided_outside")]
     return [
         Figure(
-            "njd_percent",
-            _("Folded voxels (NJD), %"),
-            _("Share of the fixed image's voxels whose Jacobian determinant is 0 or less.") + " " + definition,
-            _number(folding.get("njd_percent")),
+            "folded_percent",
+            _("Folded cells, %"),
+            _("Share of the transform's cells in the fixed volume that fold.") + " " + cells.get("definition", ""),
+            _number(cells.get("folded_percent")),
             "{:.4g}",
             "above",
         ),
         Figure(
-            "folded_voxels",
-            _("Folded voxels"),
+            "folded_cells",
+            _("Folded cells"),
             _("The count behind the share."),
-            _number(folding.get("folded_voxels")),
+            _number(cells.get("folded")),
             "{:,.0f}",
+        ),
+        Figure(
+            "undecided_cells",
+            _("Undecided cells"),
+            _("Cells in the fixed volume for which neither a fold nor a proof was found."),
+            _number(cells.get("undecided")),
+            "{:,.0f}",
+        ),
+        Figure(
+            "cells_outside",
+            _("Not proven beyond the fixed volume"),
+            _("Folded or undecided cells whose center lies outside of the fixed volume."),
+            None if None in outside else sum(outside),
+            "{:,.0f}",
+        ),
+        Figure(
+            "smallest_proven",
+            _("Smallest proven determinant"),
+            _("What the Jacobian determinant is proven to stay above in all proven cells of the fixed volume."),
+            _number(cells.get("smallest_proven")),
         ),
         Figure(
             "largest_region_mm3",
             _("Largest folded region, mm³"),
-            _("Folded voxels that touch by face, edge or corner. One large region is worse than as many lone voxels."),
-            regions[0].mm3 if regions else 0.0,
-            volume_form(regions[0].mm3 if regions else 0.0),
+            _(
+                "Fixed voxels that meet a folded cell and touch by face, edge or corner. One large region is worse "
+                "than as many lone voxels."
+            ),
+            largest if "regions" in folding else None,
+            volume_form(largest),
             "above",
+        ),
+    ]
+
+
+def _central_figures(report: dict) -> list[Figure]:
+    """What papers print: figures by central differences, which can miss folds."""
+    folding = report.get("folding") or {}
+    central = " " + _("By central differences, as papers and Learn2Reg print it.")
+    return [
+        Figure(
+            "njd_percent",
+            _("NJD, % (central differences)"),
+            _("Share of the fixed volume's voxels whose Jacobian determinant is 0 or less; it can miss folds.")
+            + central
+            + " "
+            + folding.get("definition", ""),
+            _number(folding.get("njd_percent")),
+            "{:.4g}",
         ),
         Figure(
             "min_jacobian",
-            _("Smallest Jacobian"),
-            _("Volume change where the deformation shrinks or folds most: 1 keeps volume, 0.5 halves it."),
+            _("Smallest Jacobian (central differences)"),
+            _("Volume change where the deformation shrinks or folds most: 1 keeps volume, 0.5 halves it.") + central,
             _number(folding.get("min_jacobian")),
         ),
         Figure(
             "max_jacobian",
-            _("Largest Jacobian"),
-            _("Volume change where the deformation grows most: 2 doubles volume."),
+            _("Largest Jacobian (central differences)"),
+            _("Volume change where the deformation grows most: 2 doubles volume.") + central,
             _number(folding.get("max_jacobian")),
         ),
         Figure(
             "sdlogj",
             _("Roughness (SDlogJ)"),
-            _("Standard deviation of ln J over the voxels that do not fold: small is smooth."),
+            _("Standard deviation of ln J over the voxels where J is above 0: small is smooth.") + central,
             _number(folding.get("sdlogj")),
             worse="above",
         ),
+    ]
+
+
+def _overlap_figures(report: dict) -> list[Figure]:
+    overlap = (report.get("dice") or {}).get("mean") or {}
+    before, after = _number(overlap.get("aligned")), _number(overlap.get("warped"))
+    return [
         Figure(
             "dice",
             _("Overlap after (mean Dice)"),
@@ -189,22 +274,30 @@ def measure(report: dict, regions: list[Region]) -> list[Figure]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the limits say of the figures.
+    """What the limits, and the proof of the cells, say of the figures.
 
     Attributes:
         color: the worst of the colours; None when nothing could be judged.
         colors: figure's key -> colour, for those that are judged.
-        reasons: one sentence for each figure that is not green.
+        folds: colour and sentence of what is known of folds; None when nothing was measured.
+        reasons: one sentence for each figure that is not within its limits.
     """
 
     color: str | None
     colors: dict[str, str]
+    folds: tuple[str, str] | None
     reasons: list[str]
 
 
-def judge(figures: list[Figure], limits: dict[str, Limits]) -> Verdict:
+def judge(figures: list[Figure], limits: dict[str, Limits], found: Folds | None = None) -> Verdict:
     """Compare figures with limits; reaching a limit counts as beyond it only for the worse side (0.1 % is not above
-    0.1 %)."""
+    0.1 %).
+
+    Args:
+        figures: from :func:`measure`.
+        limits: by the figures' keys.
+        found: from :func:`folds`; where it has a color, limits cannot make it better.
+    """
     colors, reasons = {}, []
     for figure in figures:
         limit = limits.get(figure.key)
@@ -220,8 +313,13 @@ def judge(figures: list[Figure], limits: dict[str, Limits]) -> Verdict:
             bound = limit.red if color == RED else limit.amber
             text = _("{figure}: {value} is above {limit}.") if sign > 0 else _("{figure}: {value} is below {limit}.")
             reasons.append(text.format(figure=figure.label, value=figure.text, limit=f"{bound:g}"))
+    said = None
+    if found is not None:
+        if found.color is not None:
+            colors[found.key] = max(found.color, colors.get(found.key, GREEN), key=_ORDER.index)
+        said = colors.get(found.key, RED), found.sentence
     worst = max(colors.values(), key=_ORDER.index, default=None)
-    return Verdict(worst, colors, reasons)
+    return Verdict(worst, colors, said, reasons)
 
 
 def edited_limits(figure: Figure, limits: Limits, name: str, text: str) -> Limits:

@@ -15,7 +15,7 @@ import slicer.util
 import vtk
 from slicer.util import VTKObservationMixin
 
-from . import dependencies, models
+from . import dependencies, models, quality
 from .engine_client import EngineCancelled, EngineError
 from .parameters import Fit
 from .registration import Run, prepare
@@ -491,7 +491,7 @@ class RegisterPanel(VTKObservationMixin):
 def _summary(report: dict) -> str:
     """What came out, in a few lines."""
     lines = []
-    similarity, folding, dice = report.get("similarity"), report.get("folding"), report.get("dice")
+    similarity, dice = report.get("similarity"), report.get("dice")
     if similarity:
         before, after = similarity["aligned"], similarity["warped"]
         lines.append(_("Similarity {before:.3f} to {after:.3f} (LNCC, 1 is best).").format(before=before, after=after))
@@ -502,10 +502,9 @@ def _summary(report: dict) -> str:
                 before=mean["aligned"], after=mean["warped"], n=len(dice["labels"])
             )
         )
-    if folding:
-        lines.append(
-            _("Folding {njd:.3g} % ({n} voxels).").format(njd=folding["njd_percent"], n=folding["folded_voxels"])
-        )
+    found = quality.folds(report)
+    if found is not None:
+        lines.append(found.sentence)
     seconds = (report.get("seconds") or {}).get("total")
     if seconds is not None:
         lines.append(_("{n:.1f} s on {device}.").format(n=seconds, device=report.get("device", "?")))

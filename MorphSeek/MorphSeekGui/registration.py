@@ -56,9 +56,12 @@ class Job:
                             "'{node}' has left the scene, so its result has no place; load it and register again."
                         ).format(node=node.GetName())
                     )
+            report = result.get("report") or {}
             if self.warnings:
-                report = result.get("report") or {}
-                result = result | {"report": report | {"warnings": self.warnings + (report.get("warnings") or [])}}
+                report = report | {"warnings": self.warnings + (report.get("warnings") or [])}
+            if np.linalg.det(self.moving_to_space) < 0:  # the transform node contains the mirroring parent
+                report = report | {"mirrored": report.get("mirrored") is not True}
+            result = result | {"report": report}
             state = _read_state(result.get("state"), self.places)
             nodes = scene.create_nodes(
                 result, self.fixed, self.moving, self.moving_to_space, self.labels, into=self.into

@@ -82,8 +82,8 @@ class RegistrationNodes:
         transform: fixed (world) -> moving (its own coordinates), as TransformFromParent: put the moving
             volume under it.
         inverse: the other way round, or None.
-        jacobian: determinant of the transform's Jacobian on the fixed grid; 1 keeps volume, <= 0 is folded.
-        folding: segmentation with one segment, where the Jacobian is <= 0.
+        jacobian: determinant of the transform's Jacobian on the fixed grid by central differences; 1 keeps volume.
+        folding: segmentation with one segment, the fixed voxels that meet a folded cell of the transform.
         aligned: the moving volume on the fixed grid after the alignment alone, for "before"; None from a worker that
             sends none.
         warped_labels: the moving labels on the fixed grid, or None.
@@ -222,6 +222,9 @@ def read_label_pair(fixed_labels, fixed, moving_labels, moving) -> tuple[Labels 
 def read_transform(node, fixed: Image) -> np.ndarray | Image:
     """What an initial transform node says: where the moving volume would lie if it were under it.
 
+    Beyond its grid a grid transform moves points as its edge does, and so does a B-spline beyond its domain, where
+    Slicer lets it fade to nothing.
+
     Args:
         node: any transform node; its parents count too.
         fixed: the fixed volume in the world, on whose grid a non-linear transform is sampled.
@@ -242,22 +245,14 @@ def read_transform(node, fixed: Image) -> np.ndarray | Image:
     while np.prod(nodes := np.ceil((shape - 1) / stride).astype(int) + 1) > _MOST_SAMPLES:
         stride += 1
     affine = fixed.affine @ np.diag([stride, stride, stride, 1.0])
-    from_world, whole = vtk.vtkGeneralTransform(), vtk.vtkGeneralTransform()
+    from_world, links = vtk.vtkGeneralTransform(), vtk.vtkCollection()
     node.GetTransformFromWorld(from_world)
-    whole.PostMultiply()
-    whole.Concatenate(to_vtk(FLIP @ affine))  # node index -> RAS, so that an oblique grid can be sampled by its indices
-    whole.Concatenate(from_world)
-    sampler = vtk.vtkTransformToGrid()
-    sampler.SetInput(whole)
-    sampler.SetGridExtent(0, int(nodes[0]) - 1, 0, int(nodes[1]) - 1, 0, int(nodes[2]) - 1)
-    sampler.SetGridScalarTypeToDouble()
-    sampler.Update()
-    moved = numpy_support.vtk_to_numpy(sampler.GetOutput().GetPointData().GetScalars())
-    moved = moved.reshape(*nodes[::-1], 3).transpose(3, 2, 1, 0) + np.indices(nodes)  # RAS mm of the mapped points
-    displacement = np.empty((3, *nodes), np.float32, order="F")
-    points = _node_points(affine, tuple(nodes))
-    for axis in range(3):
-        displacement[axis] = FLIP[axis, axis] * moved[axis] - points[axis]
+    slicer.vtkMRMLTransformNode.FlattenGeneralTransform(links, from_world)
+    points = np.stack(_node_points(FLIP @ affine, tuple(nodes)), axis=-1).reshape(-1, 3)
+    moved = points
+    for n in range(links.GetNumberOfItems()):
+        moved = _through_link(links.GetItemAsObject(n), moved)
+    displacement = np.float32((moved - points) * np.diag(FLIP)[:3]).T.reshape(3, *nodes)
     if not np.isfinite(displacement).all():
         raise InputError(
             _("The transform '{node}' has no finite value everywhere in the fixed volume; choose another one.").format(
@@ -265,6 +260,32 @@ def read_transform(node, fixed: Image) -> np.ndarray | Image:
             )
         )
     return Image(displacement, affine)
+
+
+def _through_link(transform, points: np.ndarray) -> np.ndarray:
+    """(n, 3) RAS points through one transform of a chain; a B-spline goes on beyond its domain as at its edge."""
+    if not isinstance(transform, slicer.vtkOrientedBSplineTransform) or transform.GetInverseFlag():
+        return _through(transform, points)  # a grid transform of VTK keeps its edge value, and inverses are VTK's
+    coefficients, turn = transform.GetCoefficientData(), transform.GetGridDirectionMatrix()
+    to_ras = np.eye(4) if turn is None else slicer.util.arrayFromVTKMatrix(turn)
+    to_ras = to_ras @ np.diag([*coefficients.GetSpacing(), 1.0])
+    to_ras[:3, 3] = coefficients.GetOrigin()
+    index = (points - to_ras[:3, 3]) @ np.linalg.inv(to_ras[:3, :3]).T
+    # a cubic spline has one more row of coefficients on each side of its domain
+    held = index.clip(1, np.array(coefficients.GetDimensions()) - 2) @ to_ras[:3, :3].T + to_ras[:3, 3]
+    bulk = transform.GetBulkTransformMatrix()
+    bulk = np.eye(4) if bulk is None else slicer.util.arrayFromVTKMatrix(bulk)
+    return _through(transform, held) + (points - held) @ bulk[:3, :3].T
+
+
+def _through(transform, points: np.ndarray) -> np.ndarray:
+    """(n, 3) points through any transform of VTK."""
+    points = np.ascontiguousarray(points)  # VTK keeps no copy
+    before, after = vtk.vtkPoints(), vtk.vtkPoints()
+    before.SetData(numpy_support.numpy_to_vtk(points))
+    after.SetDataTypeToDouble()
+    transform.TransformPoints(before, after)
+    return numpy_support.vtk_to_numpy(after.GetData())
 
 
 def save_image(image: Image, path: Path) -> dict:
@@ -365,9 +386,11 @@ def _remember(nodes: RegistrationNodes) -> None:
 
 
 def result_nodes(transform) -> RegistrationNodes | None:
-    """The registration that a transform node came from, or None if it is none of ours or not all of it is left."""
+    """The registration that a transform node came from, or None if it is none of ours or not all of it is left. Its
+    transforms are made linear, see :func:`keep_linear`."""
     if transform is None or transform.GetAttribute(REPORT) is None:
         return None
+    keep_linear(transform)
     parts = {role: transform.GetNodeReference(f"MorphSeek.{role}") for role in _ROLES}
     if any(parts[role] is None for role in _ROLES if role not in _OPTIONAL):
         return None
@@ -379,6 +402,26 @@ def result_nodes(transform) -> RegistrationNodes | None:
     except ValueError:
         report = {}
     return RegistrationNodes(transform=transform, report=report, **parts)
+
+
+def keep_linear(transform) -> None:
+    """Interpolate a result's transform, and its inverse, linearly: the map whose folds were judged.
+
+    Slicer sets transforms that it reads from files to cubic, which is another map.
+    """
+    for node in (transform, transform.GetNodeReference("MorphSeek.inverse")):
+        for get in (node.GetTransformFromParentAs, node.GetTransformToParentAs) if node is not None else ():
+            grid = get("vtkOrientedGridTransform", False)
+            if grid is not None and grid.GetInterpolationMode() != vtk.VTK_LINEAR_INTERPOLATION:
+                grid.SetInterpolationModeToLinear()
+
+
+def keep_results_linear(scene) -> None:
+    """Do :func:`keep_linear` for every result in a scene."""
+    for n in range(scene.GetNumberOfNodesByClass("vtkMRMLTransformNode")):
+        node = scene.GetNthNodeByClass(n, "vtkMRMLTransformNode")
+        if node.GetAttribute(REPORT) is not None:
+            keep_linear(node)
 
 
 def grid_transform(displacement: Image, source=None, target=None) -> vtk.vtkObject:

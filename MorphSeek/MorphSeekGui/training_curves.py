@@ -47,10 +47,13 @@ CHARTS = {
             ("validation/dice_before", _("before"), GREY, 1),
         ],
     ),
-    "njd": (
-        "validation/njd_percent",
-        _("NJD of the validation pairs, %"),
-        [("validation/njd_percent", _("folded voxels, %"), ORANGE, 3)],
+    "folding": (
+        "validation/njd_percent",  # every run has it, those of earlier versions too
+        _("folding of the validation pairs, %"),
+        [
+            ("validation/folded_percent", _("folded cells, %"), ORANGE, 3),
+            ("validation/njd_percent", _("NJD by central differences, %"), GREY, 1),
+        ],
     ),
 }
 

@@ -42,7 +42,8 @@ _RECIPES = {
 _FIGURES = {
     "dice": (_("Dice"), "{:.3f}", 1),
     "hd95": (_("HD95, mm"), "{:.2f}", -1),
-    "njd_percent": (_("NJD, %"), "{:.3f}", -1),
+    "folded_percent": (_("Folded cells, %"), "{:.3f}", -1),
+    "njd_percent": (_("NJD, % (central differences)"), "{:.3f}", -1),
     "sdlogj": (_("SDlogJ"), "{:.3f}", -1),
 }
 
@@ -658,6 +659,8 @@ def figures_table(held_out: dict) -> str:
     start, result = held_out.get("start"), held_out["mean"]
     lines = []
     for name, (title, form, better) in _FIGURES.items():
+        if name not in result:  # a model of an earlier version has no folded cells
+            continue
         values = result.get(f"{name}_aligned"), (start or {}).get(name), result[name]
         aligned, before, after = ("-" if value is None else form.format(value) for value in values)
         if "-" not in (before, after) and before != after:

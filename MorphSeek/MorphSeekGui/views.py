@@ -117,8 +117,9 @@ class ResultViews:
         self._switch(name, self._picture(name, title, lambda: values, (-limit, limit), colors), opacity)
 
     def jacobian(self, on: bool, opacity: float = 0.6) -> None:
-        """The Jacobian determinant over the fixed volume: purple where volume shrinks (from fixed to moving), white
-        where it stays, orange where it grows, even in the logarithm; half and double have the full colour."""
+        """The Jacobian determinant, by central differences, over the fixed volume: purple where volume shrinks (from
+        fixed to moving), white where it stays, orange where it grows, even in the logarithm; half and double have the
+        full colour."""
         if on:
             display = self.nodes.jacobian.GetDisplayNode()
             display.SetAndObserveColorNodeID(jacobian_colors(self._scene).GetID())
@@ -163,7 +164,7 @@ class ResultViews:
         display.EndModify(blocked)
 
     def folding(self, on: bool, in_3d: bool = True) -> None:
-        """Folded voxels (Jacobian <= 0) red: filled in the slices, as a closed surface in 3D."""
+        """Voxels that meet a folded cell of the transform, red: filled in the slices, as a closed surface in 3D."""
         node = self.nodes.folding
         if on and in_3d:
             node.CreateClosedSurfaceRepresentation()

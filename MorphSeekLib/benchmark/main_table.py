@@ -404,7 +404,7 @@ def _classical(name: str, task: Task, threads: int) -> Method:
 def draw(fixed: Volume, moving: Volume, found: Registration, folder: Path, name: str) -> None:
     """Pictures of a registration for the eye: overlays, deformation grid, folds. They show the scans."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = RegistrationPictures(fixed, found.aligned, found.warped, found.jacobian, found.transform)
+    pictures = RegistrationPictures(fixed, found.aligned, found.warped, found.jacobian, found.folding, found.transform)
     name = name.replace("/", "_")
     for stale in folder.glob(f"{name}_[0-9].png"):  # a run done anew may have fewer: no sheet of folds without folds
         stale.unlink()

@@ -14,6 +14,7 @@ from ..cases import name_of
 from ..datasets import Dataset, Pair, read_pair, scored_pairs
 from ..evaluation import check_judged, label_row
 from ..events import Event, OnEvent, checkpoint_for, ignore, never
+from ..folds import certify
 from ..geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
 from ..metrics import LABEL_DEFINITIONS, folding, label_figures
 
@@ -23,6 +24,8 @@ Method = Callable[[Volume, Volume], Transform]
 DEFINITIONS = {
     "Dice": f"{LABEL_DEFINITIONS['dice']}; moving labels warped nearest-neighbor onto the fixed image's grid",
     "HD95": LABEL_DEFINITIONS["hd95"],
+    "folded cells": "share of the cells of the delivered transform in which a determinant <= 0 was found, alignment "
+    "included (MorphSeekLib.folds); empty in rows that were measured before 2026-11-26",
     "NJD": "share of the fixed image's voxels with a Jacobian determinant <= 0 of the whole transform, alignment "
     "included (central differences, one-sided at the border)",
     "SDlogJ": "standard deviation of the logarithm of that determinant over the voxels where it is above 0",
@@ -77,15 +80,22 @@ def score(fixed_labels: Volume, moving_labels: Volume, transform: Transform, dat
     """Judge one transform, fixed point -> moving point (LPS mm), on the fixed labels' grid.
 
     Returns:
-        what :func:`MorphSeekLib.evaluation.label_row` says of the labels, "njd_percent" and "sdlogj".
+        what :func:`MorphSeekLib.evaluation.label_row` says of the labels, "folded_percent" and "no_fold_proven"
+        (:mod:`MorphSeekLib.folds`), "njd_percent" and "sdlogj".
     """
     grid = fixed_labels.grid
     warped = resample(moving_labels, grid, transform, mode="nearest").data
     found = label_figures(fixed_labels.data, warped, moving_labels.data, grid.spacing, dataset.evaluated)
     if not isinstance(transform, DenseTransform):
         transform = dense_from_voxels(torch.zeros(1, 3, *grid.shape), grid, transform)
+    cells = certify(transform, grid).count
     folds = folding(jacobian=jacobian_volume(transform, grid).data)
-    return label_row(found, dataset) | {"njd_percent": folds.njd_percent, "sdlogj": folds.sdlogj}
+    return label_row(found, dataset) | {
+        "folded_percent": cells.folded_percent,
+        "no_fold_proven": cells.no_fold_proven,
+        "njd_percent": folds.njd_percent,
+        "sdlogj": folds.sdlogj,
+    }
 
 
 @contextmanager

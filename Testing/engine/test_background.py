@@ -174,7 +174,7 @@ def test_the_committed_figures_are_what_the_benchmark_writes(benchmark):
 def test_noise_and_shading_cost_less_than_two_hundredths_of_dice(benchmark):
     """The committed figures keep the bar: 0.690 clean, 0.673 (0.693 - 0.02) else, and never below the alignment."""
     means = {row["arm"]: row for row in json.loads(RESULTS.read_text())["means"]}
-    assert {"clean", "noise both", "bias both"} <= set(means) <= set(benchmark.ARMS)
+    assert list(means) == list(benchmark.ARMS)
     for arm, row in means.items():
         assert row["rows"] >= 12
         for dice in row["by_seed"].values():

@@ -61,7 +61,7 @@ def test_register_as_a_process(files, tmp_path):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} == set(FILES)
-    assert "Folding (NJD)" in done.stdout
+    assert "Folded cells" in done.stdout
     assert "report.html" in done.stdout
     assert "Refinement step 1 of 2" in done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())

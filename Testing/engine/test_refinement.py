@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import blob_grid, blob_image, blob_labels
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_registration import random_model
 from typer.testing import CliRunner
@@ -20,7 +20,7 @@ from MorphSeekLib.geometry import Grid, covering_grid
 from MorphSeekLib.images import write_image
 from MorphSeekLib.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import FINE_VOXELS, fine_grid
-from MorphSeekLib.refinement import RefinementSettings, best_of, objective, optimize, unfold
+from MorphSeekLib.refinement import RefinementSettings, best_of, objective, optimize
 from MorphSeekLib.registration import register
 
 SHAPE = (16, 20, 16)
@@ -87,40 +87,6 @@ def test_finds_a_known_deformation(problem):
     inner = (..., *(slice(3, -3),) * 3)
     error = lambda u: float((u - truth)[inner].norm(dim=1).mean())  # noqa: E731
     assert error(refined.total) < 0.5 * error(total)
-
-
-def test_unfolds_where_it_folds_and_nowhere_else():
-    """A bump steep enough to fold in its middle, in a field that is smooth elsewhere."""
-    at = fields.identity((20, 20, 20)) - 10
-    bump = torch.exp(-at.square().sum(dim=1, keepdim=True) / 18)
-    folded = 0.3 * torch.sin(at / 6)
-    folded[:, :1] -= 1.8 * at[:, :1] * bump
-    before = fields.jacobian_determinant(folded)
-    assert int((before <= 0).sum()) > 20
-    calls = []
-    found = unfold(folded, 200, on_iteration=lambda: calls.append(None))
-    assert bool((fields.jacobian_determinant(found) > 0).all())
-    assert len(calls) < 200
-    moved = (found - folded).norm(dim=1, keepdim=True)
-    far = torch.nn.functional.max_pool3d((before < 0.3).float(), 9, 1, 4) == 0
-    assert far.any()
-    assert float(moved[far].max()) == 0
-    assert float(moved.max()) < 1.5
-    assert torch.equal(unfold(found, 200), found)
-    assert torch.equal(unfold(folded, 0), folded)
-
-
-@settings(max_examples=20, deadline=None)
-@given(strength=st.floats(0.5, 40.0), seed=st.integers(0, 1000), iterations=st.integers(1, 60))
-def test_unfolding_never_makes_it_worse(strength, seed, iterations):
-    """Even of a field that is half folds."""
-    coarse = strength * torch.randn(1, 3, 5, 5, 5, generator=torch.Generator().manual_seed(seed))
-    field = torch.nn.functional.interpolate(coarse, size=(16, 16, 16), mode="trilinear", align_corners=True)
-    found = unfold(field, iterations)
-    assert bool(torch.isfinite(found).all())
-    before, after = ((fields.jacobian_determinant(u) <= 0).sum() for u in (field, found))
-    assert after <= before
-    assert float((found - field).norm(dim=1).max()) <= 0.2501 * iterations
 
 
 @given(

@@ -147,6 +147,23 @@ def test_dense_initial_transform_is_contained(pair, model):
     torch.testing.assert_close(dense.transform.displacement, linear.transform.displacement, atol=2e-3, rtol=0)
 
 
+def test_a_mirroring_initial_transform_is_said_and_folds_are_judged_relative_to_it(pair, model):
+    """The mirrored image, brought back by a mirroring matrix, is registered as the image itself."""
+    fixed, moving, _, _ = pair
+    mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
+    mirrored = Volume(moving.data, Grid(moving.grid.shape, mirror @ moving.grid.affine))
+    plain = register(fixed, moving, model, steps=1, inverse=False).report
+    report = register(fixed, mirrored, model, steps=1, initial=mirror, inverse=False).report
+    assert plain["mirrored"] is False
+    assert report["mirrored"] is True
+    assert "mirrored" not in [warning["code"] for warning in plain["warnings"]]
+    assert "mirrored" in [warning["code"] for warning in report["warnings"]]
+    assert plain["displacement_mm"]["max"] > 1
+    assert report["displacement_mm"]["max"] == pytest.approx(plain["displacement_mm"]["max"], abs=1e-2)
+    assert plain["folding"]["cells"]["no_fold_proven"] is True
+    assert report["folding"]["cells"]["no_fold_proven"] is True
+
+
 def test_alignment_brings_distant_images_together(pair, model):
     fixed, moving, _, _ = pair
     affine = moving.grid.affine.copy()

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from MorphSeekLib import fields, geometry, metrics
+from MorphSeekLib import fields, folds, geometry, metrics
 from MorphSeekLib import report as reports
 from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.geometry import Grid, Volume
 
+CLEAN = {"cells": 8, "folded": 0, "undecided": 0, "folded_outside": 0, "undecided_outside": 0}
 ROTATED = np.array([[math.cos(0.4), -math.sin(0.4), 0], [math.sin(0.4), math.cos(0.4), 0], [0, 0, 1]])
 GRIDS = {
     "plain": Grid.from_parts((30, 34, 28), (3, 3, 3), np.eye(3), (-40, -50, 10)),
@@ -43,12 +44,14 @@ def example(grid: Grid, push: float) -> reports.RegistrationPictures:
     displacement[0, 1] = push * bump
     transform = geometry.dense_from_voxels(displacement, grid)
     jacobian = fields.jacobian_determinant(displacement)[0, 0]
+    folded = folds.folded_voxels(folds.certify(transform, grid).folded, grid, grid) <= 0
     moving = Volume(image, grid)
     return reports.RegistrationPictures(
         fixed=Volume((image * 1000).round().to(torch.int16), grid),
         moving_aligned=moving,
         warped=geometry.resample(moving, grid, transform),
         jacobian=Volume(jacobian, grid),
+        folding=Volume(folded.to(torch.uint8), grid),
         transform=transform,
     )
 
@@ -63,15 +66,16 @@ def figures(pictures: reports.RegistrationPictures, **changes) -> dict:
         "model": {"name": "brain-mr", "sha256": "ab" * 32, "provenance": {"data": "made of label maps"}},
         "device": "cpu",
         "steps": [
-            {"step": 1, "similarity": 0.41234567, "mean_displacement_mm": np.float32(2.125), "njd_percent": 0.0},
-            {"step": 2, "similarity": 0.5, "mean_displacement_mm": 3.3, "njd_percent": 0.25},
+            {"step": 1, "similarity": 0.41234567, "mean_displacement_mm": np.float32(2.125), "folded_percent": 0.0},
+            {"step": 2, "similarity": 0.5, "mean_displacement_mm": 3.3, "folded_percent": 0.25, "njd_percent": 0.1},
         ],
         "align": "affine",
         "dice": {
             "labels": {2: {"input": 0.1, "aligned": 0.61111, "warped": 0.8}, 17: {"input": 0.2, "aligned": 0.5}},
             "mean": {"input": 0.15, "aligned": 0.555555, "warped": 0.8},
         },
-        "folding": dataclasses.asdict(metrics.folding(jacobian=pictures.jacobian.data)),
+        "folding": dataclasses.asdict(metrics.folding(jacobian=pictures.jacobian.data))
+        | {"cells": dataclasses.asdict(folds.certify(pictures.transform, grid).count)},
         "displacement_mm": {"mean": 3.21, "p95": 7.9, "max": 14.2},
         "inverse": {"residual_mm": {"mean": 0.01, "p95": 0.05, "max": math.inf}},
         "similarity": {"name": "LNCC 9", "aligned": 0.31, "warped": 0.56},
@@ -180,7 +184,7 @@ def test_without_folding_labels_or_anything_else(tmp_path):
     report = figures(pictures, dice=None, inverse=None, steps=[])
     text = reports.write_report(tmp_path, report, pictures).read_text("utf-8")
     assert len(Page(text).pictures) == 2
-    assert "No folding" in text
+    assert "No fold: proven" in text
     assert "judge the match by eye" in text
     assert "Overlap by label" not in text
     assert "Not for diagnosis" in reports.render_page({"fixed": {}, "moving": {}}, [])
@@ -190,8 +194,23 @@ def test_without_folding_labels_or_anything_else(tmp_path):
     ("aligned", "warped", "word"), [(0.5, 0.7, "better"), (0.7, 0.5, "worse"), (0.5, 0.501, "same")]
 )
 def test_verdict_on_overlap(aligned, warped, word):
-    report = {"dice": {"mean": {"aligned": aligned, "warped": warped}}, "folding": {"folded_voxels": 0}}
+    report = {"dice": {"mean": {"aligned": aligned, "warped": warped}}, "folding": {"cells": CLEAN}}
     assert [kind for kind, _ in reports.verdict(report)] == [word, "good"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({}, "good", "No fold: proven"),
+        ({"folded": 3}, "look", "3 of 8 cells fold"),
+        ({"undecided": 2}, "look", "2 cells could not be proven"),
+        ({"folded_outside": 1}, "good", "beyond its edge 1 cells are not"),
+    ],
+)
+def test_only_what_is_proven_is_called_free_of_folds(change, kind, words):
+    (_, (found, sentence)) = reports.verdict({"folding": {"cells": CLEAN | change}})
+    assert found == kind
+    assert words in sentence
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -225,20 +244,20 @@ def test_a_ball_stays_round_on_an_anisotropic_grid():
 def test_the_fold_shown_is_the_one_in_the_foreground(folded):
     _, _, pictures = folded
     grid = pictures.fixed.grid
-    jacobian = pictures.jacobian.data.clone()
-    in_head = int((jacobian <= 0).sum())
-    jacobian[:6, :6, :6] = -1  # a larger one, in air
-    scene = reports._Scene(dataclasses.replace(pictures, jacobian=Volume(jacobian, grid)))
+    folding = pictures.folding.data.clone()
+    in_head = int(folding.sum())
+    folding[:12, :12, :12] = 1  # a larger one, in air
+    scene = reports._Scene(dataclasses.replace(pictures, folding=Volume(folding, grid)))
     fold = scene.worst_fold()
     assert np.linalg.norm(fold.center - grid.center) < 12
-    assert (fold.voxels, fold.in_foreground) == (in_head + 216, in_head)
+    assert (fold.voxels, fold.in_foreground) == (in_head + 12**3, in_head)
     index = np.round(geometry.apply_affine(np.linalg.inv(grid.affine), fold.center[None])[0]).astype(int)
-    assert float(jacobian[tuple(index)]) <= 0
+    assert int(folding[tuple(index)]) == 1
 
 
 def test_one_folded_voxel_is_red_in_every_picture_of_it():
     pictures = example(GRIDS["plain"], 0.5)
-    pictures.jacobian.data[15, 17, 14] = -0.5
+    pictures.folding.data[15, 17, 14] = 1
     sheets = reports.draw_sheets(pictures)
     picture = matplotlib.image.imread(io.BytesIO(sheets[2].png))[..., :3]
     red = (np.abs(picture - [1, 32 / 255, 32 / 255]) < 0.02).all(axis=-1)

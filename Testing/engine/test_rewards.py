@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from MorphSeekLib import fields
 from MorphSeekLib.metrics import dice_per_label
-from MorphSeekLib.metrics import folding as folding_figures
 from MorphSeekLib.rewards import TERMS, RewardSettings, State, reward_map
 from MorphSeekLib.similarity import lncc, mind_loss
 
@@ -68,8 +67,8 @@ def test_folding_terms():
     for u, share, depth in zip(
         candidates, TERMS["folding"](pair, candidates), TERMS["folding_magnitude"](pair, candidates), strict=True
     ):
-        assert float(share.sum()) == pytest.approx(-folding_figures(u[None]).njd_percent / 100, abs=1e-6)
-        determinant = fields.jacobian_determinant(u[None])
+        determinant = fields.corner_determinants(u[None]).amin(dim=1)
+        assert float(share.sum()) == pytest.approx(-float((determinant <= 0).float().mean()), abs=1e-6)
         assert float(depth.sum()) == pytest.approx(-float((-determinant).clamp(min=0).mean()), rel=1e-4)
         assert float(share.sum()) < 0, "these candidates do fold"
 

@@ -146,7 +146,7 @@ def test_lncc_lies_between_minus_one_and_zero_and_is_symmetric(size, window, con
     fixed, warped = (contrast * image + offset for image in images(size, seed=seed))
     value = lncc(fixed, warped, window)
     assert -1 - 1e-4 <= value <= 0
-    torch.testing.assert_close(lncc(warped, fixed, window), value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lncc(warped, fixed, window), value, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lncc(fixed, -warped, window), value, rtol=1e-5, atol=1e-6)  # blind to the sign
     for permuted in ((0, 1, 3, 4, 2), (0, 1, 4, 3, 2)):
         turned = lncc(fixed.permute(permuted), warped.permute(permuted), window)

@@ -215,3 +215,116 @@ def test_displacements_are_rounded_in_proportion_to_the_nodes_distance(tmp_path,
     read = sitk.DisplacementFieldTransform(sitk.ReadTransform(str(tmp_path / "t.h5"))).GetDisplacementField()
     written = sitk.GetArrayFromImage(read).transpose(3, 2, 1, 0)
     assert np.array_equal(written, found.displacement.double().numpy()), "what rounded() gives is what is written"
+
+
+def oblique_field(seed: int, size_mm: float = 3.0) -> tuple[sitk.Transform, Grid]:
+    """A rough displacement field of ITK on an oblique, anisotropic, left-handed grid, and that grid."""
+    grid = Grid.from_parts((9, 7, 6), (4.0, 6.5, 3.0), TURN @ np.diag([1, 1, -1]), (-20.0, 10.0, 55.0))
+    values = np.random.default_rng(seed).normal(size=(*grid.shape[::-1], 3)) * size_mm
+    return sitk.DisplacementFieldTransform(placed(sitk.GetImageFromArray(values, isVector=True), grid)), grid
+
+
+def bspline(seed: int, size_mm: float = 3.0) -> tuple[sitk.Transform, Grid]:
+    """A B-spline of ITK over an oblique box, and the grid between whose outermost nodes ITK knows it."""
+    mesh, spacing = np.array([3, 4, 5]), np.array([12.0, 9.0, 7.0])
+    spline = sitk.BSplineTransform(3, 3)
+    spline.SetTransformDomainOrigin((-25.0, 12.0, 40.0))
+    spline.SetTransformDomainDirection(TURN.ravel().tolist())
+    spline.SetTransformDomainPhysicalDimensions((mesh * spacing).tolist())
+    spline.SetTransformDomainMeshSize(mesh.tolist())
+    parameters = np.random.default_rng(seed).normal(size=len(spline.GetParameters())) * size_mm
+    spline.SetParameters(parameters.tolist())
+    return spline, Grid.from_parts(mesh + 1, spacing, TURN, (-25.0, 12.0, 40.0))
+
+
+def placed(image: sitk.Image, grid: Grid) -> sitk.Image:
+    image.SetSpacing(grid.spacing.tolist())
+    image.SetOrigin(grid.origin.tolist())
+    image.SetDirection(grid.direction.ravel().tolist())
+    return image
+
+
+def random_affine(seed: int) -> sitk.AffineTransform:
+    random = np.random.default_rng(seed)
+    matrix = np.eye(3) + 0.1 * random.normal(size=(3, 3))
+    return sitk.AffineTransform(matrix.ravel().tolist(), (4 * random.normal(size=3)).tolist(), (0.0, 20.0, 50.0))
+
+
+def continued(transform: sitk.Transform, domain: Grid, points: np.ndarray) -> np.ndarray:
+    """Points moved as the nearest points of the domain are; those a hair inside it, where ITK knows the transform."""
+    inset = 1e-6
+    index = apply_affine(np.linalg.inv(domain.affine), points)
+    held = apply_affine(domain.affine, index.clip(inset, np.array(domain.shape) - 1 - inset))
+    return points + mapped(transform, held) - held
+
+
+def far_grid() -> Grid:
+    """An oblique grid that reaches far beyond the domains of :func:`oblique_field` and :func:`bspline`."""
+    turn = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
+    return Grid.from_parts(
+        (13, 14, 12), (7.0, 7.5, 6.5), turn, np.array([-20.0, 36.0, 52.0]) - turn @ [42, 48.75, 35.75]
+    )
+
+
+def nodes_moved(read: DenseTransform) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 3) the nodes of a transform, and where they go."""
+    nodes = apply_affine(read.grid.affine, np.indices(read.grid.shape).reshape(3, -1).T)
+    return nodes, nodes + read.displacement.double().numpy().reshape(3, -1).T
+
+
+def share_inside(domain: Grid, points: np.ndarray) -> float:
+    index = apply_affine(np.linalg.inv(domain.affine), points)
+    return float(((index >= 0) & (index <= np.array(domain.shape) - 1)).all(axis=1).mean())
+
+
+@pytest.mark.parametrize("made", [oblique_field, bspline])
+@pytest.mark.parametrize("ending", ["h5", "tfm"])
+def test_beyond_its_domain_a_transform_moves_points_as_its_edge_does(tmp_path, made, ending):
+    transform, domain = made(seed=0)
+    sitk.WriteTransform(transform, str(tmp_path / f"t.{ending}"))
+    nodes, found = nodes_moved(read_transform(tmp_path / f"t.{ending}", far_grid()))
+    assert 0.02 < share_inside(domain, nodes) < 0.3
+    assert np.abs(found - continued(transform, domain, nodes)).max() < 1e-4
+
+
+@pytest.mark.parametrize("ending", ["nrrd", "mha", "nii.gz"])
+def test_beyond_its_grid_a_displacement_field_image_moves_points_as_its_edge_does(tmp_path, ending):
+    transform, domain = oblique_field(seed=1)
+    image = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
+    sitk.WriteImage(image, str(tmp_path / f"f.{ending}"))
+    nodes, found = nodes_moved(read_transform(tmp_path / f"f.{ending}", far_grid()))
+    assert np.abs(found - continued(transform, domain, nodes)).max() < 1e-4
+
+
+@pytest.mark.parametrize("made", [oblique_field, bspline])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_within_its_domain_a_chain_maps_points_as_simpleitk_does(tmp_path, made, seed):
+    transform, domain = made(seed)
+    chain = sitk.CompositeTransform([random_affine(seed + 10), transform, random_affine(seed + 20)])
+    sitk.WriteTransform(chain, str(tmp_path / "chain.h5"))
+    nodes, found = nodes_moved(read_transform(tmp_path / "chain.h5", far_grid()))
+    reached = apply_affine(np.linalg.inv(domain.affine), mapped(random_affine(seed + 20), nodes))
+    inside = ((reached >= 0) & (reached <= np.array(domain.shape) - 1)).all(axis=1)
+    assert inside.sum() > 10
+    assert np.abs(found - mapped(chain, nodes))[inside].max() < 1e-4
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_at_any_place_of_a_chain_the_edge_goes_on(tmp_path, seed):
+    (field, grid), (spline, box) = oblique_field(seed), bspline(seed)
+    first, last = random_affine(seed), random_affine(seed + 1)
+    # ITK applies the last one first
+    sitk.WriteTransform(sitk.CompositeTransform([last, spline, first, field]), str(tmp_path / "chain.h5"))
+    nodes, found = nodes_moved(read_transform(tmp_path / "chain.h5", far_grid()))
+    expected = continued(field, grid, nodes)
+    expected = continued(spline, box, mapped(first, expected))
+    assert np.abs(found - mapped(last, expected)).max() < 3e-4
+
+
+def test_a_field_of_one_slice_moves_all_points_as_that_slice_does(tmp_path):
+    grid = Grid.from_parts((5, 4, 1), (4.0, 5.0, 2.0), TURN, (0.0, 20.0, 50.0))
+    values = np.random.default_rng(0).normal(size=(1, 4, 5, 3))
+    sitk.WriteImage(placed(sitk.GetImageFromArray(values, isVector=True), grid), str(tmp_path / "f.nrrd"))
+    nodes, found = nodes_moved(read_transform(tmp_path / "f.nrrd", far_grid()))
+    dense = DenseTransform(torch.from_numpy(values.transpose(3, 2, 1, 0).copy()), grid)
+    assert np.abs(found - dense.map_points(nodes)).max() < 1e-4

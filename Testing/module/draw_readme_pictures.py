@@ -53,6 +53,7 @@ def read_result(fixed: Path, folder: Path) -> scene.RegistrationNodes:
     storage.SetFileName(str(folder / "transform.h5"))
     if not storage.ReadData(transform):
         raise SystemExit(f"{folder / 'transform.h5'} cannot be read.")
+    scene.keep_linear(transform)
     folding = scene.read_volume(read_volume(folder / "folding.nii.gz"))
     return scene.RegistrationNodes(
         fixed=fixed_node,

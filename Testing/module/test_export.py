@@ -7,9 +7,11 @@ import tempfile
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
 
+import SimpleITK as sitk
 import slicer.util
 import worlds
 from MorphSeekGui import scene
@@ -64,6 +66,10 @@ def test_everything_is_written_into_a_folder_of_its_own(client, result, tmp_path
     jacobian = images.read_image(folder / "jacobian.nii.gz")
     ours = geometry.resample(jacobian, world.fixed.grid, mode="nearest").data.numpy()
     assert np.abs(ours - slicer.util.arrayFromVolume(nodes.jacobian).transpose(2, 1, 0)).max() < 1e-5
+    written = images.read_image(folder / "folding.nii.gz")
+    ours = geometry.resample(written, world.fixed.grid, mode="nearest").data.numpy()
+    assert ours.sum() > 0
+    assert np.array_equal(ours, scene.read_labels(nodes.folding, nodes.fixed).array)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "M registered onto F" in page
     assert page.count("data:image/png;base64,") >= 2
@@ -71,6 +77,21 @@ def test_everything_is_written_into_a_folder_of_its_own(client, result, tmp_path
     again = export(nodes, tmp_path, ["jacobian"], client=client)
     assert again == tmp_path / "M to _F_ a_b 2"
     assert sorted(path.name for path in again.iterdir()) == ["folding.nii.gz", "jacobian.nii.gz"]
+
+
+def test_the_folding_of_a_mirroring_transform_is_exported_as_it_was_found(client, application, tmp_path):
+    world = worlds.make_world("upright", amplitude_mm=0.5)
+    mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
+    nodes = world.transform.grid
+    points = geometry.apply_affine(nodes.affine, np.argwhere(np.ones(nodes.shape)))
+    moved = world.transform.map_points(points) @ mirror[:3, :3] - points
+    displacement = torch.from_numpy(moved.T.reshape(3, *nodes.shape).astype(np.float32))
+    world.transform = geometry.DenseTransform(displacement, nodes)
+    result = worlds.result_of(world, tmp_path, inverse=False, mirrored=True)
+    assert result["report"]["folding"]["cells"]["no_fold_proven"] is True
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    folder = export(scene.create_nodes(result, fixed, moving), tmp_path, ["jacobian"], client=client)
+    assert not sitk.GetArrayFromImage(images.read_sitk(folder / "folding.nii.gz")).any()
 
 
 def test_cancelled_leaves_nothing(client, result, tmp_path, temporary):

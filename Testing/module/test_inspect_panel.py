@@ -16,15 +16,8 @@ import worlds
 from MorphSeekGui import scene
 from MorphSeekGui.engine_client import close_shared_client, shared_client
 
-FOLDED = {
-    "folding": {
-        "folded_voxels": 39,
-        "njd_percent": 0.085,
-        "min_jacobian": -0.31,
-        "max_jacobian": 3.1,
-        "sdlogj": 0.6,
-        "definition": "J: by central differences.",
-    },
+FOLDING = {"njd_percent": 0.085, "min_jacobian": -0.31, "max_jacobian": 3.1, "sdlogj": 0.6}
+OVERLAP = {
     "dice": {
         "mean": {"input": 0.3, "aligned": 0.61, "warped": 0.74},
         "labels": {"3": {"input": 0.3, "aligned": 0.61, "warped": 0.74}},
@@ -81,8 +74,14 @@ def make_result(folder, name: str = "M") -> scene.RegistrationNodes:
     fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume(name, world.moving)
     for node in (fixed, moving):
         node.CreateDefaultDisplayNodes()
-    result = worlds.result_of(world, folder) | {"report": FOLDED}
-    return scene.create_nodes(result, fixed, moving)
+    return scene.create_nodes(folded_result(world, folder), fixed, moving)
+
+
+def folded_result(world, folder) -> dict:
+    """The worker's answer, some of its figures chosen."""
+    result = worlds.result_of(world, folder)
+    report = result["report"]
+    return result | {"report": report | {"folding": report["folding"] | FOLDING} | OVERLAP}
 
 
 def layers(view) -> tuple:
@@ -215,12 +214,17 @@ def test_folding_is_switched_in_slices_and_in_3d(panel, ui, nodes):
 def test_figures_verdict_and_definition(panel, ui, nodes):
     panel.show(nodes)
     table = ui.figuresTable
-    assert table.item(row_of(table, "NJD"), 1).text() == "● 0.085"
+    cells = nodes.report["folding"]["cells"]
+    assert cells["folded"] > 0
+    assert table.item(row_of(table, "Folded cells, %"), 1).text() == f"■ {cells['folded_percent']:.4g}"
+    assert table.item(row_of(table, "NJD"), 1).text() == "0.085"
     assert table.item(row_of(table, "SDlogJ"), 1).text() == "▲ 0.6"
     assert table.item(row_of(table, "Smallest Jacobian"), 1).text() == "-0.31"
-    assert ui.verdictLabel.text.startswith("▲ Amber")
+    assert ui.verdictLabel.text.startswith("■ Red")
+    assert f"\n■ {cells['folded']} of {cells['cells']:,} cells fold" in ui.verdictLabel.text
     assert "Roughness (SDlogJ): 0.6 is above 0.5." in ui.verdictLabel.text
-    assert "central differences" in ui.definitionLabel.text
+    assert "set them to linear" in ui.definitionLabel.text
+    assert "Bernstein coefficients" in table.item(row_of(table, "Folded cells, %"), 1).toolTip()
     assert "Jacobian determinant is 0 or less" in table.item(row_of(table, "NJD"), 1).toolTip()
     structures = ui.structuresTable
     assert [structures.item(0, column).text() for column in range(4)] == ["3", "0.300", "0.610", "0.740"]
@@ -237,17 +241,18 @@ def test_limits_are_typed_kept_refused_and_set_back(panel, ui, nodes, stand_in):
     assert table.item(row, 3).text() == "1"
     type_into(table, row, 3, "0.1")
     assert "Red must not lie below amber" in ui.messageLabel.text
-    type_into(table, row_of(table, "NJD"), 2, "0.01")
-    type_into(table, row_of(table, "NJD"), 3, "0.05")
+    folded = row_of(table, "Folded cells, %")
+    type_into(table, folded, 3, "50")
+    type_into(table, row_of(table, "Largest folded"), 3, "5000")
     assert not ui.messageLabel.isVisibleTo(panel.widget)
-    assert ui.verdictLabel.text.startswith("■ Red")
+    assert ui.verdictLabel.text.startswith("▲ Amber")
 
     again = type(panel)(panel.widget.parent(), None)  # as after a restart
     again.setMRMLScene(slicer.mrmlScene)
     again.show(nodes)
-    assert again.ui.verdictLabel.text.startswith("■ Red")
-    again.ui.defaultLimitsButton.click()
     assert again.ui.verdictLabel.text.startswith("▲ Amber")
+    again.ui.defaultLimitsButton.click()
+    assert again.ui.verdictLabel.text.startswith("■ Red")
     again.cleanup()
 
 
@@ -262,7 +267,8 @@ def test_cells_that_are_no_limits_cannot_be_edited(panel, ui, nodes):
         for column in range(4)
         if table.item(row, column).flags() & qt.Qt.ItemIsEditable
     }
-    judged = {row_of(table, name) for name in ("NJD", "Largest folded", "SDlogJ", "Overlap after", "Overlap gained")}
+    names = ("Folded cells, %", "Largest folded", "SDlogJ", "Overlap after", "Overlap gained")
+    judged = {row_of(table, name) for name in names}
     assert editable == {(row, column) for row in judged for column in (2, 3)}
 
 
@@ -270,10 +276,8 @@ def test_a_click_goes_to_the_region(panel, ui, nodes, view):
     panel.show(nodes)
     table = ui.regionsTable
     assert table.rowCount == len(panel._regions) > 0
-    assert (
-        sum(int(text.replace(",", "")) for text in texts(table, 2))
-        == (slicer.util.arrayFromVolume(nodes.jacobian) <= 0).sum()
-    )
+    folded = scene.read_labels(nodes.folding, nodes.fixed).array
+    assert sum(int(text.replace(",", "")) for text in texts(table, 2)) == folded.sum()
     sizes = [float(text.replace(",", "")) for text in texts(table, 1)]
     assert sizes == sorted(sizes, reverse=True)
     last = table.rowCount - 1
@@ -303,23 +307,68 @@ def test_another_result_takes_its_place(panel, ui, nodes, view, tmp_path):
 
 def test_one_more_step_in_the_same_nodes_is_looked_at_anew(panel, ui, nodes, tmp_path):
     panel.show(nodes)
-    assert ui.verdictLabel.text.startswith("▲ Amber")
+    assert ui.verdictLabel.text.startswith("■ Red")
     (tmp_path / "more").mkdir()
     calm = worlds.result_of(worlds.make_world("upright", amplitude_mm=0.5), tmp_path / "more")
-    calm["report"] = {"folding": FOLDED["folding"] | {"folded_voxels": 0, "njd_percent": 0.0, "sdlogj": 0.1}}
     names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
     before = slicer.mrmlScene.GetNumberOfNodes()
     into = {name: getattr(nodes, name) for name in names}
     panel.show(scene.create_nodes(calm, nodes.fixed, nodes.moving, into=into))
     assert slicer.mrmlScene.GetNumberOfNodes() == before
-    assert ui.verdictLabel.text.startswith("● Green")
-    assert ui.regionsLabel.text == "No voxel folds."
+    assert ui.verdictLabel.text == "● Green: every figure is within its limits.\n● No fold: proven."
+    assert ui.regionsLabel.text == "No folded region was found."
+
+
+def test_a_result_of_an_earlier_version_is_not_called_free_of_folds(panel, ui, tmp_path):
+    result = worlds.result_of(worlds.make_world("upright", amplitude_mm=0.5), tmp_path)
+    result["report"] = {"folding": {"folded_voxels": 0, "njd_percent": 0.0, "sdlogj": 0.1, "definition": "J: old."}}
+    world = worlds.make_world("upright")
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    panel.show(scene.create_nodes(result, fixed, moving))
+    assert ui.verdictLabel.text.startswith("▲ Amber")
+    assert "by central differences only" in ui.verdictLabel.text
+    assert "lists no regions; register again" in ui.regionsLabel.text
+    assert ui.definitionLabel.text == "J: old."
+
+
+def test_a_longer_list_of_regions_is_counted(panel, ui, tmp_path):
+    result = folded_result(worlds.make_world("upright"), tmp_path)
+    result["report"]["folding"]["region_count"] = len(result["report"]["folding"]["regions"]) + 7
+    world = worlds.make_world("upright")
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    panel.show(scene.create_nodes(result, fixed, moving))
+    assert ui.regionsLabel.text.endswith("The 7 smallest are not listed.")
+
+
+def test_transforms_of_a_scene_that_is_loaded_are_made_linear(panel, nodes, tmp_path):
+    for node in (nodes.transform, nodes.inverse):
+        storage = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformStorageNode")
+        storage.SetFileName(str(tmp_path / f"{node.GetName()}.h5"))
+        assert storage.WriteData(node)
+        node.SetAndObserveStorageNodeID(storage.GetID())
+    slicer.mrmlScene.SetURL(str(tmp_path / "scene.mrml"))
+    slicer.mrmlScene.Commit()
+    loaded = []
+    slicer.mrmlScene.Clear(False)
+    observer = slicer.mrmlScene.AddObserver(slicer.mrmlScene.EndImportEvent, lambda *_: loaded.append(modes()), 1.0)
+    slicer.mrmlScene.Connect()
+    slicer.mrmlScene.RemoveObserver(observer)
+    assert loaded == [["Cubic", "Cubic"]], "as Slicer reads files"
+    assert modes() == ["Linear", "Linear"]
+
+
+def modes() -> list[str]:
+    """How the scene's transform nodes interpolate."""
+    count = slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLTransformNode")
+    nodes = [slicer.mrmlScene.GetNthNodeByClass(n, "vtkMRMLTransformNode") for n in range(count)]
+    grids = [node.GetTransformFromParentAs("vtkOrientedGridTransform", False) for node in nodes]
+    return [grid.GetInterpolationModeAsString() for grid in grids]
 
 
 def test_a_result_in_a_transform_that_the_person_chose(panel, ui, tmp_path):
     world = worlds.make_world("upright")
     chosen = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode", "mine")
-    result = worlds.result_of(world, tmp_path) | {"report": FOLDED}
+    result = folded_result(world, tmp_path)
     fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
     panel.show(scene.create_nodes(result, fixed, moving, into={"transform": chosen}))
     assert ui.resultSelector.currentNode() is chosen
@@ -448,4 +497,4 @@ def test_the_module_hands_a_result_over(module, tmp_path):
         function(nodes)
     assert not widget.ui.inspectSection.collapsed
     assert widget.panels["inspect"].ui.resultSelector.currentNode() is nodes.transform
-    assert widget.panels["inspect"].ui.verdictLabel.text.startswith("▲ Amber")
+    assert widget.panels["inspect"].ui.verdictLabel.text.startswith("■ Red")

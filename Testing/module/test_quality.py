@@ -8,13 +8,23 @@ import pytest
 pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core)")
 
 import slicer.util
-import torch
 import worlds
 from MorphSeekGui import quality, scene
-from MorphSeekGui.quality import AMBER, DEFAULT_LIMITS, GREEN, RED, Limits, folded_regions, judge, measure
+from MorphSeekGui.quality import AMBER, DEFAULT_LIMITS, GREEN, RED, Limits, folded_regions, folds, judge, measure
 
-from MorphSeekLib import geometry
-
+CELLS = {
+    "cells": 45_678,
+    "proven": 45_445,
+    "folded": 230,
+    "undecided": 3,
+    "folded_percent": 0.5035,
+    "smallest_proven": 0.0123,
+    "folded_outside": 0,
+    "undecided_outside": 0,
+    "no_fold_proven": False,
+    "definition": "Judged is each cell.",
+}
+PROVEN = CELLS | {"folded": 0, "undecided": 0, "folded_percent": 0.0, "no_fold_proven": True}
 REPORT = {
     "folding": {
         "njd_percent": 0.25,
@@ -23,6 +33,12 @@ REPORT = {
         "max_jacobian": 3.2,
         "sdlogj": 0.31,
         "definition": "J: by central differences.",
+        "cells": CELLS,
+        "regions": [
+            {"voxels": 9, "mm3": 40.5, "determinant": -0.4, "position": [10.0, 20.0, -30.0], "radius_mm": 2.0},
+            {"voxels": 1, "mm3": 4.5, "determinant": -0.1, "position": [1.0, 2.0, 3.0], "radius_mm": 0.0},
+        ],
+        "region_count": 250,
     },
     "dice": {
         "mean": {"input": 0.4, "aligned": 0.61, "warped": 0.75},
@@ -31,85 +47,131 @@ REPORT = {
 }
 
 
+def report_with(cells: dict | None) -> dict:
+    """The report with other cells; None makes it one of an earlier version."""
+    folding = {k: v for k, v in REPORT["folding"].items() if k not in ("cells", "regions", "region_count")}
+    if cells is not None:
+        folding |= {"cells": cells, "regions": [], "region_count": 0}
+    return REPORT | {"folding": folding}
+
+
+def verdict_of(report: dict, limits=DEFAULT_LIMITS) -> quality.Verdict:
+    return judge(measure(report), limits, folds(report))
+
+
+def test_regions_come_from_the_report_in_ras():
+    first, second = folded_regions(REPORT)
+    assert first == quality.Region(9, 40.5, -0.4, (-10.0, -20.0, -30.0))
+    assert second.position == (-1.0, -2.0, 3.0)
+    assert quality.count_regions(REPORT) == 250, "the report lists the largest only"
+    assert folded_regions({}) == []
+    assert quality.count_regions({}) == 0
+
+
 @pytest.mark.parametrize("grid", sorted(worlds.GRIDS))
-def test_regions_are_found_whole_where_they_are(mrml, grid):
-    onto = worlds.GRIDS[grid][0]
-    jacobian = np.ones(onto.shape, np.float32)
-    jacobian[5:8, 6:9, 3:5] = -0.5  # 18 voxels
-    jacobian[8, 9, 5] = 0.0  # touches it by a corner, and 0 is folded
-    jacobian[20, 30, 10:12] = -2.0
-    jacobian[0, 0, 0] = -0.1  # in the very corner of the volume
-    node = worlds.add_volume("J", geometry.Volume(torch.from_numpy(jacobian), onto))
-    regions = folded_regions(node)
-    assert [region.voxels for region in regions] == [19, 2, 1]
-    assert [region.min_jacobian for region in regions] == pytest.approx([-0.5, -2.0, -0.1])
-    voxel = abs(np.linalg.det(onto.affine[:3, :3]))
-    assert [region.mm3 for region in regions] == pytest.approx([19 * voxel, 2 * voxel, voxel])
-    for region in regions:  # each place is a folded voxel of the region
-        index = np.linalg.inv(scene.FLIP @ onto.affine) @ [*region.position, 1]
-        assert np.allclose(index, np.round(index), atol=1e-6)
-        assert jacobian[tuple(np.round(index[:3]).astype(int))] <= 0
-    corner = scene.FLIP @ onto.affine @ [0, 0, 0, 1]
-    assert regions[2].position == pytest.approx(corner[:3])
-
-
-def test_no_folding_no_region(mrml):
-    onto = worlds.GRIDS["upright"][0]
-    assert folded_regions(worlds.add_volume("J", geometry.Volume(torch.ones(onto.shape), onto))) == []
-
-
-def test_many_regions_are_found_in_little_time(mrml):
-    onto = geometry.Grid.from_parts((160, 160, 120), (1, 1, 1), np.eye(3), (0, 0, 0))
-    jacobian = np.ones(onto.shape, np.float32)
-    jacobian[::4, ::4, ::4] = -1
-    regions = folded_regions(worlds.add_volume("J", geometry.Volume(torch.from_numpy(jacobian), onto)))
-    assert len(regions) == 40 * 40 * 30
-    assert {region.voxels for region in regions} == {1}
+def test_a_region_s_place_is_a_folded_voxel_of_the_folding_node(application, mrml, tmp_path, grid):
+    world = worlds.make_world(grid)
+    fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
+    nodes = scene.create_nodes(worlds.result_of(world, tmp_path), fixed, moving)
+    folding = scene.read_labels(nodes.folding, fixed).array
+    regions = folded_regions(nodes.report)
+    assert sum(region.voxels for region in regions) == folding.sum() > 0
+    for region in regions:
+        index = np.linalg.inv(scene.ijk_to_ras(fixed)) @ [*region.position, 1]
+        assert folding[tuple(np.round(index[:3]).astype(int))] == 1
 
 
 def test_figures_are_read_from_the_report_and_missing_ones_left_open():
-    figures = {figure.key: figure for figure in measure(REPORT, [quality.Region(9, 40.5, -0.4, (0, 0, 0))])}
-    assert figures["njd_percent"].text == "0.25"
-    assert "J: by central differences." in figures["njd_percent"].definition
-    assert figures["folded_voxels"].text == "1,234"
+    figures = {figure.key: figure for figure in measure(REPORT)}
+    assert figures["folded_percent"].text == "0.5035"
+    assert "Judged is each cell." in figures["folded_percent"].definition
+    assert (figures["folded_cells"].text, figures["undecided_cells"].text) == ("230", "3")
+    assert figures["smallest_proven"].text == "0.0123"
     assert figures["largest_region_mm3"].value == 40.5
     assert figures["dice_change"].text == "+0.140"
-    large = measure(REPORT, [quality.Region(9, 16252.0, -0.4, (0, 0, 0))])
-    assert next(f for f in large if f.key == "largest_region_mm3").text == "16,252"
-    bare = {figure.key: figure for figure in measure({}, [])}
-    assert bare["njd_percent"].text == bare["dice"].text == "–"
-    assert {figure.key for figure in measure(REPORT, []) if figure.worse} == set(DEFAULT_LIMITS)
+    large = REPORT | {"folding": {"regions": [REPORT["folding"]["regions"][0] | {"mm3": 16252.0}]}}
+    assert next(f for f in measure(large) if f.key == "largest_region_mm3").text == "16,252"
+    assert {figure.text for figure in measure({})} == {"–"}
+    assert {figure.key for figure in measure(REPORT) if figure.worse} == set(DEFAULT_LIMITS)
+
+
+def test_what_papers_print_is_called_central_differences_and_not_judged():
+    figures = {figure.key: figure for figure in measure(REPORT)}
+    for key, text in (("njd_percent", "0.25"), ("min_jacobian", "-0.4"), ("max_jacobian", "3.2")):
+        assert figures[key].text == text
+        assert "(central differences)" in figures[key].label
+        assert "as papers and Learn2Reg print it" in figures[key].definition
+        assert figures[key].worse == ""
 
 
 def test_the_verdict_is_the_worst_color_and_says_why():
-    figures = measure(REPORT, [])
-    verdict = judge(figures, DEFAULT_LIMITS)
+    verdict = verdict_of(REPORT)
     assert verdict.color == AMBER
     assert verdict.colors == {
-        "njd_percent": AMBER,
+        "folded_percent": AMBER,
         "largest_region_mm3": GREEN,
         "sdlogj": GREEN,
         "dice": GREEN,
         "dice_change": GREEN,
     }
-    assert verdict.reasons == ["Folded voxels (NJD), %: 0.25 is above 0.1."]
-    strict = DEFAULT_LIMITS | {"dice": Limits(0.9, 0.8), "njd_percent": Limits(0.25, 0.5)}
-    verdict = judge(figures, strict)
+    assert verdict.reasons == ["Folded cells, %: 0.5035 is above 0."]
+    strict = DEFAULT_LIMITS | {"dice": Limits(0.9, 0.8), "folded_percent": Limits(0.5035, 0.6)}
+    verdict = verdict_of(REPORT, strict)
     assert verdict.color == RED
-    assert verdict.colors["njd_percent"] == GREEN, "at the limit is not above it"
+    assert verdict.colors["folded_percent"] == GREEN, "at the limit is not above it"
     assert verdict.reasons == ["Overlap after (mean Dice): 0.750 is below 0.8."]
-    assert judge(measure({}, []), {"njd_percent": Limits(0, 0)}).color is None
+    assert verdict_of({}).color is None
+    assert verdict_of({}).folds is None
+
+
+def test_folded_cells_are_counted_and_colored_by_the_limits():
+    color, sentence = verdict_of(REPORT).folds
+    assert (color, sentence) == (
+        AMBER,
+        "230 of 45,678 cells fold (0.503 %). 3 more are undecided: neither a fold nor a proof was found.",
+    )
+    assert verdict_of(report_with(CELLS | {"folded_percent": 1.2})).folds[0] == RED
+
+
+def test_only_what_is_proven_is_called_proven():
+    assert verdict_of(report_with(PROVEN)).folds == (GREEN, "No fold: proven.")
+    assert verdict_of(report_with(PROVEN)).color == GREEN
+    edge = verdict_of(report_with(PROVEN | {"folded_outside": 1200, "undecided_outside": 34, "no_fold_proven": False}))
+    assert edge.folds == (
+        GREEN,
+        "No fold in the fixed volume: proven; 1,234 cells beyond its edge fold or are undecided.",
+    )
+
+
+def test_undecided_cells_are_amber_whatever_the_limits():
+    generous = DEFAULT_LIMITS | {"folded_percent": Limits(50, 100)}
+    verdict = verdict_of(report_with(PROVEN | {"undecided": 3, "no_fold_proven": False}), generous)
+    assert verdict.color == verdict.colors["undecided_cells"] == AMBER
+    assert verdict.folds == (
+        AMBER,
+        "No fold was found, but 3 of 45,678 cells are undecided: neither a fold nor a proof was found in them.",
+    )
+
+
+def test_a_report_of_an_earlier_version_is_never_green_for_folds():
+    verdict = verdict_of(report_with(None), DEFAULT_LIMITS | {"folded_percent": Limits(50, 100)})
+    assert verdict.color == verdict.colors["folded_percent"] == AMBER
+    assert "largest_region_mm3" not in verdict.colors, "its regions are not known"
+    color, sentence = verdict.folds
+    assert color == AMBER
+    assert "by central differences only" in sentence
+    assert sentence.endswith("register again.")
 
 
 def test_limits_are_edited_by_typing_and_refused_in_a_sentence():
-    njd, dice = (next(f for f in measure(REPORT, []) if f.key == key) for key in ("njd_percent", "dice"))
-    assert quality.edited_limits(njd, Limits(0.1, 1), "amber", " 0,05 ") == Limits(0.05, 1)
+    folded, dice = (next(f for f in measure(REPORT) if f.key == key) for key in ("folded_percent", "dice"))
+    assert quality.edited_limits(folded, Limits(0.1, 1), "amber", " 0,05 ") == Limits(0.05, 1)
     assert quality.edited_limits(dice, Limits(0.7, 0.5), "red", "0.7") == Limits(0.7, 0.7)
     for text in ("much", "", "nan", "inf"):
         with pytest.raises(ValueError, match="is no number; type one"):
-            quality.edited_limits(njd, Limits(0.1, 1), "red", text)
-    with pytest.raises(ValueError, match="Red must not lie below amber for 'Folded voxels"):
-        quality.edited_limits(njd, Limits(0.1, 1), "red", "0.01")
+            quality.edited_limits(folded, Limits(0.1, 1), "red", text)
+    with pytest.raises(ValueError, match="Red must not lie below amber for 'Folded cells"):
+        quality.edited_limits(folded, Limits(0.1, 1), "red", "0.01")
     with pytest.raises(ValueError, match="Red must not lie above amber for 'Overlap after"):
         quality.edited_limits(dice, Limits(0.7, 0.5), "red", "0.8")
 
@@ -122,7 +184,7 @@ def test_limits_survive_the_settings_and_nonsense_there():
         "",
         "{",
         "[1]",
-        '{"sdlogj": ["a", 1], "njd_percent": [1], "unknown": [1, 2], "dice": [null, 1]}',
+        '{"sdlogj": ["a", 1], "folded_percent": [1], "njd_percent": [0.1, 1], "unknown": [1, 2], "dice": [null, 1]}',
     ):
         assert quality.limits_from_text(text) == DEFAULT_LIMITS
 

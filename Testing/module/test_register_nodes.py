@@ -13,13 +13,15 @@ pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core
 
 import slicer
 import slicer.util
+import torch
 import vtk
 import worlds
 from MorphSeekGui import registration, scene
 from MorphSeekGui.engine_client import EngineClient, EngineError
 from MorphSeekGui.registration import InputError
+from MorphSeekGui.views import displacement_of
 
-from MorphSeekLib import geometry
+from MorphSeekLib import folds, geometry
 
 HERE = Path(__file__).resolve().parent
 
@@ -101,6 +103,22 @@ def test_an_initial_transform_comes_back_as_it_went_in(register, pair, tmp_path,
     assert_alike(warped, expected, rim=1e-3)
     # taken for the moving volume's only transform, the result gives the same once more
     assert_alike(under(nodes.transform, moving, fixed), warped, rim=1e-3)
+
+
+def test_a_parent_that_mirrors_is_known_to_the_report_and_no_fold(register, pair):
+    _world, fixed, moving = pair
+    frame = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode", "mirror")
+    mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
+    slicer.util.updateTransformMatrixFromArray(frame, mirror)
+    moving.SetIJKToRASMatrix(scene.to_vtk(mirror @ scene.ijk_to_ras(moving)))
+    moving.SetAndObserveTransformNodeID(frame.GetID())
+    nodes = register(fixed, moving)
+    assert nodes.report["mirrored"] is True
+    displacement = displacement_of(nodes.transform)
+    array = torch.from_numpy(np.ascontiguousarray(displacement.array))
+    transform = geometry.DenseTransform(array, geometry.Grid(array.shape[1:], displacement.affine))
+    assert folds.certify(transform, transform.grid, nodes.report["mirrored"]).count.no_fold_proven is True
+    assert folds.certify(transform, transform.grid).count.no_fold_proven is False
 
 
 def test_a_parent_and_an_initial_transform_add_up(register, pair):

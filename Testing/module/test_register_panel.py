@@ -15,7 +15,7 @@ pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essent
 import slicer
 import slicer.util
 import worlds
-from MorphSeekGui import engine_client
+from MorphSeekGui import engine_client, models, quality
 from MorphSeekGui.scene import InputError
 
 from MorphSeekLib import geometry
@@ -103,6 +103,7 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert not ui.progressBar.visible
     [nodes] = results
     assert "Similarity" in ui.statusLabel.text
+    assert quality.folds(nodes.report).sentence in ui.statusLabel.text
     assert nodes.inverse is not None
     assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 1
     composite = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSliceCompositeNode")
@@ -341,6 +342,16 @@ def test_models_of_a_folder_and_a_file_that_is_none(panel, ui, tmp_path, model):
     assert "broken.safetensors is no MorphSeek checkpoint" in ui.cardLabel.text
     assert panel.logic.getParameterNode().model == str(folder / "broken.safetensors")
     assert ui.registerButton.enabled is False
+
+
+def test_a_card_s_folded_cells_are_named_beside_its_njd(stand_in):
+    mean = {"dice": 0.8, "njd_percent": 0.01}
+    for figures, text in (
+        (mean, "a: Dice 0.800, NJD 0.01 % by central differences (3 pairs)"),
+        (mean | {"folded_percent": 0.2}, "a: Dice 0.800, folded cells 0.2 %, NJD 0.01 % by central differences"),
+    ):
+        card = {"results": {"a": {"pairs": 3, "mean": figures}}}
+        assert text in models.describe(models.Model("m", Path("m.safetensors"), card))
 
 
 def test_devices_are_asked_of_the_engine(stand_in, panel, ui):

@@ -384,6 +384,10 @@ def test_figures_say_what_got_better_and_what_worse(stand_in, panel):
     assert good not in rows[3]
     assert bad not in rows[3]
     assert ">-<" in figures_table({"pairs": 4, "mean": mean, "definitions": {}})
+    assert "Folded cells" not in text, "an earlier version's model has none"
+    text = figures_table({"pairs": 4, "mean": mean | {"folded_percent": 1.25}, "start": start, "definitions": {}})
+    assert "Folded cells, %</td>" in text
+    assert "1.250" in text
 
 
 def test_no_process_is_left(stand_in, panel, files):

@@ -97,7 +97,8 @@ def rows(count=60, every=20):
         row = {"iteration": n, "loss": 2 * 0.97**n + 0.1 * rng.random(), "reward": 0.01 * n, "reward_spread": 0.2}
         row |= {"kl": 1.0 + 1 / n}
         if n % every == 0:
-            row |= {"validation/dice": 0.6 + 0.002 * n, "validation/dice_before": 0.5, "validation/njd_percent": 0.1}
+            row |= {"validation/dice": 0.6 + 0.002 * n, "validation/dice_before": 0.5}
+            row |= {"validation/njd_percent": 0.1, "validation/folded_percent": 0.3}
         yield row
 
 

@@ -5,6 +5,7 @@ Used by the module's tests, which compare what MRML makes of it with what the en
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import slicer.util
 import torch
 from MorphSeekGui import scene
 
-from MorphSeekLib import fields, geometry
+from MorphSeekLib import fields, folds, geometry, metrics
 
 
 def rotation(degrees: tuple[float, float, float]) -> np.ndarray:
@@ -100,10 +101,15 @@ def linear_transform(name: str, degrees=(4.0, -7.0, 12.0), shift=(6.0, -3.0, 9.0
     return node
 
 
-def result_of(world: World, folder: Path, inverse: bool = True, labels: bool = True) -> dict:
+def result_of(world: World, folder: Path, inverse: bool = True, labels: bool = True, mirrored: bool = False) -> dict:
     """The worker's answer for this world, its arrays written to ``folder``."""
     transform, grid = world.transform, world.fixed.grid
     jacobian = fields.jacobian_determinant(geometry.voxel_displacement(transform, grid))[0, 0]
+    certificate = folds.certify(transform, grid, mirrored)
+    least = geometry.Volume(folds.folded_voxels(certificate.folded, transform.grid, grid), grid)
+    regions = [vars(region) for region in folds.regions(least)]
+    folding = vars(metrics.folding(jacobian=jacobian)) | {"cells": vars(certificate.count)}
+    report = {"mirrored": mirrored, "folding": folding | {"regions": regions, "region_count": len(regions)}}
     back = transform.inverse(geometry.covering_grid(world.moving.grid, spacing=(4.0, 4.0, 4.0))) if inverse else None
 
     def save(name: str, data: torch.Tensor, affine: np.ndarray) -> dict:
@@ -118,7 +124,7 @@ def result_of(world: World, folder: Path, inverse: bool = True, labels: bool = T
         "displacement": save("displacement", transform.displacement, transform.grid.affine),
         "inverse": save("inverse", back.displacement, back.grid.affine) if back else None,
         "jacobian": save("jacobian", jacobian, grid.affine),
-        "folding": save("folding", (jacobian <= 0).to(torch.uint8), grid.affine),
+        "folding": save("folding", (least.data <= 0).to(torch.uint8), grid.affine),
         "warped_labels": save("warped-labels", warped_labels, grid.affine) if labels else None,
-        "report": {"folding": {"folded_voxels": int((jacobian <= 0).sum())}},
+        "report": json.loads(json.dumps(report)),  # as it comes through the pipe
     }
