@@ -209,6 +209,8 @@ class DenseTransform:
         for axis, beyond in enumerate(((2, 3), (1, 3), (1, 2))):
             away = index[axis] - middle[axis]
             slopes[:, axis] = nodes.mean(axis=beyond) @ away / (away @ away)
+        if not np.isfinite(slopes).all():
+            return np.eye(4)
         affine = np.eye(4)
         affine[:3, :3] += slopes @ np.linalg.inv(self.grid.affine[:3, :3])
         center = apply_affine(self.grid.affine, np.array([middle]))[0]
