@@ -30,9 +30,9 @@ MARGIN = 1e-9
 """A determinant above it counts as positive: far more than float64 rounds away."""
 HALVINGS = 5
 """A cell that its coefficients do not decide is halved along each axis at most so many times."""
-_CLEAR = 0.3  # a cell whose cheap bound reaches it needs no coefficients
-_BLOCK_CELLS = 40_000  # of these a block's numbers stay in the processor's cache
-_CHUNK = 20_000  # cells whose coefficients are computed together
+_CLEAR = 0.01  # a cell whose cheap bound exceeds it needs no coefficients
+_BLOCK_NODES = 100_000  # of these a block's numbers stay in the processor's cache
+_CHUNK = 8_000  # cells whose coefficients are computed together
 # unfolding: corner determinants below _WANTED are raised until all are above this share of it; what is proven then is
 # proven with a margin that the file's rounding cannot undo
 _WANTED, _ENOUGH, _ROUNDED = 0.1, 0.2, 0.003
@@ -40,10 +40,14 @@ _RATE = 1.9  # of a projection: beyond the goal, which takes a third of the iter
 _STRIDE = 0.25  # voxels that a node moves by at most in an iteration
 _RELAX = 10  # iterations between moves towards the neighbors, where a cell stays folded
 # de Casteljau's halves of a polynomial of degree 2: coefficients of each half from those of the whole
-_HALVES = (
-    ((1.0, 0.0, 0.0), (0.5, 0.5, 0.0), (0.25, 0.5, 0.25)),
-    ((0.25, 0.5, 0.25), (0.0, 0.5, 0.5), (0.0, 0.0, 1.0)),
+_HALVES = torch.tensor(
+    [
+        [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.5, 0.25]],
+        [[0.25, 0.5, 0.25], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]],
+    ],
+    dtype=torch.float64,
 )
+_CORNERS = torch.tensor(list(product((0.0, 1.0), repeat=3)), dtype=torch.float64)
 DEFINITION = (
     "Judged is each cell between eight nodes of the transform as written, alignment included, linear between its nodes "
     "(Slicer sets transforms that it reads from files to cubic, which is another map; set them to linear), in the box "
@@ -118,34 +122,69 @@ def certify(
     """
     frame = _Frame(transform, mirrored)
     to_fixed = np.linalg.inv(fixed.affine) @ transform.grid.affine
-    totals: dict[str, int] = dict.fromkeys(("cells", "folded", "undecided", "folded_outside", "undecided_outside"), 0)
-    smallest = math.inf
-    found: list[Parts] = []
+    tally = _Tally()
     for block in frame.blocks():
         checkpoint()
         inside = _centers_inside(block, to_fixed, fixed)
-        totals["cells"] += int(inside.sum()) if inside is not None else block.bound.numel()
         for cells in block.open_cells().split(_CHUNK):
-            cell = _decide(bernstein(frame.corners(cells + block.first)))
-            at = tuple(cells.unbind(1))
-            block.bound[at] = torch.where(cell.folded | cell.undecided, math.inf, cell.bound).float()
-            near = torch.ones_like(cell.folded) if inside is None else inside[at]
-            for name, which in (("folded", cell.folded), ("undecided", cell.undecided)):
-                totals[name] += int((which & near).sum())
-                totals[f"{name}_outside"] += int((which & ~near).sum())
-            number, low, size, determinant = cell.parts
-            found.append(Parts(cells[number] + block.first + low, size, determinant))
-        smallest = block.least(inside, smallest)
-    count = FoldCount(
-        **totals,
-        proven=totals["cells"] - totals["folded"] - totals["undecided"],
-        folded_percent=100 * totals["folded"] / max(totals["cells"], 1),
-        smallest_proven=smallest * frame.scale if math.isfinite(smallest) else math.nan,
-        no_fold_proven=not any(value for name, value in totals.items() if name != "cells"),
-    )
-    columns = zip(Parts(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0)), *found, strict=True)
-    low, size, determinant = (torch.cat(column) for column in columns)
-    return Certificate(count, Parts(low, size, determinant * frame.scale))
+            index = block.index(cells)
+            near = torch.ones(len(cells), dtype=torch.bool) if inside is None else inside[tuple(index.unbind(1))]
+            tally.judge(index + block.first, block.coefficients(cells, torch.float64), near)
+        tally.cells += block.bound.numel() if inside is None else int(inside.count_nonzero())
+        bound = block.bound if inside is None else torch.where(inside, block.bound, math.inf)
+        tally.smallest = min(tally.smallest, _least(torch.where(bound > MARGIN, bound, math.inf)))
+    return tally.certificate(frame.scale)
+
+
+class _Tally:
+    """What has been found so far; cells that need judging wait until there are enough of them."""
+
+    def __init__(self) -> None:
+        self.cells = 0
+        self.smallest = math.inf
+        self._counts = dict.fromkeys(("folded", "undecided", "folded_outside", "undecided_outside"), 0)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._found = [Parts(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0))]
+
+    def judge(self, index: Tensor, coefficients: Tensor, near: Tensor) -> None:
+        """Count cells (n, 3) by their coefficients (3, 3, 3, n); near: whether their center is in the fixed image."""
+        self._waiting.append((index, coefficients, near))
+        if sum(len(waiting) for waiting, _, _ in self._waiting) >= _CHUNK:
+            self._judge_waiting()
+
+    def certificate(self, scale: float) -> Certificate:
+        """All that was found, with determinants multiplied by a scale."""
+        self._judge_waiting()
+        counts = self._counts
+        count = FoldCount(
+            **counts,
+            cells=self.cells,
+            proven=self.cells - counts["folded"] - counts["undecided"],
+            folded_percent=100 * counts["folded"] / max(self.cells, 1),
+            smallest_proven=self.smallest * scale if math.isfinite(self.smallest) else math.nan,
+            no_fold_proven=not any(counts.values()),
+        )
+        low, size, determinant = (torch.cat(column) for column in zip(*self._found, strict=True))
+        return Certificate(count, Parts(low, size, determinant * scale))
+
+    def _judge_waiting(self) -> None:
+        if not self._waiting:
+            return
+        index, coefficients, near = (
+            torch.cat(column, dim=-1 if n == 1 else 0) for n, column in enumerate(zip(*self._waiting, strict=True))
+        )
+        self._waiting = []
+        cell = _decide(coefficients)
+        for name, which in (("folded", cell.folded), ("undecided", cell.undecided)):
+            self._counts[name] += int((which & near).sum())
+            self._counts[f"{name}_outside"] += int((which & ~near).sum())
+        self.smallest = min(self.smallest, _least(cell.bound[near & ~(cell.folded | cell.undecided)]))
+        number, low, size, determinant = cell.parts
+        self._found.append(Parts(index[number] + low, size, determinant))
+
+
+def _least(values: Tensor) -> float:
+    return float(values.min()) if values.numel() else math.inf
 
 
 def bernstein(corners: Tensor) -> Tensor:
@@ -158,20 +197,45 @@ def bernstein(corners: Tensor) -> Tensor:
         (3, 3, 3, n), of degree 2 along each axis. Those at even indices are the determinants at the corners; the least
         and the largest of all bound the determinant within the cell.
     """
-    # derivatives: along the first axis bilinear in the other two, and so on
-    s, t, r = corners[1] - corners[0], corners[:, 1] - corners[:, 0], corners[:, :, 1] - corners[:, :, 0]
+    p = corners.movedim(3, 0)
+    return _coefficients(p[:, 1] - p[:, 0], p[:, :, 1] - p[:, :, 0], p[:, :, :, 1] - p[:, :, :, 0])
 
-    def cross(a: int, b: int) -> Tensor:  # (c, b, 3, n): of t at its first index a, and r at its first index b
-        return torch.linalg.cross(t[a][:, None], r[b][None], dim=2)
 
-    crosses = torch.stack([cross(0, 0), (cross(0, 1) + cross(1, 0)) / 2, cross(1, 1)])
-    out = torch.zeros_like(corners[0, 0, 0, 0]).expand(3, 3, 3, -1).clone()
-    for b, c, c2, b2 in product((0, 1), repeat=4):
-        j, k = b + b2, c + c2
-        weight = 0.5 ** ((j == 1) + (k == 1))
-        x, y, z = crosses[:, c2, b2].unbind(1)
-        out[:, j, k] += weight * (s[b, c, 0] * x + s[b, c, 1] * y + s[b, c, 2] * z)
+def _coefficients(s: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """:func:`bernstein` of the edges of n cells: (3, 2, 2, n), along an axis at each corner of the other two axes.
+
+    The derivative along the first axis, s, is linear in the other two, and so on; a product of two polynomials of
+    degree 1 has the products of the coefficients at its ends, and in the middle the mean of the mixed ones.
+    """
+    n = s.shape[-1]
+    t, r = _cyclic(t), _cyclic(r)
+    crosses = s.new_zeros(3, 3, 2, 2, n)  # degree along the first axis, component, r at its (b), t at its (c)
+    for a, a2 in product((0, 1), repeat=2):
+        crosses[a + a2] += _cross(t[:, a, None], r[:, a2, :, None])
+    crosses[1] /= 2
+    out = s.new_zeros(3, 3, 3, n)
+    for b, c in product((0, 1), repeat=2):
+        at = out[:, b : b + 2, c : c + 2]
+        for component in range(3):
+            at.addcmul_(s[component, b, c], crosses[:, component])
+    out[:, 1] /= 2
+    out[:, :, 1] /= 2
     return out
+
+
+def _cyclic(vectors: Tensor) -> Tensor:
+    """The components x, y, z, x, y of vectors (3, ...), of which :func:`_cross` needs no copies."""
+    return torch.cat([vectors, vectors[:2]])
+
+
+def _cross(t: Tensor, r: Tensor) -> Tensor:
+    """Cross product (3, ...) of vectors from :func:`_cyclic`."""
+    return torch.mul(t[1:4], r[2:5]).addcmul_(t[2:5], r[1:4], value=-1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar product of vectors (3, ...)."""
+    return torch.mul(a[0], b[0]).addcmul_(a[1], b[1]).addcmul_(a[2], b[2])
 
 
 def folded_voxels(folded: Parts, nodes: Grid, fixed: Grid) -> Tensor:
@@ -282,8 +346,10 @@ def unfold(
     frame = _Frame(transform, mirrored)
     active = torch.zeros([n - 1 for n in frame.shape], dtype=torch.bool)
     for block in frame.blocks():
-        cells = block.open_cells() + block.first
-        active[tuple(cells[_unproven(frame.corners(cells), 0.0)].unbind(1))] = True
+        for cells in block.open_cells().split(_CHUNK):
+            cell = _decide(block.coefficients(cells, torch.float64))
+            bad = cells[cell.folded | cell.undecided]
+            active[tuple((block.index(bad) + block.first).unbind(1))] = True
     if not iterations or not bool(active.any()):
         return transform
     nodes = frame.nodes()
@@ -313,122 +379,149 @@ def unfold(
 
 
 class _Frame:
-    """A transform in voxels of its own grid, with the whole map's affine part divided out.
-
-    So displacements are small whatever the alignment, and a cell that keeps its shape has the determinant 1.
+    """What determinants of a transform are relative to: the whole map's affine part, and the grid's own.
 
     Attributes:
         scale: what determinants in this frame are multiplied by to be those of the transform, relative to the
             alignment's sign.
+        sign: of the determinant, in mm, of a cell that keeps its shape.
     """
 
     def __init__(self, transform: DenseTransform, mirrored: bool) -> None:
-        affine = transform.affine_part()
-        if (np.linalg.det(affine[:3, :3]) < 0) != mirrored:
-            affine = np.diag([-1.0 if mirrored else 1.0, 1, 1, 1])
+        affine = transform.affine_part()[:3, :3]
+        if (np.linalg.det(affine) < 0) != mirrored:
+            affine = np.diag([-1.0 if mirrored else 1.0, 1, 1])
         self.displacement = transform.displacement
-        self.middle = self.displacement.mean(dim=(1, 2, 3), keepdim=True)
         self.shape = self.displacement.shape[1:]
-        linear = transform.grid.affine[:3, :3]
-        forth = np.linalg.inv(linear) @ affine[:3, :3] @ linear  # in voxels
-        back = np.linalg.inv(forth)
-        self.scale = abs(float(np.linalg.det(affine[:3, :3])))
-        self._of_index = torch.from_numpy(back - np.eye(3))
-        self._of_mm = torch.from_numpy(back @ np.linalg.inv(linear))
-        self._to_mm = torch.from_numpy(linear @ forth)
+        self.linear = transform.grid.affine[:3, :3]
+        self.affine = affine
+        self.scale = abs(float(np.linalg.det(affine)))
+        self.sign = 1 if np.linalg.det(affine @ self.linear) > 0 else -1
 
     def nodes(self) -> Tensor:
-        """(1, 3, i, j, k) float64: all displacements in this frame, but for a constant."""
-        return self._moved(self.displacement.double() - self.middle.double(), (0, 0, 0))[None]
+        """(1, 3, i, j, k) float64: displacements in voxels, small whatever the alignment, but for a constant."""
+        back = np.linalg.inv(self.affine @ self.linear)
+        nodes = self._times(back, self.displacement.double())
+        of_index = torch.from_numpy(back @ self.linear - np.eye(3))
+        for axis, n in enumerate(self.shape):
+            view = [3, *(-1 if a == axis else 1 for a in range(3))]
+            nodes += (of_index[:, axis, None] * torch.arange(n, dtype=torch.float64)).view(view)
+        return nodes[None]
 
-    def corners(self, cells: Tensor) -> Tensor:
-        """(2, 2, 2, 3, n) float64: where the corners of cells (n, 3) go, but for a constant."""
-        gathered = _gathered(self.displacement[None], cells) - _CORNER  # the displacements themselves
-        at = cells.T + _CORNER
-        moved = self._of_mm @ gathered.double() + self._of_index @ at
-        return moved + _CORNER
+    def to_mm(self, difference: Tensor) -> Tensor:
+        """(3, ...) LPS mm that nodes moved by, of their move in :meth:`nodes`."""
+        return self._times(self.affine @ self.linear, difference)
 
     def blocks(self) -> Iterator[_Block]:
         """Blocks of nodes that share a face with the next; together their cells are all cells, each once."""
-        rows = max(2, round(math.sqrt(_BLOCK_CELLS / self.shape[2])))
-        for i, j in product(range(0, self.shape[0] - 1, rows), range(0, self.shape[1] - 1, rows)):
-            block = self.displacement[:, i : i + rows + 1, j : j + rows + 1] - self.middle
-            yield _Block(torch.tensor([i, j, 0]), self._moved(block, (i, j, 0))[None])
+        rows = math.sqrt(_BLOCK_NODES / self.shape[2])
+        starts = [range(0, n - 1, math.ceil((n - 1) / math.ceil(n / rows))) for n in self.shape[:2]]
+        for i, j in product(*starts):
+            yield _Block(self, (i, j), (i + starts[0].step + 1, j + starts[1].step + 1))
 
-    def to_mm(self, difference: Tensor) -> Tensor:
-        """(3, ...) LPS mm that nodes moved by, of their move in this frame."""
-        return (self._to_mm @ difference.flatten(1)).view_as(difference)
-
-    def _moved(self, block: Tensor, first: tuple[int, int, int]) -> Tensor:
-        nodes = (self._of_mm.to(block) @ block.flatten(1)).view_as(block)
-        for axis, begin in enumerate(first):
-            index = torch.arange(begin, begin + block.shape[1 + axis], dtype=torch.float64) - self.shape[axis] / 2
-            view = [3, *(-1 if a == axis else 1 for a in range(3))]
-            nodes += (self._of_index[:, axis, None] * index).to(block).view(view)
-        return nodes
-
-
-_CORNER = torch.tensor(list(product((0.0, 1.0), repeat=3)), dtype=torch.float64).view(2, 2, 2, 3, 1)
+    @staticmethod
+    def _times(matrix: np.ndarray, field: Tensor) -> Tensor:
+        return (torch.from_numpy(matrix) @ field.flatten(1)).view_as(field)
 
 
 class _Block:
-    """Some rows of nodes, in single precision, and lower bounds of the determinant in each of their cells.
+    """Some rows of nodes, in mm, and a lower bound of the determinant in each of their cells.
+
+    Nodes lie in one row, so that the neighbors along an axis are a fixed number of places away and every step is over
+    contiguous memory. A number of a cell stands at the cell's first node; what stands at the last node along an axis,
+    whose neighbor is the first of the next line, belongs to no cell. Cells are known by that place.
 
     Attributes:
         first: the index of the first node.
-        bound: (i, j, k), below the determinant by more than single precision rounds away.
+        bound: (i, j, k), below the determinant (relative to the frame) of each cell.
     """
 
-    def __init__(self, first: Tensor, nodes: Tensor) -> None:
-        self.first, self._nodes = first, nodes
-        largest = float(nodes.abs().max())
-        if not math.isfinite(largest):
-            raise ValueError("The deformation holds NaN or infinite values; its folding cannot be measured.")
-        # how far off an edge may be; a determinant by three times that times the product of two other edges
-        self._rounding = 16 * torch.finfo(torch.float32).eps * max(largest, 1.0)
-        self.bound = fields.determinant_bound(nodes)[0].sub_(20 * self._rounding)  # above 0 edges are below 2.5
+    def __init__(self, frame: _Frame, begin: tuple[int, int], end: tuple[int, int]) -> None:
+        self.first = torch.tensor([*begin, 0])
+        nodes = frame.displacement[:, begin[0] : end[0], begin[1] : end[1]]
+        self._shape = nodes.shape[1:]
+        self._strides = (self._shape[1] * self._shape[2], self._shape[2], 1)
+        components = [0, 1, 2] if frame.sign > 0 else [1, 0, 2]  # either way a cell that keeps its shape counts above 0
+        self._nodes = torch.stack([nodes[c].flatten() for c in components])
+        self._linear = torch.from_numpy(frame.linear[components].copy())  # columns: the edges of a cell at rest
+        self._volume = frame.scale * abs(float(np.linalg.det(frame.linear)))
+        bound, self._slack = self._cheap_bound()
+        self._bound = torch.nn.functional.pad(bound, (0, self._nodes.shape[1] - len(bound)), value=math.inf)
+        at_nodes = self._bound.view(self._shape)
+        for axis, n in enumerate(self._shape):
+            at_nodes.select(axis, n - 1).fill_(math.inf)
+        self.bound = at_nodes[:-1, :-1, :-1]
 
     def open_cells(self) -> Tensor:
-        """(n, 3): the cells that may fold, after a closer look at those that the cheap bound leaves open."""
-        cells = (~(self.bound > MARGIN)).nonzero()
-        self._look_closer(cells)
-        self._looked_at = tuple(cells.unbind(1))
-        return cells[~(self.bound[self._looked_at] > MARGIN)]
-
-    def least(self, inside: Tensor | None, least: float) -> float:
-        """The least of ``least`` and the bounds of the cells inside (None: all); after :meth:`open_cells`."""
-        known = min(least, _CLEAR, _least(self.bound[self._looked_at]))
-        self._look_closer((self.bound < known).nonzero())  # cheap bounds may lie far below the determinant
-        return min(least, _least(self.bound if inside is None else self.bound[inside]))
-
-    def _look_closer(self, cells: Tensor) -> None:
+        """(n,): the cells that may fold, after a closer look at those that the cheap bound leaves near to 0."""
+        if not math.isfinite(self._bound.min()) and not bool(self._nodes.isfinite().all()):
+            raise ValueError("The deformation holds NaN or infinite values; its folding cannot be measured.")
+        cells = (~(self._bound > _CLEAR)).nonzero()[:, 0]
         for chunk in cells.split(_CHUNK):
-            at = tuple(chunk.unbind(1))
-            self.bound[at] = torch.maximum(self.bound[at], self._closer(chunk))
+            least = self.coefficients(chunk, torch.float32).flatten(0, 2).amin(dim=0)
+            self._bound[chunk] = torch.maximum(self._bound[chunk], least - self._slack[chunk])
+        return cells[~(self._bound[cells] > MARGIN)]
 
-    def _closer(self, cells: Tensor) -> Tensor:
-        """(n,): the least corner determinant, less how far a determinant may lie below those of its cell's corners.
+    def index(self, cells: Tensor) -> Tensor:
+        """(n, 3): the index of cells (n,) within the block."""
+        i, rest = cells // self._strides[0], cells % self._strides[0]
+        return torch.stack([i, rest // self._strides[1], rest % self._strides[1]], dim=1)
 
-        Along each axis the determinant is a polynomial of degree 2, so it lies below its linear interpolation by at
-        most an eighth of its second derivative: along the first axis 2 det(s, dt/da, dr/da).
+    def coefficients(self, cells: Tensor, dtype: torch.dtype) -> Tensor:
+        """(3, 3, 3, n) Bernstein coefficients of the determinant (relative to the frame) in cells (n,)."""
+        corners = torch.tensor(list(product((0, 1), repeat=3))) @ torch.tensor(self._strides)
+        u = self._nodes.index_select(1, (corners[:, None] + cells).flatten()).view(3, 2, 2, 2, -1).to(dtype)
+        linear = self._linear.to(dtype).T[..., None, None, None]
+        s, t, r = (u.select(axis, 1) - u.select(axis, 0) + linear[axis - 1] for axis in (1, 2, 3))
+        return _coefficients(s, t, r).div_(self._volume)
+
+    def _cheap_bound(self) -> tuple[Tensor, Tensor]:
+        """A bound of the determinant in each cell, and how far off single precision may be, of what it is less by.
+
+        The least corner determinant, less how far a determinant may lie below those of its cell's corners: along each
+        axis it is a polynomial of degree 2, so it lies below its linear interpolation by at most an eighth of its
+        second derivative, which is along the first axis 2 det(s, dt/da, dr/da).
+
+        Differences of neighbors are off by 2 eps of the longest edge at most, a determinant so by 10 eps of its cube,
+        the bends by 26 eps, and a coefficient by 13.
         """
-        p = _gathered(self._nodes, cells)
-        s, t, r = p[1] - p[0], p[:, 1] - p[:, 0], p[:, :, 1] - p[:, :, 0]
-        least = fields.determinants_at_corners(p).amin(dim=0)
+        i, j, k = self._strides
+        linear = self._linear.float()
+        s, t, r = (
+            (self._nodes[:, step:] - self._nodes[:, :-step]).add_(linear[:, axis, None])
+            for axis, step in enumerate(self._strides)
+        )
+        number = self._nodes.shape[1] - i - j - k
+        least = _least_at_corners(s, t, r, self._strides, number)
+        edges = [_longest(s, j, k), _longest(t, i, k), _longest(r, i, j)]
+        ij, ik, jk = (_longest(e[:, step:] - e[:, :-step], o) for e, step, o in ((s, j, k), (s, k, j), (t, k, i)))
+        bends = (edges[0] * ij).mul_(ik).addcmul_(edges[1] * ij, jk).addcmul_(edges[2] * ik, jk)
+        longest = torch.maximum(edges[0], edges[1])
+        torch.maximum(longest, edges[2], out=longest).clamp_(min=float(linear.norm(dim=0).max()))
+        slack = longest.pow(3).mul_(64 * torch.finfo(torch.float32).eps / self._volume)
+        return least.sub_(bends, alpha=0.25).div_(self._volume).sub_(slack), slack
 
-        def longest(*vectors: Tensor) -> Tensor:  # squared, of vectors (..., 3, n)
-            squares = [x * x + y * y + z * z for x, y, z in (v.unbind(-2) for v in vectors)]
-            return torch.stack([square.flatten(0, -2).amax(dim=0) for square in squares])
 
-        edges = longest(s, t, r)
-        mixed = longest(s[1] - s[0], s[:, 1] - s[:, 0], t[:, 1] - t[:, 0])  # of axes 0 1, 0 2, 1 2
-        bends = (edges[0] * mixed[0] * mixed[1]).sqrt() + (edges[1] * mixed[0] * mixed[2]).sqrt()
-        bends += (edges[2] * mixed[1] * mixed[2]).sqrt()
-        return least - bends / 4 - 3 * self._rounding * edges.amax(dim=0)
+def _least_at_corners(s: Tensor, t: Tensor, r: Tensor, strides: tuple[int, int, int], number: int) -> Tensor:
+    """(number,): the least corner determinant of cells, of the edges (3, ...) that begin at each node of a block."""
+    i, j, k = strides
+    t, r = _cyclic(t), _cyclic(r)
+    least = s.new_full((number,), math.inf)
+    for b, c in product((0, j), (0, k)):
+        # s at (b, c) meets t at (a, c) and r at (a, b); the corner a = 1 of a cell is a = 0 of the next
+        across = _cross(t[:, c : c + number + i], r[:, b : b + number + i])
+        along = s[:, b + c : b + c + number]
+        for a in (0, i):
+            torch.minimum(least, _dot(along, across[:, a : a + number]), out=least)
+    return least
 
 
-def _least(values: Tensor) -> float:
-    return float(values.min()) if values.numel() else math.inf
+def _longest(vectors: Tensor, *steps: int) -> Tensor:
+    """The length of vectors (3, n); the largest of those that the steps along the row lead to."""
+    squares = _dot(vectors, vectors)
+    for step in steps:
+        squares = torch.maximum(squares[step:], squares[:-step])
+    return squares.sqrt_()
 
 
 def _centers_inside(block: _Block, to_fixed: np.ndarray, fixed: Grid) -> Tensor | None:
@@ -439,11 +532,13 @@ def _centers_inside(block: _Block, to_fixed: np.ndarray, fixed: Grid) -> Tensor 
     corners = apply_affine(to_fixed, np.array(list(product(*ends))))
     if ((corners >= -0.5) & (corners <= limit)).all():
         return None
-    axes = [torch.arange(n, dtype=torch.float64) + begin + 0.5 for begin, n in zip(first, shape, strict=True)]
-    i, j, k = axes[0].view(-1, 1, 1), axes[1].view(1, -1, 1), axes[2]
     inside = torch.ones(shape, dtype=torch.bool)
-    for (a, b, c, shift), most in zip(to_fixed[:3].tolist(), limit, strict=True):
-        at = a * i + (b * j + (c * k + shift))
+    for row, most in zip(to_fixed[:3], limit, strict=True):
+        at = torch.full((1, 1, 1), row[3], dtype=torch.float64)
+        for axis in (2, 1, 0):
+            if abs(row[axis]) > 1e-12:  # along an axis of the fixed image the other two need not be looked at
+                steps = torch.arange(shape[axis], dtype=torch.float64) + first[axis] + 0.5
+                at = row[axis] * steps.view([-1 if a == axis else 1 for a in range(3)]) + at
         inside &= (at >= -0.5) & (at <= most)
     return inside
 
@@ -480,19 +575,18 @@ def _decide(coefficients: Tensor) -> _Decided:
             undecided[cell] = True
             break
         size /= 2
-        children = list(product((0, 1), repeat=3))
-        coefficients = torch.cat([_child(coefficients, child) for child in children], dim=-1)
-        low = torch.cat([low + size * torch.tensor(child, dtype=torch.float64) for child in children])
+        coefficients = _halved(coefficients)
+        low = (low + size * _CORNERS[:, None]).view(-1, 3)
         cell = cell.repeat(8)
     return _Decided(folded, undecided, bound, tuple(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _child(coefficients: Tensor, child: tuple[int, int, int]) -> Tensor:
-    """The coefficients (3, 3, 3, n) of one of a cell's eight halves along each axis."""
-    for axis, half in enumerate(child):
-        weights = coefficients.new_tensor(_HALVES[half])
-        coefficients = torch.tensordot(weights, coefficients, dims=([1], [axis])).movedim(0, axis)
-    return coefficients
+def _halved(coefficients: Tensor) -> Tensor:
+    """Of cells (3, 3, 3, n), the coefficients (3, 3, 3, 8 n) of their halves along each axis, in the corners' order."""
+    halves = coefficients
+    for axis in (0, 2, 4):  # each axis becomes two: which half, and its coefficients
+        halves = torch.tensordot(_HALVES, halves, dims=([2], [axis])).movedim((0, 1), (axis, axis + 1))
+    return halves.permute(1, 3, 5, 0, 2, 4, 6).reshape(3, 3, 3, -1)
 
 
 def _gathered(nodes: Tensor, cells: Tensor) -> Tensor:
@@ -531,7 +625,7 @@ def _project(nodes: Tensor, cells: Tensor, wanted: Tensor) -> None:
     The determinant of the edges s, t, r that meet at a corner grows fastest along t x r, r x s and s x t.
     """
     strides = nodes.new_tensor([nodes.shape[3] * nodes.shape[4], nodes.shape[4], 1], dtype=torch.long)
-    corner = _CORNER.view(8, 3).long()
+    corner = _CORNERS.long()
     sign = (2 * corner - 1).to(nodes)[..., None]  # of the corner's own move: an edge runs from low to high
     moves, places = [], []
     for chunk in cells.split(_CHUNK):
@@ -561,7 +655,7 @@ def _project(nodes: Tensor, cells: Tensor, wanted: Tensor) -> None:
 def _relax(nodes: Tensor, cells: Tensor) -> None:
     """Move the nodes of cells (n, 3) half of the way to the mean of their six neighbors, in place."""
     shape = nodes.shape[2:]
-    at = torch.unique((cells[:, None] + _CORNER.view(8, 3).long()).view(-1, 3), dim=0)
+    at = torch.unique((cells[:, None] + _CORNERS.long()).view(-1, 3), dim=0)
     mean = torch.zeros(3, len(at), dtype=nodes.dtype)
     for axis, way in product(range(3), (-1, 1)):
         beside = at.clone()

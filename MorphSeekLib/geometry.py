@@ -198,15 +198,23 @@ class DenseTransform:
 
     def affine_part(self) -> np.ndarray:
         """(4, 4) LPS: least-squares affine of the whole map over a subset of the nodes."""
+        if min(self.grid.shape) < 2:
+            return np.eye(4)
         step = [max(1, n // 12) for n in self.grid.shape]
-        index = np.mgrid[tuple(slice(0, n, s) for n, s in zip(self.grid.shape, step, strict=True))].reshape(3, -1)
-        points = apply_affine(self.grid.affine, index.T)
-        target = points + self.displacement[:, :: step[0], :: step[1], :: step[2]].reshape(3, -1).T.double().numpy()
-        design = np.c_[points, np.ones(len(points))]
-        if np.linalg.matrix_rank(design) < 4:
+        nodes = self.displacement[:, :: step[0], :: step[1], :: step[2]].double().numpy()
+        index = [np.arange(n) * s for n, s in zip(nodes.shape[1:], step, strict=True)]
+        middle = [axis.mean() for axis in index]
+        # the nodes are a grid, whose axes do not correlate: the slope along each is a regression of its own
+        slopes = np.empty((3, 3))
+        for axis, beyond in enumerate(((2, 3), (1, 3), (1, 2))):
+            away = index[axis] - middle[axis]
+            slopes[:, axis] = nodes.mean(axis=beyond) @ away / (away @ away)
+        if not np.isfinite(slopes).all():
             return np.eye(4)
         affine = np.eye(4)
-        affine[:3] = np.linalg.lstsq(design, target, rcond=None)[0].T
+        affine[:3, :3] += slopes @ np.linalg.inv(self.grid.affine[:3, :3])
+        center = apply_affine(self.grid.affine, np.array([middle]))[0]
+        affine[:3, 3] = center + nodes.mean(axis=(1, 2, 3)) - affine[:3, :3] @ center
         return affine if abs(np.linalg.det(affine[:3, :3])) > 1e-3 else np.eye(4)
 
 

@@ -72,11 +72,48 @@ def folding_penalty(displacement: Tensor, margin: float = 0.05) -> Tensor:
     u = _precise(displacement, 2, "The folding penalty")
     if u.is_cuda:  # looking for the cells that need it would wait for the device
         return torch.relu(margin - fields.corner_determinants(u)).mean()
-    with torch.no_grad():
+    return _FoldingPenalty.apply(u, margin)
+
+
+class _FoldingPenalty(torch.autograd.Function):
+    """:func:`folding_penalty` of the cells that a cheap bound leaves open, with its gradient written out."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, u: Tensor, margin: float) -> Tensor:
         batch, *cells = (~(fields.determinant_bound(u) > margin)).nonzero(as_tuple=True)
-    size = 8 * u.shape[0] * math.prod(n - 1 for n in u.shape[2:])
-    at_corners = fields.determinants_at_corners(fields.gather_corners(u, batch, cells))
-    return torch.relu(margin - at_corners).sum() / size
+        size = 8 * u.shape[0] * math.prod(n - 1 for n in u.shape[2:])
+        p = fields.gather_corners(u, batch, cells).movedim(3, 0)
+        # an edge at each corner (a, b, c) of the cell, (3, a, b, c, n) of which one of a, b, c is 1 long
+        s, t, r = p[:, 1:] - p[:, :1], p[:, :, 1:] - p[:, :, :1], p[:, :, :, 1:] - p[:, :, :, :1]
+        by_s = _cross(t, r)
+        lacking = torch.relu(margin - (s * by_s).sum(dim=0))
+        if ctx.needs_input_grad[0]:
+            short = lacking > 0
+            slopes = zip((1, 2, 3), (by_s, _cross(r, s), _cross(s, t)), strict=True)
+            gradient = torch.zeros_like(p)
+            for axis, slope in slopes:  # an edge runs from its low corner to its high one
+                of_edge = torch.where(short, slope, 0).sum(dim=axis) / size
+                gradient.select(axis, 0).add_(of_edge)
+                gradient.select(axis, 1).sub_(of_edge)
+            ctx.save_for_backward(gradient, batch, *cells)
+            ctx.shape = u.shape
+        return lacking.sum() / size
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, outer: Tensor) -> tuple[Tensor, None]:
+        gradient, batch, i, j, k = ctx.saved_tensors
+        _, _, *n = ctx.shape
+        first = batch * 3 * math.prod(n) + (i * n[1] + j) * n[2] + k  # among all numbers of the field
+        component, a, b, c = (torch.arange(m).view(-1, *[1] * d) for m, d in ((3, 4), (2, 3), (2, 2), (2, 1)))
+        at = component * math.prod(n) + (a * n[1] + b) * n[2] + c + first
+        total = gradient.new_zeros(math.prod(ctx.shape)).index_add_(0, at.flatten(), gradient.flatten())
+        return total.view(ctx.shape) * outer, None
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    """Cross product of vectors (3, ...)."""
+    return torch.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
 
 
 def _central(u: Tensor, axis: int) -> Tensor:

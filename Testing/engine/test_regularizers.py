@@ -61,6 +61,18 @@ def test_gradient_against_finite_differences(regularizer):
     assert torch.autograd.gradcheck(regularizer, (displacement,), fast_mode=True)
 
 
+@pytest.mark.parametrize("size", [0.1, 0.4, 2.0])
+def test_the_folding_penalty_has_the_value_and_gradient_of_its_definition(size):
+    """Also where cells that a cheap bound clears are left out."""
+    displacement = (size * field(3)).requires_grad_()
+    definition = torch.relu(0.3 - fields.corner_determinants(displacement)).mean()
+    penalty = folding_penalty(displacement, margin=0.3)
+    torch.testing.assert_close(penalty, definition, rtol=1e-12, atol=0)
+    (expected,) = torch.autograd.grad(definition, displacement)
+    (found,) = torch.autograd.grad(penalty, displacement)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+
+
 @given(st.lists(st.floats(-2, 2), min_size=9, max_size=9))
 @settings(max_examples=25, deadline=None)
 def test_affine_deformations(entries):
