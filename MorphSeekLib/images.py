@@ -320,7 +320,8 @@ def check_overlap(fixed: Volume, moving: Volume, transform: Transform | None = N
     if gap > 0:
         raise MorphSeekError(
             f"{fixed.called('The fixed image')} and {moving.called('the moving image')} do not overlap: {gap:.0f} mm "
-            "lie between them; use --align center (or rigid or affine) to bring them together, or check --initial-transform."
+            "lie between them; use --align center (or rigid or affine) to bring them together, or check "
+            "--initial-transform."
         )
 
 
