@@ -143,9 +143,11 @@ class _Scan:
     """An averaged image, where its foreground is, and how large.
 
     Attributes:
-        image: float32.
-        mask: uint8, the foreground and a margin around it.
+        image: float32; the origin of its space is ``center``.
+        mask: uint8, the foreground and a margin around it; in the space of ``image``.
+        grid: of both, LPS mm.
         points: (n, 3) LPS mm of the foreground's voxels.
+        center: their mean.
         volume: of the foreground, mm^3.
     """
 
@@ -153,11 +155,8 @@ class _Scan:
     mask: sitk.Image
     grid: Grid
     points: np.ndarray
+    center: np.ndarray
     volume: float
-
-    @property
-    def center(self) -> np.ndarray:
-        return self.points.mean(axis=0)
 
     @classmethod
     def of(cls, volume: Volume, checkpoint: Callable[[], None]) -> _Scan:
@@ -172,7 +171,11 @@ class _Scan:
         checkpoint()
         index = np.argwhere(_array(foreground))
         points = apply_affine(block.grid.affine, index)
-        return cls(image, mask, block.grid, points, len(index) * float(np.prod(spacing)))
+        center = points.mean(axis=0)
+        # ITK's scales of the parameters depend on where in the world the images lie, and fail far from its origin
+        for moved in (image, mask):
+            moved.SetOrigin((moved.GetOrigin() - center).tolist())
+        return cls(image, mask, block.grid, points, center, len(index) * float(np.prod(spacing)))
 
     def smoothed(self, sigma: float) -> sitk.Image:
         """The image blurred by a Gaussian of ``sigma`` mm."""
@@ -230,7 +233,6 @@ class _Search:
     ) -> np.ndarray:
         """Climb from ``matrix``, which is applied after what is searched for; at worst the result is ``matrix``."""
         step = sitk.AffineTransform(3) if kind == "affine" else sitk.Euler3DTransform()
-        step.SetCenter(self.fixed.center.tolist())
         method = self._method(matrix)
         method.SetInitialTransform(step, inPlace=True)
         method.SetOptimizerAsConjugateGradientLineSearch(
@@ -270,10 +272,9 @@ class _Search:
         if stop:
             raise stop[0]
         found = np.eye(4)
-        center = np.array(step.GetCenter())
         found[:3, :3] = np.array(step.GetMatrix()).reshape(3, 3)
-        found[:3, 3] = center + step.GetTranslation() - found[:3, :3] @ center
-        found = matrix @ found
+        found[:3, 3] = step.GetTranslation()
+        found = matrix @ _shift(self.fixed.center) @ found @ _shift(-self.fixed.center)
         return found if self._inside(found).mean() > _OVERLAP * self._inside(matrix).mean() else matrix
 
     def _method(self, matrix: np.ndarray) -> sitk.ImageRegistrationMethod:
@@ -284,6 +285,7 @@ class _Search:
         method.SetMetricSamplingStrategy(method.RANDOM)
         inside = int(sitk.GetArrayViewFromImage(self.fixed.mask).sum())
         method.SetMetricSamplingPercentage(min(1.0, _SAMPLES / inside), _SEED)
+        matrix = _shift(-self.moving.center) @ matrix @ _shift(self.fixed.center)
         start = sitk.AffineTransform(3)
         start.SetMatrix(matrix[:3, :3].ravel().tolist())
         start.SetTranslation(matrix[:3, 3].tolist())

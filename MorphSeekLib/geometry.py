@@ -115,6 +115,7 @@ class Volume:
         dtype: the number type of its file, such as "int16", in which what is made of it is written; the data itself is
             float32 whatever that is.
         elsewhere: (4, 4) voxel index -> LPS mm, the other place that the file's header states when it states two.
+        name: of its file, for messages; "" when it comes from none.
     """
 
     data: Tensor
@@ -122,10 +123,15 @@ class Volume:
     notices: tuple[Notice, ...] = ()
     dtype: str = "float32"
     elsewhere: np.ndarray | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         if tuple(self.data.shape) != self.grid.shape:
             raise ValueError(f"The array has the shape {tuple(self.data.shape)}, its grid {self.grid.shape}.")
+
+    def called(self, role: str) -> str:
+        """Name the image in a message: its role, such as "The fixed image", and its file if there is one."""
+        return f"{role} ({self.name})" if self.name else role
 
 
 @dataclass

@@ -301,15 +301,12 @@ def _form_notice(path: Path, header: nifti.Header, taken: str | None, wanted: st
     return Notice("nifti-forms", said)
 
 
-def check_overlap(
-    fixed: Volume, moving: Volume, transform: Transform | None = None, names: tuple[str, str] = ("", "")
-) -> None:
+def check_overlap(fixed: Volume, moving: Volume, transform: Transform | None = None) -> None:
     """Refuse two images that do not touch in world space.
 
     Args:
         fixed, moving: the images.
         transform: fixed point -> moving point, LPS mm; None for the identity.
-        names: what to call the two in the sentence (their files); "" leaves the name out.
 
     Raises:
         MorphSeekError: not one voxel of either lies within the other, or the transform is not finite.
@@ -321,10 +318,10 @@ def check_overlap(
         # a small moving image may slip between the points looked at in a large fixed one
         gap = min(gap, _gap(moving.grid, fixed.grid, None if transform is None else np.linalg.inv(transform)))
     if gap > 0:
-        fixed_name, moving_name = (f" ({name})" if name else "" for name in names)
         raise MorphSeekError(
-            f"The fixed image{fixed_name} and the moving image{moving_name} do not overlap: {gap:.0f} mm lie between "
-            "them; use --align center (or rigid or affine) to bring them together, or check --initial-transform."
+            f"{fixed.called('The fixed image')} and {moving.called('the moving image')} do not overlap: {gap:.0f} mm "
+            "lie between them; use --align center (or rigid or affine) to bring them together, or check "
+            "--initial-transform."
         )
 
 
@@ -465,7 +462,7 @@ def _volume(source: _Source, name: str, dtype: torch.dtype) -> Volume:
     volume = volume_from_sitk(source.image, name, dtype)
     affine = volume.grid.affine if source.affine is None else source.affine
     grid = Grid(volume.grid.shape, affine, source.nifti_codes)
-    return dataclasses.replace(volume, grid=grid, notices=source.notices, elsewhere=source.elsewhere)
+    return dataclasses.replace(volume, grid=grid, notices=source.notices, elsewhere=source.elsewhere, name=name)
 
 
 def _right_angled(volume: Volume, name: str, mode: str) -> Volume:
@@ -484,7 +481,8 @@ def _right_angled(volume: Volume, name: str, mode: str) -> Volume:
         f"({nifti.by(grid.shape)} voxels of {nifti.by(grid.spacing.round(3))} mm), on which the results lie."
     )
     straight = resample(volume, grid, mode=mode, background=background)
-    return dataclasses.replace(straight, dtype=volume.dtype, notices=(*volume.notices, Notice("resampled-shear", text)))
+    notices = (*volume.notices, Notice("resampled-shear", text))
+    return dataclasses.replace(straight, dtype=volume.dtype, notices=notices, name=volume.name)
 
 
 def volume_from_sitk(image: sitk.Image, name: str = "The image", dtype: torch.dtype = torch.float32) -> Volume:

@@ -216,6 +216,14 @@ def register(
     background = air_value(moving.data)
 
     with clock("align"):
+        preprocessing = card.preprocessing
+        if preprocessing.knows is not None:
+            sizes = [object_size(volume, checkpoint) for volume in (fixed, moving)]
+            found, factor = guards.unknown_sizes(sizes, preprocessing)
+            notices += found
+            preprocessing = preprocessing.scaled(factor)
+        grid = working_grid(fixed.grid, preprocessing, model.network.multiple_of)
+        _check_size(grid, fixed)
         if state is not None:
             start, align = state.start, state.align
         else:
@@ -233,12 +241,6 @@ def register(
         check_overlap(fixed, moving, start)
         mirrored = is_mirrored(start)
         notices += guards.mirrored_alignment(mirrored)
-        preprocessing = card.preprocessing
-        if preprocessing.knows is not None:
-            sizes = [object_size(volume, checkpoint) for volume in (fixed, moving)]
-            found, factor = guards.unknown_sizes(sizes, preprocessing)
-            notices += found
-            preprocessing = preprocessing.scaled(factor)
 
     def warp(transform: Transform) -> Volume:
         out = resample(moving, fixed.grid, transform, background=background, device=device, checkpoint=checkpoint)
@@ -251,8 +253,6 @@ def register(
         on_step(0, aligned)
 
     with memory_advice(device), _interruptible(model.network, checkpoint):
-        grid = working_grid(fixed.grid, preprocessing, model.network.multiple_of)
-        _check_size(grid)
         if state is not None and tuple(state.total.shape[2:]) != grid.shape:
             raise MorphSeekError("The steps so far were taken on another grid; register from the start again.")
 
@@ -565,7 +565,6 @@ def _fitted(
     grid, device, start, moving_grid = pair.grid, pair.device, pair.start, pair.volumes[1].grid
     fits = refinement.iterations + refinement.fine_iterations
     finest = fine_grid(pair.volumes[0].grid, grid) if refinement.fine_iterations else grid
-    _check_size(finest)
     cost = math.prod(finest.shape) / math.prod(grid.shape)  # of a fine iteration, in iterations on the working grid
     whole_cost = refinement.iterations + cost * refinement.fine_iterations
     iteration = 0
@@ -657,8 +656,8 @@ def _prepared(
 ) -> tuple[Tensor, Tensor]:
     """Intensities as the network takes them, (1, 1, i, j, k): fixed on a grid; moving on its own, as smooth as that."""
     spacing = _world_spacing(grid)
-    named = ((fixed, "The fixed image"), (moving, "The moving image"))
-    images = [smooth_for_spacing(normalized(volume, preprocessing, name), spacing) for volume, name in named]
+    roles = ((fixed, "The fixed image"), (moving, "The moving image"))
+    images = [smooth_for_spacing(normalized(v, preprocessing, v.called(role)), spacing) for v, role in roles]
     on_grid = resample(images[0], grid, checkpoint=checkpoint).data
     return on_grid[None, None].to(device), images[1].data[None, None].to(device)
 
@@ -668,12 +667,13 @@ def _world_spacing(grid: Grid) -> np.ndarray:
     return np.linalg.norm(grid.direction * grid.spacing, axis=1)
 
 
-def _check_size(grid: Grid) -> None:
-    """Refuse a grid beyond any machine's memory."""
+def _check_size(grid: Grid, fixed: Volume) -> None:
+    """Refuse a working grid beyond any machine's memory."""
     if math.prod(grid.shape) > MAX_WORKING_VOXELS:
         raise MorphSeekError(
-            f"The fixed image would need a working grid of {' x '.join(map(str, grid.shape))} voxels; crop it to "
-            "the region of interest, or choose a model with a coarser working grid."
+            f"{fixed.called('The fixed image')} would need a working grid of {' x '.join(map(str, grid.shape))} "
+            "voxels; check its spacing and its unit, crop it to the region of interest, or choose a model with a "
+            "coarser working grid."
         )
 
 

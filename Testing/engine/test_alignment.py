@@ -73,6 +73,17 @@ def test_known_motion_is_recovered(brain, kind, inverted, how):
     assert error_mm(align(brain, moving, kind), true, inside(brain)) < (1.5 if inverted else 0.5)
 
 
+@pytest.mark.parametrize("kind", ["rigid", "affine"])
+def test_a_pair_elsewhere_in_the_world_is_aligned_the_same(kind):
+    here = [blob_image(blob_labels(seed, blob_grid()), seed) for seed in (0, 1)]
+    shift = motion(np.zeros(3), shift=(1200.0, -900.0, 1300.0))
+    away = [Volume(volume.data, Grid(volume.grid.shape, shift @ volume.grid.affine)) for volume in here]
+    found = np.linalg.inv(shift) @ align(*away, kind) @ shift
+    expected = align(*here, kind)
+    corners = here[0].grid.corners()
+    assert np.abs(apply_affine(found, corners) - apply_affine(expected, corners)).max() < 1e-3
+
+
 def test_center_survives_air_at_minus_1000(brain):
     true = motion(brain.grid.center, shift=(80, -40, 120))
     moving = moved(brain, true)

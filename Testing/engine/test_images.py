@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import os
 import struct
@@ -209,8 +210,9 @@ def test_overlap():
     back = np.eye(4)
     back[0, 3] = 120.0
     images.check_overlap(fixed, away, back)
-    with pytest.raises(MorphSeekError, match=r"a.nii\) and the moving .*: \d+ mm .*--align center"):
-        images.check_overlap(fixed, away, names=("a.nii", "b.nii"))
+    named = [dataclasses.replace(volume, name=name) for volume, name in ((fixed, "a.nii"), (away, "b.nii"))]
+    with pytest.raises(MorphSeekError, match=r"a.nii\) and the moving image \(b.nii\) .*: \d+ mm .*--align center"):
+        images.check_overlap(*named)
     dense = DenseTransform(
         torch.tensor([120.0, 0, 0]).view(3, 1, 1, 1).expand(3, 4, 4, 4), grid_of((4, 4, 4), (10,) * 3)
     )

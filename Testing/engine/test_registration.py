@@ -16,7 +16,7 @@ from MorphSeekLib.devices import describe_devices, memory_advice, network_precis
 from MorphSeekLib.errors import Cancelled, MorphSeekError
 from MorphSeekLib.fields import jacobian_determinant
 from MorphSeekLib.geometry import DenseTransform, Grid, Volume, apply_affine, voxel_displacement
-from MorphSeekLib.images import read_image, read_labels, sitk_from_volume
+from MorphSeekLib.images import read_image, read_labels, sitk_from_volume, write_image
 from MorphSeekLib.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.preprocessing import Preprocessing
 from MorphSeekLib.refinement import RefinementSettings
@@ -311,6 +311,15 @@ def test_labels_without_a_common_number(pair, model):
     other = Volume(moving_labels.data * 10, moving_labels.grid)
     with pytest.raises(MorphSeekError, match="no label in common"):
         register(fixed, moving, model, fixed_labels=fixed_labels, moving_labels=other)
+
+
+def test_a_working_grid_beyond_memory_is_refused_by_the_name_of_the_file_before_the_alignment(model, tmp_path):
+    volume = Volume(torch.rand(4, 4, 4), Grid((4, 4, 4), np.diag([1000.0, 1000, 1000, 1])))
+    write_image(volume, tmp_path / "meters.nii")
+    volume, events = read_image(tmp_path / "meters.nii"), []
+    with pytest.raises(MorphSeekError, match=r"^The fixed image \(.*meters.nii\) would need .* check its spacing"):
+        register(volume, volume, model, align="affine", on_event=events.append)
+    assert events == []
 
 
 def test_an_image_too_large_for_any_machine(model):
