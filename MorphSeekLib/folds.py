@@ -208,10 +208,9 @@ def _coefficients(s: Tensor, t: Tensor, r: Tensor) -> Tensor:
     degree 1 has the products of the coefficients at its ends, and in the middle the mean of the mixed ones.
     """
     n = s.shape[-1]
-    t, r = _cyclic(t), _cyclic(r)
     crosses = s.new_zeros(3, 3, 2, 2, n)  # degree along the first axis, component, r at its (b), t at its (c)
     for a, a2 in product((0, 1), repeat=2):
-        crosses[a + a2] += _cross(t[:, a, None], r[:, a2, :, None])
+        _add_cross(crosses[a + a2], t[:, a, None], r[:, a2, :, None])
     crosses[1] /= 2
     out = s.new_zeros(3, 3, 3, n)
     for b, c in product((0, 1), repeat=2):
@@ -223,14 +222,10 @@ def _coefficients(s: Tensor, t: Tensor, r: Tensor) -> Tensor:
     return out
 
 
-def _cyclic(vectors: Tensor) -> Tensor:
-    """The components x, y, z, x, y of vectors (3, ...), of which :func:`_cross` needs no copies."""
-    return torch.cat([vectors, vectors[:2]])
-
-
-def _cross(t: Tensor, r: Tensor) -> Tensor:
-    """Cross product (3, ...) of vectors from :func:`_cyclic`."""
-    return torch.mul(t[1:4], r[2:5]).addcmul_(t[2:5], r[1:4], value=-1)
+def _add_cross(out: Tensor, t: Tensor, r: Tensor) -> None:
+    """Add the cross product of vectors (3, ...), component by component: what is worked on stays in the cache."""
+    for x, y, z in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        out[x].addcmul_(t[y], r[z]).addcmul_(t[z], r[y], value=-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -415,7 +410,7 @@ class _Frame:
     def blocks(self) -> Iterator[_Block]:
         """Blocks of nodes that share a face with the next; together their cells are all cells, each once."""
         rows = math.sqrt(_BLOCK_NODES / self.shape[2])
-        starts = [range(0, n - 1, math.ceil((n - 1) / math.ceil(n / rows))) for n in self.shape[:2]]
+        starts = [range(0, n - 1, math.ceil((n - 1) / math.ceil((n - 1) / rows))) for n in self.shape[:2]]
         for i, j in product(*starts):
             yield _Block(self, (i, j), (i + starts[0].step + 1, j + starts[1].step + 1))
 
@@ -505,11 +500,11 @@ class _Block:
 def _least_at_corners(s: Tensor, t: Tensor, r: Tensor, strides: tuple[int, int, int], number: int) -> Tensor:
     """(number,): the least corner determinant of cells, of the edges (3, ...) that begin at each node of a block."""
     i, j, k = strides
-    t, r = _cyclic(t), _cyclic(r)
     least = s.new_full((number,), math.inf)
+    across = s.new_empty(3, number + i)
     for b, c in product((0, j), (0, k)):
         # s at (b, c) meets t at (a, c) and r at (a, b); the corner a = 1 of a cell is a = 0 of the next
-        across = _cross(t[:, c : c + number + i], r[:, b : b + number + i])
+        _add_cross(across.zero_(), t[:, c : c + number + i], r[:, b : b + number + i])
         along = s[:, b + c : b + c + number]
         for a in (0, i):
             torch.minimum(least, _dot(along, across[:, a : a + number]), out=least)

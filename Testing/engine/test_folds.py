@@ -80,6 +80,26 @@ def test_the_cheap_bound_lies_below_every_determinant_of_the_cell(seed, size):
 
 
 @settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), strength=st.floats(0.01, 1.0), thick=st.floats(1.0, 20.0), away=st.floats(0, 500))
+def test_single_precision_bounds_lie_below_every_determinant_of_the_cell(seed, strength, thick, away):
+    grid = turned(spacing=(1.0, 1.0, thick), shape=(5, 7, 6))
+    alignment = np.eye(4)
+    alignment[:3] = [[1.2, 0.3, 0, away], [-0.3, 0.9, 0.1, -away], [0, 0, 0.8, away]]
+    transform = rounded(dense_from_voxels(rough(grid.shape, strength, seed), grid, alignment))
+    (block,) = folds._Frame(transform, mirrored=False).blocks()
+    block.open_cells()
+    index = torch.ones_like(block.bound).nonzero()
+    nodes = transform.displacement.double()[None]
+    corners = fields.gather_corners(nodes, torch.zeros(len(index), dtype=torch.long), index.unbind(1))
+    here = torch.tensor(CORNERS, dtype=torch.float64).view(2, 2, 2, 3, 1)
+    corners = corners - here + torch.einsum("ab,xyzbn->xyzan", torch.from_numpy(grid.affine[:3, :3]), here)
+    at_rest = np.linalg.det(grid.affine[:3, :3]) * np.linalg.det(transform.affine_part()[:3, :3])
+    for where in product((0.0, 0.4, 1.0), repeat=3):
+        found = determinant_at(corners, torch.tensor(where, dtype=torch.float64)) / at_rest
+        assert bool((block.bound.flatten() <= found).all())
+
+
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), strength=st.floats(0.05, 1.5))
 def test_the_least_determinant_is_exact_where_it_is_asked_for(seed, strength):
     u = rough((6, 5, 7), strength, seed)

@@ -73,7 +73,7 @@ def test_the_folding_penalty_has_the_value_and_gradient_of_its_definition(size):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
 
 
-@given(st.lists(st.floats(-2, 2), min_size=9, max_size=9))
+@given(st.lists(st.floats(-2, 2, allow_subnormal=False), min_size=9, max_size=9))  # torch.det: NaN of subnormals
 @settings(max_examples=25, deadline=None)
 def test_affine_deformations(entries):
     matrix = torch.tensor(entries, dtype=torch.float64).view(3, 3)
