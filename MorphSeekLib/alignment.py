@@ -381,7 +381,8 @@ def _without_fill(data: Tensor) -> Tensor:
         return data
     rest = rest.sort().values
     low, high = float(rest[len(rest) // 100]), float(rest[len(rest) * 4 // 5])
-    return data.clamp(min=low) if low < most and high - low <= _AIR * (most - low) else data
+    apart = low - least > 2 * _LEVEL * (most - least)  # noise is not
+    return data.clamp(min=low) if apart and low < most and high - low <= _AIR * (most - low) else data
 
 
 def _foreground(image: sitk.Image) -> sitk.Image:
