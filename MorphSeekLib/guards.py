@@ -116,7 +116,7 @@ def few_values(image: Tensor, name: str) -> list[Notice]:
     if full < ONE_VALUE * shown:
         return []
     words = (
-        f"{name} shows hardly more than one value inside of its outline, so that nothing there guides the registration, "
+        f"{name} shows hardly more than one value inside its outline, so that nothing there guides the registration, "
         "which can be worse than the alignment alone; compare with the result of the alignment."
     )
     return [Notice("few-values", words)]
