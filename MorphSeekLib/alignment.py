@@ -21,6 +21,7 @@ from . import fields
 from .errors import MorphSeekError
 from .geometry import DenseTransform, Grid, Transform, Volume, apply_affine, dense_from_voxels, index_points, resample
 from .images import check_overlap, sitk_from_volume
+from .preprocessing import sampled
 
 KINDS = ("none", "center", "rigid", "affine")
 
@@ -28,6 +29,9 @@ _SPACING = 3.0  # mm of the averaged voxels
 _MARGIN = 9.0  # mm around the foreground are sampled too: the outline fixes the scale
 _SMOOTH = (2.0, 5.0)  # mm, the fine and the coarse look
 _USUAL = (150.0, 1000.0)  # mm a side, for which these lengths are right
+_FILL = (0.01, 0.9)  # of the voxels on an image's faces are fill, where there is one
+_LEVEL = 0.02  # of the range: so far apart, values are one level still
+_AIR = 0.1  # of the range above a fill, that noise of air may take
 _SAMPLES = 6000
 _BINS = 32
 _SEED = 1
@@ -336,12 +340,13 @@ def _moved(volume: Volume, matrix: np.ndarray) -> Volume:
 
 
 def _average(volume: Volume, spacing: float) -> Volume:
-    """The means of blocks of voxels, about ``spacing`` mm each way."""
+    """The means of blocks of voxels, about ``spacing`` mm each way, any fill having become air."""
     block = [
         int(max(1, min(round(spacing / s), n // 8)))
         for s, n in zip(volume.grid.spacing, volume.grid.shape, strict=True)
     ]
-    data = F.avg_pool3d(volume.data.float()[None, None], block)[0, 0].contiguous()
+    data = _without_fill(volume.data.float())
+    data = F.avg_pool3d(data[None, None], block)[0, 0].contiguous()
     to_first = np.diag([*block, 1.0])
     to_first[:3, 3] = (np.array(block) - 1) / 2
     return Volume(data, Grid(tuple(data.shape), volume.grid.affine @ to_first))
@@ -359,6 +364,25 @@ def _clipped(block: Volume) -> sitk.Image:
     elif most > least:
         data = data.clamp(least, most)
     return sitk_from_volume(Volume(data, block.grid))
+
+
+def _without_fill(data: Tensor) -> Tensor:
+    """Turn a fill around the field of view that is darker than air into air.
+
+    It has a place in the scanner, not in the body: where both images have it, their mutual information is highest with
+    fill on fill. The faces of an image with a fill show fill and air; those of others show air alone, or air and
+    tissue, which is not of one level.
+    """
+    values = sampled(data).sort().values
+    least, most = float(values[len(values) // 1000]), float(values[-1 - len(values) // 1000])
+    faces = torch.cat([data.select(axis, end).flatten() for axis in range(3) for end in (0, -1)])
+    rest = faces[faces > least + _LEVEL * (most - least)]
+    if not _FILL[0] <= 1 - len(rest) / len(faces) <= _FILL[1]:
+        return data
+    rest = rest.sort().values
+    low, high = float(rest[len(rest) // 100]), float(rest[len(rest) * 4 // 5])
+    apart = low - least > 2 * _LEVEL * (most - least)  # noise is not
+    return data.clamp(min=low) if apart and low < most and high - low <= _AIR * (most - low) else data
 
 
 def _foreground(image: sitk.Image) -> sitk.Image:

@@ -22,6 +22,8 @@ SAME_SIZE = 1.5  # times smaller or larger than the training images is still wha
 OTHER_WORLD = 5.0  # times: another species, or other units than mm; no two images of one object differ so much either
 LEAST_VOXELS = 200  # of the working grid: fewer show no shape
 LEAST_OVERLAP = 0.1  # of what the fixed image shows
+ONE_VALUE = 0.8  # of what an image shows is of its highest value: a mask
+FLAT = 0.02  # of the range
 NOTABLE = 0.005  # of similarity or Dice: smaller losses are not worth a sentence
 
 
@@ -98,6 +100,26 @@ def small_foreground(voxels: int) -> list[Notice]:
         "check its spacing, or choose a model with a finer grid."
     )
     return [Notice("small-foreground", words)]
+
+
+def few_values(image: Tensor, name: str) -> list[Notice]:
+    """Whether an image shows more than an outline.
+
+    No figure tells then which of two results is better inside of it: every measure rises while the inside gets worse.
+
+    Args:
+        image: its intensities as the network sees them, from 0 on.
+        name: what to call it.
+    """
+    top = float(image.max())
+    shown, full = (int((image > share * top).sum()) for share in (FLAT, 1 - FLAT))
+    if full < ONE_VALUE * shown:
+        return []
+    words = (
+        f"{name} shows hardly more than one value inside its outline, so that nothing there guides the registration, "
+        "which can be worse than the alignment alone; compare with the result of the alignment."
+    )
+    return [Notice("few-values", words)]
 
 
 def small_overlap(share: float) -> list[Notice]:

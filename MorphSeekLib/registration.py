@@ -53,6 +53,7 @@ from .preprocessing import (
     Preprocessing,
     fine_grid,
     foreground_of,
+    normalize,
     normalized,
     sampled,
     working_grid,
@@ -346,6 +347,7 @@ class _Pair:
         fixed: (1, 1, i, j, k), on the working grid.
         moving: (1, 1, i, j, k), on its own.
         judge: of warped images.
+        notices: about the two images.
     """
 
     def __init__(
@@ -366,10 +368,15 @@ class _Pair:
     def prepare(self) -> None:
         """Make the images."""
         self.fixed, self.moving = self.on(self.grid)
-        fixed = self.volumes[0]
+        fixed, moving = self.volumes
         foreground = Volume(foreground_of(quiet_background(fixed.data)).to(torch.uint8), fixed.grid)
         foreground = resample(foreground, self.grid, mode="nearest", checkpoint=self.checkpoint).data.bool()
         self.judge = Judge(self.fixed, foreground[None, None].to(self.device))
+        self.notices = [
+            notice
+            for volume, role in ((fixed, "The fixed image"), (moving, "The moving image"))
+            for notice in guards.few_values(normalize(volume.data, self.preprocessing), volume.called(role))
+        ]
 
     def on(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """The two images as the network takes them, fixed on a grid; moving on its own, as smooth as that."""
@@ -531,7 +538,7 @@ def _refine(
         on_event(Event("step", 0.3, "Preparing the images", taken, taken + steps))
         pair.prepare()
         walk = _Steps(pair, state)
-        notices = guards.small_foreground(pair.judge.voxels)
+        notices = guards.small_foreground(pair.judge.voxels) + pair.notices
         as_given = None if pair.before is pair.start else pair.similarity_as_given()
         with network_autocast(pair.device):
             refine(model.network, lambda total: pair.moving_at(walk.whole(total)), pair.fixed, steps, on_step)

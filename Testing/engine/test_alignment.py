@@ -84,6 +84,17 @@ def test_a_pair_elsewhere_in_the_world_is_aligned_the_same(kind):
     assert np.abs(apply_affine(found, corners) - apply_affine(expected, corners)).max() < 1e-3
 
 
+@pytest.mark.parametrize("value", [-50.0, -4000.0])
+def test_a_fill_around_both_fields_of_view_does_not_hold_the_images_where_they_are(value):
+    here = blob_image(blob_labels(0, blob_grid()), 0)
+    true = motion(np.zeros(3), (8, -6, 10), (4.0, -3.0, 2.0))
+    there = resample(here, here.grid, np.linalg.inv(true))
+    i, j = (torch.linspace(-1, 1, n) for n in here.grid.shape[:2])
+    outside = (i[:, None] ** 2 + j**2 > 1.0)[:, :, None]
+    filled = [Volume(v.data.masked_fill(outside & (v.data < 30), value), v.grid) for v in (here, there)]
+    assert error_mm(align(*filled, "rigid"), true, inside(here)) < 1.5
+
+
 def test_center_survives_air_at_minus_1000(brain):
     true = motion(brain.grid.center, shift=(80, -40, 120))
     moving = moved(brain, true)

@@ -394,6 +394,16 @@ def test_an_object_of_a_size_that_was_not_trained_on_is_named(pair, tmp_path):
     assert report["working_grid"]["spacing"] == [3.0, 3.0, 3.0]
 
 
+def test_a_mask_is_named_for_there_is_nothing_inside_to_register_by(pair, model):
+    fixed, moving = pair[:2]
+    mask = Volume(255.0 * (fixed.data > 45), fixed.grid)
+    codes = [
+        [warning["code"] for warning in register(*images, model, steps=1, inverse=False).report["warnings"]]
+        for images in ((fixed, moving), (mask, moving), (moving, mask))
+    ]
+    assert ["few-values" in c for c in codes] == [False, True, True]
+
+
 def test_what_covers_a_few_voxels_of_the_working_grid_is_named(pair, tmp_path):
     model = random_model(tmp_path / "model.safetensors", shape=(16, 16, 16))
     report = register(resized(pair[0], 0.01), resized(pair[1], 0.01), model, inverse=False).report

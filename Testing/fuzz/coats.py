@@ -56,6 +56,7 @@ class Dress:
         writer: replaces the writer of the form; given path, stored values and grid.
         spoil: called with the written path.
         damaged: the product must refuse this file.
+        outline: it holds two values: the inside of the head shows nothing.
         stem: name of the file without its ending.
     """
 
@@ -76,6 +77,7 @@ class Dress:
     writer: Callable[[Path, np.ndarray, Grid], Path] | None = None
     spoil: Callable[[Path], Path | None] | None = None
     damaged: bool = False
+    outline: bool = False
     stem: str = ""
 
 
@@ -382,6 +384,7 @@ def _(g: np.random.Generator, pair: Pair) -> str:
     dresses, which = pair.some(g)
     levels = int(g.integers(1, 4))
     for dress in dresses:
+        dress.outline = levels == 1
         dress.changes.insert(0, lambda x: np.ceil(np.clip(x, 0, 1) * levels - 0.25).clip(0) / levels)
     return f"{which} {levels + 1} values"
 
@@ -838,6 +841,7 @@ class Written:
         world: (4, 4), space of the base pair -> space of the file.
         air, white, fill: what the file says of the intensities 0 and 1, and outside of the field of view.
         damaged: the product must refuse it.
+        outline: the inside of the head shows nothing: the alignment must be right, and a warning is due.
     """
 
     path: Path
@@ -848,6 +852,7 @@ class Written:
     white: float
     fill: float
     damaged: bool = False
+    outline: bool = False
 
 
 def write(dress: Dress, heads: Heads, folder: Path, generator: np.random.Generator) -> Written:
@@ -899,7 +904,7 @@ def write(dress: Dress, heads: Heads, folder: Path, generator: np.random.Generat
         path = dress.spoil(path) or path
     if dress.form == "dicom-file" and path.is_dir():
         path = sorted(path.iterdir())[grid.shape[2] // 3]
-    return Written(path, values, grid, dress.world, air, white, fill, dress.damaged)
+    return Written(path, values, grid, dress.world, air, white, fill, dress.damaged, dress.outline)
 
 
 def write_labels(labels: LabelDress, dress: Dress, image: Written, heads: Heads, folder: Path) -> Written:

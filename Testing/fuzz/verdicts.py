@@ -180,6 +180,8 @@ def _wrong_errors(ran: Ran, stored: Stored, coats: list[Coat], heads: Heads, bas
     voxel = max(w.grid.spacing.max() for w in (stored.fixed, stored.moving)) / stored.scale
     bound = (base_aligned if outside else undressed) + TOLERANCE + (voxel if loses else 0.0)
     reasons = []
+    if any(w.outline for w in (stored.fixed, stored.moving)):  # no measure tells a better inside from a worse one
+        warped = aligned
     if not warped <= bound:
         words = f"undressed {undressed:.2f} mm, alone aligned {base_aligned:.2f} mm"
         reasons.append(f"error {warped:.2f} mm (aligned {aligned:.2f} mm) is above {bound:.2f} mm ({words})")
@@ -221,6 +223,8 @@ def _wrong_files(ran: Ran, stored: Stored, coats: list[Coat]) -> list[str]:
     due = [coat.name for coat in coats if coat.warns]
     if due and not report["warnings"]:
         reasons.append(f"no warning about: {', '.join(due)}")
+    if any(w.outline for w in (stored.fixed, moving)) and "few-values" not in {w["code"] for w in report["warnings"]}:
+        reasons.append("no warning about an image of two values")
     if str(ran.folder / "report.html") not in ran.stdout:
         reasons.append("the path of the report is not printed as it is")
     return reasons
