@@ -5,7 +5,7 @@
 Figures are seconds of the processor, one thread, the least of all rounds, in which the two take turns; the goal is a
 ratio of at most 4. Made fields follow from a seed. "open" is the share of cells that the cheapest bound
 (:func:`MorphSeekLib.fields.determinant_bound`) does not clear, "folded" of those that the proof finds folded. Fields
-named "delivered" have been through :func:`MorphSeekLib.folds.unfold`, as every registration has. The folding penalty's
+named "delivered" have been through :func:`MorphSeekLib.folds.unfold`, as every fit has. The folding penalty's
 value and gradient are timed against the same penalty by central differences.
 
 Real fits, where the data are there: the first pair of each data set, registered and then fitted.
@@ -83,7 +83,7 @@ def made() -> Iterator[tuple[str, DenseTransform, Grid]]:
 
 
 def real(shared: Path, fit: int) -> Iterator[tuple[str, DenseTransform, Grid]]:
-    """Delivered transforms of the first pair of each data set, without and with a fit."""
+    """Transforms of the first pair of each data set, without and with a fit."""
     for name, model_name in REAL.items():
         dataset = shared / "data" / name / "dataset.json"
         if not dataset.is_file():
@@ -94,11 +94,8 @@ def real(shared: Path, fit: int) -> Iterator[tuple[str, DenseTransform, Grid]]:
         for iterations in (0, fit):
             settings = RefinementSettings(iterations=iterations)
             found = register(fixed, moving, model, inverse=False, refinement=settings)
-            yield (
-                f"{name}, {f'fit of {iterations}' if iterations else 'network'}, delivered",
-                found.transform,
-                fixed.grid,
-            )
+            kind = f"fit of {iterations}, delivered" if iterations else "network"
+            yield f"{name}, {kind}", found.transform, fixed.grid
 
 
 def least_seconds(jobs: list[Callable[[], object]], rounds: int) -> list[float]:
