@@ -367,7 +367,9 @@ def unfold(
             cells = cells[_unproven(_gathered(nodes, cells), _ROUNDED)]
             if not len(cells):
                 break
-            wanted[tuple(cells.unbind(1))] = (1.5 * wanted[tuple(cells.unbind(1))]).clamp(max=1)
+            goal = wanted[tuple(cells.unbind(1))]
+            _relax(nodes, cells[goal >= 1])
+            wanted[tuple(cells.unbind(1))] = (1.5 * goal).clamp(max=1)
         active.zero_()[tuple(cells.unbind(1))] = True
     moved = frame.to_mm((nodes - start)[0]).float()
     return DenseTransform(transform.displacement + moved, transform.grid)
