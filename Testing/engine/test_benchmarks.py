@@ -38,7 +38,10 @@ def test_the_report_names_who_is_better_and_how_surely(benchmark, tmp_path):
     """Two arms, two seeds: means, and Wilcoxon over the pairs with seeds averaged."""
 
     def run(shift):
-        pairs = [{"dice": 0.7 + 0.001 * n + shift, "hd95": 2.0, "njd_percent": 0.1, "sdlogj": 0.5} for n in range(12)]
+        pairs = [
+            {"dice": 0.7 + 0.001 * n + shift, "hd95": 2.0, "folded_percent": 0.2, "njd_percent": 0.1, "sdlogj": 0.5}
+            for n in range(12)
+        ]
         return {"pairs": pairs, "seconds": 10.0}
 
     first, other = list(benchmark.EXPERIMENTS["kl"])

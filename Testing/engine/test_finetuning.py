@@ -184,8 +184,8 @@ def test_the_last_weights_are_not_kept_when_earlier_ones_were_better(dataset, in
 
 
 def test_folding_beyond_the_limit_loses_to_less_folding():
-    assert score({"dice": 0.7, "njd_percent": 0.1}, 0.3) > score({"dice": 0.9, "njd_percent": 0.4}, 0.3)
-    assert score({"dice": 0.9, "njd_percent": 0.4}, 0.3) > score({"dice": 0.9, "njd_percent": 0.5}, 0.3)
+    assert score({"dice": 0.7, "folded_percent": 0.1}, 0.3) > score({"dice": 0.9, "folded_percent": 0.4}, 0.3)
+    assert score({"dice": 0.9, "folded_percent": 0.4}, 0.3) > score({"dice": 0.9, "folded_percent": 0.5}, 0.3)
 
 
 def test_label_free_rewards_need_no_labels(dataset, init, tmp_path):

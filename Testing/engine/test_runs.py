@@ -76,7 +76,7 @@ def test_a_run_ends_with_a_checkpoint_and_figures(whole):
     assert card.provenance["cases"] == 3, "the cases of the held-out pairs were not trained on"
     held_out = card.results["held_out"]
     assert held_out["pairs"] == 2
-    assert set(held_out["start"]) == {"dice", "hd95", "njd_percent", "sdlogj"}
+    assert set(held_out["start"]) == {"dice", "hd95", "folded_percent", "njd_percent", "sdlogj"}
     assert set(held_out["mean"]) == set(held_out["start"]) | {"dice_aligned"}
     assert 0 < held_out["mean"]["dice_aligned"] < 1
     written = json.loads((folder / "result.json").read_text())
@@ -88,7 +88,7 @@ def test_a_run_ends_with_a_checkpoint_and_figures(whole):
     assert fractions == sorted(fractions), "the bar never goes back"
     assert fractions[-1] == 1.0
     assert [row["iteration"] for row in rows(folder, "warmup")] == [1, 2, 3]
-    assert "validation/njd_percent" in rows(folder, "finetune")[1]
+    assert "validation/folded_percent" in rows(folder, "finetune")[1]
 
 
 def test_a_finished_run_does_nothing_anew(whole):

@@ -83,7 +83,9 @@ def test_a_run_writes_a_checkpoint_that_says_what_it_is(dataset, tmp_path, confi
     assert card.provenance["data"]["name"] == "blobs"
     assert card.provenance["settings"] == to_dict(config)
     assert card.preprocessing.steps == 2
-    assert {"dice", "dice_before", "lost_labels", "njd_percent", "sdlogj"} == set(card.results["validation"])
+    assert {"dice", "dice_before", "lost_labels", "folded_percent", "njd_percent", "sdlogj"} == set(
+        card.results["validation"]
+    )
     assert [e.step for e in events if e.phase == "train"] == [1, 2, 3, 4, 5, 6]
     assert events[-1].fraction == 1.0
     assert not (tmp_path / "model.safetensors.state").exists()
