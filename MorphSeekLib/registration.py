@@ -322,7 +322,7 @@ def register(
         "steps": step_figures,
         "refinement": refined,
         "similarity": {
-            "name": "LNCC, window 9, fixed image's foreground on the working grid (1 is best)",
+            "name": "LNCC, window 9, fixed image's foreground on the working grid, where both images lie (1 is best)",
             "input": outcome.as_given,
             "aligned": aligned_similarity,
             "warped": outcome.similarity,
@@ -346,7 +346,8 @@ class _Pair:
     Attributes:
         fixed: (1, 1, i, j, k), on the working grid.
         moving: (1, 1, i, j, k), on its own.
-        judge: of warped images.
+        seen: (1, 1, i, j, k), bool, where the fixed image lies.
+        judge: of warped images, where both lie after the alignment.
         notices: about the two images.
     """
 
@@ -371,7 +372,10 @@ class _Pair:
         fixed, moving = self.volumes
         foreground = Volume(foreground_of(quiet_background(fixed.data)).to(torch.uint8), fixed.grid)
         foreground = resample(foreground, self.grid, mode="nearest", checkpoint=self.checkpoint).data.bool()
-        self.judge = Judge(self.fixed, foreground[None, None].to(self.device))
+        # what one image does not see must not count as black there: a stretch of thin slices would be taken for a gain
+        self.seen = self._inside(fixed.grid, np.eye(4))
+        by_both = self.seen & self._inside(moving.grid, self.start)
+        self.judge = Judge(self.fixed, foreground[None, None].to(self.device), by_both)
         self.notices = [
             notice
             for volume, role in ((fixed, "The fixed image"), (moving, "The moving image"))
@@ -387,9 +391,15 @@ class _Pair:
         return torch.zeros(1, 3, *self.grid.shape, device=self.device)
 
     def moving_at(self, total: Tensor) -> Tensor:
-        """The moving image warped by a displacement, (1, 1, i, j, k)."""
+        """The moving image warped by a displacement, (1, 1, i, j, k), as far as the fixed one sees it."""
         self.checkpoint()
-        return sample(self.moving, map_voxels(total, self.grid, self.start, self.volumes[1].grid))
+        return self.seen * sample(self.moving, map_voxels(total, self.grid, self.start, self.volumes[1].grid))
+
+    def _inside(self, grid: Grid, transform: Transform, total: Tensor | None = None) -> Tensor:
+        """Which voxels of the working grid a displacement and a transform lead into an image's box, (1, 1, i, j, k)."""
+        points = map_voxels(self.nothing() if total is None else total, self.grid, transform, grid)
+        limit = torch.tensor(grid.shape, device=points.device).view(1, 3, 1, 1, 1) - 0.5
+        return ((points >= -0.5) & (points <= limit)).all(dim=1, keepdim=True)
 
     def moving_by(self, transform: Transform) -> Tensor:
         """The moving image warped by a whole map, (1, 1, i, j, k)."""
@@ -414,11 +424,8 @@ class _Pair:
         return float(self.judge(self.moving_by(self.before)))
 
     def overlap(self, total: Tensor) -> float:
-        """Share of what is judged that lands in the moving image; 1 where nothing is judged."""
-        grid = self.volumes[1].grid
-        points = map_voxels(total, self.grid, self.start, grid)[0]
-        limit = torch.tensor(grid.shape, device=points.device).view(3, 1, 1, 1) - 0.5
-        inside = ((points >= -0.5) & (points <= limit)).all(dim=0)[self.judge.where[0, 0]]
+        """Share of what the fixed image shows that lands in the moving image; 1 where it shows nothing."""
+        inside = self._inside(self.volumes[1].grid, self.start, total)[self.judge.shown]
         return float(inside.float().mean()) if inside.numel() else 1.0
 
     def look(self, step: int, total: Tensor, warped: Tensor) -> dict[str, float]:
@@ -584,7 +591,7 @@ def _fitted(
         on_event(Event("refine", done + (0.7 - done) * spent / whole_cost, message, iteration, fits))
         pair.checkpoint()
 
-    value = _objective(pair.fixed, pair.moving, moving_grid, grid, start, refinement, pair.checkpoint)
+    value = _objective(pair.fixed, pair.moving, moving_grid, grid, start, refinement, pair.checkpoint, pair.seen)
     coarse = Refined(begin.total, torch.empty(0, device=device))
     rate = refinement.field_rate
     if before is None:
@@ -631,8 +638,13 @@ def _objective(
     start: Transform,
     refinement: RefinementSettings,
     checkpoint: Callable[[], None],
+    seen: Tensor | bool = True,
 ) -> Objective:
-    """What refinement lowers on a grid, of what :func:`_prepared` made for it."""
+    """What refinement lowers on a grid, of what :func:`_prepared` made for it.
+
+    Args:
+        seen: where the fixed image lies; True: everywhere.
+    """
     padding = "zeros"
     if refinement.similarity == "mind":  # its patches are counted in voxels: both images need voxels of one size
         lattice = covering_grid(moving_grid, _world_spacing(grid))
@@ -642,7 +654,7 @@ def _objective(
 
     def moving_at(total: Tensor) -> Tensor:
         checkpoint()
-        return sample(moving, map_voxels(total, grid, start, moving_grid), padding=padding)
+        return seen * sample(moving, map_voxels(total, grid, start, moving_grid), padding=padding)
 
     return objective(fixed, moving_at, refinement)
 

@@ -306,3 +306,17 @@ def test_the_judge_ranks_by_the_foreground_and_is_0_where_there_is_none():
     assert 1 > float(judge(near)) > float(judge(far)) > 0
     nowhere = Judge(image, torch.zeros_like(image, dtype=torch.bool))
     assert (nowhere.voxels, float(nowhere(near))) == (0, 0)
+
+
+def test_what_only_one_of_two_images_sees_is_not_judged():
+    """Thin slices stretched beyond themselves show more of the object, but not more that is right."""
+    whole = torch.rand(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
+    seen = torch.zeros_like(whole, dtype=torch.bool)
+    seen[..., 10:14] = True
+    thin = whole * seen
+    stretched = thin[..., 8:16].repeat_interleave(2, dim=-1)
+    stretched = torch.cat((whole[..., :4] * 0, stretched, whole[..., :4] * 0), dim=-1)
+    judge = Judge(whole, whole > 0, seen)
+    assert float(judge(thin)) == pytest.approx(1, abs=1e-4)
+    assert float(judge(whole)) == pytest.approx(1, abs=1e-4)
+    assert float(judge(stretched)) < 0.8
