@@ -260,7 +260,7 @@ def register(
         def show(step: int, total: Tensor) -> None:
             nonlocal shown
             if on_step is not None:
-                shown = step, warp(dense_from_voxels(total, grid, start))
+                shown = step, warp(pair.delivered(total, grid))
                 on_step(*shown)
 
         before = start if align == "none" or state is not None else np.eye(4) if initial is None else initial
