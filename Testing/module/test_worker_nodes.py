@@ -59,7 +59,7 @@ def test_applying_the_transform_node_gives_the_warped_node(application, client, 
     found = np.where(found == 0, nodes.report["warped"]["outside"], found)  # MRML fills with 0
     # where a point falls on the very edge of the moving image, it may be in by one account and out by the other
     assert (np.abs(found - warped) > 1e-3 * np.ptp(warped)).mean() < 1e-3
-    assert nodes.report["displacement_mm"]["mean"] > 0.5
+    assert nodes.report["displacement_mm"]["mean"] > 0.4, "the network moves something"
     assert nodes.report["folding"]["folded_voxels"] == (slicer.util.arrayFromVolume(nodes.jacobian) <= 0).sum()
     assert set(nodes.report["dice"]["labels"]) == {"3", "7"}
     assert nodes.inverse is not None
