@@ -32,8 +32,8 @@ import SlicerStandIn
 from MorphSeekGui import scene
 from PySide6 import QtCore, QtGui, QtWidgets
 
-from MorphSeekLib.demo import COLIN27, deformed, template
-from MorphSeekLib.images import read_image
+from MorphSeekLib.app.demo import COLIN27, deformed, template
+from MorphSeekLib.io.images import read_image
 
 VIEW = (380, 380)
 PANEL_WIDTH = 570

@@ -89,7 +89,7 @@ class EngineClient:
         command: Sequence[str] | None = None,
         on_log: Callable[[str], None] | None = None,
     ) -> None:
-        self._command = list(command) if command else [str(python or default_python()), "-m", "MorphSeekLib.worker"]
+        self._command = list(command) if command else [str(python or default_python()), "-m", "MorphSeekLib.app.worker"]
         self._on_log = on_log
         self._process: subprocess.Popen | None = None
         self._readers: list[threading.Thread] = []

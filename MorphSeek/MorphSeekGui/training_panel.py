@@ -438,7 +438,7 @@ class TrainingPanel:
         return ""
 
     def settings(self) -> dict:
-        """run.json, as MorphSeekLib/runs.py: RunSettings reads it."""
+        """run.json, as MorphSeekLib/app/runs.py: RunSettings reads it."""
         ui = self.ui
         in_minutes = ui.budgetUnit.currentIndex == 0
         iterations = 800 if in_minutes else int(ui.budgetBox.value)

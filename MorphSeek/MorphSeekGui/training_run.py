@@ -1,7 +1,7 @@
 """A training run as Slicer sees it: a folder, and the process that works in it and may outlive Slicer.
 
-The folder is the whole contract with the engine (MorphSeekLib/runs.py, `morphseek train FOLDER`). Nothing is remembered
-but what lies in it, so that a run is found again after Slicer, or the computer, was restarted:
+The folder is the whole contract with the engine (MorphSeekLib/app/runs.py, `morphseek train FOLDER`). Nothing is
+remembered but what lies in it, so that a run is found again after Slicer, or the computer, was restarted:
 
 - run.json says what is wanted, status.json where it stands, *.safetensors.jsonl are the curves, log.txt the log;
 - "lock" is held by the process as long as it lives. That, and not its number, says whether it runs: numbers are given
@@ -109,7 +109,7 @@ class TrainingRun:
         self.keep(keep)
         for name in ("stop", "status.json"):
             (self.folder / name).unlink(missing_ok=True)
-        command = list(command or [str(python or default_python()), "-m", "MorphSeekLib.cli"])
+        command = list(command or [str(python or default_python()), "-m", "MorphSeekLib.app.cli"])
         try:
             with open(self.folder / "log.txt", "ab") as log:
                 self._process = subprocess.Popen(
@@ -239,7 +239,7 @@ def create_run(root: Path | str, settings: dict) -> TrainingRun:
 
     Args:
         root: where runs are kept; made when missing.
-        settings: run.json, see MorphSeekLib/runs.py: RunSettings.
+        settings: run.json, see MorphSeekLib/app/runs.py: RunSettings.
 
     Raises:
         RunError: the folder cannot be written.
@@ -305,7 +305,7 @@ def _why(log: list[str]) -> str:
 
 
 def _try_lock(file) -> bool:
-    """As MorphSeekLib/runs.py locks it; but shared, so that two who ask do not disturb each other."""
+    """As MorphSeekLib/app/runs.py locks it; but shared, so that two who ask do not disturb each other."""
     try:
         if os.name == "nt":
             file.seek(1 << 20)

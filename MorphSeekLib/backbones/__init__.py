@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import MorphSeekError
-from ..settings import from_dict
+from ..protocol.errors import MorphSeekError
+from ..protocol.settings import from_dict
 from . import corrmlp, lapirn, nice_trans, spac, transmorph, voxelmorph, vxm_dense
 from .corrmlp import CorrMLP, CorrMLPSettings
 from .lapirn import LapIRN, LapIRNSettings

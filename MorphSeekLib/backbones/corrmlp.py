@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import fields
+from ..space import fields
 from .memory import run
 from .siamese import ChannelNorm, Expansion, FlowHead, Pyramid, Siamese, double, rename, shared_names
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fields
+from ..space import fields
 
 SLOPE = 0.2
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import fields
-from ..errors import MorphSeekError
+from ..protocol.errors import MorphSeekError
+from ..space import fields
 from .memory import run
 from .siamese import Expansion, FlowHead, Pyramid, Siamese, conv_block, double, rename, shared_names
 

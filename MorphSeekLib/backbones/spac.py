@@ -3,7 +3,7 @@
 A planner of strided convolutions sees the fixed image and the moving one as it stands, and says a Gaussian over 64
 numbers, the plan for the whole image. An actor turns a plan and the planner's features into one small step. The mean of
 the plan is the top feature, a single cell, so that steps at tau = 0 are the official inference. The reinforcement
-learning that trains planner and actor is :mod:`MorphSeekLib.sac`.
+learning that trains planner and actor is :mod:`MorphSeekLib.training.sac`.
 
 The planner's last convolution spans its whole coarsest grid: a network is made for one size. Images of other sizes are
 resampled to it and the step back, first centre to last centre, which keeps its meaning exactly.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fields
+from ..space import fields
 
 SLOPE = 0.1
 LOG_VARIANCE = (-10.0, 2.0)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fields
+from ..space import fields
 from .memory import run
 
 PATCH = 4

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fields
-from ..similarity import mind_ssc
+from ..measures.similarity import mind_ssc
+from ..space import fields
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import fields
-from ..errors import MorphSeekError
+from ..protocol.errors import MorphSeekError
+from ..space import fields
 from .voxelmorph import ConvBlock
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import MorphSeekError
-from ..geometry import DenseTransform, Transform, Volume, dense_from_voxels
-from ..images import write_image
-from ..transforms import read_transform
+from ..io.images import write_image
+from ..io.transforms import read_transform
+from ..protocol.errors import MorphSeekError
+from ..space.geometry import DenseTransform, Transform, Volume, dense_from_voxels
 
 
 def greedy(

@@ -29,27 +29,27 @@ from typing import Any
 
 import torch
 
-from ..alignment import align
+from ..app.runs import locked, seconds_per_iteration, train_stage
 from ..backbones.spac import SPACSettings
-from ..checkpoint import read_card, sha256, software
-from ..datasets import Dataset, load_dataset
-from ..devices import pick_device
-from ..errors import InUseError, MorphSeekError
-from ..events import Event, OnEvent, checkpoint_for, ignore, never, part
-from ..files import write_atomically
-from ..finetuning import FinetuneConfig
-from ..geometry import Transform, Volume
-from ..images import read_image
-from ..policy import ModelSettings
-from ..preprocessing import Preprocessing, working_grid
-from ..refinement import RefinementSettings
-from ..registration import Registration, load_model, register
-from ..report import RegistrationPictures, draw_sheets
-from ..runs import locked, seconds_per_iteration, train_stage
-from ..sac import SACConfig
-from ..settings import from_dict, load, override, to_dict, to_json
-from ..startup import BUNDLED, find
-from ..training import TrainingConfig, state_file
+from ..data.datasets import Dataset, load_dataset
+from ..io.files import write_atomically
+from ..io.images import read_image
+from ..networks.devices import pick_device
+from ..networks.model_file import read_card, sha256, software
+from ..networks.policy import ModelSettings
+from ..protocol.errors import InUseError, MorphSeekError
+from ..protocol.events import Event, OnEvent, checkpoint_for, ignore, never, part
+from ..protocol.settings import from_dict, load, override, to_dict, to_json
+from ..protocol.startup import BUNDLED, find
+from ..registration.alignment import align
+from ..registration.fit import RefinementSettings
+from ..registration.pipeline import Registration, load_model, register
+from ..report.page import RegistrationPictures, draw_sheets
+from ..space.geometry import Transform, Volume
+from ..space.preprocessing import Preprocessing, working_grid
+from ..training.finetuning import FinetuneConfig
+from ..training.sac import SACConfig
+from ..training.trainer import TrainingConfig, state_file
 from .classical import CLASSICAL
 from .published import PUBLISHED
 from .scoring import Method, measure

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise, permutations
 from pathlib import Path
 
-from ..datasets import Case, Dataset, Pair
-from ..errors import MorphSeekError
+from ..data.datasets import Case, Dataset, Pair
+from ..protocol.errors import MorphSeekError
 
 LEARN2REG = "https://learn2reg.grand-challenge.org/Datasets/"
 NEURITE = "https://github.com/adalca/medical-datasets/blob/master/neurite-oasis.md"

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..cases import name_of
-from ..datasets import Dataset, Pair, read_pair, scored_pairs
-from ..evaluation import check_judged, label_row
-from ..events import Event, OnEvent, checkpoint_for, ignore, never
-from ..folds import certify
-from ..geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
-from ..metrics import LABEL_DEFINITIONS, folding, label_figures
+from ..data.cases import name_of
+from ..data.datasets import Dataset, Pair, read_pair, scored_pairs
+from ..evaluation.evaluate import check_judged, label_row
+from ..measures.folds import certify
+from ..measures.metrics import LABEL_DEFINITIONS, folding, label_figures
+from ..protocol.events import Event, OnEvent, checkpoint_for, ignore, never
+from ..space.geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
 
 Method = Callable[[Volume, Volume], Transform]
 """(fixed, moving) -> fixed point -> moving point, LPS mm."""
@@ -25,7 +25,7 @@ DEFINITIONS = {
     "Dice": f"{LABEL_DEFINITIONS['dice']}; moving labels warped nearest-neighbor onto the fixed image's grid",
     "HD95": LABEL_DEFINITIONS["hd95"],
     "folded cells": "share of the cells of the delivered transform in which a determinant <= 0 was found, alignment "
-    "included (MorphSeekLib.folds); empty in rows that were measured before 2026-11-26",
+    "included (MorphSeekLib.measures.folds); empty in rows that were measured before 2026-11-26",
     "NJD": "share of the fixed image's voxels with a Jacobian determinant <= 0 of the whole transform, alignment "
     "included (central differences, one-sided at the border)",
     "SDlogJ": "standard deviation of the logarithm of that determinant over the voxels where it is above 0",
@@ -80,8 +80,8 @@ def score(fixed_labels: Volume, moving_labels: Volume, transform: Transform, dat
     """Judge one transform, fixed point -> moving point (LPS mm), on the fixed labels' grid.
 
     Returns:
-        what :func:`MorphSeekLib.evaluation.label_row` says of the labels, "folded_percent" and "no_fold_proven"
-        (:mod:`MorphSeekLib.folds`), "njd_percent" and "sdlogj".
+        what :func:`MorphSeekLib.evaluation.evaluate.label_row` says of the labels, "folded_percent" and
+        "no_fold_proven" (:mod:`MorphSeekLib.measures.folds`), "njd_percent" and "sdlogj".
     """
     grid = fixed_labels.grid
     warped = resample(moving_labels, grid, transform, mode="nearest").data

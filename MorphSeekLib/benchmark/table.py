@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import wilcoxon
 
-from ..files import write_atomically
-from ..metrics import deviation, mean
-from ..settings import to_dict
+from ..io.files import write_atomically
+from ..measures.metrics import deviation, mean
+from ..protocol.settings import to_dict
 from .classical import CLASSICAL
 from .scoring import DEFINITIONS
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CENTRAL_ONLY = (
     "Dated 2026-11-26: folding in this table was judged by central differences only, which miss folds that alternate",
-    "from voxel to voxel (see MorphSeekLib/folds.py).",
+    "from voxel to voxel (see MorphSeekLib/measures/folds.py).",
 )
 FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj", "seconds", "cpu_seconds", "peak_gb")
 MORE_DICE, LESS_FOLDING = 0.02, 0.3

@@ -14,8 +14,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from MorphSeekLib.checkpoint import load, save
-from MorphSeekLib.startup import BUNDLED
+from MorphSeekLib.networks.model_file import load, save
+from MorphSeekLib.protocol.startup import BUNDLED
 
 SPACING, SHAPE, STEPS = (1.5, 1.5, 1.5), (128, 160, 128), 2
 

@@ -18,8 +18,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from MorphSeekLib.checkpoint import load, save
-from MorphSeekLib.startup import BUNDLED
+from MorphSeekLib.networks.model_file import load, save
+from MorphSeekLib.protocol.startup import BUNDLED
 
 
 def average(one: Path, two: Path, out: Path) -> None:

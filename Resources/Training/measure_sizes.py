@@ -12,8 +12,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from MorphSeekLib.checkpoint import read_card, rewrite_card, weights_sha256
-from MorphSeekLib.datasets import known_sizes, load_dataset
+from MorphSeekLib.data.datasets import known_sizes, load_dataset
+from MorphSeekLib.networks.model_file import read_card, rewrite_card, weights_sha256
 
 
 def main() -> None:

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from MorphSeekLib.datasets import load_dataset
-from MorphSeekLib.demo import template
-from MorphSeekLib.evaluation import evaluate
-from MorphSeekLib.geometry import Volume, resample
-from MorphSeekLib.images import read_image, read_labels
-from MorphSeekLib.registration import load_model, register
+from MorphSeekLib.app.demo import template
+from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.evaluation.evaluate import evaluate
+from MorphSeekLib.io.images import read_image, read_labels
+from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.space.geometry import Volume, resample
 
 GREY = [3, 42, 8, 47, 10, 11, 12, 13, 17, 18, 26, 49, 50, 51, 52, 53, 54, 58]
 WHITE = [2, 41, 7, 46, 77, 16, 28, 60, 251, 252, 253, 254, 255]

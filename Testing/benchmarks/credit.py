@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from MorphSeekLib import fields
-from MorphSeekLib.checkpoint import load, software
-from MorphSeekLib.datasets import PairLoader, PreparedPair, load_dataset
-from MorphSeekLib.finetuning import FinetuneConfig, prepare
-from MorphSeekLib.grpo import (
+from MorphSeekLib.data.datasets import PairLoader, PreparedPair, load_dataset
+from MorphSeekLib.networks.model_file import load, software
+from MorphSeekLib.networks.policy import Latent, RegistrationModel
+from MorphSeekLib.space import fields
+from MorphSeekLib.training.finetuning import FinetuneConfig, prepare
+from MorphSeekLib.training.grpo import (
     Gaussian,
     PolicyGradientSettings,
     policy_at,
@@ -32,9 +33,8 @@ from MorphSeekLib.grpo import (
     sample_and_score,
     steps_of,
 )
-from MorphSeekLib.policy import Latent, RegistrationModel
-from MorphSeekLib.rewards import RewardSettings, State
-from MorphSeekLib.training import Batch, soft_dice
+from MorphSeekLib.training.rewards import RewardSettings, State
+from MorphSeekLib.training.trainer import Batch, soft_dice
 
 BASE = PolicyGradientSettings(antithetic=True, scale="none", s="1", chunk=4)
 FIELD = dataclasses.replace(BASE, place="field")

@@ -4,9 +4,9 @@
 
 Figures are seconds of the processor, one thread, the least of all rounds, in which the two take turns; the goal is a
 ratio of at most 4. Made fields follow from a seed. "open" is the share of cells that the cheapest bound
-(:func:`MorphSeekLib.fields.determinant_bound`) does not clear, "folded" of those that the proof finds folded. Fields
-named "delivered" have been through :func:`MorphSeekLib.folds.unfold`, as every fit has. The folding penalty's
-value and gradient are timed against the same penalty by central differences.
+(:func:`MorphSeekLib.space.fields.determinant_bound`) does not clear, "folded" of those that the proof finds folded.
+Fields named "delivered" have been through :func:`MorphSeekLib.measures.folds.unfold`, as every fit has. The folding
+penalty's value and gradient are timed against the same penalty by central differences.
 
 Real fits, where the data are there: the first pair of each data set, registered and then fitted.
 """
@@ -25,14 +25,15 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from MorphSeekLib import fields, folds
-from MorphSeekLib.checkpoint import software, write_atomically
-from MorphSeekLib.datasets import load_dataset, read_pair
-from MorphSeekLib.geometry import DenseTransform, Grid, dense_from_voxels, is_mirrored, voxel_displacement
-from MorphSeekLib.refinement import RefinementSettings
-from MorphSeekLib.registration import load_model, register
-from MorphSeekLib.regularizers import folding_penalty
-from MorphSeekLib.transforms import rounded
+from MorphSeekLib.data.datasets import load_dataset, read_pair
+from MorphSeekLib.io.transforms import rounded
+from MorphSeekLib.measures import folds
+from MorphSeekLib.measures.regularizers import folding_penalty
+from MorphSeekLib.networks.model_file import software, write_atomically
+from MorphSeekLib.registration.fit import RefinementSettings
+from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.geometry import DenseTransform, Grid, dense_from_voxels, is_mirrored, voxel_displacement
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = {"hippocampus": "hippocampus-mr", "brain_oasis": "brain-mr"}

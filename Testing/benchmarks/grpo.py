@@ -4,10 +4,10 @@
 
 One iteration (T = 3 steps, place "latent", VoxelMorph of the hippocampus recipe, labels of three structures, random
 images) runs in a process of its own for each row, so that peak memory (resident set) is its own. "flat" is
-MorphSeekLib.grpo: samples decoded and scored without a graph, one decode differentiated. "graph" decodes all J samples
-in one differentiable batch, scores them, and lets L_policy pass through the same graph. Both compute the same policy
-gradient (checked here on a small case before anything is timed).
-Targets: flat's peak at J = 64 at most 1.15 times that at J = 2; at J = 6 flat at least twice as fast as graph.
+MorphSeekLib.training.grpo: samples decoded and scored without a graph, one decode differentiated. "graph" decodes all J
+samples in one differentiable batch, scores them, and lets L_policy pass through the same graph. Both compute the same
+policy gradient (checked here on a small case before anything is timed). Targets: flat's peak at J = 64 at most 1.15
+times that at J = 2; at J = 6 flat at least twice as fast as graph.
 """
 
 from __future__ import annotations
@@ -23,13 +23,20 @@ from pathlib import Path
 
 import torch
 
-from MorphSeekLib import fields
-from MorphSeekLib.devices import training_autocast
-from MorphSeekLib.finetuning import FinetuneConfig
-from MorphSeekLib.grpo import Group, PolicyGradientSettings, expand_latent, policy_at, policy_loss, sample_and_score
-from MorphSeekLib.policy import ModelSettings, RegistrationModel, draw
-from MorphSeekLib.rewards import State, reward_map
-from MorphSeekLib.training import Batch, advance, warmup_loss
+from MorphSeekLib.networks.devices import training_autocast
+from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel, draw
+from MorphSeekLib.space import fields
+from MorphSeekLib.training.finetuning import FinetuneConfig
+from MorphSeekLib.training.grpo import (
+    Group,
+    PolicyGradientSettings,
+    expand_latent,
+    policy_at,
+    policy_loss,
+    sample_and_score,
+)
+from MorphSeekLib.training.rewards import State, reward_map
+from MorphSeekLib.training.trainer import Batch, advance, warmup_loss
 
 MODEL = {"encoder": [16, 32, 64, 64], "decoder": [64, 64, 32], "extra": [32, 16], "norm": "instance", "flow_stride": 2}
 CONFIG = FinetuneConfig()

@@ -31,18 +31,18 @@ from typing import Any
 import matplotlib
 import torch
 
-from MorphSeekLib import fields
 from MorphSeekLib.benchmark.table import signed_rank
-from MorphSeekLib.checkpoint import load, read_card, software
-from MorphSeekLib.datasets import PairLoader, load_dataset
-from MorphSeekLib.devices import network_autocast
-from MorphSeekLib.finetuning import FIELD_POLICY, FinetuneConfig, finetune
-from MorphSeekLib.grpo import PolicyGradientSettings
-from MorphSeekLib.metrics import folding, label_figures
-from MorphSeekLib.policy import refine
-from MorphSeekLib.settings import from_dict
-from MorphSeekLib.settings import load as load_settings
-from MorphSeekLib.training import TrainingConfig, warmup
+from MorphSeekLib.data.datasets import PairLoader, load_dataset
+from MorphSeekLib.measures.metrics import folding, label_figures
+from MorphSeekLib.networks.devices import network_autocast
+from MorphSeekLib.networks.model_file import load, read_card, software
+from MorphSeekLib.networks.policy import refine
+from MorphSeekLib.protocol.settings import from_dict
+from MorphSeekLib.protocol.settings import load as load_settings
+from MorphSeekLib.space import fields
+from MorphSeekLib.training.finetuning import FIELD_POLICY, FinetuneConfig, finetune
+from MorphSeekLib.training.grpo import PolicyGradientSettings
+from MorphSeekLib.training.trainer import TrainingConfig, warmup
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

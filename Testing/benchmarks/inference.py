@@ -26,9 +26,9 @@ CHILD = "--child"
 
 def make_pair(folder: Path, shape: list[int]) -> None:
     """Fixed and moving images as files."""
-    from MorphSeekLib.demo import deformed, template
-    from MorphSeekLib.geometry import Grid, resample
-    from MorphSeekLib.images import write_image
+    from MorphSeekLib.app.demo import deformed, template
+    from MorphSeekLib.io.images import write_image
+    from MorphSeekLib.space.geometry import Grid, resample
 
     fixed = template()
     spacing = fixed.grid.spacing * fixed.grid.shape / shape
@@ -43,8 +43,8 @@ def child_morphseek(folder: Path, model: str, steps: int, full: bool) -> dict:
     """One registration, alignment off; with ``full`` the network works on the image's own grid."""
     import dataclasses
 
-    from MorphSeekLib.images import read_image
-    from MorphSeekLib.registration import load_model, register
+    from MorphSeekLib.io.images import read_image
+    from MorphSeekLib.registration.pipeline import load_model, register
 
     fixed, moving = read_image(folder / "fixed.nii.gz"), read_image(folder / "moving.nii.gz")
     loaded = load_model(model, "cpu")

@@ -29,11 +29,11 @@ import torch
 from inference import CHILD, child_greedy, measure
 from torch import Tensor
 
-from MorphSeekLib import fields
 from MorphSeekLib.backbones.lapirn import DISPLACEMENT, LapIRN, from_official, half_sizes
-from MorphSeekLib.checkpoint import software
-from MorphSeekLib.devices import network_autocast, place
-from MorphSeekLib.metrics import dice_per_label
+from MorphSeekLib.measures.metrics import dice_per_label
+from MorphSeekLib.networks.devices import network_autocast, place
+from MorphSeekLib.networks.model_file import software
+from MorphSeekLib.space import fields
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 METHODS = ("official", "MorphSeek, float32", "MorphSeek", "greedy")
@@ -124,8 +124,8 @@ def child_classic(fixtures: Path) -> dict:
     """greedy."""
     from picsl_greedy import Greedy3D
 
-    from MorphSeekLib.geometry import Grid, Volume
-    from MorphSeekLib.images import read_labels, write_image
+    from MorphSeekLib.io.images import read_labels, write_image
+    from MorphSeekLib.space.geometry import Grid, Volume
 
     volumes, case = load_case(fixtures)
     grid = Grid.from_parts(case["config"]["shape"], (1.0, 1.0, 1.0), np.eye(3), (0.0, 0.0, 0.0))

@@ -1,9 +1,10 @@
 """How fast is MorphSeek's LNCC?
 
 Measures one forward and backward pass (gradient with respect to the warped image) of local normalised
-cross-correlation, VoxelMorph's definition, for MorphSeekLib.similarity.lncc and for the other ways of summing over the
-window: the dense convolution of the official codes, pooling, separable convolution and pooling, running (cumulative)
-sums, doubling sums, and matrix products differentiated by autograd; MONAI's loss too where MONAI is installed.
+cross-correlation, VoxelMorph's definition, for MorphSeekLib.measures.similarity.lncc and for the other ways of summing
+over the window: the dense convolution of the official codes, pooling, separable convolution and pooling, running
+(cumulative) sums, doubling sums, and matrix products differentiated by autograd; MONAI's loss too where MONAI is
+installed.
 
 All are run in turn within each repetition, so that a machine that slows down slows all of them. The table gives
 medians of wall time and of processor time (of all threads; the fairer one where other programs run), each with the
@@ -32,7 +33,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout need not be installed
 
-from MorphSeekLib.similarity import lncc
+from MorphSeekLib.measures.similarity import lncc
 
 Box = Callable[[Tensor, int], Tensor]
 AXES = (2, 3, 4)

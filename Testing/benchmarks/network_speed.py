@@ -37,12 +37,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout need not be installed
 
-from MorphSeekLib import fields
 from MorphSeekLib.backbones import ARCHITECTURES
-from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel
-from MorphSeekLib.regularizers import diffusion
-from MorphSeekLib.settings import to_dict
-from MorphSeekLib.similarity import lncc
+from MorphSeekLib.measures.regularizers import diffusion
+from MorphSeekLib.measures.similarity import lncc
+from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel
+from MorphSeekLib.protocol.settings import to_dict
+from MorphSeekLib.space import fields
 
 OUT = Path(__file__).parent / "results" / "network_speed.json"
 CHILD = "--child"

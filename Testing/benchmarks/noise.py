@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from MorphSeekLib.checkpoint import software, write_atomically
-from MorphSeekLib.datasets import Pair, load_dataset, read_pair
-from MorphSeekLib.geometry import Volume
-from MorphSeekLib.registration import LoadedModel, load_model, register
+from MorphSeekLib.data.datasets import Pair, load_dataset, read_pair
+from MorphSeekLib.networks.model_file import software, write_atomically
+from MorphSeekLib.registration.pipeline import LoadedModel, load_model, register
+from MorphSeekLib.space.geometry import Volume
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMA = 0.01  # of the image's range

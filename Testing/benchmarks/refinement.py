@@ -22,17 +22,17 @@ from pathlib import Path
 
 import torch
 
-from MorphSeekLib import fields
 from MorphSeekLib.benchmark.classical import greedy
-from MorphSeekLib.checkpoint import software
-from MorphSeekLib.datasets import Pair, load_dataset
-from MorphSeekLib.geometry import Volume, jacobian_volume, resample
-from MorphSeekLib.images import read_image, read_labels
-from MorphSeekLib.metrics import dice_per_label, folding
-from MorphSeekLib.policy import refine
-from MorphSeekLib.refinement import RefinementSettings, best_of, objective
-from MorphSeekLib.registration import LoadedModel, load_model, register
-from MorphSeekLib.training import PairLoader
+from MorphSeekLib.data.datasets import Pair, load_dataset
+from MorphSeekLib.io.images import read_image, read_labels
+from MorphSeekLib.measures.metrics import dice_per_label, folding
+from MorphSeekLib.networks.model_file import software
+from MorphSeekLib.networks.policy import refine
+from MorphSeekLib.registration.fit import RefinementSettings, best_of, objective
+from MorphSeekLib.registration.pipeline import LoadedModel, load_model, register
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.geometry import Volume, jacobian_volume, resample
+from MorphSeekLib.training.trainer import PairLoader
 
 
 def figures(warped_labels: torch.Tensor, jacobian: torch.Tensor, labels: list[Volume], seconds: float) -> dict:

@@ -32,9 +32,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))
 
 PROGRAMS = {
-    "passive": "from MorphSeekLib.cli import main; main()",
-    "untold": "from MorphSeekLib.cli import app; app()",
-    "active": "from MorphSeekLib.cli import main; main()",
+    "passive": "from MorphSeekLib.app.cli import main; main()",
+    "untold": "from MorphSeekLib.app.cli import app; app()",
+    "active": "from MorphSeekLib.app.cli import main; main()",
 }
 VARIABLES = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LOAD = """
@@ -130,7 +130,7 @@ def load() -> Iterator[None]:
 
 def make_pair(folder: Path, small: bool) -> list[Path]:
     """The demo's template and its known deformation, or two blobs and a random model, as files."""
-    from MorphSeekLib.images import write_image
+    from MorphSeekLib.io.images import write_image
 
     if small:
         from cases import blob_grid, blob_image, blob_labels
@@ -139,7 +139,7 @@ def make_pair(folder: Path, small: bool) -> list[Path]:
         random_model(folder / "model.safetensors")
         volumes = [blob_image(blob_labels(seed, blob_grid()), seed) for seed in (0, 1)]
     else:
-        from MorphSeekLib.demo import deformed, template
+        from MorphSeekLib.app.demo import deformed, template
 
         fixed = template()
         volumes = [fixed, deformed(fixed)[0]]

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from MorphSeekLib.demo import deformed, template
-from MorphSeekLib.registration import load_model, register
+from MorphSeekLib.app.demo import deformed, template
+from MorphSeekLib.registration.pipeline import load_model, register
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     moving, _ = deformed(fixed)
     model = load_model(options.model, "cpu")
     worker = subprocess.Popen(
-        [sys.executable, "-m", "MorphSeekLib.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "MorphSeekLib.app.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     rounds = []
     with tempfile.TemporaryDirectory() as folder:

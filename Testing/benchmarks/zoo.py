@@ -27,8 +27,8 @@ from lncc import machine
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout need not be installed
 
 from MorphSeekLib.backbones import ARCHITECTURES
-from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel
-from MorphSeekLib.settings import to_dict
+from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel
+from MorphSeekLib.protocol.settings import to_dict
 
 OUT = Path(__file__).parent / "results" / "zoo.json"
 PAGE = Path(__file__).resolve().parents[2] / "Resources" / "ZOO.md"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from MorphSeekLib.backbones.voxelmorph import VoxelMorph
-from MorphSeekLib.geometry import Grid, Volume
-from MorphSeekLib.images import write_image
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.space.geometry import Grid, Volume
 
 TINY = {
     "corrmlp": {"encoder_width": 2, "decoder_width": 8, "windows": [2, 3]},

@@ -9,10 +9,10 @@ import pytest
 import torch
 from cases import blob_grid, blob_image, blob_labels
 
-from MorphSeekLib.alignment import align, object_size
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.geometry import DenseTransform, Grid, Transform, Volume, apply_affine, covering_grid, resample
-from MorphSeekLib.images import read_image, read_labels
+from MorphSeekLib.io.images import read_image, read_labels
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.registration.alignment import align, object_size
+from MorphSeekLib.space.geometry import DenseTransform, Grid, Transform, Volume, apply_affine, covering_grid, resample
 
 LINEAR = [[1.1, 0.05, 0.0], [0.0, 0.92, -0.04], [0.0, 0.0, 1.0]]
 

@@ -7,17 +7,10 @@ import torch
 from cases import TINY
 
 from MorphSeekLib.backbones import ARCHITECTURES, BACKBONES, build_backbone
-from MorphSeekLib.backbones.voxelmorph import (
-    VXM1,
-    VXM2,
-    VoxelMorph,
-    VoxelMorphSettings,
-    from_official,
-    structure_force,
-)
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.policy import GaussianHead, PolicySettings
-from MorphSeekLib.settings import from_dict, to_dict
+from MorphSeekLib.backbones.voxelmorph import VXM1, VXM2, VoxelMorph, VoxelMorphSettings, from_official, structure_force
+from MorphSeekLib.networks.policy import GaussianHead, PolicySettings
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.settings import from_dict, to_dict
 
 PUBLISHED = {
     "vxm-1": (274_387, 53_760),

@@ -11,16 +11,16 @@ import pytest
 import torch
 from cases import TINY, blob_grid, blob_labels
 
-from MorphSeekLib import checkpoint
 from MorphSeekLib.backbones.voxelmorph import structure_force
-from MorphSeekLib.background import quiet_background
-from MorphSeekLib.checkpoint import Card
-from MorphSeekLib.datasets import Case, Pair, PairLoader
-from MorphSeekLib.geometry import Volume
-from MorphSeekLib.images import read_image, write_image
-from MorphSeekLib.policy import ModelSettings, RegistrationModel
-from MorphSeekLib.preprocessing import Preprocessing
-from MorphSeekLib.registration import load_model, register
+from MorphSeekLib.data.datasets import Case, Pair, PairLoader
+from MorphSeekLib.io.images import read_image, write_image
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.model_file import Card
+from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.space.background import quiet_background
+from MorphSeekLib.space.geometry import Volume
+from MorphSeekLib.space.preprocessing import Preprocessing
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "noise.py"
 RESULTS = BENCHMARK.parent / "results" / "noise.json"

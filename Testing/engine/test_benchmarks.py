@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from MorphSeekLib.settings import to_dict
+from MorphSeekLib.protocol.settings import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 

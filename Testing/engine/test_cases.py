@@ -11,13 +11,13 @@ import torch
 from cases import blob_grid, blob_image, blob_labels, write_dataset
 from typer.testing import CliRunner
 
-from MorphSeekLib.cases import TEST, VALIDATION, check, find_cases, hold_out, name_of
-from MorphSeekLib.cli import app
-from MorphSeekLib.datasets import Dataset, Pair, PairLoader, load_dataset, paired_sides
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.geometry import Grid, Volume
-from MorphSeekLib.images import write_image
-from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib.app.cli import app
+from MorphSeekLib.data.cases import TEST, VALIDATION, check, find_cases, hold_out, name_of
+from MorphSeekLib.data.datasets import Dataset, Pair, PairLoader, load_dataset, paired_sides
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.space.geometry import Grid, Volume
+from MorphSeekLib.space.preprocessing import Preprocessing
 
 
 def write_case(image, label, seed, grid=None):

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from MorphSeekLib import checkpoint
-from MorphSeekLib.checkpoint import Card
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel
-from MorphSeekLib.preprocessing import Preprocessing
-from MorphSeekLib.startup import find
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.model_file import Card
+from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.startup import find
+from MorphSeekLib.space.preprocessing import Preprocessing
 
 MODEL = ModelSettings(
     backbone_settings={"encoder": [4, 6], "decoder": [6, 4], "extra": [4]},

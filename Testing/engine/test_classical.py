@@ -12,10 +12,10 @@ from cases import blob_image, blob_labels
 
 from MorphSeekLib.benchmark import classical
 from MorphSeekLib.benchmark.classical import CLASSICAL
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import Grid, Volume, index_points, resample
-from MorphSeekLib.images import read_image
-from MorphSeekLib.metrics import dice_per_label
+from MorphSeekLib.io.images import read_image
+from MorphSeekLib.measures.metrics import dice_per_label
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space.geometry import Grid, Volume, index_points, resample
 
 PACKAGES = {"greedy": "picsl_greedy", "syn": "ants", "syn-cc": "ants"}
 AXES = np.diag([-1.0, -1.0, 1.0])

@@ -19,11 +19,11 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 from test_registration import random_model
 from typer.testing import CliRunner
 
-from MorphSeekLib.checkpoint import sha256
-from MorphSeekLib.cli import app
-from MorphSeekLib.geometry import Grid, Volume
-from MorphSeekLib.images import write_image
-from MorphSeekLib.results import FILES
+from MorphSeekLib.app.cli import app
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.networks.model_file import sha256
+from MorphSeekLib.report.results import FILES
+from MorphSeekLib.space.geometry import Grid, Volume
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def registering(files: Path, out: Path, **changes: object) -> list:
 def test_register_as_a_process(files, tmp_path):
     """With labels: all files, figures on the terminal, progress on stderr."""
     labels = {f"{side}_labels": files / f"{side}-labels.nii.gz" for side in ("fixed", "moving")}
-    command = [sys.executable, "-m", "MorphSeekLib.cli", *registering(files, tmp_path / "out", **labels)]
+    command = [sys.executable, "-m", "MorphSeekLib.app.cli", *registering(files, tmp_path / "out", **labels)]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} == set(FILES)
@@ -310,7 +310,7 @@ def test_unwritable_folder(files, tmp_path):
 def test_ctrl_c_leaves_nothing(files, tmp_path):
     """Of the longest fit there is: what it said tells that it was not finished."""
     arguments = registering(files, tmp_path / "out", refine=1000, refine_fine=1000)
-    command = [sys.executable, "-m", "MorphSeekLib.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "MorphSeekLib.app.cli", *map(str, arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "Fitting this pair" in line:

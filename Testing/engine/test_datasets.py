@@ -15,9 +15,8 @@ from cases import TINY, write_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from MorphSeekLib import fields
-from MorphSeekLib.cases import hold_out
-from MorphSeekLib.datasets import (
+from MorphSeekLib.data.cases import hold_out
+from MorphSeekLib.data.datasets import (
     Case,
     Pair,
     PairLoader,
@@ -28,12 +27,13 @@ from MorphSeekLib.datasets import (
     scored_pairs,
     training_pair,
 )
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import Grid, Volume, apply_affine
-from MorphSeekLib.images import read_image, write_image
-from MorphSeekLib.policy import ModelSettings
-from MorphSeekLib.preprocessing import Preprocessing
-from MorphSeekLib.training import TrainingConfig, WarmupSettings, warmup
+from MorphSeekLib.io.images import read_image, write_image
+from MorphSeekLib.networks.policy import ModelSettings
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.geometry import Grid, Volume, apply_affine
+from MorphSeekLib.space.preprocessing import Preprocessing
+from MorphSeekLib.training.trainer import TrainingConfig, WarmupSettings, warmup
 
 TURNED = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, -1.0]])
 
@@ -150,7 +150,7 @@ def reads(monkeypatch):
         names.append(path.name)
         return read_image(path)
 
-    monkeypatch.setattr("MorphSeekLib.datasets.read_image", read)
+    monkeypatch.setattr("MorphSeekLib.data.datasets.read_image", read)
     return names
 
 

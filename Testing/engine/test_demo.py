@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from MorphSeekLib import demo
-from MorphSeekLib.events import ignore, never
-from MorphSeekLib.geometry import apply_affine, resample
+from MorphSeekLib.app import demo
+from MorphSeekLib.protocol.events import ignore, never
+from MorphSeekLib.space.geometry import apply_affine, resample
 
 pytest.importorskip("nilearn", reason="the demo's template comes with nilearn: pip install -e '.[demo]'")
 

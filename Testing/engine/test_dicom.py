@@ -15,7 +15,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
 from test_images import refused
 
-from MorphSeekLib import images
+from MorphSeekLib.io import images
 
 CASES = Path(__file__).resolve().parents[2].parent / "shared" / "cases"
 needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/cases beside the checkout")

@@ -14,13 +14,13 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 from test_registration import random_model
 from typer.testing import CliRunner
 
-from MorphSeekLib.cli import app
-from MorphSeekLib.datasets import Case, Pair, PairLoader, load_dataset
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.evaluation import evaluate
-from MorphSeekLib.geometry import Grid, Volume
-from MorphSeekLib.images import write_image
-from MorphSeekLib.training import validate
+from MorphSeekLib.app.cli import app
+from MorphSeekLib.data.datasets import Case, Pair, PairLoader, load_dataset
+from MorphSeekLib.evaluation.evaluate import evaluate
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.space.geometry import Grid, Volume
+from MorphSeekLib.training.trainer import validate
 
 NARROW = Grid.from_parts((24, 28, 20), (2.0, 2.0, 2.5), np.eye(3), (0, 0, 0))
 WIDE = Grid.from_parts((60, 28, 20), (2.0, 2.0, 2.5), np.eye(3), (0, 0, 0))

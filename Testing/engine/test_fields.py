@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.linalg import expm
 from scipy.ndimage import map_coordinates
 
-from MorphSeekLib import fields
+from MorphSeekLib.space import fields
 
 quick = settings(max_examples=20, deadline=None)
 few = settings(max_examples=8, deadline=None)

@@ -12,17 +12,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from MorphSeekLib import images, transforms
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.files import (
-    library_name,
-    output_folder,
-    python_name,
-    shown,
-    whole_file,
-    write_atomically,
-)
-from MorphSeekLib.startup import refuse_overwriting
+from MorphSeekLib.io import images, transforms
+from MorphSeekLib.io.files import library_name, output_folder, python_name, shown, whole_file, write_atomically
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.startup import refuse_overwriting
 
 WRITERS = {
     "folder": "with files.output_folder(path) as part:\n    (part / 'a.txt').write_text('half')\n    wait()",
@@ -87,7 +80,7 @@ def test_the_file_that_stands_for_the_others_comes_last(tmp_path, monkeypatch):
     for content in ("old", "new"):
         moves = []
         monkeypatch.setattr(
-            "MorphSeekLib.files.os.replace",
+            "MorphSeekLib.io.files.os.replace",
             lambda source, target, moves=moves: moves.append((target.name, (tmp_path / "r.json").exists())),
         )
         with output_folder(tmp_path, seal="r.json") as part:

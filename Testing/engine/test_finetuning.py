@@ -18,17 +18,17 @@ import torch
 from cases import write_dataset
 from safetensors import safe_open
 
-from MorphSeekLib import checkpoint
-from MorphSeekLib.datasets import Pair, PairLoader, load_dataset
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.finetuning import UPDATES, FinetuneConfig, FinetuneRun, finetune, score
-from MorphSeekLib.grpo import PolicyGradientSettings
-from MorphSeekLib.images import read_labels
-from MorphSeekLib.policy import ModelSettings, PolicySettings
-from MorphSeekLib.preprocessing import Preprocessing
-from MorphSeekLib.rewards import RewardSettings
-from MorphSeekLib.settings import to_dict
-from MorphSeekLib.training import LossSettings, TrainingConfig, WarmupSettings, validate, warmup
+from MorphSeekLib.data.datasets import Pair, PairLoader, load_dataset
+from MorphSeekLib.io.images import read_labels
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.policy import ModelSettings, PolicySettings
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.settings import to_dict
+from MorphSeekLib.space.preprocessing import Preprocessing
+from MorphSeekLib.training.finetuning import UPDATES, FinetuneConfig, FinetuneRun, finetune, score
+from MorphSeekLib.training.grpo import PolicyGradientSettings
+from MorphSeekLib.training.rewards import RewardSettings
+from MorphSeekLib.training.trainer import LossSettings, TrainingConfig, WarmupSettings, validate, warmup
 
 MODEL = ModelSettings(
     backbone_settings={"encoder": (8, 8), "decoder": (8,), "extra": (8,), "norm": "instance", "flow_stride": 2}
@@ -287,7 +287,7 @@ def two_processes(dataset, init, config, out):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "MorphSeekLib.cli", "finetune", str(dataset.path), "--init", str(init)]
+    command = [sys.executable, "-m", "MorphSeekLib.app.cli", "finetune", str(dataset.path), "--init", str(init)]
     command += ["--config", str(out.parent / "settings.json"), "--device", "cpu", "--out", str(out)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"OMP_NUM_THREADS": "1", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
@@ -352,7 +352,7 @@ def test_a_killed_process_resumes_to_the_same_weights(dataset, init, tmp_path):
     run = dataclasses.replace(CONFIG.training, iterations=20, pairs=1, validate_every=20)
     config = dataclasses.replace(CONFIG, training=run)
     (tmp_path / "settings.json").write_text(json.dumps(plain(config)))
-    command = "import torch; torch.set_num_threads(1); from MorphSeekLib.cli import main; main()"
+    command = "import torch; torch.set_num_threads(1); from MorphSeekLib.app.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", command, "finetune", str(dataset.path), "--init", str(init), "--device", "cpu",
          "--config", str(tmp_path / "settings.json"), "--out", str(tmp_path / "cut.safetensors")],

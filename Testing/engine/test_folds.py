@@ -11,9 +11,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from MorphSeekLib import fields, folds
-from MorphSeekLib.geometry import DenseTransform, Grid, Volume, apply_affine, dense_from_voxels
-from MorphSeekLib.transforms import rounded
+from MorphSeekLib.io.transforms import rounded
+from MorphSeekLib.measures import folds
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine, dense_from_voxels
 
 CORNERS = list(product((0, 1), repeat=3))
 

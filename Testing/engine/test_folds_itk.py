@@ -10,9 +10,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from MorphSeekLib import fields, folds
-from MorphSeekLib.geometry import DenseTransform, Grid, dense_from_voxels, voxel_displacement
-from MorphSeekLib.transforms import rounded, write_transform
+from MorphSeekLib.io.transforms import rounded, write_transform
+from MorphSeekLib.measures import folds
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.geometry import DenseTransform, Grid, dense_from_voxels, voxel_displacement
 
 STEP = 0.02  # voxels, from a point to where its differences are taken
 TURN = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from MorphSeekLib import fields, geometry
-from MorphSeekLib.geometry import DenseTransform, Grid, Volume, apply_affine
+from MorphSeekLib.space import fields, geometry
+from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine
 
 some = settings(max_examples=15, deadline=None)
 POINT_MM = 1e-3  # the promise: points within a micrometre ...

@@ -8,8 +8,8 @@ import torch
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from MorphSeekLib import fields, geometry
-from MorphSeekLib.geometry import DenseTransform, Grid, Volume, apply_affine
+from MorphSeekLib.space import fields, geometry
+from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine
 
 slicer = pytest.importorskip("slicer", reason="needs slicer-core")
 vtk = pytest.importorskip("vtk", reason="needs slicer-core")

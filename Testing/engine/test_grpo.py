@@ -11,9 +11,10 @@ from cases import blob_grid, blob_image, blob_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from MorphSeekLib import fields
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.grpo import (
+from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel, draw
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space import fields
+from MorphSeekLib.training.grpo import (
     Gaussian,
     Group,
     PolicyGradientSettings,
@@ -28,8 +29,7 @@ from MorphSeekLib.grpo import (
     upsample,
     widen,
 )
-from MorphSeekLib.policy import ModelSettings, RegistrationModel, draw
-from MorphSeekLib.rewards import RewardSettings, State, reward_map
+from MorphSeekLib.training.rewards import RewardSettings, State, reward_map
 
 GRID = blob_grid((16, 16, 16))
 REWARD = RewardSettings({"dice": 1.0, "folding": 1.0})

@@ -14,10 +14,10 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from MorphSeekLib import images
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.files import output_folder
-from MorphSeekLib.geometry import DenseTransform, Grid, Volume
+from MorphSeekLib.io import images
+from MorphSeekLib.io.files import output_folder
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume
 
 TURN = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
 

@@ -22,9 +22,9 @@ from test_images import edit
 from test_nifti import LPS, turned
 from test_registration import random_model
 
-from MorphSeekLib.geometry import Volume
-from MorphSeekLib.images import read_image, read_labels, write_image
-from MorphSeekLib.results import FILES, earlier_files
+from MorphSeekLib.io.images import read_image, read_labels, write_image
+from MorphSeekLib.report.results import FILES, earlier_files
+from MorphSeekLib.space.geometry import Volume
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_a_name_that_the_locale_cannot_print_registers(files, tmp_path):
     """In the C locale, as in many containers and batch jobs."""
     moving = files / "caf\u00e9.nii.gz"
     shutil.copy(files / "moving.nii.gz", moving)
-    command = [sys.executable, "-m", "MorphSeekLib.cli", *registering(files, tmp_path / "\u00e9", moving=moving)]
+    command = [sys.executable, "-m", "MorphSeekLib.app.cli", *registering(files, tmp_path / "\u00e9", moving=moving)]
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([os.fsencode(str(c)) for c in command], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr

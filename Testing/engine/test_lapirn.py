@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from MorphSeekLib import fields
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.backbones.lapirn import (
     DIFFEOMORPHIC,
@@ -16,8 +15,9 @@ from MorphSeekLib.backbones.lapirn import (
     from_official,
     half_sizes,
 )
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.metrics import folding
+from MorphSeekLib.measures.metrics import folding
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space import fields
 
 TINY = {"width": 4, "blocks": 1}
 

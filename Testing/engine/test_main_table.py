@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from scipy.stats import wilcoxon
 from typer.testing import CliRunner
 
+from MorphSeekLib.app.cli import app
 from MorphSeekLib.backbones.voxelmorph import VXM_HUGE, VoxelMorphSettings
 from MorphSeekLib.benchmark.main_table import (
     SETTINGS,
@@ -29,11 +30,10 @@ from MorphSeekLib.benchmark.main_table import (
 )
 from MorphSeekLib.benchmark.scoring import DEFINITIONS
 from MorphSeekLib.benchmark.table import latex, markdown, rows_of, write_report
-from MorphSeekLib.checkpoint import read_card, sha256
-from MorphSeekLib.cli import app
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.policy import RegistrationModel
-from MorphSeekLib.settings import from_dict, load
+from MorphSeekLib.networks.model_file import read_card, sha256
+from MorphSeekLib.networks.policy import RegistrationModel
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.settings import from_dict, load
 
 BLOBS = {
     "title": "A table of blobs",
@@ -340,7 +340,11 @@ def test_a_stopped_run_goes_on_where_it_stood(data, tmp_path):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-COMMAND = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from MorphSeekLib.cli import main; main()"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import torch; torch.set_num_threads(1); from MorphSeekLib.app.cli import main; main()",
+]
 
 
 def test_two_processes_share_the_runs(data, tmp_path, monkeypatch):

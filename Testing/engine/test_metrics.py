@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from MorphSeekLib import fields, metrics
-from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.measures import metrics
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space import fields
 
 SHAPE = (7, 6, 5)
 label_images = hnp.arrays(np.uint8, SHAPE, elements=st.integers(0, 3)).map(torch.from_numpy)

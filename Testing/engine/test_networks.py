@@ -10,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from cases import TINY, blob_grid, blob_image, blob_labels, write_dataset
 
-from MorphSeekLib import checkpoint, fields
 from MorphSeekLib.backbones import BACKBONES
-from MorphSeekLib.background import quiet_background
-from MorphSeekLib.checkpoint import Card
-from MorphSeekLib.datasets import load_dataset
-from MorphSeekLib.finetuning import FinetuneConfig, FinetuneRun, finetune
-from MorphSeekLib.geometry import Volume
-from MorphSeekLib.grpo import PolicyGradientSettings, policy_at, sample_and_score, steps_of
-from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel, refine
-from MorphSeekLib.preprocessing import Preprocessing, working_grid
-from MorphSeekLib.refinement import RefinementSettings
-from MorphSeekLib.registration import load_model, register
-from MorphSeekLib.rewards import RewardSettings, State
-from MorphSeekLib.training import LossSettings, TrainingConfig, WarmupSettings, warmup
+from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.model_file import Card
+from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel, refine
+from MorphSeekLib.registration.fit import RefinementSettings
+from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.background import quiet_background
+from MorphSeekLib.space.geometry import Volume
+from MorphSeekLib.space.preprocessing import Preprocessing, working_grid
+from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, finetune
+from MorphSeekLib.training.grpo import PolicyGradientSettings, policy_at, sample_and_score, steps_of
+from MorphSeekLib.training.rewards import RewardSettings, State
+from MorphSeekLib.training.trainer import LossSettings, TrainingConfig, WarmupSettings, warmup
 
 every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
 

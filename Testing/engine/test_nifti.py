@@ -14,9 +14,9 @@ import SimpleITK as sitk
 import torch
 from test_images import edit, grid_of, refused, sitk_of, volume_of
 
-from MorphSeekLib import images, nifti
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import Grid, Volume
+from MorphSeekLib.io import images, nifti
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space.geometry import Grid, Volume
 
 CASES = Path(__file__).resolve().parents[2].parent / "shared" / "cases"
 needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/cases beside the checkout")

@@ -11,14 +11,15 @@ import torch
 from test_cli import run
 from test_transmorph import UNUSED
 
-from MorphSeekLib import checkpoint, fields
 from MorphSeekLib.backbones import ARCHITECTURES
 from MorphSeekLib.backbones.lapirn import half_sizes
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import Grid, Volume
-from MorphSeekLib.official import import_checkpoint
-from MorphSeekLib.preprocessing import Preprocessing
-from MorphSeekLib.registration import load_model, register
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.official import import_checkpoint
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.geometry import Grid, Volume
+from MorphSeekLib.space.preprocessing import Preprocessing
 
 FIXTURES = {
     "corrmlp_reduced": ("corrmlp", {"encoder_width": 4, "decoder_width": 8}),

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from MorphSeekLib import fields
-from MorphSeekLib.policy import (
+from MorphSeekLib.networks.policy import (
     GaussianHead,
     Latent,
     ModelSettings,
@@ -18,6 +17,7 @@ from MorphSeekLib.policy import (
     kl_to_standard_normal,
     refine,
 )
+from MorphSeekLib.space import fields
 
 SMALL = {"encoder": (4, 6), "decoder": (6, 4), "extra": (4,)}
 

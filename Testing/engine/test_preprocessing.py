@@ -7,17 +7,10 @@ import pytest
 import torch
 from cases import blob_grid, blob_image, blob_labels
 
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import Grid, Volume
-from MorphSeekLib.images import read_image
-from MorphSeekLib.preprocessing import (
-    Preprocessing,
-    background_of,
-    foreground_of,
-    normalize,
-    normalized,
-    sampled,
-)
+from MorphSeekLib.io.images import read_image
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space.geometry import Grid, Volume
+from MorphSeekLib.space.preprocessing import Preprocessing, background_of, foreground_of, normalize, normalized, sampled
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from MorphSeekLib.benchmark.published import OASIS_LABELS, PUBLISHED
-from MorphSeekLib.cases import check, name_of
-from MorphSeekLib.datasets import PairLoader, training_pair
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import Grid, Volume
-from MorphSeekLib.images import write_image
-from MorphSeekLib.preprocessing import Preprocessing
+from MorphSeekLib.data.cases import check, name_of
+from MorphSeekLib.data.datasets import PairLoader, training_pair
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space.geometry import Grid, Volume
+from MorphSeekLib.space.preprocessing import Preprocessing
 
 GRID = Grid((6, 5, 4), np.diag([2.0, 2.0, 2.0, 1.0]))
 

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from test_registration import random_model
 from typer.testing import CliRunner
 
-from MorphSeekLib import fields
-from MorphSeekLib.cli import app
-from MorphSeekLib.errors import Cancelled
-from MorphSeekLib.geometry import Grid, covering_grid
-from MorphSeekLib.images import write_image
-from MorphSeekLib.policy import ModelSettings, RegistrationModel
-from MorphSeekLib.preprocessing import FINE_VOXELS, fine_grid
-from MorphSeekLib.refinement import RefinementSettings, best_of, objective, optimize
-from MorphSeekLib.registration import register
+from MorphSeekLib.app.cli import app
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.protocol.errors import Cancelled
+from MorphSeekLib.registration.fit import RefinementSettings, best_of, objective, optimize
+from MorphSeekLib.registration.pipeline import register
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.geometry import Grid, covering_grid
+from MorphSeekLib.space.preprocessing import FINE_VOXELS, fine_grid
 
 SHAPE = (16, 20, 16)
 

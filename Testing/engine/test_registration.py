@@ -10,18 +10,18 @@ import SimpleITK as sitk
 import torch
 from cases import blob_grid, blob_image, blob_labels, follow_forces
 
-from MorphSeekLib import checkpoint
-from MorphSeekLib.checkpoint import Card
-from MorphSeekLib.devices import describe_devices, memory_advice, network_precision, pick_device
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.fields import jacobian_determinant
-from MorphSeekLib.geometry import DenseTransform, Grid, Volume, apply_affine, voxel_displacement
-from MorphSeekLib.images import read_image, read_labels, sitk_from_volume, write_image
-from MorphSeekLib.policy import ModelSettings, RegistrationModel
-from MorphSeekLib.preprocessing import Preprocessing
-from MorphSeekLib.refinement import RefinementSettings
-from MorphSeekLib.registration import MAX_STEPS, load_model, register
-from MorphSeekLib.results import FILES, write_results
+from MorphSeekLib.io.images import read_image, read_labels, sitk_from_volume, write_image
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.devices import describe_devices, memory_advice, network_precision, pick_device
+from MorphSeekLib.networks.model_file import Card
+from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.registration.fit import RefinementSettings
+from MorphSeekLib.registration.pipeline import MAX_STEPS, load_model, register
+from MorphSeekLib.report.results import FILES, write_results
+from MorphSeekLib.space.fields import jacobian_determinant
+from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine, voxel_displacement
+from MorphSeekLib.space.preprocessing import Preprocessing
 
 TILTED = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, -1.0]])  # oblique and left-handed
 
@@ -356,7 +356,8 @@ def test_out_of_memory_becomes_advice():
 
 def test_bfloat16_changes_the_field_little(pair, model, monkeypatch):
     """The reduced precision that processors with AMX and GPUs use, forced here: geometry stays in float32."""
-    from MorphSeekLib import devices, registration
+    from MorphSeekLib.networks import devices
+    from MorphSeekLib.registration import pipeline as registration
 
     fixed, moving, _, _ = pair
     full = register(fixed, moving, model, inverse=False)

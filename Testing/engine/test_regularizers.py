@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from MorphSeekLib import fields
-from MorphSeekLib.regularizers import bending, diffusion, folding_penalty
+from MorphSeekLib.measures.regularizers import bending, diffusion, folding_penalty
+from MorphSeekLib.space import fields
 
 ALL = (diffusion, bending, folding_penalty)
 

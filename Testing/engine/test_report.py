@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from MorphSeekLib import fields, folds, geometry, metrics
-from MorphSeekLib import report as reports
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import Grid, Volume
+from MorphSeekLib.measures import folds, metrics
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.report import page as reports
+from MorphSeekLib.space import fields, geometry
+from MorphSeekLib.space.geometry import Grid, Volume
 
 CLEAN = {"cells": 8, "folded": 0, "undecided": 0, "folded_outside": 0, "undecided_outside": 0}
 ROTATED = np.array([[math.cos(0.4), -math.sin(0.4), 0], [math.sin(0.4), math.cos(0.4), 0], [0, 0, 1]])

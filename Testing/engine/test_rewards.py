@@ -8,10 +8,10 @@ from cases import blob_grid, blob_image, blob_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from MorphSeekLib import fields
-from MorphSeekLib.metrics import dice_per_label
-from MorphSeekLib.rewards import TERMS, RewardSettings, State, reward_map
-from MorphSeekLib.similarity import lncc, mind_loss
+from MorphSeekLib.measures.metrics import dice_per_label
+from MorphSeekLib.measures.similarity import lncc, mind_loss
+from MorphSeekLib.space import fields
+from MorphSeekLib.training.rewards import TERMS, RewardSettings, State, reward_map
 
 GRID = blob_grid((20, 24, 16))
 

@@ -1,11 +1,10 @@
 """The house rules of DESIGN.md: what each room may import. Read from the source, so that nothing needs to be installed.
 
+- Rooms of the engine lie above each other; a room imports from those below it only, and no circle lies within one.
 - The engine (MorphSeekLib) never imports Slicer or a user interface: it runs on a server.
 - The module (MorphSeek) never imports torch or the engine: a crash of the engine must not take Slicer down.
-- SimpleITK is met in five rooms only: images, dicom, transforms (files), alignment (initial alignment) and report
-  (pictures).
-- Nothing is unpickled from a file that a person picked.
-- The benchmark stands on the engine, never the engine on it; its optional packages are met in one room.
+- SimpleITK is met in five files only: images, dicom, transforms, alignment and page (pictures of the report).
+- Nothing is unpickled from a file that a user picked.
 """
 
 from __future__ import annotations
@@ -20,7 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = sorted((ROOT / "MorphSeekLib").rglob("*.py"))
 MODULE = sorted((ROOT / "MorphSeek").rglob("*.py"))
 INTERFACE = {"slicer", "vtk", "vtkmodules", "qt", "ctk", "mrml", "PySide6", "PySide2", "PyQt5", "PyQt6", "MorphSeekGui"}
-SIMPLEITK_ROOMS = {"images.py", "dicom.py", "transforms.py", "alignment.py", "report.py"}
+SIMPLEITK_FILES = {"images.py", "dicom.py", "transforms.py", "alignment.py", "page.py"}
+ROOMS = (  # from the ground up
+    *("protocol", "space", "io", "measures", "backbones", "networks", "registration"),
+    *("data", "training", "evaluation", "report", "app", "benchmark"),
+)
 
 
 @functools.cache
@@ -39,13 +42,20 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """First names of all relative imports of a file, from wherever in the package."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def arrows(source: str, room: str) -> set[tuple[str, str]]:
+    """(room, file) of all that a file of a room imports from the engine, wherever in it the import stands."""
+    found: set[tuple[str, str]] = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
-            names |= {name.split(".")[0] for name in ([node.module] if node.module else [a.name for a in node.names])}
-    return names
+            base = [room][: 2 - node.level]
+            for alias in node.names:
+                place = [*base, *(node.module.split(".") if node.module else []), alias.name]
+                found.add((place[0], place[1] if len(place) > 1 else ""))
+    return found
+
+
+def files_of(room: str) -> list[Path]:
+    return sorted((ROOT / "MorphSeekLib" / room).rglob("*.py"))
 
 
 def refuse(files: list[Path], forbidden: set[str]) -> None:
@@ -74,20 +84,46 @@ def test_module_knows_no_torch_and_no_engine():
     refuse(MODULE, {"torch", "MorphSeekLib"})
 
 
-def test_simpleitk_stays_in_its_rooms():
-    elsewhere = [path for path in ENGINE if path.name not in SIMPLEITK_ROOMS]
+def test_simpleitk_stays_in_its_files():
+    elsewhere = [path for path in ENGINE if path.name not in SIMPLEITK_FILES]
     refuse(elsewhere, {"SimpleITK", "itk"})
 
 
-def test_the_benchmark_stands_on_the_engine():
-    """Only the command line opens it, when it is asked for; greedy and ANTs are called from one room."""
-    rooms = sorted((ROOT / "MorphSeekLib" / "benchmark").glob("*.py"))
-    assert rooms
-    others = [path for path in ENGINE if path not in rooms]
-    opening = [path.name for path in others if "benchmark" in imported_rooms(path)]
-    assert opening == ["cli.py"]
-    for node in ast.parse((ROOT / "MorphSeekLib" / "cli.py").read_text(encoding="utf-8")).body:
-        assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmark"))
+def test_every_room_is_known():
+    folders = {path.name for path in (ROOT / "MorphSeekLib").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(ROOMS)
+    assert [path.name for path in (ROOT / "MorphSeekLib").glob("*.py")] == ["__init__.py"]
+
+
+def test_arrows_are_found():
+    source = "from ..space import fields\nfrom ..io.files import a\nfrom .b import c\nfrom .. import __version__\n"
+    assert arrows(source, "app") == {("space", "fields"), ("io", "files"), ("app", "b"), ("__version__", "")}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_arrow_between_rooms_runs_up(room):
+    below = ROOMS[: ROOMS.index(room)]
+    for path in files_of(room):
+        for other, name in arrows(path.read_text(encoding="utf-8"), room):
+            if (path.name, other) == ("cli.py", "benchmark"):
+                continue  # the command `morphseek benchmark`
+            assert other in (room, "__version__") or other in below, f"{room}/{path.name} imports {other}.{name}"
+
+
+@pytest.mark.parametrize("room", ROOMS[:-1])
+def test_no_circle_lies_within_a_room(room):
+    above: dict[str, set[str]] = {
+        path.stem: {name for other, name in arrows(path.read_text(encoding="utf-8"), room) if other == room}
+        for path in files_of(room)
+        if path.stem != "__init__"
+    }
+    while above:
+        ground = {name for name, needs in above.items() if not needs & above.keys()}
+        assert ground, f"{room}: {sorted(above)} import each other"
+        above = {name: needs for name, needs in above.items() if name not in ground}
+
+
+def test_greedy_and_ants_are_called_from_one_file():
     refuse([path for path in ENGINE if path.name != "classical.py"], {"ants", "picsl_greedy"})
 
 
@@ -111,10 +147,19 @@ def test_nothing_is_unpickled(tmp_path):
     assert unsafe_loads(source) == ["a.py:1", "a.py:3"]
 
 
-def test_fields_and_geometry_stand_on_the_ground():
-    """The two lowest rooms need torch and numpy, fields not even geometry; what comes first needs neither."""
-    allowed = {"fields.py": {"torch", "collections", "__future__"}}
-    allowed["startup.py"] = {"__future__", "collections", "json", "os", "pathlib", "struct", "tempfile", "typing"}
-    allowed["geometry.py"] = allowed["fields.py"] | {"numpy", "math", "dataclasses"}
+def test_the_ground_needs_little():
+    """Fields and geometry need torch and numpy, fields not even geometry; what comes first needs neither."""
+    allowed = {"space/fields.py": {"torch", "collections", "__future__"}}
+    allowed["protocol/startup.py"] = {
+        "__future__",
+        "collections",
+        "json",
+        "os",
+        "pathlib",
+        "struct",
+        "tempfile",
+        "typing",
+    }
+    allowed["space/geometry.py"] = allowed["space/fields.py"] | {"numpy", "math", "dataclasses"}
     for name, names in allowed.items():
         assert imported(ROOT / "MorphSeekLib" / name) <= names

@@ -16,9 +16,9 @@ from cases import write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MorphSeekLib import checkpoint
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.runs import locked, planned_iterations, run
+from MorphSeekLib.app.runs import locked, planned_iterations, run
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 
 MODEL = {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "norm": "instance", "flow_stride": 2}}
 WARMUP = {
@@ -30,7 +30,11 @@ FINETUNE = {
     "policy": {"trajectories": 4, "weight": 0.1},
     "training": {"iterations": 3, "steps": 2, "validate_every": 2, "save_every": 1},
 }
-COMMAND = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from MorphSeekLib.cli import main; main()"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import torch; torch.set_num_threads(1); from MorphSeekLib.app.cli import main; main()",
+]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +201,7 @@ def test_no_run_in_a_folder(tmp_path):
 def test_two_processes_never_train_in_one_folder(dataset, tmp_path):
     folder = make(tmp_path / "run", dataset)
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from MorphSeekLib.runs import locked\n"
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from MorphSeekLib.app.runs import locked\n"
          "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(folder)],
         stdout=subprocess.PIPE,
     )  # fmt: skip

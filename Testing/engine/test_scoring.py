@@ -13,10 +13,10 @@ import torch
 from cases import blob_grid, blob_image, blob_labels, write_dataset
 
 from MorphSeekLib.benchmark.scoring import DEFINITIONS, measure, peak_memory, score
-from MorphSeekLib.datasets import Case, Dataset, Pair, load_dataset
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.geometry import DenseTransform, Grid, Volume, dense_from_voxels
-from MorphSeekLib.images import sitk_from_volume, write_image
+from MorphSeekLib.data.datasets import Case, Dataset, Pair, load_dataset
+from MorphSeekLib.io.images import sitk_from_volume, write_image
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, dense_from_voxels
 
 OBLIQUE = Grid.from_parts(
     (24, 20, 18), (1.0, 1.5, 2.0), np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, -1.0]]), (5, 6, 7)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from cases import TINY
 
-from MorphSeekLib import fields
 from MorphSeekLib.backbones import build_backbone, corrmlp, nice_trans
-from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space import fields
 
 FROM_OFFICIAL = {"nice_trans": nice_trans.from_official, "corrmlp": corrmlp.from_official}
 both = pytest.mark.parametrize("name", sorted(FROM_OFFICIAL))

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from MorphSeekLib import similarity
-from MorphSeekLib.similarity import SIMILARITIES, Judge, lncc, mind_loss, mind_ssc, mse, multiresolution_lncc
+from MorphSeekLib.measures import similarity
+from MorphSeekLib.measures.similarity import SIMILARITIES, Judge, lncc, mind_loss, mind_ssc, mse, multiresolution_lncc
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "lncc.py"
 

@@ -14,16 +14,18 @@ from cases import TINY, write_dataset
 from test_backbones import Whole
 from typer.testing import CliRunner
 
-from MorphSeekLib import checkpoint, fields
+from MorphSeekLib.app.cli import app
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.backbones.spac import SPAC, Plan, SPACSettings, from_official, settings_of
-from MorphSeekLib.cli import app
-from MorphSeekLib.datasets import load_dataset
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.official import import_checkpoint
-from MorphSeekLib.policy import ModelSettings, PolicySettings, RegistrationModel
-from MorphSeekLib.preprocessing import Preprocessing
-from MorphSeekLib.sac import (
+from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.official import import_checkpoint
+from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.settings import to_dict
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.preprocessing import Preprocessing
+from MorphSeekLib.training.sac import (
     Critic,
     Learner,
     SACConfig,
@@ -39,7 +41,6 @@ from MorphSeekLib.sac import (
     train_spac,
     update,
 )
-from MorphSeekLib.settings import to_dict
 
 SMALL = SPACSettings(encoder=(4, 8), decoder=(8, 8, 4), plan=6, size=(8, 12, 8))
 CONFIG = SACConfig(

@@ -15,12 +15,12 @@ from cases import blob_grid, blob_image, blob_labels
 from test_cli import run
 from test_registration import random_model
 
-from MorphSeekLib.devices import use_threads
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import Volume
-from MorphSeekLib.images import write_image
-from MorphSeekLib.registration import register
-from MorphSeekLib.startup import check_output_file, check_output_folder, read_header, wait_passively
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.networks.devices import use_threads
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.startup import check_output_file, check_output_folder, read_header, wait_passively
+from MorphSeekLib.registration.pipeline import register
+from MorphSeekLib.space.geometry import Volume
 
 HEAVY = ("torch", "numpy", "SimpleITK", "scipy", "matplotlib")
 COMMANDS = """
@@ -92,7 +92,7 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
     assert not (here / "out").exists()
 
 
-@pytest.mark.parametrize("command", [["MorphSeekLib.cli", "info", "brain-mr"], ["MorphSeekLib.worker"]])
+@pytest.mark.parametrize("command", [["MorphSeekLib.app.cli", "info", "brain-mr"], ["MorphSeekLib.app.worker"]])
 @pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
 def test_threads_wait_passively_unless_the_user_says_otherwise(command, given, policy):
     """The OpenMP library itself says, as it is loaded, what it was told."""
@@ -199,7 +199,7 @@ def test_a_name_that_is_not_utf8_is_printed_in_a_sentence(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "MorphSeekLib.cli",
+        "MorphSeekLib.app.cli",
         "register",
         b"sc\xe4n.nii",
         "b.nii",

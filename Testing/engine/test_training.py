@@ -19,17 +19,18 @@ from cases import blob_grid, blob_labels, write_dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from MorphSeekLib import checkpoint, fields
-from MorphSeekLib.datasets import PairLoader, known_sizes, load_dataset
-from MorphSeekLib.errors import Cancelled, MorphSeekError
-from MorphSeekLib.finetuning import FinetuneConfig, finetune
-from MorphSeekLib.images import write_image
-from MorphSeekLib.policy import Latent, ModelSettings, RegistrationModel
-from MorphSeekLib.preprocessing import Preprocessing, normalize
-from MorphSeekLib.sac import SACConfig, train_spac
-from MorphSeekLib.settings import from_dict, load, to_dict
-from MorphSeekLib.synthesis import LabelMapSource, SynthesisSettings, label_values
-from MorphSeekLib.training import (
+from MorphSeekLib.data.datasets import PairLoader, known_sizes, load_dataset
+from MorphSeekLib.data.synthesis import LabelMapSource, SynthesisSettings, label_values
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.policy import Latent, ModelSettings, RegistrationModel
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.settings import from_dict, load, to_dict
+from MorphSeekLib.space import fields
+from MorphSeekLib.space.preprocessing import Preprocessing, normalize
+from MorphSeekLib.training.finetuning import FinetuneConfig, finetune
+from MorphSeekLib.training.sac import SACConfig, train_spac
+from MorphSeekLib.training.trainer import (
     Batch,
     LossSettings,
     Step,
@@ -139,7 +140,7 @@ def test_a_killed_process_resumes_to_the_same_weights(dataset, tmp_path):
     command = [
         sys.executable,
         "-c",
-        "import torch; torch.set_num_threads(1); from MorphSeekLib.cli import main; main()",
+        "import torch; torch.set_num_threads(1); from MorphSeekLib.app.cli import main; main()",
     ]
     command += ["warmup", str(dataset.path), "--config", str(tmp_path / "settings.json")]
     command += ["--out", str(tmp_path / "cut.safetensors"), "--device", "cpu"]
@@ -205,9 +206,9 @@ def test_it_learns_on_synthetic_pairs(dataset, source, tmp_path):
 
 def test_warmup_loss_is_its_terms(dataset):
     """The weighted sum of METHOD.md, section B, on a real pair."""
-    from MorphSeekLib.policy import kl_to_standard_normal
-    from MorphSeekLib.regularizers import diffusion
-    from MorphSeekLib.similarity import lncc
+    from MorphSeekLib.measures.regularizers import diffusion
+    from MorphSeekLib.measures.similarity import lncc
+    from MorphSeekLib.networks.policy import kl_to_standard_normal
 
     torch.manual_seed(0)
     model = RegistrationModel(TINY)
@@ -232,7 +233,7 @@ def test_reduced_precision_changes_the_gradient_little(dataset, monkeypatch):
     pair = PairLoader(CONFIG.preprocessing, 4, True)(dataset.split("registration_val")[0])
     batch, gradients = Batch(pair.fixed, pair.moving), []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("MorphSeekLib.devices.network_precision", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr("MorphSeekLib.networks.devices.network_precision", lambda device, dtype=dtype: dtype)
         torch.manual_seed(0)
         model = RegistrationModel(TINY)
         torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.05)
@@ -246,7 +247,7 @@ def test_reduced_precision_changes_the_gradient_little(dataset, monkeypatch):
 
 def test_two_voxels_at_the_top_are_trained_in_full_precision(monkeypatch):
     """A processor's bfloat16 gradient there is of memory that nothing was written to."""
-    monkeypatch.setattr("MorphSeekLib.devices.network_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr("MorphSeekLib.networks.devices.network_precision", lambda device: torch.bfloat16)
     model = RegistrationModel(TINY)
     torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.05)
     for cells, exact in ((2, True), (3, False)):
@@ -490,7 +491,7 @@ def test_training_runs_on_the_device_asked_for(dataset, tmp_path):
 
 def test_a_partial_table_leaves_the_other_defaults():
     """[policy] with one key changes that key alone, not the rest back to the table's own defaults."""
-    from MorphSeekLib.finetuning import FIELD_POLICY, FinetuneConfig
+    from MorphSeekLib.training.finetuning import FIELD_POLICY, FinetuneConfig
 
     found = from_dict(FinetuneConfig, {"policy": {"trajectories": 8}, "loss": {"dice": 2.0}})
     assert found.policy == dataclasses.replace(FIELD_POLICY, trajectories=8)

@@ -12,9 +12,9 @@ import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 
-from MorphSeekLib.errors import MorphSeekError
-from MorphSeekLib.geometry import DenseTransform, Grid, apply_affine
-from MorphSeekLib.transforms import read_transform, rounded, write_transform
+from MorphSeekLib.io.transforms import read_transform, rounded, write_transform
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space.geometry import DenseTransform, Grid, apply_affine
 
 TURN = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_backbones import Whole
 
-from MorphSeekLib import fields
 from MorphSeekLib.backbones import transmorph
 from MorphSeekLib.backbones.transmorph import SwinBlock, TransMorph, TransMorphSettings, WindowAttention
+from MorphSeekLib.space import fields
 
 SMALL_NETWORK = TransMorphSettings(channels=4, depths=(2, 2), heads=(1, 2), window=(2, 3, 2), drop_path=0.0)
 OFFICIAL = {

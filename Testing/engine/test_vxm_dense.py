@@ -8,7 +8,6 @@ import pytest
 import torch
 from test_backbones import Whole
 
-from MorphSeekLib import fields
 from MorphSeekLib.backbones.vxm_dense import (
     DISPLACEMENT,
     OFFICIAL_SVF,
@@ -18,7 +17,8 @@ from MorphSeekLib.backbones.vxm_dense import (
     from_official,
     settings_of,
 )
-from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space import fields
 
 SMALL_NETWORK = VxmDenseSettings(encoder=(2, 3), decoder=(3, 2), extra=(2,), squarings=2)
 

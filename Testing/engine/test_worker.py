@@ -15,16 +15,16 @@ from cases import blob_grid, blob_image, blob_labels
 from test_nifti import two_forms
 from test_registration import random_model
 
-from MorphSeekLib.geometry import Volume
-from MorphSeekLib.images import read_image
-from MorphSeekLib.registration import load_model, register
+from MorphSeekLib.io.images import read_image
+from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.space.geometry import Volume
 
 
 class Client:
     """Sends lines, collects lines."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "MorphSeekLib.worker"]
+        command = [sys.executable, "-m", "MorphSeekLib.app.worker"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, **pipes)
         self.lines: queue.Queue = queue.Queue()

@@ -30,7 +30,7 @@ from image_files import (
 from scipy.ndimage import zoom
 from scipy.spatial.transform import Rotation
 
-from MorphSeekLib.geometry import Grid, apply_affine
+from MorphSeekLib.space.geometry import Grid, apply_affine
 
 Refusal = Literal["never", "may", "must"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from MorphSeekLib.geometry import Grid, apply_affine
+from MorphSeekLib.space.geometry import Grid, apply_affine
 
 VOXEL = 2.5
 """Millimeters of the undressed images' voxels; the source is blurred for it."""
@@ -96,7 +96,7 @@ class Heads:
     @classmethod
     def make(cls, seed: int) -> Heads:
         """Read the template and draw a motion."""
-        from MorphSeekLib.demo import template
+        from MorphSeekLib.app.demo import template
 
         volume = template()
         data = volume.data.numpy()

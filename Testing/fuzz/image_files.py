@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from MorphSeekLib.geometry import Grid
+from MorphSeekLib.space.geometry import Grid
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _NRRD_TYPES = {

@@ -114,8 +114,8 @@ def run_register(stored: Stored, output: Path, model: str) -> Ran:
     """Call ``morphseek register`` in this process and note the alignment that it found."""
     from typer.testing import CliRunner
 
-    from MorphSeekLib import registration
-    from MorphSeekLib.cli import app
+    from MorphSeekLib.app.cli import app
+    from MorphSeekLib.registration import pipeline as registration
 
     arguments = ["register", stored.fixed.path, stored.moving.path, "-o", output, "--model", model, "--no-inverse"]
     if stored.fixed_labels is not None:
@@ -306,8 +306,8 @@ def failed(result: Result) -> bool:
 
 def _coarse_model(path: Path) -> Path:
     """Write brain-mr's weights with a working grid of the undressed images' voxels."""
-    from MorphSeekLib.checkpoint import save
-    from MorphSeekLib.registration import load_model
+    from MorphSeekLib.networks.model_file import save
+    from MorphSeekLib.registration.pipeline import load_model
 
     loaded = load_model(MODEL, "cpu")
     preprocessing = dataclasses.replace(loaded.card.preprocessing, spacing=(VOXEL,) * 3, shape=None)

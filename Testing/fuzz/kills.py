@@ -43,16 +43,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))
 import torch
 from cases import blob_grid, blob_image, blob_labels, write_dataset
 
-import MorphSeekLib.finetuning
-import MorphSeekLib.runs  # noqa: F401 (imported here, so that no process has to)
-from MorphSeekLib import checkpoint
-from MorphSeekLib.cli import app
-from MorphSeekLib.images import write_image
-from MorphSeekLib.policy import ModelSettings, RegistrationModel
-from MorphSeekLib.preprocessing import Preprocessing
-from MorphSeekLib.results import FILES
-from MorphSeekLib.startup import read_header
-from MorphSeekLib.worker import Worker
+from MorphSeekLib.app.cli import app
+from MorphSeekLib.app.worker import Worker
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
+from MorphSeekLib.protocol.startup import read_header
+from MorphSeekLib.report.results import FILES
+from MorphSeekLib.space.preprocessing import Preprocessing
 
 PATIENCE = 600.0  # seconds; only ends what hangs
 SHAPE = (20, 24, 20)

@@ -20,8 +20,8 @@ from coats import Coat, Written
 from heads import Heads
 from image_files import sitk_image
 
-from MorphSeekLib.geometry import DenseTransform, Grid, apply_affine
-from MorphSeekLib.results import FILES
+from MorphSeekLib.report.results import FILES
+from MorphSeekLib.space.geometry import DenseTransform, Grid, apply_affine
 
 Outcome = Literal["right", "refused", "wrong", "traceback", "half-written"]
 TOLERANCE = 0.3

@@ -60,9 +60,9 @@ def model(tmp_path_factory) -> str:
     import torch
     from cases import follow_forces
 
-    from MorphSeekLib import checkpoint
-    from MorphSeekLib.policy import ModelSettings, RegistrationModel
-    from MorphSeekLib.preprocessing import Preprocessing
+    from MorphSeekLib.networks import model_file as checkpoint
+    from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
+    from MorphSeekLib.space.preprocessing import Preprocessing
 
     torch.manual_seed(1)
     widths = {"encoder": (4, 4), "decoder": (4, 4), "extra": (8,), "forces": 2}

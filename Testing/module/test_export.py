@@ -19,7 +19,8 @@ from MorphSeekGui.engine_client import EngineCancelled, EngineClient
 from MorphSeekGui.export import export
 from MorphSeekGui.scene import InputError
 
-from MorphSeekLib import geometry, images, transforms
+from MorphSeekLib.io import images, transforms
+from MorphSeekLib.space import geometry
 
 
 @pytest.fixture(scope="module")

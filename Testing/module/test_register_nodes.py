@@ -21,7 +21,8 @@ from MorphSeekGui.engine_client import EngineClient, EngineError
 from MorphSeekGui.registration import InputError
 from MorphSeekGui.views import displacement_of
 
-from MorphSeekLib import folds, geometry
+from MorphSeekLib.measures import folds
+from MorphSeekLib.space import geometry
 
 HERE = Path(__file__).resolve().parent
 

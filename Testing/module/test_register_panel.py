@@ -18,7 +18,7 @@ import worlds
 from MorphSeekGui import engine_client, models, quality
 from MorphSeekGui.scene import InputError
 
-from MorphSeekLib import geometry
+from MorphSeekLib.space import geometry
 
 
 @pytest.fixture

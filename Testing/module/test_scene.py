@@ -17,7 +17,8 @@ from MorphSeekGui import scene
 from MorphSeekGui.scene import FLIP, InputError
 from vtk.util import numpy_support
 
-from MorphSeekLib import geometry, transforms
+from MorphSeekLib.io import transforms
+from MorphSeekLib.space import geometry
 
 NAMES = sorted(worlds.GRIDS)
 

@@ -17,10 +17,10 @@ import worlds
 from cases import blob_grid, blob_image, blob_labels, write_dataset
 from MorphSeekGui.training_run import TrainingRun
 
-from MorphSeekLib.datasets import load_dataset
-from MorphSeekLib.runs import RunSettings
-from MorphSeekLib.settings import from_dict
-from MorphSeekLib.training import TrainingConfig, warmup
+from MorphSeekLib.app.runs import RunSettings
+from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.protocol.settings import from_dict
+from MorphSeekLib.training.trainer import TrainingConfig, warmup
 
 MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
 PICTURES = os.environ.get("MORPHSEEK_PICTURES")  # a folder: pictures of the states, to be looked at

@@ -12,9 +12,9 @@ import pytest
 from cases import write_dataset
 from MorphSeekGui.training_run import RunError, TrainingRun, create_run, find_runs
 
-from MorphSeekLib.datasets import load_dataset
-from MorphSeekLib.settings import from_dict
-from MorphSeekLib.training import TrainingConfig, warmup
+from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.protocol.settings import from_dict
+from MorphSeekLib.training.trainer import TrainingConfig, warmup
 
 WARM = {
     "model": {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "flow_stride": 2}},

@@ -16,9 +16,9 @@ from MorphSeekGui.scene import InputError
 from MorphSeekGui.training_cases import export_cases, matching_cases
 from MorphSeekGui.training_curves import CHARTS, TrainingCurves, has_curve, moving_mean
 
-from MorphSeekLib import geometry
-from MorphSeekLib.cases import check, find_cases
-from MorphSeekLib.images import read_image, read_labels
+from MorphSeekLib.data.cases import check, find_cases
+from MorphSeekLib.io.images import read_image, read_labels
+from MorphSeekLib.space import geometry
 
 
 @pytest.mark.parametrize("grid", worlds.GRIDS)

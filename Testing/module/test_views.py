@@ -13,7 +13,7 @@ from MorphSeekGui import scene
 from MorphSeekGui.comparison import difference_limit
 from MorphSeekGui.views import ResultViews, difference_colors, jacobian_colors
 
-from MorphSeekLib import geometry
+from MorphSeekLib.space import geometry
 
 
 @pytest.fixture

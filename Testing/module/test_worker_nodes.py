@@ -17,7 +17,8 @@ from MorphSeekGui import engine_client, scene
 from MorphSeekGui.engine_client import EngineCancelled, EngineClient, EngineError
 from MorphSeekGui.registration import register
 
-from MorphSeekLib import geometry, images
+from MorphSeekLib.io import images
+from MorphSeekLib.space import geometry
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from MorphSeekLib import fields, geometry
-from MorphSeekLib.errors import MorphSeekError
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space import fields, geometry
 
 
 def load(reference: dict) -> geometry.Volume:

@@ -15,7 +15,8 @@ import slicer.util
 import torch
 from MorphSeekGui import scene
 
-from MorphSeekLib import fields, folds, geometry, metrics
+from MorphSeekLib.measures import folds, metrics
+from MorphSeekLib.space import fields, geometry
 
 
 def rotation(degrees: tuple[float, float, float]) -> np.ndarray:

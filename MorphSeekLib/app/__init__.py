@@ -1,0 +1,1 @@
+"""The doors: command line, worker of the Slicer module, runs, demo."""

@@ -1,0 +1,760 @@
+"""The command line: ``morphseek register | evaluate | check | warmup | finetune | spac | train | import-checkpoint |
+info | demo | benchmark``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..protocol.errors import Cancelled, MorphSeekError
+from ..protocol.events import Event, OnEvent
+from ..protocol.settings import read_values
+from ..protocol.startup import (
+    check_alignment,
+    check_device,
+    check_model,
+    check_output_file,
+    check_output_folder,
+    check_readable,
+    check_run,
+    check_steps,
+    check_threads,
+    shown,
+    wait_passively,
+)
+
+if TYPE_CHECKING:
+    from ..data.cases import CheckReport
+    from ..networks.model_file import Card
+    from ..registration.fit import RefinementSettings
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="MorphSeek: learned deformable registration, with a map of where it folds. For research, not for diagnosis.",
+)
+benchmarks = typer.Typer(no_args_is_help=True, help="Train and measure what a paper's table compares; hours to days.")
+app.add_typer(benchmarks, name="benchmark")
+# without markup: a file may be called scan[1].nii
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
+
+Model = Annotated[str, typer.Option(help="A bundled model's name, or a .safetensors file.")]
+Device = Annotated[str, typer.Option(help="auto (the first GPU, else the processor), cpu or cuda:N.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of the processor to compute with.", show_default="all", metavar="N")
+]
+Steps = Annotated[
+    int | None, typer.Option(help="Steps of the network, 1 to 20.", show_default="what the model was trained with")
+]
+Align = Annotated[
+    str | None,
+    typer.Option(help="Alignment before the network: none, center, rigid or affine.", show_default="the model's own"),
+]
+Refine = Annotated[
+    int, typer.Option(help="Iterations that fit this pair without labels, after the network: slower and more exact.")
+]
+RefineFine = Annotated[
+    int, typer.Option(help="More iterations, on the fixed image's own grid: the most exact, and the slowest.")
+]
+RefineBy = Annotated[
+    str,
+    typer.Option(help="Similarity that --refine raises: lncc or mse (one modality), or mind (two modalities)."),
+]
+Config = Annotated[
+    Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.", show_default="built-in settings")
+]
+FirstLabels = Annotated[
+    int | None, typer.Option(help="Use only the first N labeled cases.", show_default="all", metavar="N")
+]
+NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetensors).")]
+
+
+@app.command()
+def register(
+    fixed: Annotated[Path, typer.Argument(help="The image that stays: NIfTI, NRRD, MHA or a folder of DICOM slices.")],
+    moving: Annotated[Path, typer.Argument(help="The image that is brought onto it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.")],
+    model: Model = "brain-mr",
+    steps: Steps = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    align: Align = None,
+    refine: Refine = 0,
+    refine_fine: RefineFine = 0,
+    refine_by: RefineBy = "lncc",
+    initial_transform: Annotated[
+        Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
+    ] = None,
+    fixed_labels: Annotated[Path | None, typer.Option(help="Label map of the fixed image, for Dice.")] = None,
+    moving_labels: Annotated[Path | None, typer.Option(help="Label map of the moving image, carried along.")] = None,
+    inverse: Annotated[bool, typer.Option(help="Write inverse.h5 too.")] = True,
+    stop_early: Annotated[
+        bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
+    ] = False,
+    nifti_form: Annotated[
+        str | None,
+        typer.Option(help="qform or sform: which one places NIfTI files that have both; the one ITK takes by default."),
+    ] = None,
+    as_float: Annotated[
+        bool, typer.Option("--float", help="Write warped.nii.gz as float; in the moving image's type by default.")
+    ] = False,
+) -> None:
+    """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
+    with job() as (on_event, cancelled):
+        for path in (fixed, moving, initial_transform, fixed_labels, moving_labels):
+            if path is not None:
+                check_readable(path)
+        check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
+        check_output_folder(output)
+
+        from ..io.images import check_labels, read_image, read_labels
+        from ..io.transforms import read_transform
+        from ..networks.devices import pick_device
+        from ..protocol.events import checkpoint_for
+        from ..registration.pipeline import load_model
+        from ..registration.pipeline import register as run
+        from ..report.results import check_outputs, write_results
+        from ..space.geometry import covering_grid
+
+        begin = time.perf_counter()
+        use_threads(threads)
+        pick_device(device)
+        refinement = refinement_of(refine, refine_fine, refine_by)
+        check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
+        on_event(Event("read", 0.0, "Reading the images"))
+        images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
+        if as_float:
+            images[1].dtype = "float32"
+        labels = [
+            None if path is None else check_labels(read_labels(path, nifti_form), image, path.name)
+            for path, image in zip((fixed_labels, moving_labels), images, strict=True)
+        ]
+        initial = None
+        if initial_transform is not None:
+            initial = read_transform(initial_transform, covering_grid(images[0].grid))
+        read = time.perf_counter()
+        on_event(Event("load", 0.01, "Loading the model"))
+        loaded_model = load_model(model, device)
+        loaded = time.perf_counter()
+        result = run(
+            *images,
+            loaded_model,
+            steps=steps,
+            align=align,
+            initial=initial,
+            fixed_labels=labels[0],
+            moving_labels=labels[1],
+            inverse=inverse,
+            refinement=refinement,
+            stop_early=stop_early,
+            on_event=on_event,
+            cancelled=cancelled,
+        )
+        result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
+        on_event(Event("write", 0.95, "Writing the results"))
+        names = {"fixed": shown(fixed), "moving": shown(moving)}
+        report = write_results(output, result, images[0], names, checkpoint_for(cancelled))
+        on_event(Event("write", 1.0, "Done"))
+    print_report(report)
+    console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json in Learn2Reg's style.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    split: Annotated[str, typer.Option(help="Which pairs of the data set.")] = "registration_test",
+    steps: Steps = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    align: Align = None,
+    refine: Refine = 0,
+    refine_fine: RefineFine = 0,
+    refine_by: RefineBy = "lncc",
+) -> None:
+    """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ per pair and their means."""
+    with job() as (on_event, cancelled):
+        check_readable(dataset)
+        check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
+        check_output_file(out, inputs=[dataset, model])
+
+        from ..data.datasets import load_dataset
+        from ..evaluation.evaluate import evaluate as run
+        from ..registration.pipeline import load_model
+
+        use_threads(threads)
+        refinement = refinement_of(refine, refine_fine, refine_by)
+        data = load_dataset(dataset)
+        loaded = load_model(model, device)
+        result = run(
+            data, split, loaded, out, steps=steps, align=align, refinement=refinement, on_event=on_event,
+            cancelled=cancelled,
+        )  # fmt: skip
+    table = Table("figure", "mean", "standard deviation", title=f"{result['dataset']}, {len(result['pairs'])} pairs")
+    for name in result["mean"]:
+        values = (result[key][name] for key in ("mean", "std"))
+        table.add_row(name, *("none" if value is None else f"{value:.4f}" for value in values))
+    console.print(table)
+    if result["lost_labels"]:
+        lost = ", ".join(f"{name} in {count} pairs" for name, count in result["lost_labels"].items())
+        errors.print(
+            f"Labels that warping lost (Dice 0, no HD95): {lost}.", style="yellow", markup=False, soft_wrap=True
+        )
+    console.print(f"Wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json, or a folder of images and label maps named alike.")],
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write the findings to.", show_default="none")] = None,
+    labels: Annotated[bool, typer.Option(help="Whether every case needs labels (warm-up alone does not).")] = True,
+) -> None:
+    """Look through the cases of a training before it: grids, labels in common, counts. Exit code 2: no start."""
+    with job() as (on_event, cancelled):
+        check_readable(dataset)
+        if out is not None:
+            check_output_file(out, inputs=[dataset])
+
+        from ..data.cases import check as run
+        from ..data.cases import find_cases
+
+        report = run(find_cases(dataset), labels=labels, out=out, on_event=on_event, cancelled=cancelled)
+    print_check(report)
+    if report.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def warmup(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json, or a folder of label maps for synthetic training.")],
+    out: NewModel,
+    config: Config = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Overrides model.backbone of the settings.", show_default="the settings'")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="A model of the same kind to start from: a name or a file.", show_default="random weights"),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train a backbone with its policy head. Run the same command again to resume a run that was stopped."""
+    with job() as (on_event, cancelled):
+        start = check_training(dataset, out, config, device, threads, init)
+
+        import dataclasses
+
+        from ..data.datasets import load_dataset
+        from ..networks.devices import pick_device
+        from ..protocol.settings import load
+        from ..training.trainer import TrainingConfig
+        from ..training.trainer import warmup as run
+
+        settings = load(TrainingConfig, config)
+        if backbone is not None and backbone != settings.model.backbone:
+            settings = dataclasses.replace(
+                settings, model=dataclasses.replace(settings.model, backbone=backbone, backbone_settings={})
+            )
+        use_threads(threads)
+        where = pick_device(device)
+        run(load_dataset(dataset), settings, out, device=where, init=start, on_event=on_event, cancelled=cancelled)
+    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+@app.command()
+def finetune(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json with labeled training cases.")],
+    init: Annotated[str, typer.Option(help="The model to start from: a bundled model's name, or a .safetensors file.")],
+    out: NewModel,
+    config: Config = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps T of the network in training.", show_default="the settings'")
+    ] = None,
+    trajectories: Annotated[
+        int | None, typer.Option(help="Trajectories J of each group.", show_default="the settings'")
+    ] = None,
+    labels: FirstLabels = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Fine-tune a model by GRPO on labeled cases. Run the same command again to resume a run that was stopped.
+
+    Under torchrun or SLURM all processes share the work.
+    """
+    with job() as (on_event, cancelled):
+        start = check_training(dataset, out, config, device, threads, init)
+
+        from ..data.datasets import load_dataset
+        from ..networks.devices import pick_device
+        from ..protocol.settings import load, override
+        from ..training.distributed import join
+        from ..training.finetuning import FinetuneConfig
+        from ..training.finetuning import finetune as run
+
+        settings = load(FinetuneConfig, config)
+        settings = override(settings, "training", steps=steps, labels=labels)
+        settings = override(settings, "policy", trajectories=trajectories)
+        use_threads(threads)
+        world = join(device)
+        where = world.device or pick_device(device)
+        run(
+            load_dataset(dataset), settings, start, out, device=where, world=world, on_event=on_event,
+            cancelled=cancelled,
+        )  # fmt: skip
+    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+@app.command()
+def spac(
+    dataset: Annotated[Path, typer.Argument(help="dataset.json with labeled training cases.")],
+    out: NewModel,
+    config: Config = None,
+    labels: FirstLabels = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Train SPAC, the reinforcement learning that MorphSeek is compared with, by soft actor-critic.
+
+    Run the same command again to resume a run that was stopped.
+    """
+    with job() as (on_event, cancelled):
+        check_training(dataset, out, config, device, threads)
+
+        from ..data.datasets import load_dataset
+        from ..networks.devices import pick_device
+        from ..protocol.settings import load, override
+        from ..training.sac import SACConfig, train_spac
+
+        use_threads(threads)
+        settings = override(load(SACConfig, config), "training", labels=labels)
+        where = pick_device(device)
+        train_spac(load_dataset(dataset), settings, out, device=where, on_event=on_event, cancelled=cancelled)
+    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+@app.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="A training run: a folder with run.json, as Slicer makes it.")],
+    while_open: Annotated[
+        bool, typer.Option(help="Stop when standard input is closed, unless the folder then holds a file 'keep'.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Warm up, fine-tune and measure as a run's folder says. Run it again to resume; a file 'stop' there stops it."""
+    with job() as (on_event, cancelled):
+        check_run(folder)
+        check_choices(threads=threads)
+
+        from .runs import run
+
+        use_threads(threads)
+        stop, alone = threading.Event(), threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what a session's end sends
+        if while_open:
+            threading.Thread(target=_await_end, args=(sys.stdin.fileno(), alone), daemon=True).start()
+        model = run(
+            folder,
+            on_event,
+            lambda: cancelled() or stop.is_set() or (alone.is_set() and not (folder / "keep").exists()),
+        )
+    console.print(f"Wrote {model}", soft_wrap=True)
+
+
+@app.command()
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="A PyTorch file of an official code; read weights-only, never run.")],
+    architecture: Annotated[str, typer.Option(help="Whose weights they are, such as vxm-2; a wrong name lists all.")],
+    out: NewModel,
+    spacing: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(help="Voxel size of the working grid, in mm.", show_default="the fixed image's"),
+    ] = None,
+    shape: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(help="Smallest size of the working grid, in voxels.", show_default="what the image needs"),
+    ] = None,
+    orientation: Annotated[str | None, typer.Option(help="Axis code of the working grid.", show_default="RAS")] = None,
+    intensity: Annotated[
+        str | None,
+        typer.Option(help="How intensities become 0 to 1: percentile, window or none.", show_default="percentile"),
+    ] = None,
+    low: Annotated[
+        float | None, typer.Option(help="The percentile or intensity that becomes 0.", show_default="0.5")
+    ] = None,
+    high: Annotated[
+        float | None, typer.Option(help="The percentile or intensity that becomes 1.", show_default="99.5")
+    ] = None,
+    align: Annotated[
+        str | None,
+        typer.Option(help="Alignment before the network: none, center, rigid or affine.", show_default="affine"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the network when a registration does not say.")] = 1,
+    title: Annotated[str, typer.Option(help="One line for a list of models.", show_default="made from the file")] = "",
+    license_: Annotated[
+        str, typer.Option("--license", help="License of the weights, which the file does not say.", show_default="none")
+    ] = "",
+) -> None:
+    """Make a MorphSeek model of the weights of a published network; it gives what the official code gives."""
+    with job():
+        check_readable(file)
+        check_output_file(out, ".safetensors", [file])
+
+        from ..networks.official import import_checkpoint as run
+        from ..protocol.settings import from_dict
+        from ..space.preprocessing import Preprocessing
+
+        options = {
+            "spacing": spacing, "shape": shape, "orientation": orientation, "intensity": intensity, "low": low,
+            "high": high, "align": align, "steps": steps,
+        }  # fmt: skip
+        given = {name: value for name, value in options.items() if value is not None}
+        preprocessing = from_dict(Preprocessing, given, "the checkpoint's preprocessing")
+        run(file, architecture, out, preprocessing=preprocessing, title=title, licence=license_)
+    console.print(f"Wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A bundled model's name, or a .safetensors file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole card as JSON, for programs.")] = False,
+) -> None:
+    """Print a model's card: what it is, what it was trained on, how it was measured, its license."""
+    with job():
+        file = check_model(model)
+
+        from ..networks.model_file import read_card
+        from ..protocol.settings import to_dict
+
+        card = read_card(file)
+    if as_json:
+        console.print_json(json.dumps(to_dict(card) | {"sha256": check_sums(file)}))
+    else:
+        print_card(card, file)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-output"),
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Register two real brain scans that come with installable packages, and say how well it went."""
+    with job() as (on_event, cancelled):
+        check_choices(device=device, threads=threads)
+        check_output_folder(output)
+
+        from .demo import run_demo
+
+        use_threads(threads)
+        report, sentences = run_demo(output, device, on_event, cancelled)
+    print_report(report)
+    for sentence in sentences:
+        console.print(sentence, soft_wrap=True)
+    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+
+
+Data = Annotated[Path, typer.Option(help="The folder that holds the data.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results; made when missing. Runs in it are not done again.")]
+Only = Annotated[str | None, typer.Option(help="Only these runs: TASK/METHOD/ARM, wildcards allowed, parts optional.")]
+Settings = Annotated[Path | None, typer.Option("--config", help="Other settings; see Resources/Benchmarks.")]
+
+
+BENCHMARKS = {
+    "main-table": "The paper's main table on four data sets. The same command resumes; two of it share the runs.",
+    "native-brains": "Whole brains at 1 mm, unaligned, by the bundled model, greedy and SyN.",
+    "oasis": "The paper's table on the original OASIS of Learn2Reg, in the paper's sizes: for a GPU.",
+    "lits": "The paper's table on the original LiTS, in the paper's sizes: for a GPU.",
+    "abdomen-mrct": "The paper's table on Learn2Reg's original Abdomen MR-CT, in the paper's sizes: for a GPU.",
+}
+
+
+def _add_benchmark(name: str, text: str) -> None:
+    """A command that does a benchmark's runs, by its own settings or by others."""
+
+    @benchmarks.command(name, help=text)
+    def command(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
+        with job() as (on_event, cancelled):
+            check_readable(data)
+            check_choices(device=device)
+            check_output_folder(out)
+            if config is not None:
+                read_values(config)
+
+            from ..benchmark.main_table import MainTableSettings, main_table, shipped_settings
+            from ..protocol.settings import load
+
+            settings = shipped_settings(name) if config is None else load(MainTableSettings, config)
+            main_table(settings, data, out, only=only, device=device, on_event=on_event, cancelled=cancelled)
+        console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
+
+
+for _name, _text in BENCHMARKS.items():
+    _add_benchmark(_name, _text)
+
+
+@contextmanager
+def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
+    """Progress on the terminal, Ctrl-C as cancellation, refusals as one sentence and exit code 2."""
+    cancelled = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda *_: cancelled.set()) if main else None
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    code = 0
+    try:
+        with Progress(*columns, console=errors, transient=True) as progress:
+            task = progress.add_task("", total=1.0)
+            shown = ""
+
+            def on_event(event: Event) -> None:
+                nonlocal shown
+                progress.update(task, description=event.message, completed=event.fraction)
+                # where no bar can be drawn (a log file), say each new phase
+                if not errors.is_terminal and event.phase != "train" and event.message != shown:
+                    errors.print(event.message)
+                elif not errors.is_terminal and event.phase == "train" and event.step % 50 == 0:
+                    figures = ", ".join(f"{k} {v:.4g}" for k, v in event.metrics.items())
+                    errors.print(f"{event.message}: {figures}")
+                shown = event.message
+
+            yield on_event, cancelled.is_set
+    except MorphSeekError as error:
+        errors.print(str(error).encode(errors="backslashreplace").decode(), style="red")  # names need not be UTF-8
+        code = 2
+    except Cancelled:
+        errors.print("Cancelled.")
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if code:
+        raise typer.Exit(code)
+
+
+def check_choices(
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    steps: int | None = None,
+    align: str | None = None,
+) -> None:
+    """Refuse a name or number that cannot be, before anything is imported or read for it; None was not given.
+
+    Raises:
+        MorphSeekError: which of them, and what there is.
+    """
+    checks = (check_model, model), (check_device, device), (check_threads, threads)
+    for check_one, value in (*checks, (check_steps, steps), (check_alignment, align)):
+        if value is not None:
+            check_one(value)
+
+
+def check_training(
+    dataset: Path, out: Path, config: Path | None, device: str, threads: int | None, init: str | None = None
+) -> Path | None:
+    """Refuse what a training could not begin with; return the file of the model that it starts from.
+
+    Raises:
+        MorphSeekError: a path, a name or a settings file that cannot be used.
+    """
+    check_readable(dataset)
+    if config is not None:
+        read_values(config)
+    check_choices(device=device, threads=threads)
+    start = None if init is None else check_model(init)
+    check_output_file(out, ".safetensors", [dataset, config, start])
+    return start
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with so many threads; None leaves it at all."""
+    if threads is not None:
+        from ..networks.devices import use_threads as use
+
+        use(threads)
+
+
+def refinement_of(iterations: int, fine_iterations: int, similarity: str) -> RefinementSettings:
+    """The refinement that was asked for.
+
+    Raises:
+        MorphSeekError: an unknown similarity or an impossible number.
+    """
+    from ..protocol.settings import from_dict
+    from ..registration.fit import RefinementSettings
+
+    values = {"iterations": iterations, "fine_iterations": fine_iterations, "similarity": similarity}
+    return from_dict(RefinementSettings, values, "refinement")
+
+
+def print_report(report: dict) -> None:
+    """The figures of one registration, as a table."""
+    table = Table("figure", "value", title="Registration", show_header=False)
+    if report.get("dice"):
+        mean = report["dice"]["mean"]
+        table.add_row("Dice, as given / aligned / registered", " / ".join(f"{mean[k]:.3f}" for k in mean))
+    similarity = report["similarity"]
+    table.add_row(
+        "Similarity (LNCC), aligned / registered", f"{similarity['aligned']:.3f} / {similarity['warped']:.3f}"
+    )
+    folding = report["folding"]
+    cells = folding["cells"]
+    table.add_row("Folded cells", f"{cells['folded_percent']:.4f} % ({cells['folded']:,} of {cells['cells']:,})")
+    if cells["no_fold_proven"]:
+        table.add_row("No fold", f"proven (determinant above {cells['smallest_proven']:.2g} in every cell)")
+    else:
+        beyond = cells["folded_outside"] + cells["undecided_outside"]
+        table.add_row("Undecided cells / not proven beyond the image", f"{cells['undecided']:,} / {beyond:,}")
+    table.add_row("NJD, by central differences", f"{folding['njd_percent']:.4f} %")
+    table.add_row("SDlogJ", f"{folding['sdlogj']:.3f}")
+    motion = report["displacement_mm"]
+    table.add_row("Displacement, mean / 95 % / largest", " / ".join(f"{motion[k]:.1f}" for k in motion) + " mm")
+    if report.get("inverse") and report["inverse"]["residual_mm"]:
+        residual = report["inverse"]["residual_mm"]
+        table.add_row("Inverse, residual mean / 95 %", f"{residual['mean']:.3f} / {residual['p95']:.3f} mm")
+    table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
+    console.print(table)
+    for warning in report.get("warnings", []):
+        errors.print(warning["message"], style="yellow")
+
+
+def print_card(card: Card, file: Path) -> None:
+    """What a model says of itself, as a table, with its file and check sums."""
+    preprocessing, trained, counts = card.preprocessing, card.provenance, card.parameters
+    data = trained.get("data")
+    data = data if isinstance(data, dict) else {"name": data}
+    told = [data.get("name"), data.get("description"), f"{trained['cases']} cases" if "cases" in trained else None]
+    told += ["images synthesized from labels" if trained.get("synthetic") else None, trained.get("stage")]
+    sizes = f", {counts['backbone']:,} weights" if "backbone" in counts else ""
+    share = f", {counts['policy_head']:,} weights" if "policy_head" in counts else ""
+    spacing = "the fixed image's voxels" if preprocessing.spacing is None else f"{_by(preprocessing.spacing)} mm"
+    least = "" if preprocessing.shape is None else f", at least {_by(preprocessing.shape)} voxels"
+    intensities = {
+        "percentile": f"percentiles {preprocessing.low:g} to {preprocessing.high:g} become 0 to 1",
+        "window": f"{preprocessing.low:g} to {preprocessing.high:g} become 0 to 1",
+        "none": "as given",
+    }
+    rows = [
+        ("Title", card.title or "none"),
+        ("Trained on", ", ".join(str(text) for text in told if text) or "not stated"),
+        ("Backbone", f"{card.model.backbone}{sizes}; its output is read as a {card.model.output}"),
+        ("Policy head", f"mean {card.model.policy.mean}{share}"),
+        ("Working grid", f"{preprocessing.orientation}, {spacing}{least}"),
+        ("Intensities", intensities[preprocessing.intensity]),
+        ("Alignment", preprocessing.align),
+        ("Steps", str(preprocessing.steps)),
+        *(("Measured", text) for text in _figures(card.results)),
+        ("License", card.licence or "not stated"),
+    ]
+    table = Table(show_header=False, title="Model")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    # whole lines, to be copied
+    console.print(f"File: {file}", soft_wrap=True)
+    for what, value in check_sums(file).items():
+        console.print(f"SHA-256 of the {what}: {value}", soft_wrap=True)
+
+
+def check_sums(file: Path) -> dict[str, str]:
+    """Return the check sums of a model file, by what they are of."""
+    from ..networks.model_file import sha256, weights_sha256
+
+    return {"file": sha256(file), "weights": weights_sha256(file)}
+
+
+_FIGURE_NAMES = {
+    "dice_before": "Dice before {:.3f}",
+    "dice_aligned": "aligned {:.3f}",
+    "dice": "registered {:.3f}",
+    "hd95": "HD95 {:.2f} mm",
+    "njd_percent": "NJD {:.3f} %",
+    "sdlogj": "SDlogJ {:.3f}",
+    "tre_mm": "landmarks {:.2f} mm",
+}
+
+
+def _figures(results: dict) -> list[str]:
+    """A line for each data set that a card holds means of."""
+    lines = []
+    for name, value in results.items():
+        means = value.get("mean", value) if isinstance(value, dict) else {}
+        found = [words.format(means[key]) for key, words in _FIGURE_NAMES.items() if isinstance(means.get(key), float)]
+        if found:
+            pairs = f" ({value['pairs']} pairs)" if "pairs" in value else ""
+            lines.append(f"{value.get('dataset', name)}{pairs}: {', '.join(found)}")
+    return lines
+
+
+def _by(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
+
+
+def _await_end(source: int, ended: threading.Event) -> None:
+    """Set an event when a file descriptor has nothing more to give. Not through sys.stdin: a thread that waits in it
+    cannot be left behind at the process's end."""
+    while os.read(source, 4096):
+        pass
+    ended.set()
+
+
+def print_check(report: CheckReport) -> None:
+    """The findings about a data set, as a table and sentences."""
+    table = Table("case", "voxels", "mm", "labels", "remarks", title="Cases")
+    for case in report.cases:
+        remarks = [Text(text, "red") for text in case.problems] + [Text(text) for text in case.warnings]
+        numbers = (_by(values) for values in (case.shape, case.spacing))
+        table.add_row(case.name, *numbers, str(len(case.labels)), Text("\n").join(remarks))
+    console.print(table)
+    for text in report.warnings:
+        console.print(text, soft_wrap=True)
+    for text in report.problems:
+        errors.print(text, style="red")
+    if not report.problems:
+        left_out = f"; {len(report.unusable)} are left out" if report.unusable else ""
+        console.print(
+            f"{report.training} cases to train on, {report.validation_pairs} pairs to validate on, {report.test_pairs} "
+            f"held-out pairs for the figures before and after; labels in common: {len(report.common)}{left_out}.",
+            soft_wrap=True,
+        )
+
+
+def main() -> None:
+    """Entry point of ``morphseek`` and of ``python -m MorphSeekLib.app.cli``."""
+    wait_passively()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's locale
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""A training as a folder: what Slicer starts, watches, stops and finds again, and anyone else can with a file manager.
+
+    morphseek train FOLDER      # does what FOLDER/run.json says; again, to go on after a stop or a crash
+
+| file in the folder | what it is |
+|---|---|
+| run.json | what is wanted: :class:`RunSettings` |
+| warmup.json, finetune.json | the settings of each stage as they were used, for `morphseek warmup` or `finetune` |
+| warmup.safetensors, finetune.safetensors | the stages' checkpoints, with .jsonl (curves), .log (TensorBoard), .state |
+| start.json, result.json | figures on the held-out pairs, before and after |
+| status.json | where it stands: :class:`Status` |
+| lock | held by the process that trains, with its number and computer; free as soon as that ends, however it ends |
+| stop | made by whoever wants the run to stop; its state is kept |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.cases import TEST, find_cases, hold_out
+from ..data.datasets import Dataset
+from ..evaluation.evaluate import DEFINITIONS, evaluate
+from ..io.files import try_lock, write_atomically
+from ..networks import model_file as checkpoints
+from ..networks.devices import pick_device
+from ..protocol.errors import Cancelled, InUseError, MorphSeekError
+from ..protocol.events import Event, OnEvent, ignore, never, part
+from ..protocol.settings import load, override, to_dict, to_json
+from ..protocol.startup import check_output_file, check_run, find
+from ..registration.pipeline import load_model
+from ..training.finetuning import FinetuneConfig, finetune
+from ..training.sac import SACConfig, train_spac
+from ..training.trainer import TrainingConfig, warmup
+
+WARMUP, FINETUNE = "warmup", "finetune"
+_TRIAL = 4  # iterations that are timed when the budget is given in minutes
+_FEWEST = 10  # iterations that such a budget must allow
+_STATUS_SECONDS = 0.5
+_FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """run.json.
+
+    Attributes:
+        name: the model's, for its card.
+        dataset: dataset.json or folder, see :func:`MorphSeekLib.data.cases.find_cases`; relative to the run's folder.
+        model: where the finished checkpoint goes (.safetensors); relative to the run's folder.
+        init: bundled name or file of the checkpoint to start from; None: from scratch.
+        warmup, finetune: the settings of each stage; None leaves it out. With ``init`` the warm-up's model and
+            preprocessing are that checkpoint's.
+        minutes: how long each stage may take, about; None: as many iterations as its settings say.
+        device: auto, cpu or cuda:N.
+        leave_out: names of cases not to use.
+    """
+
+    name: str
+    dataset: str
+    model: str
+    init: str | None = None
+    warmup: TrainingConfig | None = None
+    finetune: FinetuneConfig | None = None
+    minutes: float | None = None
+    device: str = "auto"
+    leave_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.warmup is None and self.finetune is None:
+            raise ValueError("there is neither a warmup nor a finetune stage")
+        if self.warmup is None and self.init is None:
+            raise ValueError("fine-tuning needs a checkpoint to start from (init) or a warmup stage before it")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError("minutes must be above 0")
+        if not self.model.endswith(".safetensors"):
+            raise ValueError("model must end with .safetensors")
+
+
+@dataclass
+class Status:
+    """status.json: where a run stands.
+
+    Attributes:
+        state: "running", "stopped", "failed" or "done"; "running" without a held lock is a run that was killed.
+        stage: "warmup", "finetune", "evaluate", or "" before the first.
+        fraction: share of the whole run that is done, 0 to 1.
+        message: a sentence for a person; of a failed run, what is wrong and what to do.
+        held_out: when done, the figures before and after, see :func:`_held_out`.
+        model: when done, the finished checkpoint.
+    """
+
+    state: str = "running"
+    stage: str = ""
+    fraction: float = 0.0
+    message: str = ""
+    held_out: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+
+def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], bool] = never) -> Path:
+    """Train what a folder's run.json says, from where an earlier process stopped; returns the finished checkpoint.
+
+    Args:
+        folder: the run's.
+        on_event: told of everything; its fractions are those of the whole run.
+        cancelled: True stops it, as the file "stop" in the folder does.
+
+    Raises:
+        MorphSeekError: unusable settings or cases, a run that collapsed, or a folder that another process works in.
+        Cancelled: it was stopped; the same call goes on.
+    """
+    folder = Path(folder).resolve()
+    check_run(folder)
+    stop = folder / "stop"
+    with locked(folder):
+        stop.unlink(missing_ok=True)
+        status, written = Status(message="Starting"), 0.0
+
+        def tell(event: Event | None = None) -> None:
+            nonlocal written
+            if event is not None:
+                status.fraction, status.message = event.fraction, event.message
+                on_event(event)
+            if event is None or time.monotonic() - written > _STATUS_SECONDS:
+                write_atomically(folder / "status.json", to_json(dataclasses.asdict(status), indent=1).encode())
+                written = time.monotonic()
+
+        tell()
+        try:
+            _run(folder, status, tell, lambda: cancelled() or stop.exists())
+        except Cancelled:
+            status.state, status.message = "stopped", "Stopped; it can be resumed."
+            raise
+        except MorphSeekError as problem:
+            status.state, status.message = "failed", str(problem)
+            raise
+        except Exception as problem:
+            status.state = "failed"
+            status.message = f"The training failed ({type(problem).__name__}: {problem}); its log.txt says where."
+            raise
+        else:
+            status.state, status.fraction = "done", 1.0
+            return Path(status.model)
+        finally:
+            tell()
+
+
+def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bool]) -> None:
+    settings = load(RunSettings, folder / "run.json")
+    check_output_file(folder / settings.model)
+    tell(Event("read", 0.0, "Looking through the cases"))
+    dataset = hold_out(find_cases(folder / settings.dataset), settings.leave_out)
+    device = pick_device(settings.device)
+    start = None if settings.init is None else find(_path(folder, settings.init))
+    stages = [stage for stage in (WARMUP, FINETUNE) if getattr(settings, stage) is not None]
+    labelled = all(c.label is not None for pair in dataset.pairs[TEST] for c in (pair.fixed, pair.moving))
+    share = (0.9 if labelled else 1.0) / len(stages)  # of the whole, for each stage
+
+    current = start
+    for number, stage in enumerate(stages):
+        status.stage = stage
+        on_event = part(tell, number * share, share)
+        out = folder / f"{stage}.safetensors"
+        if not out.is_file():
+            config = _planned(folder, settings, stage, dataset, current, device, on_event, cancelled)
+            train_stage(config, dataset, current, out, device, on_event, cancelled)
+        if number == 0 and start is None and len(stages) == 2:
+            start = out  # what GRPO starts from
+        current = out
+
+    status.stage = "evaluate"
+    if labelled:
+        figures = {}
+        for number, (name, model) in enumerate((("start", start), ("result", current))):
+            if model is not None and (name == "result" or model != current):
+                on_event = part(tell, 0.9 + 0.05 * number, 0.05, "Before: " if name == "start" else "After: ")
+                figures[name] = _figures(folder / f"{name}.json", dataset, model, settings.device, on_event, cancelled)
+        status.held_out = _held_out(figures)
+    model, card = checkpoints.load(current)
+    card = dataclasses.replace(card, title=settings.name, results=card.results | {"held_out": status.held_out})
+    checkpoints.save(folder / settings.model, model, card)
+    status.model = str((folder / settings.model).resolve())
+    tell(Event("write", 1.0, f"Wrote {status.model}"))
+
+
+def train_stage(
+    config: TrainingConfig | FinetuneConfig | SACConfig,
+    dataset: Dataset,
+    init: Path | None,
+    out: Path,
+    device: torch.device | str,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> None:
+    """The training that the settings are of, from a checkpoint or from scratch, or on from where it stopped.
+
+    Raises:
+        MorphSeekError, Cancelled: as that training.
+    """
+    common = {"out": out, "device": device, "on_event": on_event, "cancelled": cancelled}
+    if isinstance(config, SACConfig):
+        train_spac(dataset, config, **common)
+    else:
+        train = warmup if isinstance(config, TrainingConfig) else finetune
+        train(dataset, config, init=init, **common)
+
+
+def _planned(
+    folder: Path, settings: RunSettings, stage: str, dataset: Dataset, init: Path | None, device, on_event, cancelled
+) -> TrainingConfig | FinetuneConfig:
+    """The settings of a stage, decided once and kept in a file, so that a resumed run has the same."""
+    path = folder / f"{stage}.json"
+    config = getattr(settings, stage)
+    if path.is_file():
+        return load(type(config), path)
+    if stage == WARMUP and init is not None:
+        card = checkpoints.read_card(init)
+        config = dataclasses.replace(config, model=card.model, preprocessing=card.preprocessing)
+    if settings.minutes is not None:
+        seconds = seconds_per_iteration(config, dataset, init, device, on_event, cancelled)
+        iterations, validate_every = planned_iterations(settings.minutes, *seconds)
+        config = override(config, "training", iterations=iterations, validate_every=validate_every)
+    write_atomically(path, json.dumps(to_dict(config), indent=1).encode())
+    return config
+
+
+def seconds_per_iteration(
+    config: TrainingConfig | FinetuneConfig | SACConfig,
+    dataset: Dataset,
+    init: Path | None,
+    device: torch.device | str,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[float, float]:
+    """(seconds of an iteration, seconds of a validation): a few iterations are done and timed, their weights dropped.
+
+    Args:
+        clock: seconds by which it is timed.
+
+    Raises:
+        MorphSeekError, Cancelled: as the training.
+    """
+    times = [clock()]
+
+    def watch(event: Event) -> None:
+        if event.phase == "train":
+            times.append(clock())
+        on_event(dataclasses.replace(event, fraction=0.0, message="Measuring how long an iteration takes"))
+
+    trial = override(config, "training", iterations=_TRIAL, validate_every=_TRIAL, save_every=10**9)
+    if isinstance(trial, SACConfig):  # its first episodes only gather
+        trial = override(trial, "training", explore=0)
+    with tempfile.TemporaryDirectory(prefix="morphseek-trial-", ignore_cleanup_errors=True) as scratch:
+        train_stage(trial, dataset, init, Path(scratch) / "trial.safetensors", device, watch, cancelled)
+    waits = [after - before for before, after in itertools.pairwise(times)]
+    iteration = statistics.median(waits[1:-1])  # the first one reads files, the last one validates
+    return iteration, max(0.0, waits[-1] - iteration)
+
+
+def planned_iterations(minutes: float, iteration: float, validation: float) -> tuple[int, int]:
+    """(iterations, iterations between validations) that take so many minutes.
+
+    The learning rate falls along the whole run, so its length must be known before it begins.
+
+    Args:
+        minutes: for all of it.
+        iteration, validation: seconds of one, as :func:`seconds_per_iteration` measures them.
+
+    Raises:
+        MorphSeekError: the minutes are too short.
+    """
+    # at most ten validations, and at least one, in a fifth of the time
+    validations = min(10, max(1, int(0.2 * 60 * minutes / max(validation, 1e-6))))
+    iterations = int((60 * minutes - validations * validation) / iteration)
+    if iterations < _FEWEST:
+        least = (_FEWEST * iteration + validation) / 60
+        raise MorphSeekError(
+            f"{minutes:g} minutes are too short: {_FEWEST} iterations and a validation take {least:.1f} minutes here; "
+            "give more time, or a coarser working grid."
+        )
+    return iterations, math.ceil(iterations / validations)
+
+
+def _figures(out: Path, dataset: Dataset, model: Path, device: str, on_event, cancelled) -> dict[str, Any]:
+    """The figures of a checkpoint on the held-out pairs; kept in a file, and read from there when resumed."""
+    if not out.is_file():
+        evaluate(dataset, TEST, load_model(str(model), device), out, on_event=on_event, cancelled=cancelled)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def _held_out(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For card and panel: the finished model's figures as `morphseek evaluate` gives them ("pairs", "mean",
+    "definitions"), and in "start" the same means of what it was started from, where there was something."""
+    result = figures["result"]
+    found = {
+        "pairs": len(result["pairs"]),
+        "mean": {name: result["mean"][name] for name in (*_FIGURES, "dice_aligned")},
+        "definitions": {k: v for k, v in DEFINITIONS.items() if k in _FIGURES},
+    }
+    if "start" in figures:
+        found["start"] = {name: figures["start"]["mean"][name] for name in _FIGURES}
+    return found
+
+
+def _path(folder: Path, name: str) -> str:
+    """A file beside the run where there is one of that name; else the name as it is."""
+    return str(folder / name) if (folder / name).is_file() else name
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience: float = 2.0) -> Iterator[None]:
+    """Hold a run's folder: no other process trains in it meanwhile. The system frees the lock when this process ends.
+
+    Args:
+        patience: seconds; whoever only asks whether the lock is held holds it for a moment.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    with open(folder / "lock", "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience
+        while not try_lock(file):
+            if time.monotonic() > deadline:
+                raise InUseError(f"Another process is training in {folder}; wait for it or stop it first.")
+            time.sleep(0.05)
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        yield

@@ -1,0 +1,436 @@
+"""The engine's process for Slicer: JSON-RPC 2.0, one message a line, over stdin and stdout.
+
+    python -m MorphSeekLib.app.worker
+
+Requests: hello, load, info, register, check, export, shutdown. Notifications out: progress. Notification in: cancel.
+Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
+``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A checkpoint is
+loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever the libraries
+print goes to stderr, so that stdout holds the protocol alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..protocol.startup import bundled, check_alignment, check_model, check_steps, find, wait_passively
+
+if __name__ == "__main__":
+    wait_passively()  # before torch is imported
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..backbones import BACKBONES
+from ..data.cases import check, find_cases
+from ..io.images import form_notices, label_values, stored_values, usable
+from ..measures.folds import certify, folded_voxels
+from ..networks.devices import describe_devices, pick_device, use_threads
+from ..networks.model_file import read_card, software
+from ..protocol.errors import Cancelled, MorphSeekError
+from ..protocol.events import Event
+from ..protocol.settings import from_dict, to_dict, to_json
+from ..registration.fit import RefinementSettings
+from ..registration.pipeline import LoadedModel, State, load_model, register
+from ..report.page import RegistrationPictures
+from ..report.results import export_results
+from ..space.geometry import DenseTransform, Grid, Transform, Volume
+
+PROTOCOL = 1
+PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
+REFUSED, CANCELLED = -32000, -32800
+
+
+class _InvalidParamsError(Exception):
+    """The client asked wrongly; a mistake of its programmer, not of the person."""
+
+
+class Worker:
+    """Answers one request after another; a reader thread takes in cancellations meanwhile."""
+
+    def __init__(self, source: TextIO, sink: TextIO) -> None:
+        self.source, self.sink = source, sink
+        self.inbox: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self.cancelled: set[Any] = set()
+        self.writing = threading.Lock()
+        self.models: dict[tuple, LoadedModel] = {}
+        self.methods: dict[str, Callable[[Any, dict], dict]] = {
+            "hello": self.hello,
+            "load": self.load,
+            "info": self.info,
+            "register": self.register,
+            "export": self.export,
+            "check": self.check,
+            "shutdown": lambda number, params: {},
+        }
+
+    def serve(self) -> None:
+        """Until "shutdown" or the end of the input."""
+        threading.Thread(target=self._read, daemon=True).start()
+        while (message := self.inbox.get()) is not None:
+            self._answer(message)
+            if message["method"] == "shutdown":
+                return
+
+    def hello(self, number: Any, params: dict) -> dict:
+        """Versions, devices, bundled models, backbones."""
+        models = [{"name": n, "title": read_card(p).title, "path": str(p)} for n, p in bundled().items()]
+        return {
+            "version": __version__,
+            "protocol": PROTOCOL,
+            **{k: v for k, v in software().items() if k != "morphseek"},
+            "devices": describe_devices(),
+            "models": models,
+            "backbones": sorted(BACKBONES),
+        }
+
+    def load(self, number: Any, params: dict) -> dict:
+        """Load a checkpoint ahead of the first registration."""
+        model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
+        return {"card": to_dict(model.card), "device": str(model.device)}
+
+    def info(self, number: Any, params: dict) -> dict:
+        """A checkpoint's card."""
+        return {"card": to_dict(read_card(find(_get(params, "model", str))))}
+
+    def register(self, number: Any, params: dict) -> dict:
+        """See the module's text; results are written into ``output``, which the client made and will remove."""
+        begin = time.perf_counter()
+        output = Path(_get(params, "output", str))
+        if not output.is_dir():
+            raise _InvalidParamsError(f"output: there is no folder {output}")
+        options, show_steps = _options(params), _get(params, "show_steps", bool, False)
+        self._report(number, Event("read", 0.0, "Reading the images"))
+        fixed, moving = (
+            usable(_volume(_get(params, name, dict), name, torch.float32), f"The {name} image")
+            for name in ("fixed", "moving")
+        )
+        labels = {}
+        for name, image in (("fixed_labels", fixed), ("moving_labels", moving)):
+            reference = _get(params, name, dict, None)
+            labels[name] = None if reference is None else _volume(reference, name, torch.int32)
+            if labels[name] is not None and not labels[name].grid.same_as(image.grid):
+                raise MorphSeekError(
+                    f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
+                )
+        initial = _initial(_get(params, "initial", dict, None))
+        state = _state(_get(params, "state", dict, None))
+
+        pictures = itertools.count()  # a fitted step comes twice, and the client may still read the first
+
+        def on_step(step: int, warped: Volume) -> None:
+            # its own notification: the picture comes as soon as it can be shown
+            shown = {"step": step, "warped": _reference(warped, output / f"picture-{next(pictures)}.npy")}
+            self._send({"method": "progress", "params": {"id": number, "phase": "picture", **shown}})
+
+        read = time.perf_counter()
+        self._report(number, Event("load", 0.01, "Loading the model"))
+        model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
+        loaded = time.perf_counter()
+        result = register(
+            fixed,
+            moving,
+            model,
+            **options,
+            initial=initial,
+            state=state,
+            on_step=on_step if show_steps else None,
+            on_event=lambda event: self._report(number, event),
+            cancelled=lambda: number in self.cancelled,
+            **labels,
+        )
+        self._report(number, Event("write", 0.95, "Handing over the results"))
+        registered = time.perf_counter()
+        answer = {
+            "warped": _reference(result.warped, output / "warped.npy"),
+            "aligned": _reference(result.aligned, output / "aligned.npy"),
+            "jacobian": _reference(result.jacobian, output / "jacobian.npy"),
+            "folding": _reference(result.folding, output / "folding.npy"),
+            "warped_labels": _reference(result.warped_labels, output / "warped_labels.npy"),
+            "displacement": _reference(result.transform, output / "displacement.npy"),
+            "inverse": _reference(result.inverse, output / "inverse.npy"),
+            "state": _write_state(result.state, output),
+        }
+        end = time.perf_counter()
+        seconds = {"read": read - begin, "load": loaded - read, "write": end - registered, "total": end - begin}
+        result.report["seconds"] |= {k: round(v, 3) for k, v in seconds.items()}
+        answer["report"] = result.report | {
+            "morphseek": __version__,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "software": software(),
+        }
+        return answer
+
+    def export(self, number: Any, params: dict) -> dict:
+        """Files of a registration that was done before, into a folder of the person's. Takes the references that
+        "register" answered with, its ``report``, what is ``wanted`` (results.EXPORTS) and the ``output`` folder."""
+        self._report(number, Event("read", 0.0, "Reading the results"))
+        volumes = [
+            _volume(_get(params, name, dict), name, torch.float32)
+            for name in ("fixed", "aligned", "warped", "jacobian")
+        ]
+        transform, inverse = (
+            _displacement(_get(params, name, dict, None), name) for name in ("displacement", "inverse")
+        )
+        if transform is None:
+            raise _InvalidParamsError("displacement is missing")
+        report, grid = _get(params, "report", dict), volumes[0].grid
+        folded = certify(transform, grid, report.get("mirrored") is True).folded
+        folding = Volume((folded_voxels(folded, transform.grid, grid) <= 0).to(torch.uint8), grid)
+        files = export_results(
+            _get(params, "output", str),
+            _get(params, "wanted", list),
+            RegistrationPictures(*volumes, folding, transform),
+            inverse,
+            report,
+            on_event=lambda event: self._report(number, event),
+        )
+        return {"files": files}
+
+    def check(self, number: Any, params: dict) -> dict:
+        """Look through the cases of a training; see :mod:`MorphSeekLib.data.cases`."""
+        report = check(
+            find_cases(_get(params, "dataset", str)),
+            labels=_get(params, "labels", bool, True),
+            on_event=lambda event: self._report(number, event),
+            cancelled=lambda: number in self.cancelled,
+        )
+        return to_dict(report)
+
+    def _model(self, name: str, device: str) -> LoadedModel:
+        """The model, from memory when its file has not changed; only the last one is kept."""
+        path = find(name)
+        key = (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size, device)
+        if key not in self.models:
+            self.models.clear()
+            self.models[key] = load_model(name, device)
+        return self.models[key]
+
+    def _read(self) -> None:
+        """Reader thread: requests to the queue, cancellations at once, the end of the input ends the process."""
+        for line in self.source:
+            if not line.strip():
+                continue
+            try:
+                message = json.loads(line)
+            except ValueError as error:
+                self._send({"id": None, "error": {"code": PARSE_ERROR, "message": f"Not JSON: {error}"}})
+                continue
+            number = message.get("id") if isinstance(message, dict) else None
+            valid = isinstance(message, dict) and isinstance(message.get("method"), str)
+            if not valid or not isinstance(message.get("params", {}), dict) or isinstance(number, (dict, list)):
+                text = "A request needs a method (text) and params (an object)."
+                self._send({"id": None, "error": {"code": INVALID_REQUEST, "message": text}})
+            elif message["method"] == "cancel":
+                target = message.get("params", {}).get("id")
+                if not isinstance(target, (dict, list)):
+                    self.cancelled.add(target)
+            elif "id" in message:
+                self.inbox.put(message)
+        # nobody reads an answer any more: do not finish what is under way
+        self.inbox.put(None)
+        os._exit(0)
+
+    def _answer(self, message: dict) -> None:
+        number, method = message["id"], message["method"]
+        error: dict[str, Any]
+        try:
+            if method not in self.methods:
+                known = ", ".join(self.methods)
+                error = {"code": NO_METHOD, "message": f"There is no method '{method}'; there are: {known}."}
+            elif number in self.cancelled:
+                raise Cancelled
+            else:
+                self._send({"id": number, "result": self.methods[method](number, message.get("params", {}))})
+                return
+        except Cancelled:
+            error = {"code": CANCELLED, "message": "cancelled"}
+        except MorphSeekError as refused:
+            error = {"code": REFUSED, "message": str(refused)}
+        except _InvalidParamsError as wrong:
+            error = {"code": INVALID_PARAMS, "message": str(wrong)}
+        except Exception as unexpected:
+            error = {
+                "code": INTERNAL,
+                "message": f"The engine failed ({type(unexpected).__name__}: {unexpected}); please report this.",
+                "data": traceback.format_exc(),
+            }
+        finally:
+            self.cancelled.discard(number)
+        self._send({"id": number, "error": error})
+
+    def _report(self, number: Any, event: Event) -> None:
+        if number in self.cancelled:
+            raise Cancelled
+        self._send({"method": "progress", "params": {"id": number, **vars(event)}})
+
+    def _send(self, message: dict) -> None:
+        text = to_json({"jsonrpc": "2.0", **message})
+        with self.writing:
+            self.sink.write(text + "\n")
+            self.sink.flush()
+
+
+def _get(params: dict, name: str, kind: type, *default: Any) -> Any:
+    """A parameter of the right type; null counts as absent."""
+    value = params.get(name)
+    if value is None:
+        if not default:
+            raise _InvalidParamsError(f"{name} is missing")
+        return default[0]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _InvalidParamsError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _options(params: dict) -> dict[str, Any]:
+    """The settings of a "register" request, checked before its arrays are read; its threads are used from here on.
+
+    Raises:
+        MorphSeekError: a model, device or number that cannot be.
+    """
+    check_model(_get(params, "model", str))
+    pick_device(_get(params, "device", str, "auto"))
+    steps, align = _get(params, "steps", int, None), _get(params, "align", str, None)
+    if steps is not None:
+        check_steps(steps)
+    if align is not None:
+        check_alignment(align)
+    use_threads(_get(params, "threads", int, None))
+    return {
+        "steps": steps,
+        "align": align,
+        "inverse": _get(params, "inverse", bool, False),
+        "refinement": from_dict(RefinementSettings, _get(params, "refinement", dict, {}), "refinement"),
+        "stop_early": _get(params, "stop_early", bool, False),
+    }
+
+
+def _array(reference: dict, name: str, axes: int) -> np.ndarray:
+    path = _get(reference, "path", str)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise _InvalidParamsError(f"{name}: {path} is not a readable .npy file ({error})") from error
+    if not isinstance(array, np.ndarray) or array.ndim != axes or array.dtype.kind not in "biuf":
+        raise _InvalidParamsError(f"{name}: {path} must hold real numbers in {axes} axes")
+    return array
+
+
+def _affine(reference: dict, name: str, key: str = "affine") -> np.ndarray:
+    try:
+        affine = np.array(reference[key], dtype=np.float64)
+        if affine.shape == (4, 4) and np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0:
+            return affine
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise _InvalidParamsError(f"{name}: {key} must be an invertible 4x4 matrix")
+
+
+def _grid(shape: tuple[int, ...], reference: dict, name: str) -> Grid:
+    try:
+        return Grid(shape, _affine(reference, name))
+    except ValueError as error:
+        raise _InvalidParamsError(f"{name}: {error}") from error
+
+
+def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
+    """A volume from {"path": .npy (i, j, k), "affine": 4x4 voxel -> LPS mm, "file": what the client read it from}."""
+    array = _array(reference, name, 3)
+    if min(array.shape) < 2:
+        words = name.replace("_", " ")
+        raise MorphSeekError(
+            f"The {words} image has an axis of one voxel; give a volume of two or more slices each way."
+        )
+    grid = _grid(array.shape, reference, name)
+    if not dtype.is_floating_point:
+        values = torch.from_numpy(np.array(array, dtype=np.float64))
+        return Volume(label_values(values, f"The segmentation ({name.replace('_', ' ')})"), grid)
+    values = np.ascontiguousarray(array, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+    values = values if values.flags.writeable else values.copy()
+    file = _get(reference, "file", str, None)
+    kind = array.dtype.name if array.dtype.kind in "iu" else "float32"
+    return Volume(torch.from_numpy(values), grid, () if file is None else form_notices(file), kind)
+
+
+def _initial(reference: dict | None, name: str = "initial") -> Transform | None:
+    """{"matrix": 4x4} or {"displacement": {"path": .npy (3, i, j, k), "affine": 4x4}}, LPS mm, fixed -> moving."""
+    if reference is None:
+        return None
+    if "matrix" in reference:
+        return _affine(reference, name, "matrix")
+    return _displacement(_get(reference, "displacement", dict), name)
+
+
+def _displacement(reference: dict | None, name: str) -> DenseTransform | None:
+    """A transform from {"path": .npy (3, i, j, k), "affine": 4x4}, LPS mm; None stays None."""
+    if reference is None:
+        return None
+    array = _array(reference, name, 4)
+    if array.shape[0] != 3 or not np.isfinite(array).all():
+        raise _InvalidParamsError(f"{name}: the displacement must be (3, i, j, k) finite numbers")
+    return DenseTransform(torch.from_numpy(np.array(array, dtype=np.float32)), _grid(array.shape[1:], reference, name))
+
+
+def _state(given: dict | None) -> State | None:
+    """What an earlier answer gave as "state"."""
+    if given is None:
+        return None
+    total = _array({"path": _get(given, "total", str)}, "state", 4)
+    figures = _get(given, "figures", list)
+    if total.shape[0] != 3 or not figures:
+        raise _InvalidParamsError("state: it is not one that an earlier registration gave")
+    values = torch.from_numpy(np.array(total, dtype=np.float32))[None]
+    start = _initial(_get(given, "start", dict), "state")
+    return State(start, _get(given, "align", str), values, figures)
+
+
+def _write_state(state: State, output: Path) -> dict:
+    """Files and figures with which a later request can go on from here."""
+    if isinstance(state.start, np.ndarray):
+        start: dict[str, Any] = {"matrix": state.start.tolist()}
+    else:
+        start = {"displacement": _reference(state.start, output / "start.npy")}
+    _save(state.total[0].numpy(), output / "total.npy")
+    return {"start": start, "align": state.align, "total": str(output / "total.npy"), "figures": state.figures}
+
+
+def _reference(result: Volume | DenseTransform | None, path: Path) -> dict | None:
+    """Write a result and say where it is."""
+    if result is None:
+        return None
+    _save(stored_values(result) if isinstance(result, Volume) else result.displacement.numpy(), path)
+    return {"path": str(path), "affine": result.grid.affine.tolist(), "shape": list(result.grid.shape)}
+
+
+def _save(data: np.ndarray, path: Path) -> None:
+    try:
+        np.save(path, data, allow_pickle=False)
+    except OSError as error:
+        raise MorphSeekError(
+            f"The results cannot be handed over through {path.parent} ({error.strerror}); free some disk space."
+        ) from error
+
+
+def main() -> None:
+    """Serve stdin and stdout."""
+    sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # a library's print goes to the log
+    sys.stdout = sys.stderr
+    source = os.fdopen(os.dup(0), encoding="utf-8", errors="replace")
+    Worker(source, sink).serve()
+
+
+if __name__ == "__main__":
+    main()

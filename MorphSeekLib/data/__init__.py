@@ -1,0 +1,1 @@
+"""Cases and pairs to train and to test on."""

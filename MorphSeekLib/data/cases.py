@@ -1,0 +1,405 @@
+"""Cases before a training: found in a folder, checked one by one, and some of them held out, so that what would spoil a
+run shows in a minute and not after a night.
+
+    dataset = find_cases("folder")      # dataset.json, or images and label maps matched by their names
+    report = check(dataset)             # a row per case, with its problems
+    dataset = hold_out(dataset, report.unusable)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import random
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from ..io.files import write_atomically
+from ..io.images import check_labels, read_image, read_labels
+from ..protocol.errors import MorphSeekError
+from ..protocol.events import Event, OnEvent, checkpoint_for, ignore, never
+from ..protocol.settings import to_dict, to_json
+from ..protocol.startup import check_output_file, shown
+from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset, paired_sides
+
+VALIDATION, TEST = "registration_val", "registration_test"
+FEWEST = 4  # cases: two to train on, one to validate on, one for the figures before and after
+FEW = 10  # cases; below, the figures say little
+_MOST_VOXELS = 2e6  # of the suggested working grid: what a step of training takes comfortably
+
+_LABEL_WORDS = {"label", "labels", "labelmap", "seg", "segs", "segmentation", "segmentations", "mask", "masks"}
+_IMAGE_WORDS = {"image", "images", "img", "imgs", "scan", "scans", "volume", "volumes"}
+_SPLIT_ENDING = re.compile(r"(tr|ts|train|training|test|val)$")  # imagesTr, labelsTr
+
+
+@dataclass
+class CheckedCase:
+    """What was found in one case.
+
+    Attributes:
+        name: its image's path in the data set.
+        shape, spacing: voxels and mm, along the file's own axes.
+        labels: label values without the background.
+        problems: sentences, each a reason why the case cannot be used.
+        warnings: sentences about what should be looked at.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    labels: tuple[int, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CheckReport:
+    """What was found in a data set.
+
+    Attributes:
+        cases: a row per case.
+        labels: label value -> number of usable cases that have it.
+        common: labels that every usable case has.
+        names: label value -> name, where the data set says it.
+        training, validation_pairs, test_pairs: how many a run would use, see :func:`hold_out`.
+        problems: why no run is possible.
+        warnings: about the data set as a whole.
+        spacing: mm, a working grid that suits the cases; 0 when no case can be read.
+    """
+
+    cases: list[CheckedCase] = field(default_factory=list)
+    labels: dict[int, int] = field(default_factory=dict)
+    common: tuple[int, ...] = ()
+    names: dict[int, str] = field(default_factory=dict)
+    training: int = 0
+    validation_pairs: int = 0
+    test_pairs: int = 0
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    spacing: float = 0.0
+
+    @property
+    def unusable(self) -> list[str]:
+        """Names of the cases with problems."""
+        return [case.name for case in self.cases if case.problems]
+
+
+def find_cases(path: Path | str) -> Dataset:
+    """A dataset.json (or the folder that holds one), or a folder of images and label maps that belong together by name.
+
+    By name: "images/a.nii.gz" and "labels/a.nii.gz"; "a.nii.gz" and "a_label.nii.gz"; "a/image.nii.gz" and
+    "a/segmentation.nii.gz". A file is a label map when its folder's name says so, or a word of its own where no folder
+    does.
+
+    Raises:
+        MorphSeekError: nothing there, or two files that would both be the labels of one image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MorphSeekError(f"There is no file or folder {path}; check the path.")
+    if path.is_file():
+        return load_dataset(path)
+    descriptions = [path / "dataset.json"] if (path / "dataset.json").is_file() else sorted(path.glob("*dataset.json"))
+    if len(descriptions) == 1:
+        return load_dataset(descriptions[0])
+    images: dict[tuple, Path] = {}
+    labels: dict[tuple, Path] = {}
+    for file in sorted(p for p in path.rglob("*") if p.name.lower().endswith(IMAGE_SUFFIXES) and p.is_file()):
+        key, is_label = _key(file.relative_to(path))
+        found = labels if is_label else images
+        if key in found:
+            what = "label maps" if is_label else "images"
+            raise MorphSeekError(
+                f"{found[key].relative_to(path)} and {file.relative_to(path)} are both {what} of one case by their "
+                "names; rename or remove one, or describe the cases in a dataset.json."
+            )
+        found[key] = file
+    if not images:
+        raise MorphSeekError(
+            f"The folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no dataset.json; choose the folder "
+            "with the folders of images and labels in it."
+        )
+    return Dataset(
+        path,
+        {"training": [Case(file, labels.get(key)) for key, file in images.items()]},
+        about={"name": path.name},
+        orphans=tuple(file for key, file in labels.items() if key not in images),
+    )
+
+
+def _key(path: Path) -> tuple[tuple, bool]:
+    """What an image and its label map share of their paths, and whether this one is a label map."""
+    stem = path.name.lower()
+    for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True):
+        stem = stem.removesuffix(suffix)
+    words = re.split(r"[_\-. ]+", stem)
+    folders = [_SPLIT_ENDING.sub("", part.lower()) for part in path.parts[:-1]]
+    telling = [part for part in folders if part in _LABEL_WORDS | _IMAGE_WORDS] or words  # folders go before names
+    is_label = any(word in _LABEL_WORDS for word in telling)
+    ignored = _LABEL_WORDS | _IMAGE_WORDS
+    words = [word for word in words if word not in ignored | {"0000"}]  # 0000: the first channel, in nnU-Net's names
+    return (tuple(folder for folder in folders if folder not in ignored), tuple(words)), is_label
+
+
+def check(
+    dataset: Dataset,
+    *,
+    labels: bool = True,
+    out: Path | str | None = None,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> CheckReport:
+    """Read every case, one at a time, and say what is wrong with it.
+
+    Args:
+        dataset: from :func:`find_cases`.
+        labels: whether the training needs them (warm-up alone does not).
+        out: a JSON file to write the report to; None writes none.
+        on_event: told of every case.
+        cancelled: asked before every case.
+
+    Raises:
+        MorphSeekError: ``out`` cannot be written.
+        Cancelled: the person stopped it.
+    """
+    if out is not None:
+        check_output_file(out, inputs=[dataset.path])
+    checkpoint = checkpoint_for(cancelled)
+    cases = _all_cases(dataset)
+    rows, seen = [], {}
+    for index, case in enumerate(cases):
+        checkpoint()
+        name = name_of(case, dataset)
+        message = f"Checking case {index + 1} of {len(cases)}: {name}"
+        on_event(Event("read", index / len(cases), message, index + 1, len(cases)))
+        row = _check_case(case, name, labels, seen)
+        row.problems = [text.replace(f"{_root(dataset)}{os.sep}", "") for text in row.problems]
+        rows.append(row)
+    report = CheckReport(rows, names=dataset.labels)
+    report.warnings += [
+        f"{_relative(path, dataset)} is a label map that no image belongs to by its name, so it is not used; rename it "
+        "or its image alike, or remove it."
+        for path in dataset.orphans
+    ]
+    good = [row for row in rows if not row.problems]
+    labelled = [row for row in good if row.labels]
+    report.labels = dict(sorted(Counter(label for row in labelled for label in row.labels).items()))
+    _compare(report, labelled, labels, dataset.pairing)
+    _check_spacings(good)
+    if good:
+        report.spacing = _suggest_spacing(good)
+    try:
+        used = hold_out(dataset, report.unusable)
+    except MorphSeekError as problem:
+        report.problems.append(str(problem))
+    else:
+        report.training = len(used.cases["training"])
+        report.validation_pairs, report.test_pairs = len(used.pairs[VALIDATION]), len(used.pairs[TEST])
+        if len(good) < FEW:
+            report.warnings.append(
+                f"{len(good)} usable cases are few: the figures on the held-out ones will say little; {FEW} or more "
+                "are better."
+            )
+    if out is not None:
+        write_atomically(Path(out), to_json(to_dict(report), indent=1).encode())
+    on_event(Event("read", 1.0, f"Checked {len(rows)} cases", len(rows), len(rows)))
+    return report
+
+
+def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
+    """The data set as a run uses it: cases to train on, and pairs to validate on and to test on that are none of them.
+
+    The data set's own pairs ("registration_val", "registration_test") are kept where both sides have labels, and their
+    cases are taken out of "training". Where it has none, a fifth of the cases is held out for each (of either side, in
+    a data set with a pairing); a single held-out case is the fixed one of pairs with training cases.
+
+    Args:
+        leave_out: names (:func:`name_of`) of cases not to use.
+
+    Raises:
+        MorphSeekError: too few cases, or none left of one side of a pairing.
+    """
+    unwanted = set(leave_out)
+    cases = [case for case in dataset.cases.get("training", []) if name_of(case, dataset) not in unwanted]
+    labelled = any(case.label is not None for case in cases)
+    pairs: dict[str, list[Pair]] = {}
+    for split in (VALIDATION, TEST):
+        pairs[split] = [
+            pair
+            for pair in dataset.pairs.get(split, [])
+            if all(name_of(c, dataset) not in unwanted and c.label is not None for c in (pair.fixed, pair.moving))
+        ]
+    held = {case.image for rows in pairs.values() for pair in rows for case in (pair.fixed, pair.moving)}
+    cases = [case for case in cases if case.image not in held]
+    missing = [split for split in (VALIDATION, TEST) if not pairs[split]]
+    needed = FEWEST - 2 + len(missing)
+    if len(cases) < needed:
+        raise MorphSeekError(
+            f"{dataset.path} leaves {len(cases)} usable training cases beside the held-out ones; at least {needed} are "
+            "needed."
+        )
+    if missing and dataset.pairing is not None:
+        fixed, moving = paired_sides(cases, dataset.pairing)
+        fixed = _draw(fixed, len(missing))
+        moving = _draw([case for case in moving if not any(case in group for group in fixed)], len(missing))
+        cases = [case for case in cases if not any(case in group for group in fixed + moving)]
+        paired_sides(cases, dataset.pairing)  # something must be left to train on
+        pairs |= {split: _across(*groups) for split, *groups in zip(missing, fixed, moving, strict=True)}
+    elif missing:
+        groups = _draw(cases, len(missing))
+        cases = [case for case in cases if not any(case in group for group in groups)]
+        partners = [case for case in cases if case.label is not None or not labelled]
+        pairs |= {split: _pairs_of(group, partners) for split, group in zip(missing, groups, strict=True)}
+    elif dataset.pairing is not None:
+        paired_sides(cases, dataset.pairing)
+    return dataclasses.replace(dataset, cases={"training": cases}, pairs=pairs)
+
+
+def _draw(cases: list[Case], groups: int) -> list[list[Case]]:
+    """As many groups, each of a fifth of the cases; the same each time."""
+    count = max(1, len(cases) // 5)
+    order = random.Random(0).sample(cases, len(cases))
+    return [order[n * count : (n + 1) * count] for n in range(groups)]
+
+
+def _across(fixed: list[Case], moving: list[Case]) -> list[Pair]:
+    """Every held-out case of either side in at least one pair."""
+    return [Pair(fixed[n % len(fixed)], moving[n % len(moving)]) for n in range(max(len(fixed), len(moving)))]
+
+
+def _pairs_of(held: list[Case], others: list[Case]) -> list[Pair]:
+    """A ring of held-out cases; a single one is paired with two that are not."""
+    if len(held) == 1:
+        return [Pair(held[0], other) for other in others[:2]]
+    return [Pair(case, held[(n + 1) % len(held)]) for n, case in enumerate(held)]
+
+
+def name_of(case: Case, dataset: Dataset) -> str:
+    """What a case is called: its image's path, relative to the data set where it lies in it."""
+    return _relative(case.image or case.label, dataset)
+
+
+def _relative(path: Path, dataset: Dataset) -> str:
+    root = _root(dataset)
+    return shown(path.relative_to(root).as_posix() if path.is_relative_to(root) else path)
+
+
+def _root(dataset: Dataset) -> Path:
+    """The folder that the data set lies in."""
+    return dataset.path if dataset.path.is_dir() else dataset.path.parent
+
+
+def _all_cases(dataset: Dataset) -> list[Case]:
+    """Every case once: to train on, then those of the pairs."""
+    cases = {(case.image or case.label): case for case in dataset.cases.get("training", [])}
+    for split in (VALIDATION, TEST):
+        for pair in dataset.pairs.get(split, []):
+            for case in (pair.fixed, pair.moving):
+                if case.label is not None or split == VALIDATION:  # published test pairs often keep their labels secret
+                    cases.setdefault(case.image or case.label, case)
+    return list(cases.values())
+
+
+def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str]) -> CheckedCase:
+    """One row. ``seen`` maps the digests of the images so far to their names."""
+    row = CheckedCase(name)
+    if case.image is None:
+        row.problems.append("It has a label map but no image.")
+        return row
+    try:
+        image = read_image(case.image)
+    except MorphSeekError as problem:
+        row.problems.append(str(problem))
+        return row
+    row.warnings += [notice.message for notice in image.notices]
+    row.shape, row.spacing = image.grid.shape, tuple(round(float(s), 3) for s in image.grid.spacing)
+    digest = hashlib.sha256(np.ascontiguousarray(image.data.numpy())).hexdigest()
+    if digest in seen:
+        row.problems.append(f"It is the same image as {seen[digest]}, which would count twice; remove one.")
+    seen.setdefault(digest, name)
+    if case.label is None:
+        if needs_labels:
+            row.problems.append("It has no label map.")
+        return row
+    try:
+        labels = read_labels(case.label)
+        row.warnings += [notice.message for notice in check_labels(labels, image, case.label.name).notices]
+    except MorphSeekError as problem:
+        row.problems.append(str(problem))
+        return row
+    row.labels = tuple(int(value) for value in labels.data.unique() if value != 0)
+    return row
+
+
+def _compare(
+    report: CheckReport, labelled: list[CheckedCase], needs_labels: bool, pairing: tuple[str, str] | None
+) -> None:
+    """Labels in common, and who lacks which; the sides of a pairing may have labels of their own."""
+    if not labelled:
+        return
+    groups = [labelled]
+    if pairing is not None:
+        named = [(PurePosixPath(row.name).name, row) for row in labelled]
+        groups = [[row for name, row in named if fnmatchcase(name, pattern)] for pattern in dict.fromkeys(pairing)]
+        for name, row in named:
+            if not any(fnmatchcase(name, pattern) for pattern in pairing):
+                row.warnings.append("It is on neither side of the data set's pairing, so no training pair has it.")
+    for group in groups:
+        _compare_side(report, group, needs_labels)
+    rest = [set(row.labels) for row in labelled if not row.problems]
+    report.common = tuple(sorted(set.intersection(*rest))) if rest else ()
+    report.labels = dict(sorted(Counter(label for values in rest for label in values).items()))
+    if needs_labels and not report.common:
+        report.problems.append(
+            "The cases have no label in common, so there is nothing to learn from; check their labels."
+        )
+
+
+def _compare_side(report: CheckReport, rows: list[CheckedCase], needs_labels: bool) -> None:
+    """Labels of cases that should have the same."""
+    counts = Counter(label for row in rows for label in row.labels)
+    usual = {label for label, count in counts.items() if count > len(rows) / 2}
+    for row in rows:
+        if not usual & set(row.labels):
+            found, others = _list(row.labels), _list(sorted(usual)) or "no label in common"
+            problem = f"Its labels ({found}) are none of those that most cases have ({others})."
+            (row.problems if needs_labels else row.warnings).append(problem)
+        elif missing := sorted(usual - set(row.labels)):
+            row.warnings.append(f"It lacks the labels {_list([report.names.get(m, m) for m in missing])}.")
+
+
+def _check_spacings(good: list[CheckedCase]) -> None:
+    """Warn of voxels of an unusual size: often a header without units, or the wrong series."""
+    if len(good) < 3:
+        return
+    volumes = [float(np.prod(row.spacing)) for row in good]
+    usual = statistics.median(volumes)
+    for row, volume in zip(good, volumes, strict=True):
+        if not 1 / 8 <= volume / usual <= 8:
+            row.warnings.append(
+                f"Its voxels ({_by(row.spacing)} mm) are {max(volume / usual, usual / volume):.0f} times as "
+                f"{'large' if volume > usual else 'small'} as usual here; check the file's header."
+            )
+
+
+def _suggest_spacing(good: list[CheckedCase]) -> float:
+    """mm: as fine as the cases are, but so coarse that the working grid stays handy."""
+    finest = statistics.median(min(row.spacing) for row in good)
+    largest = max(float(np.prod(np.multiply(row.shape, row.spacing))) for row in good)
+    return round(max(finest, (largest / _MOST_VOXELS) ** (1 / 3)), 1) or 0.1
+
+
+def _by(numbers: Collection[float]) -> str:
+    return " x ".join(f"{n:g}" for n in numbers)
+
+
+def _list(values: Collection) -> str:
+    return ", ".join(str(v) for v in values)

@@ -1,0 +1,566 @@
+"""Cases and pairs: Learn2Reg-style data sets (dataset.json), or a folder of label maps.
+
+dataset.json names splits of cases (``"training": [{"image": ..., "label": ...}]``) and of pairs
+(``"registration_test": [{"fixed": ..., "moving": ...}]``); paths are relative to it. A case may name ``"landmarks"``:
+points that correspond, in their order, to those of every other case; see :func:`read_landmarks`. ``"pairing"`` says
+which cases are fixed and which moving in training, by file name: ``"fixed = mr_*, moving = ct_*"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..io.images import check_labels, read_image, read_labels
+from ..protocol.errors import MorphSeekError
+from ..registration.alignment import object_size
+from ..space import fields
+from ..space.geometry import Grid, Volume, apply_affine, orientation_matrix, resample, smooth_for_spacing
+from ..space.preprocessing import Preprocessing, normalized, sampled, working_grid
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+KEPT_BYTES = 4 * 2**30
+"""What a :class:`PairLoader` keeps. Not a share of the computer's memory: a job on a cluster may use only a part of
+that, several processes share it, and a case that was dropped costs no more than reading it again, ahead of time."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan: files, any of which may be missing.
+
+    Attributes:
+        merged: (value, value to take it for) of labels, such as a tumour's for its organ's; see
+            :func:`read_case_labels`.
+    """
+
+    image: Path | None = None
+    label: Path | None = None
+    landmarks: Path | None = None
+    merged: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A fixed and a moving case."""
+
+    fixed: Case
+    moving: Case
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What dataset.json says.
+
+    Attributes:
+        path: the file, or the folder.
+        cases: split -> cases.
+        pairs: split -> pairs.
+        labels: label value -> name.
+        orphans: label maps of a folder without dataset.json that no image belongs to.
+        evaluated: labels to score; None for all.
+        pairing: patterns (fnmatch) that the file names of fixed and of moving training cases match; None: any two cases
+            make a pair. See :func:`training_pair`.
+        about: name, licence, reference and so on, for provenance.
+    """
+
+    path: Path
+    cases: dict[str, list[Case]] = field(default_factory=dict)
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
+    evaluated: tuple[int, ...] | None = None
+    pairing: tuple[str, str] | None = None
+    about: dict[str, str] = field(default_factory=dict)
+    orphans: tuple[Path, ...] = ()
+
+    def label_name(self, value: int) -> str:
+        """Return what a label is called: its name, with the value where another label has the same name."""
+        name = self.labels.get(value, str(value))
+        return name if list(self.labels.values()).count(name) < 2 else f"{name} ({value})"
+
+    def split(self, name: str, kind: str = "pairs") -> list:
+        """The pairs (or cases) of a split.
+
+        Raises:
+            MorphSeekError: no such split; the known ones are listed.
+        """
+        splits = getattr(self, kind)
+        if not splits.get(name):
+            known = ", ".join(sorted(k for k, v in splits.items() if v)) or "none"
+            raise MorphSeekError(f"{self.path} has no {kind} under '{name}'; it has: {known}.")
+        return splits[name]
+
+
+def load_dataset(path: Path | str) -> Dataset:
+    """Read a dataset.json, or take every image file of a folder as a label map for the split "training".
+
+    Raises:
+        MorphSeekError: missing or malformed file, a file it names that does not exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES))
+        if not files:
+            raise MorphSeekError(f"The folder {path} holds no label maps ({', '.join(IMAGE_SUFFIXES)}).")
+        return Dataset(path, {"training": [Case(label=p) for p in files]}, about={"name": path.name})
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise MorphSeekError(f"The data set {path} cannot be read ({error.strerror}); check the path.") from error
+    except (ValueError, RecursionError) as error:
+        raise MorphSeekError(f"The data set {path} is not valid JSON ({error}).") from error
+    return _Description(path, values).dataset()
+
+
+_CASE, _PAIR = ("image", "label", "landmarks"), ("fixed", "moving")
+_SPLITS = {"training": "image", "registration_val": "fixed", "registration_test": "fixed"}
+"""Names that are splits, whatever they hold, and what their rows must name."""
+
+
+class _Description:
+    """The content of a dataset.json on its way to a :class:`Dataset`.
+
+    Raises, in all its methods:
+        MorphSeekError: one sentence that names the file, what is wrong in it, and what it should be.
+    """
+
+    def __init__(self, path: Path, values: object) -> None:
+        self.path = path
+        if not isinstance(values, dict):
+            self.refuse("must be a JSON object with splits such as 'training'")
+        self.values = {name: value for name, value in values.items() if value is not None}
+
+    def refuse(self, what: str) -> NoReturn:
+        shown = "".join(c if c.isprintable() else "?" for c in what)  # names in it may hold anything
+        raise MorphSeekError(f"The data set {self.path} {shown}.")
+
+    def dataset(self) -> Dataset:
+        """Return what is described."""
+        splits = {name: rows for name in self.values if (rows := self.rows(name)) is not None}
+        cases: dict[str, list[Case]] = {}
+        known: dict[str, Case] = {}
+        for name, rows in splits.items():
+            if not self.is_pairs(name, rows):
+                cases[name] = [self.case(row, f"{name}[{n}]") for n, row in enumerate(rows)]
+                known |= {row["image"]: c for row, c in zip(rows, cases[name], strict=True) if row.get("image")}
+        pairs = {
+            name: [self.pair(row, f"{name}[{n}]", known) for n, row in enumerate(rows)]
+            for name, rows in splits.items()
+            if self.is_pairs(name, rows)
+        }
+        labels = self.labels()
+        return Dataset(
+            self.path,
+            cases,
+            pairs,
+            labels,
+            self.evaluated(labels),
+            _pairing(self.values["pairing"], self.path) if "pairing" in self.values else None,
+            {k: v for k, v in self.values.items() if isinstance(v, str)},
+        )
+
+    def rows(self, name: str) -> list[dict] | None:
+        """Return the rows of a split; None where the name stands for something else, or for nothing."""
+        rows = self.values[name]
+        keys = {*_CASE, *_PAIR}
+        ours = isinstance(rows, list) and any(isinstance(row, dict) and keys & set(row) for row in rows)
+        if name not in _SPLITS and not ours:
+            return None
+        if not isinstance(rows, list):
+            self.refuse(f"has a '{name}' that is not a list of cases or pairs; write it as [{{...}}, {{...}}]")
+        if name == "training":  # a bare name can only be an image
+            rows = [{"image": row} if isinstance(row, str) else row for row in rows]
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                self.refuse(f"has a '{name}[{number}]' that is not an object; {self.example(name)}")
+        return rows or None
+
+    def is_pairs(self, name: str, rows: list[dict]) -> bool:
+        return _SPLITS.get(name, "fixed" if "fixed" in rows[0] else "image") == "fixed"
+
+    def example(self, name: str) -> str:
+        if _SPLITS.get(name) == "fixed":
+            return 'write each row as {"fixed": "images/a.nii.gz", "moving": "images/b.nii.gz"}'
+        return 'write each row as {"image": "images/a.nii.gz", "label": "labels/a.nii.gz"}'
+
+    def case(self, row: dict, where: str) -> Case:
+        files = [self.file(row, kind, where) for kind in _CASE]
+        if files[0] is None and files[1] is None:
+            self.refuse(f"has a '{where}' that names neither an image nor a label map; {self.example('training')}")
+        return Case(*files)
+
+    def pair(self, row: dict, where: str, known: dict[str, Case]) -> Pair:
+        sides = []
+        for side in _PAIR:
+            name = row.get(side)
+            if name is None:
+                self.refuse(f"has a '{where}' without '{side}'; {self.example('registration_test')}")
+            own = [self.file(row, key, where) for key in (side, f"{side}_label", f"{side}_landmarks")]
+            case = known.get(name) if isinstance(name, str) else None
+            if case is not None:  # what the pair itself says goes before what a training row says
+                own = [mine or other for mine, other in zip(own, (case.image, case.label, case.landmarks), strict=True)]
+            sides.append(Case(*own))
+        return Pair(*sides)
+
+    def file(self, row: dict, key: str, where: str) -> Path | None:
+        """Return the file that a row names; None where it names none."""
+        name = row.get(key)
+        if name is None:
+            return None
+        if not isinstance(name, str) or not name.strip():
+            self.refuse(f"has a '{where}' whose '{key}' is not a file name; name one file, relative to the data set")
+        path = self.path.parent / name
+        try:
+            found = path.exists()
+        except (OSError, ValueError):  # too long a name, or a character that no name has
+            found = False
+        if not found:
+            self.refuse(f"names {name}, which is not there; fix the data set or copy the file")
+        return path
+
+    def labels(self) -> dict[int, str]:
+        """Return value -> name, from {"1": "liver"}, {"liver": 1} (as nnU-Net writes it) or ["background", "liver"]."""
+        given = self.values.get("labels", {})
+        if isinstance(given, list):
+            given = dict(enumerate(given))
+        if not isinstance(given, dict):
+            self.refuse('has \'labels\' that are not an object; write them as {"1": "liver", "2": "spleen"}')
+        names: dict[int, str] = {}
+        for key, value in given.items():
+            number, name = _whole(key), value
+            if number is None:
+                number, name = _whole(value), key
+                if isinstance(value, list):  # a region of nnU-Net: a name for several values together
+                    continue
+            if number is None or number < 0 or isinstance(name, (dict, list)) or name is None:
+                self.refuse(
+                    f"has the label '{key}' without a value of 0 or above; write labels as "
+                    '{"1": "liver", "2": "spleen"}'
+                )
+            if number in names:
+                self.refuse(f"names the label value {number} twice; give each value one name")
+            names[number] = str(name)
+        return names
+
+    def evaluated(self, labels: dict[int, str]) -> tuple[int, ...] | None:
+        """Return the labels to score, from values or names, one or several; None for all."""
+        given = self.values.get("evaluated_labels")
+        if given is None:
+            return None
+        by_name = {name: value for value, name in labels.items()}
+        found = []
+        for entry in given if isinstance(given, list) else [given]:
+            value = _whole(entry)
+            if value is None and isinstance(entry, str):
+                value = by_name.get(entry)
+            if value is None or value < 0:
+                self.refuse(f"has the entry {json.dumps(entry)} in 'evaluated_labels'; write values such as [1, 2, 3]")
+            if value:  # the background is never scored
+                found.append(value)
+        if not found:
+            self.refuse("has no label in 'evaluated_labels'; name some, or leave it out to evaluate all")
+        return tuple(dict.fromkeys(found))
+
+
+def _whole(value: object) -> int | None:
+    """Return the whole number that a JSON value is or spells; None where it is none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value) else None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    return value if isinstance(value, int) else None
+
+
+def _pairing(text: object, path: Path) -> tuple[str, str]:
+    found = re.fullmatch(r"\s*fixed\s*=\s*([^\s,=]+)\s*,\s*moving\s*=\s*([^\s,=]+)\s*", str(text))
+    if found is None:
+        raise MorphSeekError(
+            f"The data set {path} has the pairing '{text}'; it must name patterns of file names: 'fixed = mr_*, moving "
+            "= ct_*'."
+        )
+    return found[1], found[2]
+
+
+def paired_sides(cases: Sequence[Case], pairing: tuple[str, str]) -> tuple[list[Case], ...]:
+    """The cases that may be fixed, and those that may be moving, by the names of their images (else of their labels).
+
+    Raises:
+        MorphSeekError: a side without cases, or both with the same single one.
+    """
+    sides = tuple([c for c in cases if fnmatchcase((c.image or c.label).name, pattern)] for pattern in pairing)
+    for side, pattern, found in zip(("fixed", "moving"), pairing, sides, strict=True):
+        if not found:
+            raise MorphSeekError(
+                f"None of {len(cases)} training cases is named '{pattern}', as the data set's pairing wants the {side} "
+                "one of a pair; mend the pairing, or add such cases."
+            )
+    if len(sides[0]) == 1 and sides[0] == sides[1]:
+        raise MorphSeekError(f"{pairing[0]} and {pairing[1]} match one and the same training case; mend the pairing.")
+    return sides
+
+
+def training_pair(cases: Sequence[Case], pairing: tuple[str, str] | None, generator: torch.Generator) -> Pair:
+    """Draw a pair to train on: two cases, or one of either side of a pairing.
+
+    Raises:
+        MorphSeekError: as :func:`paired_sides`.
+    """
+    if pairing is None:
+        first, second = torch.randperm(len(cases), generator=generator)[:2].tolist()
+        return Pair(cases[first], cases[second])
+    sides = paired_sides(cases, pairing)
+    while True:  # patterns may overlap; a case is no pair with itself
+        fixed, moving = (side[int(torch.randint(len(side), (1,), generator=generator))] for side in sides)
+        if fixed != moving:
+            return Pair(fixed, moving)
+
+
+def read_case_labels(case: Case, image: Volume) -> Volume:
+    """A case's label map on the grid of its image, int32 (i, j, k), merged as the case says.
+
+    Raises:
+        MorphSeekError: as :func:`MorphSeekLib.io.images.read_labels` and :func:`MorphSeekLib.io.images.check_labels`.
+    """
+    labels = _noted(check_labels(read_labels(case.label), image, case.label.name))
+    for value, other in case.merged:
+        labels = Volume(labels.data.masked_fill(labels.data == value, other), labels.grid)
+    return labels
+
+
+def _noted(volume: Volume) -> Volume:
+    """The volume, after its notices were logged, each once: a training reads a case again and again."""
+    for notice in volume.notices:
+        _log_once(notice.message)
+    return volume
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def scored_pairs(dataset: Dataset, split: str) -> list[Pair]:
+    """Return the pairs of a split, all of which have images and label maps.
+
+    Raises:
+        MorphSeekError: no such split, or a pair that cannot be scored, with what it lacks.
+    """
+    pairs: list[Pair] = dataset.split(split)
+    for number, pair in enumerate(pairs):
+        for side, case in (("fixed", pair.fixed), ("moving", pair.moving)):
+            if case.image is None or case.label is None:
+                lacks, named = ("a label map", case.image) if case.image is not None else ("an image", case.label)
+                raise MorphSeekError(
+                    f"{named.name}, the {side} one of pair {number + 1} of '{split}' in {dataset.path.name}, has no "
+                    f"entry for {lacks}, without which the pair cannot be scored; add a training row that names both, "
+                    f"or '{side}_label' to the pair."
+                )
+    return pairs
+
+
+def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]:
+    """((fixed image, its labels), (moving image, its labels)) of a pair from :func:`scored_pairs`.
+
+    Raises:
+        MorphSeekError: as :func:`MorphSeekLib.io.images.read_image` and :func:`read_case_labels`.
+    """
+    volumes = []
+    for case in (pair.fixed, pair.moving):
+        image = _noted(read_image(case.image))
+        volumes.append((image, read_case_labels(case, image)))
+    return volumes[0], volumes[1]
+
+
+def known_sizes(cases: Sequence[Case], anatomy: Sequence[int] | None = None, most: int = 100) -> tuple[float, float]:
+    """Smallest and largest size (mm) of what a training on these cases shows, for ``Preprocessing.knows``.
+
+    Args:
+        cases: of the training; of many, some are drawn.
+        anatomy: None when the images are shown; else they are synthesised from the label maps, and these labels are
+            shown alone at times.
+        most: how many cases to measure.
+    """
+    places = sampled(torch.arange(len(cases)), most).tolist()
+    sizes = []
+    for case in (cases[place] for place in places):
+        if anatomy is None:
+            sizes.append(object_size(read_image(case.image)))
+            continue
+        labels = read_labels(case.label)
+        shown = [labels.data != 0]
+        if anatomy:
+            shown.append(torch.isin(labels.data, torch.tensor(anatomy, dtype=labels.data.dtype)))
+        sizes += [object_size(Volume(mask.float(), labels.grid)) for mask in shown]
+    return round(min(sizes), 1), round(max(sizes), 1)
+
+
+def read_landmarks(path: Path, grid: Grid) -> np.ndarray:
+    """Landmarks of an image, from a Slicer markups file (.mrk.json) or a table of voxel indices (.csv, as Learn2Reg's).
+
+    Args:
+        grid: the image's; a table's indices i, j, k are those of its voxels.
+
+    Returns:
+        (n, 3) LPS mm.
+
+    Raises:
+        MorphSeekError: unreadable, malformed or empty.
+    """
+    try:
+        if path.suffix == ".json":
+            markup = json.loads(path.read_text(encoding="utf-8"))["markups"][0]
+            points = np.array([point["position"] for point in markup["controlPoints"]], dtype=np.float64)
+            if markup.get("coordinateSystem", "LPS") in ("RAS", "0"):
+                points *= (-1, -1, 1)
+        else:
+            points = apply_affine(grid.affine, np.loadtxt(path, delimiter=",", ndmin=2))
+        if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
+            raise ValueError("it must hold three finite numbers a point, and at least one point")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise MorphSeekError(
+            f"The landmarks {path.name} cannot be read ({error}); give a Slicer markups file (.mrk.json), or a .csv "
+            "table without a header, a line 'i,j,k' of voxel indices for each point."
+        ) from error
+    return points
+
+
+@dataclass
+class PreparedPair:
+    """A pair on the fixed case's working grid, as a training or validation step takes it.
+
+    Attributes:
+        fixed, moving: (1, 1, i, j, k), normalised.
+        fixed_labels, moving_labels: (1, 1, i, j, k) int32, or None.
+        grid: the working grid.
+        fixed_points, moving_points: (n, 3) landmarks in voxels of the working grid, or None.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    fixed_labels: Tensor | None
+    moving_labels: Tensor | None
+    grid: Grid
+    fixed_points: Tensor | None = None
+    moving_points: Tensor | None = None
+
+
+class PairLoader:
+    """Prepares pairs and keeps the cases it has read, at their own resolution, as far as they fit; the least recently
+    used ones go first. May be called from several threads."""
+
+    def __init__(
+        self, preprocessing: Preprocessing, multiple_of: int, centered: bool, kept_bytes: int = KEPT_BYTES
+    ) -> None:
+        """``centered``: put the middles of the two images together; else their world coordinates count as they are."""
+        self.preprocessing, self.multiple_of, self.centered = preprocessing, multiple_of, centered
+        self.kept_bytes = kept_bytes
+        self._cases: OrderedDict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = OrderedDict()
+        self._reading = threading.Lock()
+
+    def __call__(self, pair: Pair) -> PreparedPair:
+        fixed, fixed_labels, fixed_points = self._case(pair.fixed)
+        moving, moving_labels, moving_points = self._case(pair.moving)
+        grid = working_grid(fixed.grid, self.preprocessing, self.multiple_of)
+        shift = np.eye(4)
+        if self.centered:
+            shift[:3, 3] = moving.grid.center - fixed.grid.center
+        labels = [
+            None if volume is None else resample(volume, grid, matrix, mode="nearest").data[None, None]
+            for volume, matrix in ((fixed_labels, None), (moving_labels, shift))
+        ]
+        points = None, None
+        if fixed_points is not None and moving_points is not None:
+            if len(fixed_points) != len(moving_points):
+                names = f"{pair.fixed.landmarks.name} and {pair.moving.landmarks.name}"
+                raise MorphSeekError(
+                    f"{names} hold {len(fixed_points)} and {len(moving_points)} landmarks; they must correspond one to "
+                    "one."
+                )
+            to_index = np.linalg.inv(grid.affine)
+            points = (
+                torch.from_numpy(apply_affine(to_index, fixed_points)).float(),
+                torch.from_numpy(apply_affine(to_index @ np.linalg.inv(shift), moving_points)).float(),
+            )
+        return PreparedPair(
+            resample(fixed, grid).data[None, None],
+            resample(moving, grid, shift).data[None, None],
+            *labels,
+            grid,
+            *points,
+        )
+
+    def _case(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
+        """A case from memory, else from its files; then the oldest ones are dropped, but never this one."""
+        with self._reading:
+            if case not in self._cases:
+                self._cases[case] = self._read(case)
+                held = {known: _bytes(volumes) for known, (*volumes, _) in self._cases.items()}
+                while sum(held.values()) > self.kept_bytes and len(held) > 1:
+                    dropped, _ = self._cases.popitem(last=False)
+                    del held[dropped]
+            self._cases.move_to_end(case)
+            return self._cases[case]
+
+    def _read(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
+        if case.image is None:
+            raise MorphSeekError(f"{case.label} has no image beside it; training on images needs one per case.")
+        image = _noted(read_image(case.image))
+        labels = None
+        if case.label is not None:
+            labels = read_case_labels(case, image)
+        points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
+        image = normalized(image, self.preprocessing, f"{case.image}")
+        if self.preprocessing.spacing is not None:
+            direction = orientation_matrix(self.preprocessing.orientation)
+            image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))
+        return image, labels, points
+
+
+def _bytes(volumes: Sequence[Volume | None]) -> int:
+    return sum(volume.data.nbytes for volume in volumes if volume is not None)
+
+
+def augment(pair: PreparedPair, strength: float, generator: torch.Generator) -> PreparedPair:
+    """Both images of a pair, with their labels and landmarks, each bent by a random affine and smooth deformation.
+
+    At strength 1 an affine part moves the grid's ends by up to a seventh of it, a smooth part has a standard deviation
+    of one voxel at 4 x 4 x 4 nodes, and intensities in [0, 1] are raised to a power of 0.74 to 1.35.
+    """
+    changed = {}
+    for side in ("fixed", "moving"):
+        image = getattr(pair, side)
+        shape = image.shape[2:]
+        uniform = lambda *size: 2 * torch.rand(*size, generator=generator) - 1  # noqa: E731
+        matrix, shift = 0.15 * strength * uniform(3, 3), 0.05 * strength * uniform(3) * torch.tensor(shape)
+        centre = (torch.tensor(shape).view(3, 1, 1, 1) - 1) / 2
+        bent = torch.einsum("ab,bijk->aijk", matrix, fields.identity(shape)[0] - centre) + shift.view(3, 1, 1, 1)
+        nodes = strength * torch.randn(1, 3, 4, 4, 4, generator=generator)
+        bent = bent[None] + F.interpolate(nodes, size=tuple(shape), mode="trilinear", align_corners=True)
+        gamma = math.exp(0.3 * strength * float(uniform(1)))
+        changed[side] = fields.warp(image, bent).clamp(min=0) ** gamma
+        labels, points = getattr(pair, f"{side}_labels"), getattr(pair, f"{side}_points")
+        if labels is not None:
+            changed[f"{side}_labels"] = fields.warp(labels.float(), bent, "nearest").to(labels.dtype)
+        if points is not None:  # what was at p is now where x + bent(x) = p
+            back = fields.sample(fields.invert(bent), points.T.view(1, 3, -1, 1, 1).float(), padding="border")
+            changed[f"{side}_points"] = points + back.flatten(2)[0].T
+    return dataclasses.replace(pair, **changed)

@@ -1,0 +1,1 @@
+"""Figures of a model over the pairs of a data set."""

@@ -1,0 +1,1 @@
+"""Similarity, regularizers and the figures by which a registration is judged."""

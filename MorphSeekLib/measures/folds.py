@@ -1,0 +1,662 @@
+"""Where a delivered transform folds, a proof where it does not, and how folds are pulled apart.
+
+A dense transform is linear along each axis between its nodes (trilinear), so each cell between eight nodes is a linear
+hexahedron. The Jacobian determinant of the map within a cell is a polynomial of degree 2 in each coordinate; its 27
+Bernstein coefficients bound it, and eight of them are its values at the corners, which are the determinants of
+one-sided differences. Central differences look past a fold that alternates from voxel to voxel.
+
+Sources: Liu et al., "On finite difference Jacobian computation in deformable image registration", IJCV 2024 (corner
+determinants); Johnen, Weill, Remacle, "Robust and efficient validation of the linear hexahedral element", 2017 (the
+bound by Bernstein coefficients).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from ..space import fields
+from ..space.geometry import DenseTransform, Grid, Volume, apply_affine
+
+MARGIN = 1e-9
+"""A determinant above it counts as positive: far more than float64 rounds away."""
+HALVINGS = 5
+"""A cell that its coefficients do not decide is halved along each axis at most so many times."""
+_CLEAR = 0.01  # a cell whose cheap bound exceeds it needs no coefficients
+_BLOCK_NODES = 100_000  # of these a block's numbers stay in the processor's cache
+_CHUNK = 8_000  # cells whose coefficients are computed together
+# unfolding: corner determinants below _WANTED are raised until all are above this share of it; what is proven then is
+# proven with a margin that the file's rounding cannot undo
+_WANTED, _ENOUGH, _ROUNDED = 0.1, 0.2, 0.003
+_RATE = 1.9  # of a projection: beyond the goal, which takes a third of the iterations
+_STRIDE = 0.25  # voxels that a node moves by at most in an iteration
+_RELAX = 10  # iterations between moves towards the neighbors, where a cell stays folded
+# de Casteljau's halves of a polynomial of degree 2: coefficients of each half from those of the whole
+_HALVES = torch.tensor(
+    [
+        [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.5, 0.25]],
+        [[0.25, 0.5, 0.25], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]],
+    ],
+    dtype=torch.float64,
+)
+_CORNERS = torch.tensor(list(product((0.0, 1.0), repeat=3)), dtype=torch.float64)
+DEFINITION = (
+    "Judged is each cell between eight nodes of the transform as written, alignment included, linear between its nodes "
+    "(Slicer sets transforms that it reads from files to cubic, which is another map; set them to linear), in the box "
+    "between the outermost nodes. Determinants are relative to the sign of the alignment's. Folded: a determinant <= 0 "
+    "was found at a corner of the cell or of a part of it; proven: the Bernstein coefficients of the determinant bound "
+    f"it above 0 everywhere in the cell; undecided: neither after {HALVINGS} halvings. Shares are of the cells whose "
+    "center lies in the fixed image. Proven cells do not fold; that far places do not meet is not proven."
+)
+
+
+@dataclass(frozen=True)
+class FoldCount:
+    """How the cells of a transform fold; ``definition`` is printed wherever the figures are.
+
+    Attributes:
+        cells: cells whose center lies in the fixed image.
+        proven, folded, undecided: of those; see the definition.
+        folded_percent: folded of cells, in percent.
+        smallest_proven: what the determinant is proven to stay above in all proven cells of those; NaN without any.
+        folded_outside, undecided_outside: cells whose center lies outside of the fixed image.
+        no_fold_proven: whether no cell at all, inside or outside, is folded or undecided.
+        definition: what the figures mean.
+    """
+
+    cells: int
+    proven: int
+    folded: int
+    undecided: int
+    folded_percent: float
+    smallest_proven: float
+    folded_outside: int
+    undecided_outside: int
+    no_fold_proven: bool
+    definition: str = DEFINITION
+
+
+class Parts(NamedTuple):
+    """Cells, or parts of cells, where a determinant <= 0 was found, in voxels of the transform's grid.
+
+    low (n, 3): the corner of least index; size (n,): the edge's length; determinant (n,): the least one found.
+    """
+
+    low: Tensor
+    size: Tensor
+    determinant: Tensor
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What :func:`certify` found: the figures, and where the transform folds."""
+
+    count: FoldCount
+    folded: Parts
+
+
+def certify(
+    transform: DenseTransform,
+    fixed: Grid,
+    mirrored: bool = False,
+    checkpoint: Callable[[], None] = lambda: None,
+) -> Certificate:
+    """Judge every cell of the grid on which a transform is delivered.
+
+    Args:
+        transform: the map as written; every axis at least two nodes.
+        fixed: the fixed image's grid; shares are of the cells whose center lies in it.
+        mirrored: whether the alignment exchanges left and right, so that determinants count with the other sign.
+        checkpoint: called once a slab; may raise to cancel.
+
+    Raises:
+        ValueError: the displacement is not finite.
+    """
+    frame = _Frame(transform, mirrored)
+    to_fixed = np.linalg.inv(fixed.affine) @ transform.grid.affine
+    tally = _Tally()
+    for block in frame.blocks():
+        checkpoint()
+        inside = _centers_inside(block, to_fixed, fixed)
+        for cells in block.open_cells().split(_CHUNK):
+            index = block.index(cells)
+            near = torch.ones(len(cells), dtype=torch.bool) if inside is None else inside[tuple(index.unbind(1))]
+            tally.judge(index + block.first, block.coefficients(cells, torch.float64), near)
+        tally.cells += block.bound.numel() if inside is None else int(inside.count_nonzero())
+        bound = block.bound if inside is None else torch.where(inside, block.bound, math.inf)
+        tally.smallest = min(tally.smallest, _least(torch.where(bound > MARGIN, bound, math.inf)))
+    return tally.certificate(frame.scale)
+
+
+class _Tally:
+    """What has been found so far; cells that need judging wait until there are enough of them."""
+
+    def __init__(self) -> None:
+        self.cells = 0
+        self.smallest = math.inf
+        self._counts = dict.fromkeys(("folded", "undecided", "folded_outside", "undecided_outside"), 0)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._found = [Parts(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0))]
+
+    def judge(self, index: Tensor, coefficients: Tensor, near: Tensor) -> None:
+        """Count cells (n, 3) by their coefficients (3, 3, 3, n); near: whether their center is in the fixed image."""
+        self._waiting.append((index, coefficients, near))
+        if sum(len(waiting) for waiting, _, _ in self._waiting) >= _CHUNK:
+            self._judge_waiting()
+
+    def certificate(self, scale: float) -> Certificate:
+        """All that was found, with determinants multiplied by a scale."""
+        self._judge_waiting()
+        counts = self._counts
+        count = FoldCount(
+            **counts,
+            cells=self.cells,
+            proven=self.cells - counts["folded"] - counts["undecided"],
+            folded_percent=100 * counts["folded"] / max(self.cells, 1),
+            smallest_proven=self.smallest * scale if math.isfinite(self.smallest) else math.nan,
+            no_fold_proven=not any(counts.values()),
+        )
+        low, size, determinant = (torch.cat(column) for column in zip(*self._found, strict=True))
+        return Certificate(count, Parts(low, size, determinant * scale))
+
+    def _judge_waiting(self) -> None:
+        if not self._waiting:
+            return
+        index, coefficients, near = (
+            torch.cat(column, dim=-1 if n == 1 else 0) for n, column in enumerate(zip(*self._waiting, strict=True))
+        )
+        self._waiting = []
+        cell = _decide(coefficients)
+        for name, which in (("folded", cell.folded), ("undecided", cell.undecided)):
+            self._counts[name] += int((which & near).sum())
+            self._counts[f"{name}_outside"] += int((which & ~near).sum())
+        self.smallest = min(self.smallest, _least(cell.bound[near & ~(cell.folded | cell.undecided)]))
+        number, low, size, determinant = cell.parts
+        self._found.append(Parts(index[number] + low, size, determinant))
+
+
+def _least(values: Tensor) -> float:
+    return float(values.min()) if values.numel() else math.inf
+
+
+def bernstein(corners: Tensor) -> Tensor:
+    """Bernstein coefficients of the Jacobian determinant of trilinear cells.
+
+    Args:
+        corners: (2, 2, 2, 3, n): where the corner (a, b, c) of each of n cells goes.
+
+    Returns:
+        (3, 3, 3, n), of degree 2 along each axis. Those at even indices are the determinants at the corners; the least
+        and the largest of all bound the determinant within the cell.
+    """
+    p = corners.movedim(3, 0)
+    return _coefficients(p[:, 1] - p[:, 0], p[:, :, 1] - p[:, :, 0], p[:, :, :, 1] - p[:, :, :, 0])
+
+
+def _coefficients(s: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """:func:`bernstein` of the edges of n cells: (3, 2, 2, n), along an axis at each corner of the other two axes.
+
+    The derivative along the first axis, s, is linear in the other two, and so on; a product of two polynomials of
+    degree 1 has the products of the coefficients at its ends, and in the middle the mean of the mixed ones.
+    """
+    n = s.shape[-1]
+    crosses = s.new_zeros(3, 3, 2, 2, n)  # degree along the first axis, component, r at its (b), t at its (c)
+    for a, a2 in product((0, 1), repeat=2):
+        _add_cross(crosses[a + a2], t[:, a, None], r[:, a2, :, None])
+    crosses[1] /= 2
+    out = s.new_zeros(3, 3, 3, n)
+    for b, c in product((0, 1), repeat=2):
+        at = out[:, b : b + 2, c : c + 2]
+        for component in range(3):
+            at.addcmul_(s[component, b, c], crosses[:, component])
+    out[:, 1] /= 2
+    out[:, :, 1] /= 2
+    return out
+
+
+def _add_cross(out: Tensor, t: Tensor, r: Tensor) -> None:
+    """Add the cross product of vectors (3, ...), component by component: what is worked on stays in the cache."""
+    for x, y, z in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        out[x].addcmul_(t[y], r[z]).addcmul_(t[z], r[y], value=-1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar product of vectors (3, ...)."""
+    return torch.mul(a[0], b[0]).addcmul_(a[1], b[1]).addcmul_(a[2], b[2])
+
+
+def folded_voxels(folded: Parts, nodes: Grid, fixed: Grid) -> Tensor:
+    """The least determinant of the folded cells and parts that meet each voxel's box, infinite where none does.
+
+    Args:
+        folded: from :func:`certify`.
+        nodes: the transform's grid.
+        fixed: the fixed image's grid, of any direction.
+
+    Returns:
+        float32 of the fixed grid's shape; folding.nii.gz is where it is <= 0.
+    """
+    out = torch.full((math.prod(fixed.shape),), math.inf)
+    to_fixed = np.linalg.inv(fixed.affine) @ nodes.affine
+    half_voxel = np.full(3, 0.5)
+    edges = to_fixed[:3, :3]  # columns: a cell's edges, in voxels of the fixed grid
+    # separating axes of two boxes: their faces' normals and the cross products of their edges
+    normals = [*np.eye(3), *np.linalg.inv(edges), *(np.cross(a, b) for a in np.eye(3) for b in edges.T)]
+    axes = np.array([normal / np.linalg.norm(normal) for normal in normals if np.linalg.norm(normal) > 1e-9])
+    reach_voxel = np.abs(axes) @ half_voxel
+    reach_cell = np.abs(axes @ edges).sum(axis=1) / 2
+    strides = np.array([fixed.shape[1] * fixed.shape[2], fixed.shape[2], 1])
+    for size in torch.unique(folded.size).tolist():
+        chosen = folded.size == size
+        centers = apply_affine(to_fixed, folded.low[chosen].double().numpy() + size / 2)
+        values = folded.determinant[chosen].float().numpy()
+        around = np.ceil(size * np.abs(edges).sum(axis=1) / 2 + 0.5).astype(int)
+        near = np.indices(2 * around + 1).reshape(3, -1).T - around
+        length = max(1, 2_000_000 // len(near))
+        for begin in range(0, len(centers), length):
+            center = centers[begin : begin + length, None]
+            voxel = np.round(center).astype(int) + near
+            apart = np.abs((voxel - center) @ axes.T) >= reach_voxel + size * reach_cell - 1e-6
+            meets = ~apart.any(axis=2) & ((voxel >= 0) & (voxel < fixed.shape)).all(axis=2)
+            which, _ = np.nonzero(meets)
+            at = torch.from_numpy(voxel[meets] @ strides)
+            out.scatter_reduce_(0, at, torch.from_numpy(values[begin : begin + length][which]), "amin")
+    return out.view(fixed.shape)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Folded voxels that touch by face, edge or corner.
+
+    Attributes:
+        voxels, mm3: its size.
+        determinant: the least one found in it.
+        position: LPS mm of the folded voxel next to its middle (the middle of a banana need not be folded).
+        radius_mm: how far its farthest voxel lies from there.
+    """
+
+    voxels: int
+    mm3: float
+    determinant: float
+    position: tuple[float, float, float]
+    radius_mm: float
+
+
+def regions(least: Volume) -> list[Region]:
+    """The folded regions, largest first.
+
+    Args:
+        least: what :func:`folded_voxels` gives, on the fixed grid.
+    """
+    folded = (least.data <= 0).numpy()
+    clusters, count = ndimage.label(folded, np.ones((3, 3, 3)))
+    voxel = abs(float(np.linalg.det(least.grid.affine[:3, :3])))
+    rows = []
+    for number, box in enumerate(ndimage.find_objects(clusters, count), start=1):
+        here = clusters[box] == number
+        index = np.argwhere(here) + [axis.start for axis in box]
+        points = apply_affine(least.grid.affine, index)
+        middle = points[np.linalg.norm(points - points.mean(axis=0), axis=1).argmin()]
+        rows.append(
+            Region(
+                len(index),
+                len(index) * voxel,
+                float(least.data.numpy()[box][here].min()),
+                tuple(middle.tolist()),
+                float(np.linalg.norm(points - middle, axis=1).max()),
+            )
+        )
+    return sorted(rows, key=lambda region: (-region.voxels, region.determinant))
+
+
+def unfold(
+    transform: DenseTransform,
+    mirrored: bool = False,
+    iterations: int = 300,
+    checkpoint: Callable[[], None] = lambda: None,
+) -> DenseTransform:
+    """Move nodes until every cell is proven not to fold, as little as it takes.
+
+    Each node of a cell with a corner determinant below 0.1 moves by the mean of the moves that would raise these, one
+    by one, to 0.1 (averaged projections); where a cell stays folded its nodes move towards their neighbors now and
+    then, and a cell that folds between positive corners is asked for more. Only cells that are not proven and those
+    about them are worked on.
+
+    Args:
+        transform, mirrored: as for :func:`certify`.
+        iterations: the most; none where every cell is proven.
+        checkpoint: called once an iteration; may raise to cancel.
+
+    Returns:
+        the transform; it may still fold where the iterations did not suffice.
+    """
+    frame = _Frame(transform, mirrored)
+    active = torch.zeros([n - 1 for n in frame.shape], dtype=torch.bool)
+    for block in frame.blocks():
+        for cells in block.open_cells().split(_CHUNK):
+            cell = _decide(block.coefficients(cells, torch.float64))
+            bad = cells[cell.folded | cell.undecided]
+            active[tuple((block.index(bad) + block.first).unbind(1))] = True
+    if not iterations or not bool(active.any()):
+        return transform
+    nodes = frame.nodes()
+    start = nodes.clone()
+    touched = active.clone()
+    wanted = torch.full(active.shape, _WANTED)
+    for iteration in range(iterations):
+        checkpoint()
+        touched |= _with_neighbors(active)
+        cells = _with_neighbors(active).nonzero()
+        least = torch.cat([_corner_determinants(nodes, chunk).amin(dim=0) for chunk in cells.split(_CHUNK)])
+        goal = wanted[tuple(cells.unbind(1))]
+        if bool((least < _ENOUGH * goal).any()):
+            if iteration % _RELAX == _RELAX - 1:
+                _relax(nodes, cells[least <= 0])
+            cells = cells[least < goal]
+            _project(nodes, cells, wanted)
+        else:  # what is left folds between its corners
+            cells = touched.nonzero()
+            cells = cells[_unproven(_gathered(nodes, cells), _ROUNDED)]
+            if not len(cells):
+                break
+            goal = wanted[tuple(cells.unbind(1))]
+            _relax(nodes, cells[goal >= 1])
+            wanted[tuple(cells.unbind(1))] = (1.5 * goal).clamp(max=1)
+        active.zero_()[tuple(cells.unbind(1))] = True
+    moved = frame.to_mm((nodes - start)[0]).float()
+    return DenseTransform(transform.displacement + moved, transform.grid)
+
+
+class _Frame:
+    """What determinants of a transform are relative to: the whole map's affine part, and the grid's own.
+
+    Attributes:
+        scale: what determinants in this frame are multiplied by to be those of the transform, relative to the
+            alignment's sign.
+        sign: of the determinant, in mm, of a cell that keeps its shape.
+    """
+
+    def __init__(self, transform: DenseTransform, mirrored: bool) -> None:
+        affine = transform.affine_part()[:3, :3]
+        if (np.linalg.det(affine) < 0) != mirrored:
+            affine = np.diag([-1.0 if mirrored else 1.0, 1, 1])
+        self.displacement = transform.displacement
+        self.shape = self.displacement.shape[1:]
+        self.linear = transform.grid.affine[:3, :3]
+        self.affine = affine
+        self.scale = abs(float(np.linalg.det(affine)))
+        self.sign = 1 if np.linalg.det(affine @ self.linear) > 0 else -1
+
+    def nodes(self) -> Tensor:
+        """(1, 3, i, j, k) float64: displacements in voxels, small whatever the alignment, but for a constant."""
+        back = np.linalg.inv(self.affine @ self.linear)
+        nodes = self._times(back, self.displacement.double())
+        of_index = torch.from_numpy(back @ self.linear - np.eye(3))
+        for axis, n in enumerate(self.shape):
+            view = [3, *(-1 if a == axis else 1 for a in range(3))]
+            nodes += (of_index[:, axis, None] * torch.arange(n, dtype=torch.float64)).view(view)
+        return nodes[None]
+
+    def to_mm(self, difference: Tensor) -> Tensor:
+        """(3, ...) LPS mm that nodes moved by, of their move in :meth:`nodes`."""
+        return self._times(self.affine @ self.linear, difference)
+
+    def blocks(self) -> Iterator[_Block]:
+        """Blocks of nodes that share a face with the next; together their cells are all cells, each once."""
+        rows = math.sqrt(_BLOCK_NODES / self.shape[2])
+        starts = [range(0, n - 1, math.ceil((n - 1) / math.ceil((n - 1) / rows))) for n in self.shape[:2]]
+        for i, j in product(*starts):
+            yield _Block(self, (i, j), (i + starts[0].step + 1, j + starts[1].step + 1))
+
+    @staticmethod
+    def _times(matrix: np.ndarray, field: Tensor) -> Tensor:
+        return (torch.from_numpy(matrix) @ field.flatten(1)).view_as(field)
+
+
+class _Block:
+    """Some rows of nodes, in mm, and a lower bound of the determinant in each of their cells.
+
+    Nodes lie in one row, so that the neighbors along an axis are a fixed number of places away and every step is over
+    contiguous memory. A number of a cell stands at the cell's first node; what stands at the last node along an axis,
+    whose neighbor is the first of the next line, belongs to no cell. Cells are known by that place.
+
+    Attributes:
+        first: the index of the first node.
+        bound: (i, j, k), below the determinant (relative to the frame) of each cell.
+    """
+
+    def __init__(self, frame: _Frame, begin: tuple[int, int], end: tuple[int, int]) -> None:
+        self.first = torch.tensor([*begin, 0])
+        nodes = frame.displacement[:, begin[0] : end[0], begin[1] : end[1]]
+        self._shape = nodes.shape[1:]
+        self._strides = (self._shape[1] * self._shape[2], self._shape[2], 1)
+        components = [0, 1, 2] if frame.sign > 0 else [1, 0, 2]  # either way a cell that keeps its shape counts above 0
+        self._nodes = torch.stack([nodes[c].flatten() for c in components])
+        self._linear = torch.from_numpy(frame.linear[components].copy())  # columns: the edges of a cell at rest
+        self._volume = frame.scale * abs(float(np.linalg.det(frame.linear)))
+        bound, self._slack = self._cheap_bound()
+        self._bound = torch.nn.functional.pad(bound, (0, self._nodes.shape[1] - len(bound)), value=math.inf)
+        at_nodes = self._bound.view(self._shape)
+        for axis, n in enumerate(self._shape):
+            at_nodes.select(axis, n - 1).fill_(math.inf)
+        self.bound = at_nodes[:-1, :-1, :-1]
+
+    def open_cells(self) -> Tensor:
+        """(n,): the cells that may fold, after a closer look at those that the cheap bound leaves near to 0."""
+        if not math.isfinite(self._bound.min()) and not bool(self._nodes.isfinite().all()):
+            raise ValueError("The deformation holds NaN or infinite values; its folding cannot be measured.")
+        cells = (~(self._bound > _CLEAR)).nonzero()[:, 0]
+        for chunk in cells.split(_CHUNK):
+            least = self.coefficients(chunk, torch.float32).flatten(0, 2).amin(dim=0)
+            self._bound[chunk] = torch.maximum(self._bound[chunk], least - self._slack[chunk])
+        return cells[~(self._bound[cells] > MARGIN)]
+
+    def index(self, cells: Tensor) -> Tensor:
+        """(n, 3): the index of cells (n,) within the block."""
+        i, rest = cells // self._strides[0], cells % self._strides[0]
+        return torch.stack([i, rest // self._strides[1], rest % self._strides[1]], dim=1)
+
+    def coefficients(self, cells: Tensor, dtype: torch.dtype) -> Tensor:
+        """(3, 3, 3, n) Bernstein coefficients of the determinant (relative to the frame) in cells (n,)."""
+        corners = torch.tensor(list(product((0, 1), repeat=3))) @ torch.tensor(self._strides)
+        u = self._nodes.index_select(1, (corners[:, None] + cells).flatten()).view(3, 2, 2, 2, -1).to(dtype)
+        linear = self._linear.to(dtype).T[..., None, None, None]
+        s, t, r = (u.select(axis, 1) - u.select(axis, 0) + linear[axis - 1] for axis in (1, 2, 3))
+        return _coefficients(s, t, r).div_(self._volume)
+
+    def _cheap_bound(self) -> tuple[Tensor, Tensor]:
+        """A bound of the determinant in each cell, and how far off single precision may be, of what it is less by.
+
+        The least corner determinant, less how far a determinant may lie below those of its cell's corners: along each
+        axis it is a polynomial of degree 2, so it lies below its linear interpolation by at most an eighth of its
+        second derivative, which is along the first axis 2 det(s, dt/da, dr/da).
+
+        Differences of neighbors are off by 2 eps of the longest edge at most, a determinant so by 10 eps of its cube,
+        the bends by 26 eps, and a coefficient by 13.
+        """
+        i, j, k = self._strides
+        linear = self._linear.float()
+        s, t, r = (
+            (self._nodes[:, step:] - self._nodes[:, :-step]).add_(linear[:, axis, None])
+            for axis, step in enumerate(self._strides)
+        )
+        number = self._nodes.shape[1] - i - j - k
+        least = _least_at_corners(s, t, r, self._strides, number)
+        edges = [_longest(s, j, k), _longest(t, i, k), _longest(r, i, j)]
+        ij, ik, jk = (_longest(e[:, step:] - e[:, :-step], o) for e, step, o in ((s, j, k), (s, k, j), (t, k, i)))
+        bends = (edges[0] * ij).mul_(ik).addcmul_(edges[1] * ij, jk).addcmul_(edges[2] * ik, jk)
+        longest = torch.maximum(edges[0], edges[1])
+        torch.maximum(longest, edges[2], out=longest).clamp_(min=float(linear.norm(dim=0).max()))
+        slack = longest.pow(3).mul_(64 * torch.finfo(torch.float32).eps / self._volume)
+        return least.sub_(bends, alpha=0.25).div_(self._volume).sub_(slack), slack
+
+
+def _least_at_corners(s: Tensor, t: Tensor, r: Tensor, strides: tuple[int, int, int], number: int) -> Tensor:
+    """(number,): the least corner determinant of cells, of the edges (3, ...) that begin at each node of a block."""
+    i, j, k = strides
+    least = s.new_full((number,), math.inf)
+    across = s.new_empty(3, number + i)
+    for b, c in product((0, j), (0, k)):
+        # s at (b, c) meets t at (a, c) and r at (a, b); the corner a = 1 of a cell is a = 0 of the next
+        _add_cross(across.zero_(), t[:, c : c + number + i], r[:, b : b + number + i])
+        along = s[:, b + c : b + c + number]
+        for a in (0, i):
+            torch.minimum(least, _dot(along, across[:, a : a + number]), out=least)
+    return least
+
+
+def _longest(vectors: Tensor, *steps: int) -> Tensor:
+    """The length of vectors (3, n); the largest of those that the steps along the row lead to."""
+    squares = _dot(vectors, vectors)
+    for step in steps:
+        squares = torch.maximum(squares[step:], squares[:-step])
+    return squares.sqrt_()
+
+
+def _centers_inside(block: _Block, to_fixed: np.ndarray, fixed: Grid) -> Tensor | None:
+    """(i, j, k) bool: which cells of a block have their center in the fixed image's box; None when all have."""
+    limit = np.array(fixed.shape) - 0.5
+    first, shape = block.first.tolist(), block.bound.shape
+    ends = [(begin + 0.5, begin + n - 0.5) for begin, n in zip(first, shape, strict=True)]
+    corners = apply_affine(to_fixed, np.array(list(product(*ends))))
+    if ((corners >= -0.5) & (corners <= limit)).all():
+        return None
+    inside = torch.ones(shape, dtype=torch.bool)
+    for row, most in zip(to_fixed[:3], limit, strict=True):
+        at = torch.full((1, 1, 1), row[3], dtype=torch.float64)
+        for axis in (2, 1, 0):
+            if abs(row[axis]) > 1e-12:  # along an axis of the fixed image the other two need not be looked at
+                steps = torch.arange(shape[axis], dtype=torch.float64) + first[axis] + 0.5
+                at = row[axis] * steps.view([-1 if a == axis else 1 for a in range(3)]) + at
+        inside &= (at >= -0.5) & (at <= most)
+    return inside
+
+
+class _Decided(NamedTuple):
+    """Of n cells: folded, undecided (n,) bool; bound (n,), what the determinant stays above where proven; parts where a
+    fold was found: the cell's number, its corner within the cell (m, 3), its edge and the least determinant (m,)."""
+
+    folded: Tensor
+    undecided: Tensor
+    bound: Tensor
+    parts: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _decide(coefficients: Tensor) -> _Decided:
+    """Proven, folded or undecided, by halving what the coefficients (3, 3, 3, n) leave open."""
+    n = coefficients.shape[-1]
+    cell, low, size = torch.arange(n), torch.zeros(n, 3, dtype=torch.float64), 1.0
+    folded, undecided = torch.zeros(2, n, dtype=torch.bool)
+    bound = torch.full((n,), math.inf, dtype=torch.float64)
+    parts = []
+    for level in range(HALVINGS + 1):
+        least = coefficients.flatten(0, 2).amin(dim=0)
+        at_corners = coefficients[::2, ::2, ::2].flatten(0, 2).amin(dim=0)
+        bad = at_corners <= 0
+        folded[cell[bad]] = True
+        parts.append((cell[bad], low[bad], torch.full_like(at_corners[bad], size), at_corners[bad]))
+        bound.scatter_reduce_(0, cell, torch.where(least > MARGIN, least, math.inf), "amin")
+        left = (least <= MARGIN) & ~folded[cell]
+        if not bool(left.any()):
+            break
+        cell, low, coefficients = cell[left], low[left], coefficients[..., left]
+        if level == HALVINGS:
+            undecided[cell] = True
+            break
+        size /= 2
+        coefficients = _halved(coefficients)
+        low = (low + size * _CORNERS[:, None]).view(-1, 3)
+        cell = cell.repeat(8)
+    return _Decided(folded, undecided, bound, tuple(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _halved(coefficients: Tensor) -> Tensor:
+    """Of cells (3, 3, 3, n), the coefficients (3, 3, 3, 8 n) of their halves along each axis, in the corners' order."""
+    halves = coefficients
+    for axis in (0, 2, 4):  # each axis becomes two: which half, and its coefficients
+        halves = torch.tensordot(_HALVES, halves, dims=([2], [axis])).movedim((0, 1), (axis, axis + 1))
+    return halves.permute(1, 3, 5, 0, 2, 4, 6).reshape(3, 3, 3, -1)
+
+
+def _gathered(nodes: Tensor, cells: Tensor) -> Tensor:
+    """(2, 2, 2, 3, n): where the corners of cells (n, 3) go."""
+    return fields.gather_corners(nodes, torch.zeros_like(cells[:, 0]), cells.unbind(1))
+
+
+def _with_neighbors(cells: Tensor) -> Tensor:
+    """A mask grown by one cell, over faces, edges and corners."""
+    for axis in range(3):
+        grown = cells.clone()
+        n = cells.shape[axis] - 1
+        grown.narrow(axis, 0, n).logical_or_(cells.narrow(axis, 1, n))
+        grown.narrow(axis, 1, n).logical_or_(cells.narrow(axis, 0, n))
+        cells = grown
+    return cells
+
+
+def _unproven(corners: Tensor, margin: float) -> Tensor:
+    """(n,) bool: which cells (2, 2, 2, 3, n) are not proven to keep their determinant above a margin."""
+    parts = []
+    for chunk in corners.split(_CHUNK, dim=-1):
+        cell = _decide(bernstein(chunk) - margin)
+        parts.append(cell.folded | cell.undecided)
+    return torch.cat(parts)
+
+
+def _corner_determinants(nodes: Tensor, cells: Tensor) -> Tensor:
+    """(8, n) of cells (n, 3)."""
+    return fields.determinants_at_corners(_gathered(nodes, cells))
+
+
+def _project(nodes: Tensor, cells: Tensor, wanted: Tensor) -> None:
+    """Raise the corner determinants of cells (n, 3) that are below what is wanted, in place: one averaged projection.
+
+    The determinant of the edges s, t, r that meet at a corner grows fastest along t x r, r x s and s x t.
+    """
+    strides = nodes.new_tensor([nodes.shape[3] * nodes.shape[4], nodes.shape[4], 1], dtype=torch.long)
+    corner = _CORNERS.long()
+    sign = (2 * corner - 1).to(nodes)[..., None]  # of the corner's own move: an edge runs from low to high
+    moves, places = [], []
+    for chunk in cells.split(_CHUNK):
+        p = _gathered(nodes, chunk)
+        s, t, r = p[1] - p[0], p[:, 1] - p[:, 0], p[:, :, 1] - p[:, :, 0]
+        s, t, r = (
+            torch.stack(e) for e in zip(*((s[b, c], t[a, c], r[a, b]) for a, b, c in corner.tolist()), strict=True)
+        )
+        slopes = [torch.linalg.cross(t, r, dim=1), torch.linalg.cross(r, s, dim=1), torch.linalg.cross(s, t, dim=1)]
+        lacking = torch.relu(wanted[tuple(chunk.unbind(1))] - (s * slopes[0]).sum(dim=1))
+        own = sum(sign[:, axis, None] * slope for axis, slope in enumerate(slopes))
+        steepness = sum(slope.square().sum(dim=1) for slope in (*slopes, own)).clamp(min=0.5)
+        push = (lacking / steepness)[:, None]
+        at = chunk @ strides + (corner @ strides)[:, None]
+        far = [at - sign[:, axis].long() * strides[axis] for axis in range(3)]
+        pushes = [push * own, *(-sign[:, axis, None] * push * slope for axis, slope in enumerate(slopes))]
+        needed = (lacking > 0).expand(4, -1, -1)
+        moves.append(torch.stack(pushes).movedim(2, 0)[:, needed])
+        places.append(torch.stack([at, *far])[needed])
+    touched, place = torch.unique(torch.cat(places), return_inverse=True)
+    total = torch.zeros(3, len(touched), dtype=nodes.dtype).index_add_(1, place, torch.cat(moves, dim=1))
+    step = total.mul_(_RATE / torch.bincount(place, minlength=len(touched)))
+    length = step.norm(dim=0)
+    nodes[0].view(3, -1)[:, touched] += step * (_STRIDE / length.clamp(min=_STRIDE))
+
+
+def _relax(nodes: Tensor, cells: Tensor) -> None:
+    """Move the nodes of cells (n, 3) half of the way to the mean of their six neighbors, in place."""
+    shape = nodes.shape[2:]
+    at = torch.unique((cells[:, None] + _CORNERS.long()).view(-1, 3), dim=0)
+    mean = torch.zeros(3, len(at), dtype=nodes.dtype)
+    for axis, way in product(range(3), (-1, 1)):
+        beside = at.clone()
+        beside[:, axis] = (beside[:, axis] + way).clamp(0, shape[axis] - 1)
+        mean += nodes[0][(slice(None), *beside.unbind(1))] / 6
+    here = (slice(None), *at.unbind(1))
+    nodes[0][here] = (nodes[0][here] + mean) / 2

@@ -1,0 +1,1 @@
+"""The registration model around a backbone, its files and its device."""

@@ -1,0 +1,153 @@
+"""Checkpoints: one .safetensors file; its metadata holds a JSON card that says what the weights are.
+
+Nothing is ever unpickled from a file that a person picked. A file is written under a temporary name and renamed, so
+that a crash or a full disk never costs the old one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from .. import __version__
+from ..io.files import write_atomically
+from ..protocol.errors import MorphSeekError
+from ..protocol.settings import from_dict, to_dict, to_json
+from ..protocol.startup import FORMAT, read_header
+from ..space.preprocessing import Preprocessing
+from .policy import ModelSettings, RegistrationModel
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        title: one line for a list of models.
+        model: how to rebuild the network.
+        parameters: of the backbone and of its policy head, and the head's share; written by :func:`save`.
+        preprocessing: how to feed it.
+        provenance: data, labels used, training settings, steps, seed, seconds, software; free keys.
+        results: figures that were measured, each with its definition; free keys.
+        licence: of the weights, with the reason.
+    """
+
+    title: str = ""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+def software() -> dict[str, str]:
+    """Versions that provenance and reports name."""
+    return {
+        "morphseek": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "simpleitk": version("SimpleITK"),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def save(path: Path | str, model: RegistrationModel, card: Card) -> None:
+    """Write weights and card; the file appears whole or not at all.
+
+    Raises:
+        MorphSeekError: a weight is NaN or infinite, the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    card = dataclasses.replace(card, model=model.settings, parameters=model.parameter_counts())
+    metadata = {"morphseek": to_json({"format": FORMAT, **to_dict(card)})}
+    state = {k: v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    if (name := not_finite(state)) is not None:
+        raise MorphSeekError(
+            f"{path.name} was not written because its tensor '{name}' holds NaN or infinite values; train again with a "
+            "lower learning rate, or check the file that the weights come from."
+        )
+    write_atomically(path, serialize(state, metadata))
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None where all are finite."""
+    return next((name for name, value in state.items() if not bool(torch.isfinite(value).all())), None)
+
+
+def rewrite_card(path: Path | str, card: Card) -> None:
+    """Put another card on a checkpoint; its weights stay as they are, bit by bit.
+
+    Raises:
+        MorphSeekError: the file is no checkpoint, or cannot be written.
+    """
+    path = Path(path)
+    read_card(path)
+    header, data = _parts(path)
+    header["__metadata__"]["morphseek"] = json.dumps({"format": FORMAT, **to_dict(card)})
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomically(path, len(text).to_bytes(8, "little") + text + data)
+
+
+def read_card(path: Path | str) -> Card:
+    """The card alone; no weights are read.
+
+    Raises:
+        MorphSeekError: no such file, or not a MorphSeek checkpoint: pickled, foreign, damaged or from a later version.
+    """
+    path = Path(path)
+    return from_dict(Card, read_header(path), f"the card of {path.name}")
+
+
+def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[RegistrationModel, Card]:
+    """The model in eval mode, and its card.
+
+    Raises:
+        MorphSeekError: as :func:`read_card`, or weights that do not fit the card, are NaN or are infinite.
+    """
+    path = Path(path)
+    card = read_card(path)
+    model = RegistrationModel(card.model)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise MorphSeekError(f"The weights in {path.name} do not fit its card ({reason}); copy it again.") from error
+    if (name := not_finite(state)) is not None:
+        raise MorphSeekError(
+            f"{path.name} cannot be used because its tensor '{name}' holds NaN or infinite values; download or copy "
+            "the file again, or train the model again."
+        )
+    return model.to(device).eval(), card
+
+
+def sha256(path: Path | str) -> str:
+    """Hex digest of a file, by which reports name the checkpoint."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def weights_sha256(path: Path | str) -> str:
+    """Hex digest of a checkpoint's weights alone; it stays when the card is rewritten."""
+    return hashlib.sha256(_parts(Path(path))[1]).hexdigest()
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of a .safetensors file and the bytes of its tensors (https://github.com/huggingface/safetensors)."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]

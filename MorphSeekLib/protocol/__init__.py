@@ -1,0 +1,1 @@
+"""What the engine and the Slicer module must agree on; standard library only."""

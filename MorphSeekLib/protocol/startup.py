@@ -1,0 +1,264 @@
+"""What is decided and checked before torch, numpy and SimpleITK are imported, which takes seconds.
+
+Names, numbers and paths of a request are looked at here first, so that a misspelled one is refused at once. Nothing but
+the standard library may be imported in this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import MorphSeekError
+
+BUNDLED = Path(__file__).resolve().parents[2] / "Resources" / "Checkpoints"
+ALIGNMENTS = ("none", "center", "rigid", "affine")
+MAX_STEPS = 20
+FORMAT = 1
+"""Of the card in a model file."""
+
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the .safetensors format
+_PICKLED = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def shown(path: str | os.PathLike) -> str:
+    """Return a file's name as text that can be printed and stored, whatever its bytes are."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def wait_passively() -> None:
+    """Let the threads of torch sleep while they wait for work, instead of spinning; what the user has set stays.
+
+    On a machine that does something else too, spinning threads take the processor from the ones they wait for. The
+    OpenMP libraries read these variables when they are loaded, so this must come before torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+
+def bundled() -> dict[str, Path]:
+    """Return the models that come with MorphSeek: name -> file."""
+    return {path.stem: path for path in sorted(BUNDLED.glob("*.safetensors"))}
+
+
+def find(model: str | Path) -> Path:
+    """Return the file of a bundled model's name, or of a path.
+
+    Raises:
+        MorphSeekError: neither; the known names are listed.
+    """
+    names = bundled()
+    if str(model) in names:
+        return names[str(model)]
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    known = ", ".join(names) or "none are installed"
+    raise MorphSeekError(f"There is no model '{model}': give a bundled name ({known}) or a .safetensors file.")
+
+
+def read_header(path: Path | str) -> dict[str, Any]:
+    """Return the card of a model file as it is written, without its format number; no weights are read.
+
+    Raises:
+        MorphSeekError: no such file, or not a MorphSeek model: pickled, foreign, damaged or from a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MorphSeekError(f"There is no checkpoint file {path}; check the path.")
+    try:
+        header = _safetensors_header(path)
+    except (OSError, ValueError) as error:
+        raise MorphSeekError(
+            f"{path.name} is damaged or not a .safetensors file ({error}); download or copy it again."
+        ) from error
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or "morphseek" not in metadata:
+        raise MorphSeekError(
+            f"{path.name} is a .safetensors file of another program: it carries no MorphSeek card. "
+            "Choose a checkpoint that MorphSeek wrote."
+        )
+    try:
+        card = json.loads(metadata["morphseek"])
+        number = card.pop("format")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise MorphSeekError(f"The card of {path.name} is damaged ({error}); copy the file again.") from error
+    if number != FORMAT:
+        raise MorphSeekError(f"{path.name} has format {number}, this MorphSeek reads {FORMAT}; update MorphSeek.")
+    return card
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON at the beginning of a .safetensors file; ValueError where file and header do not belong together."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if head.startswith(_PICKLED):
+            raise MorphSeekError(
+                f"{path.name} is a pickled PyTorch file, which MorphSeek does not open because it could run any "
+                "program; use a MorphSeek .safetensors checkpoint."
+            )
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= _LONGEST_HEADER:
+            raise ValueError("it has no header")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    tensors = [value for name, value in header.items() if name != "__metadata__"]
+    try:
+        end = max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError("its header does not say where the weights are") from error
+    if path.stat().st_size != 8 + length + end:
+        raise ValueError(f"it has {path.stat().st_size} bytes instead of {8 + length + end}")
+    return header
+
+
+def check_model(model: str | Path) -> Path:
+    """Return the file of a model whose card can be read.
+
+    Raises:
+        MorphSeekError: as :func:`find` and :func:`read_header`.
+    """
+    path = find(model)
+    read_header(path)
+    return path
+
+
+def check_device(name: str) -> None:
+    """Refuse a device whose name means nothing; whether a GPU is there only torch can say.
+
+    Raises:
+        MorphSeekError: not auto, cpu or cuda:N.
+    """
+    kind, colon, number = name.partition(":")
+    if name not in ("auto", "cpu") and (kind != "cuda" or (colon and not number.isdecimal())):
+        raise MorphSeekError(
+            f"There is no device '{name}'; use auto, cpu or cuda:N (N is the number of a GPU, from 0)."
+        )
+
+
+def check_steps(steps: int) -> None:
+    """Refuse a number of refinement steps that no registration takes.
+
+    Raises:
+        MorphSeekError: with the range.
+    """
+    if not 1 <= steps <= MAX_STEPS:
+        raise MorphSeekError(f"{steps} refinement steps were asked for; choose 1 to {MAX_STEPS}.")
+
+
+def check_alignment(align: str) -> None:
+    """Refuse an unknown alignment.
+
+    Raises:
+        MorphSeekError: with the known ones.
+    """
+    if align not in ALIGNMENTS:
+        raise MorphSeekError(f"There is no alignment '{align}'; choose one of {', '.join(ALIGNMENTS)}.")
+
+
+def check_threads(threads: int) -> None:
+    """Refuse a number of threads below one.
+
+    Raises:
+        MorphSeekError: with what to give.
+    """
+    if threads < 1:
+        raise MorphSeekError(f"{threads} threads were asked for; choose 1 or more, or leave it out for all.")
+
+
+def check_readable(path: Path | str) -> None:
+    """Refuse a file or folder that is missing, may not be read, or is an empty file.
+
+    Raises:
+        MorphSeekError: which of them.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MorphSeekError(f"{path} does not exist; check the name.")
+    if not os.access(path, os.R_OK):
+        raise MorphSeekError(f"{path} may not be read; check its permissions.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise MorphSeekError(f"{path} is an empty file (0 bytes); copy or export it again.")
+
+
+def check_run(folder: Path | str) -> None:
+    """Refuse a folder that holds no training run.
+
+    Raises:
+        MorphSeekError: it has no run.json.
+    """
+    if not (Path(folder) / "run.json").is_file():
+        raise MorphSeekError(f"{folder} is not a training run: it has no run.json; choose a folder that Slicer made.")
+
+
+def refuse_overwriting(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None]) -> None:
+    """Refuse to write over a file that is read.
+
+    Args:
+        outputs: the files that will be written.
+        inputs: what is read; None and what is not there are passed over.
+
+    Raises:
+        MorphSeekError: an output is one of the inputs, by whatever name.
+    """
+    existing = [path for path in inputs if path is not None and os.path.exists(path)]
+    for output in outputs:
+        for path in existing:
+            if os.path.exists(output) and os.path.samefile(output, path):
+                raise MorphSeekError(
+                    f"{shown(path)} is an input and would be overwritten by the results; choose another output."
+                )
+
+
+def check_output_folder(folder: Path | str) -> None:
+    """Refuse a folder for results that is a file, or that could not be made or written to.
+
+    Raises:
+        MorphSeekError: which of them.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise MorphSeekError(f"The output folder {folder} is a file; choose another name.")
+    _try_to_write(folder, folder)
+
+
+def check_output_file(
+    path: str | os.PathLike, suffix: str = "", inputs: Iterable[str | os.PathLike | None] = ()
+) -> None:
+    """Refuse a file that could not be written, before the work that it is for.
+
+    Args:
+        path: the file; its folder need not exist yet.
+        suffix: what its name must end with.
+        inputs: what the job reads; None is skipped.
+
+    Raises:
+        MorphSeekError: another ending, a folder of that name, one of the inputs, or a place that cannot be written to.
+    """
+    path = Path(path)
+    refuse_overwriting([path], inputs)
+    if suffix and path.suffix != suffix:
+        raise MorphSeekError(f"The checkpoint {path.name} must be named with the ending {suffix}.")
+    if path.is_dir():
+        raise MorphSeekError(f"{path} cannot be written because a folder has this name; choose another name.")
+    _try_to_write(path.parent, path)
+
+
+def _try_to_write(folder: Path, wanted: Path) -> None:
+    """Write a nameless file into a folder, or into the nearest one above it that exists."""
+    try:
+        above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=above) as file:
+            file.write(b"\0" * 512)
+    except OSError as error:
+        raise MorphSeekError(
+            f"{wanted} cannot be written ({(error.strerror or str(error)).lower()}); choose another folder or free "
+            "some space."
+        ) from error

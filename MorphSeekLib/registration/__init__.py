@@ -1,0 +1,1 @@
+"""The main job: two images in, a transform and a report out."""

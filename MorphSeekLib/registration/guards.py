@@ -1,0 +1,191 @@
+"""What cannot be right is said or refused here: no result of a kind that makes no sense is returned in silence.
+
+A function either raises :class:`MorphSeekLib.protocol.errors.MorphSeekError`, where nothing useful can follow, or
+returns the :class:`MorphSeekLib.protocol.events.Notice`s that go with the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..protocol.errors import MorphSeekError
+from ..protocol.events import Notice
+from ..space.geometry import DenseTransform, Transform
+from ..space.preprocessing import Preprocessing
+
+SAME_SIZE = 1.5  # times smaller or larger than the training images is still what a model knows
+OTHER_WORLD = 5.0  # times: another species, or other units than mm; no two images of one object differ so much either
+LEAST_VOXELS = 200  # of the working grid: fewer show no shape
+LEAST_OVERLAP = 0.1  # of what the fixed image shows
+ONE_VALUE = 0.8  # of what an image shows is of its highest value: a mask
+FLAT = 0.02  # of the range
+NOTABLE = 0.005  # of similarity or Dice: smaller losses are not worth a sentence
+
+
+def check_finite(values: Transform | Tensor | float, what: str) -> None:
+    """Refuse a matrix, a field or a figure that is not made of finite numbers.
+
+    Raises:
+        MorphSeekError: with ``what``, the name of the stage, such as "The alignment".
+    """
+    if isinstance(values, DenseTransform):
+        values = values.displacement
+    finite = torch.isfinite(values).all() if isinstance(values, Tensor) else np.isfinite(values).all()
+    if not bool(finite):
+        raise MorphSeekError(
+            f"{what} gave numbers that are not finite, so there is no result; check the two images and, if others fail "
+            "too, get the model's file again."
+        )
+
+
+def unknown_sizes(sizes: Sequence[float], preprocessing: Preprocessing) -> tuple[list[Notice], float]:
+    """Whether the two images show objects of a size that the model was trained on.
+
+    Args:
+        sizes: of the fixed and the moving image's object, mm.
+        preprocessing: of the model's card.
+
+    Returns:
+        the notices, and how many times coarser the working grid should be: 1, but for an object of another world.
+    """
+    notices = []
+    beyond = [preprocessing.beyond(size) for size in sizes]
+    factor = beyond[0] if _times(beyond[0]) > OTHER_WORLD else 1.0
+    unknown = [
+        f"the {name} image shows an object of {_mm(size)} mm"
+        for name, size, times in zip(("fixed", "moving"), sizes, beyond, strict=True)
+        if _times(times) > SAME_SIZE
+    ]
+    if unknown:
+        low, high = preprocessing.knows
+        tail = (
+            ""
+            if factor == 1
+            else f"; the model's grid was made {_times(factor):.0f} times " + ("finer" if factor < 1 else "coarser")
+        )
+        known = f"The model was trained on objects of {_mm(low)} to {_mm(high)} mm"
+        words = f"{known}, but {' and '.join(unknown)}{tail}; check the spacing and the units, and look at the result."
+        notices.append(Notice("unknown-size", words))
+    if _times(sizes[1] / sizes[0]) > 2 * OTHER_WORLD:
+        words = (
+            f"The object of the fixed image is {_mm(sizes[0])} mm long, that of the moving image {_mm(sizes[1])} mm; "
+            "check the spacing and the units of both files."
+        )
+        notices.append(Notice("sizes-differ", words))
+    return notices, factor
+
+
+def mirrored_alignment(mirrored: bool) -> list[Notice]:
+    """Whether the alignment exchanges left and right."""
+    if not mirrored:
+        return []
+    words = (
+        "The initial transform mirrors the image (its determinant is negative), so left and right change places; "
+        "folding is judged relative to that. Check that you want this."
+    )
+    return [Notice("mirrored", words)]
+
+
+def small_foreground(voxels: int) -> list[Notice]:
+    """Whether the fixed image shows enough on the working grid, in voxels of it."""
+    if voxels >= LEAST_VOXELS:
+        return []
+    words = (
+        f"What the fixed image shows covers {voxels} voxels of the model's grid, too few to judge a registration by; "
+        "check its spacing, or choose a model with a finer grid."
+    )
+    return [Notice("small-foreground", words)]
+
+
+def few_values(image: Tensor, name: str) -> list[Notice]:
+    """Whether an image shows more than an outline.
+
+    No figure tells then which of two results is better inside of it: every measure rises while the inside gets worse.
+
+    Args:
+        image: its intensities as the network sees them, from 0 on.
+        name: what to call it.
+    """
+    top = float(image.max())
+    shown, full = (int((image > share * top).sum()) for share in (FLAT, 1 - FLAT))
+    if full < ONE_VALUE * shown:
+        return []
+    words = (
+        f"{name} shows hardly more than one value inside its outline, so that nothing there guides the registration, "
+        "which can be worse than the alignment alone; compare with the result of the alignment."
+    )
+    return [Notice("few-values", words)]
+
+
+def small_overlap(share: float) -> list[Notice]:
+    """Whether enough of what the fixed image shows lies in the moving image after the registration."""
+    if share >= LEAST_OVERLAP:
+        return []
+    words = (
+        f"Only {100 * share:.1f} % of what the fixed image shows lies inside the moving image after the registration; "
+        "check the alignment."
+    )
+    return [Notice("small-overlap", words)]
+
+
+def lowered_by_alignment(kind: str, measure: str, before: float | None, after: float | None) -> list[Notice]:
+    """Whether the alignment made a figure worse, of which 1 is best; None where it was not measured."""
+    if before is None or after is None or before - after <= NOTABLE:
+        return []
+    words = (
+        f"The alignment ({kind}) lowered the {measure} from {before:.3f} to {after:.3f}; "
+        "compare with the result without alignment."
+    )
+    return [Notice("alignment-lowers", words)]
+
+
+def no_step_helped(figures: Sequence[dict[str, float]], answer: int, taken: int) -> list[Notice]:
+    """Whether all steps of this call were in vain.
+
+    Args:
+        figures: a row for each step; index 0: the alignment.
+        answer: the row that was chosen.
+        taken: steps of earlier calls.
+    """
+    new = [row["similarity"] for row in figures[taken + 1 :]]
+    if answer > taken or not new:
+        return []
+    where = "alignment" if answer == 0 else f"result after step {answer}"
+    words = (
+        f"No step of the network brought the images closer than the {where} did (similarity "
+        f"{figures[answer]['similarity']:.3f}, at best {max(new):.3f} after a step), so the answer is the {where}."
+    )
+    return [Notice("no-step-helped", words)]
+
+
+def fit_fell(similarity: str, aligned: float, before: float, after: float) -> list[Notice]:
+    """Whether fitting the pair ended with less similarity than it began with.
+
+    Across modalities what is fitted is another measure, so that only a fall below the alignment counts.
+
+    Args:
+        similarity: what was fitted, "lncc", "mse" or "mind".
+        aligned, before, after: the judge's figures after the alignment, at the fit's begin and at its end.
+    """
+    if after >= aligned and (similarity == "mind" or before - after <= NOTABLE):
+        return []
+    words = (
+        f"Fitting the pair ended at a similarity of {after:.3f}; it was {before:.3f} before the fit and {aligned:.3f} "
+        "after the alignment. Compare with the result without the fit."
+    )
+    return [Notice("fit-fell", words)]
+
+
+def _times(factor: float) -> float:
+    """How many times smaller or larger."""
+    return max(factor, 1 / factor) if factor > 0 else math.inf
+
+
+def _mm(length: float) -> str:
+    """A length in three digits."""
+    return f"{length:.3g}" if length < 1000 else f"{length:,.0f}"

@@ -1,0 +1,1 @@
+"""What a registration leaves behind: files, figures, pictures and the page."""

@@ -1,0 +1,152 @@
+"""What a registration leaves in a folder: images, transforms, report.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+from .. import __version__
+from ..io.files import output_folder
+from ..io.images import write_image
+from ..io.transforms import write_transform
+from ..networks.model_file import software
+from ..protocol.errors import MorphSeekError
+from ..protocol.events import Event, OnEvent, ignore
+from ..protocol.startup import refuse_overwriting
+from ..registration.pipeline import Registration
+from ..space.geometry import DenseTransform, Volume
+from .page import RegistrationPictures, write_report
+
+FILES = {
+    "warped.nii.gz": "the moving image on the fixed grid, one linear interpolation",
+    "transform.h5": "ITK transform, fixed point to moving point, alignment included",
+    "inverse.h5": "ITK transform, moving point to fixed point",
+    "jacobian.nii.gz": "Jacobian determinant of the transform on the fixed grid, by central differences",
+    "folding.nii.gz": "1 where a voxel meets a folded cell of the transform",
+    "warped-labels.nii.gz": "the moving labels on the fixed grid, nearest neighbour",
+    "report.json": "every figure, with its definition",
+    "report.html": "the report to look at",
+}
+EXPORTS = ("report", "transform", "jacobian")
+_REPORT = ("report.html", "report.json")
+
+
+def write_results(
+    folder: Path | str,
+    result: Registration,
+    fixed: Volume,
+    names: dict[str, str],
+    checkpoint: Callable[[], None] = lambda: None,
+) -> dict:
+    """Write all files of a registration; they appear together or not at all.
+
+    Args:
+        folder: where to; made when missing.
+        result: from :func:`MorphSeekLib.registration.pipeline.register`.
+        fixed: the fixed image, for the pictures.
+        names: "fixed" and "moving": what the report calls the images.
+        checkpoint: called between files; may raise to cancel.
+
+    Returns:
+        the report as written.
+
+    Raises:
+        MorphSeekError: one of the two is a file that a result would replace, the folder cannot be written or the disk
+            is full.
+    """
+    begin = time.perf_counter()
+    check_outputs(folder, names.values())
+    report = result.report
+    for side in ("fixed", "moving"):
+        report[side] = {"path": names[side], **report[side]}
+    with output_folder(folder, owns=earlier_files(folder), seal="report.json") as part:
+        write_image(result.warped, part / "warped.nii.gz")
+        checkpoint()
+        write_transform(result.transform, part / "transform.h5")
+        if result.inverse is not None:
+            write_transform(result.inverse, part / "inverse.h5")
+        checkpoint()
+        write_image(result.jacobian, part / "jacobian.nii.gz")
+        write_image(result.folding, part / "folding.nii.gz")
+        if result.warped_labels is not None:
+            write_image(result.warped_labels, part / "warped-labels.nii.gz")
+        checkpoint()
+        report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
+        report["seconds"]["total"] = round(sum(v for k, v in report["seconds"].items() if k != "total"), 3)
+        report |= {"morphseek": __version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "software": software()}
+        report["files"] = sorted({*(file.name for file in part.iterdir()), *_REPORT})
+        write_report(
+            part,
+            report,
+            RegistrationPictures(
+                fixed, result.aligned, result.warped, result.jacobian, result.folding, result.transform
+            ),
+        )
+    return report
+
+
+def export_results(
+    folder: Path | str,
+    wanted: Collection[str],
+    pictures: RegistrationPictures,
+    inverse: DenseTransform | None,
+    report: dict,
+    on_event: OnEvent = ignore,
+) -> list[str]:
+    """Write some files of a registration that was done before, as :func:`write_results` would have; all or nothing.
+
+    Args:
+        folder: where to; made when missing.
+        wanted: of :data:`EXPORTS`.
+        pictures: the volumes and the transform.
+        inverse: the inverse transform, written beside the transform, or None.
+        report: the figures, as :func:`write_results` returns them.
+        on_event: told of every file; may raise to cancel.
+
+    Returns:
+        the names of the files.
+
+    Raises:
+        MorphSeekError: unknown or nothing wanted, or the folder cannot be written.
+    """
+    unknown = sorted(set(wanted) - set(EXPORTS))
+    if unknown or not wanted:
+        named = f"'{', '.join(unknown)}' cannot be exported" if unknown else "Nothing was chosen to be exported"
+        raise MorphSeekError(f"{named}; choose of {', '.join(EXPORTS)}.")
+    with output_folder(folder, seal="report.json") as part:
+        if "transform" in wanted:
+            on_event(Event("write", 0.1, "Writing the transform"))
+            write_transform(pictures.transform, part / "transform.h5")
+            if inverse is not None:
+                write_transform(inverse, part / "inverse.h5")
+        if "jacobian" in wanted:
+            on_event(Event("write", 0.3, "Writing the Jacobian"))
+            write_image(pictures.jacobian, part / "jacobian.nii.gz")
+            write_image(pictures.folding, part / "folding.nii.gz")
+        if "report" in wanted:
+            on_event(Event("write", 0.6, "Drawing the report"))
+            written = {*(file.name for file in part.iterdir()), *_REPORT}
+            write_report(part, report | {"files": sorted(written | earlier_files(folder))}, pictures)
+        on_event(Event("write", 0.95, "Moving the files to their place"))
+        return sorted(path.name for path in part.iterdir())
+
+
+def earlier_files(folder: Path | str) -> set[str]:
+    """Names of the files in a folder that an earlier registration wrote there, as its report.json lists them."""
+    try:
+        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+        listed = set(report["files"]) if "morphseek" in report else set()
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+    return {name for name in FILES if name in listed and (Path(folder) / name).is_file()}
+
+
+def check_outputs(folder: Path | str, inputs: Iterable[Path | str | None]) -> None:
+    """Refuse an output folder in which a result would take the place of something that is read.
+
+    Raises:
+        MorphSeekError: one of the inputs (None and missing ones are passed over) has the name of a result there.
+    """
+    refuse_overwriting((Path(folder) / name for name in FILES), inputs)

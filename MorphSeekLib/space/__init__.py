@@ -1,0 +1,1 @@
+"""Displacement algebra, grids and physical space, working grid and intensities."""

@@ -1,0 +1,216 @@
+"""How an image reaches the network: the working grid and the intensities, as a checkpoint's card says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..protocol.errors import MorphSeekError
+from ..protocol.startup import ALIGNMENTS
+from .background import quiet_background
+from .geometry import Grid, Volume, covering_grid
+
+FINE_VOXELS = 16_000_000
+"""Refinement takes about 400 bytes of memory a voxel."""
+_SEED = 1
+_LEAST_SHARE = 0.01  # of the voxels, that make a value the background though it is not the least
+_MOST_CLIPPED = 0.1  # of the foreground, that the lower percentile may take with it
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Stored in every checkpoint.
+
+    Attributes:
+        orientation: axis code of the working grid, such as "RAS": i runs to the right, j to anterior, k up.
+        spacing: mm of the working grid; None keeps the fixed image's own.
+        shape: the working grid has at least this many voxels (the size seen in training); None: what the image needs.
+        intensity: "percentile" (low and high are percentiles of the foreground, mapped to 0..1),
+            "window" (low and high are intensities, such as HU) or "none".
+        low, high: see intensity. Values outside are clipped.
+        align: what to do before the network when nothing is asked for: "none", "center", "rigid" or "affine".
+        steps: refinement steps when nothing is asked for (the T of training).
+        knows: smallest and largest size in mm of what the training images showed
+            (:func:`MorphSeekLib.registration.alignment.object_size`); None: it was not measured.
+    """
+
+    orientation: str = "RAS"
+    spacing: tuple[float, float, float] | None = None
+    shape: tuple[int, int, int] | None = None
+    intensity: str = "percentile"
+    low: float = 0.5
+    high: float = 99.5
+    align: str = "affine"
+    steps: int = 2
+    knows: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.intensity not in ("percentile", "window", "none"):
+            raise ValueError(f"intensity is '{self.intensity}'; it must be 'percentile', 'window' or 'none'")
+        if self.intensity != "none" and not self.low < self.high:
+            raise ValueError("low must be below high")
+        if self.align not in ALIGNMENTS:
+            raise ValueError(f"align is '{self.align}'; it must be one of {', '.join(ALIGNMENTS)}")
+        if self.spacing is not None and min(self.spacing) <= 0:
+            raise ValueError("spacing must be positive")
+        if self.steps < 1:
+            raise ValueError("steps must be at least 1")
+        if self.knows is not None and not 0 < self.knows[0] <= self.knows[1] < math.inf:
+            raise ValueError("knows must be two sizes in mm, the smaller one first")
+
+    def beyond(self, size: float) -> float:
+        """How many times larger than the largest (above 1) or than the smallest (below 1) of the sizes known; else 1.
+
+        Args:
+            size: of an image's object, mm.
+        """
+        if self.knows is None:
+            return 1.0
+        return size / min(max(size, self.knows[0]), self.knows[1])
+
+    def scaled(self, factor: float) -> Preprocessing:
+        """The same on a working grid that is so many times coarser."""
+        if self.spacing is None:
+            return self
+        return dataclasses.replace(self, spacing=tuple(factor * s for s in self.spacing))
+
+
+def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) -> Grid:
+    """The grid the network works on; it covers the whole fixed image.
+
+    An image that already lies on a grid the network takes keeps its voxels, at most turned; others get a rim. The grid
+    has at least two cells of the coarsest feature: networks that normalise over a feature's voxels refuse one.
+    """
+    wanted = (fixed, preprocessing.spacing, preprocessing.orientation, multiple_of)
+    grid = covering_grid(*wanted, preprocessing.shape)
+    if max(grid.shape) == multiple_of:
+        grid = covering_grid(*wanted, (2 * multiple_of, 1, 1))
+    turns = np.abs(grid.direction.T @ fixed.direction)
+    order = turns.argmax(axis=1)
+    shape = np.array(fixed.shape)[order]
+    if (
+        np.allclose(turns.max(axis=1), 1, atol=1e-6)
+        and np.allclose(fixed.spacing[order], grid.spacing, rtol=1e-4)
+        and not (shape % multiple_of).any()
+        and max(shape) > multiple_of
+        and (preprocessing.shape is None or (shape >= preprocessing.shape).all())
+    ):
+        corner = fixed.center - grid.direction @ (fixed.spacing[order] * (shape - 1) / 2)
+        grid = Grid.from_parts(shape.tolist(), fixed.spacing[order], grid.direction, corner)
+    return grid
+
+
+def fine_grid(fixed: Grid, working: Grid) -> Grid:
+    """The fixed image's own grid, but no more than twice as fine as the working grid and of FINE_VOXELS at most.
+
+    Args:
+        fixed, working: the fixed image's grid, and the network's that covers it.
+
+    Returns:
+        a grid along the fixed image's axes that covers its voxels' centres; an image that has more than FINE_VOXELS on
+        the working grid already keeps that one's spacing.
+    """
+    coarsest = np.linalg.norm(fixed.direction.T @ working.direction * working.spacing, axis=1)  # along fixed's axes
+    least = coarsest / 2
+    length = fixed.spacing * np.maximum(np.array(fixed.shape) - 1, 1)  # between the first and the last centre
+    crowd = np.prod(length / np.maximum(fixed.spacing, least)) / FINE_VOXELS
+    if crowd > 1:
+        least = np.minimum(np.maximum(fixed.spacing, least) * crowd ** (1 / 3), coarsest)
+    shape = np.maximum(fixed.shape, 2)  # a fold or a slope needs two voxels
+    shape = np.where(fixed.spacing < least, np.ceil(length / least - 1e-6).astype(int) + 1, shape)
+    return Grid.from_parts(shape.tolist(), length / (shape - 1), fixed.direction, fixed.origin)
+
+
+def sampled(values: Tensor, count: int = 250_000) -> Tensor:
+    """At most ``count`` of a tensor's values, (n,), drawn at random; the same ones every time and on every device.
+
+    A stride would do for noise, but not for images: one that is a multiple of an axis reads a single slice of them.
+    """
+    values = values.flatten()
+    return values if values.numel() <= count else values[sampled_places(values.numel(), count).to(values.device)]
+
+
+def sampled_places(length: int, count: int) -> Tensor:
+    """``count`` random places in a list of this length, (count,), the same ones every time."""
+    return torch.randint(length, (count,), generator=torch.Generator().manual_seed(_SEED))
+
+
+def background_of(values: Tensor) -> float:
+    """The value of the background: foreground is what is brighter.
+
+    It is the most frequent value that has at most half as many voxels below it as it holds itself, and no more below
+    than above: exact black, even where a few voxels are darker yet. An image without such a value has its minimum for
+    it, which leaves out next to nothing.
+
+    Args:
+        values: of an image or a sample of it, any shape.
+    """
+    value, count = torch.unique(values, return_counts=True)
+    below = count.cumsum(0) - count
+    above = values.numel() - below - count
+    fits = (count >= 2 * below) & (above >= below) & (count >= _LEAST_SHARE * values.numel())
+    return float(value[torch.where(fits, count, -1).argmax()]) if bool(fits.any()) else float(value[0])
+
+
+def foreground_of(data: Tensor) -> Tensor:
+    """Which voxels are brighter than the background, see :func:`background_of`; any shape, bool."""
+    return data > background_of(sampled(data))
+
+
+def normalize(data: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Intensities as the network saw them in training, any shape, float32.
+
+    Percentiles are read off a random sample of the voxels, which moves them by less than the noise. Where the lower one
+    would take a good part of the foreground with it, as in an image of few values, the background stands for it.
+    """
+    data = data.float()
+    if preprocessing.intensity == "none":
+        return data
+    low, high = preprocessing.low, preprocessing.high
+    if preprocessing.intensity == "percentile":
+        values = sampled(data)
+        background = background_of(values)
+        inside = values[values > background]
+        if inside.numel() == 0:  # an object so small that the sample has missed it
+            inside = sampled(data[data > background])
+        if inside.numel() == 0:
+            return torch.zeros_like(data)
+        low, high = torch.quantile(inside, torch.tensor([low / 100, high / 100], device=data.device)).tolist()
+        if float((inside <= low).float().mean()) > _MOST_CLIPPED:
+            low = background
+    if not high > low:
+        high = low + 1e-6 * max(1.0, abs(low))
+    return ((data - low) / (high - low)).clamp(0, 1)
+
+
+def normalized(image: Volume, preprocessing: Preprocessing, name: str) -> Volume:
+    """An image as the network takes it, noise in its air made flat.
+
+    Args:
+        image: its intensities as they were read.
+        preprocessing: of the model's card.
+        name: what to call the image in a refusal.
+
+    Raises:
+        MorphSeekError: nothing is left to see: every voxel has one value then.
+    """
+    data = normalize(image.data, preprocessing)
+    low, high = float(data.min()), float(data.max())
+    if not high > low:  # NaN too
+        values = f"{float(image.data.min()):g} to {float(image.data.max()):g}"
+        if preprocessing.intensity == "window":
+            window = f"{preprocessing.low:g} to {preprocessing.high:g}"
+            raise MorphSeekError(
+                f"{name} has intensities from {values}, and the model sees those from {window} only, where the image "
+                "is constant; check its rescale slope and intercept, or choose another model."
+            )
+        raise MorphSeekError(
+            f"{name} has intensities from {values}, but almost all of its voxels have one value, so that there is "
+            "nothing to register; check that it is the one you mean."
+        )
+    return Volume(quiet_background(data), image.grid)

@@ -1,0 +1,1 @@
+"""Warm-up, GRPO fine-tuning and what they share."""

@@ -1,0 +1,456 @@
+"""Soft actor-critic for SPAC (Luo et al. 2021), the 64-d reinforcement learning that MorphSeek is compared with.
+
+One iteration is one episode: a pair is registered in small steps whose plans are drawn, each step is rewarded with the
+gain in Dice (or LNCC), and goes into a replay buffer. Every few steps a batch from the buffer teaches, in this order,
+two critics (soft Q-learning against slowly following targets), every so often the planner and the temperature, and the
+actor by the registration loss, with the planner on it.
+
+Defects of the official code, as read in its repository; none is reproduced here unless a setting says so:
+
+- the registration loss makes gradients for the planner, whose features the actor needs, and throws them away
+  (``planner_registers = false``);
+- mean and log-variance of a plan pass a LeakyReLU (backbone setting ``rectified_plan``);
+- its smoothness loss takes 0.01 from each difference before squaring: it draws fields towards that slope;
+- the reward silently turns from NCC to the Dice of the whole foreground where labels are there: here ``reward`` says
+  which, and Dice is the mean over structures;
+- composition takes zero displacement from beyond the image: here the edge value holds;
+- 128x128x128 voxels alone and CUDA alone; every state is copied into the buffer in float32, about 27 GB for 800.
+
+Differences that are choices of the official code are settings with its values as defaults: steps are limited to one
+voxel in training and to three at inference, the target entropy is -16 for 64 numbers, planner and critics learn five
+times slower than the actor. A run that was killed goes on from its state, but fills its replay buffer anew first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones.spac import SLOPE, Plan, SPACSettings, conv
+from ..data.datasets import Dataset, PairLoader, PreparedPair, training_pair
+from ..measures.regularizers import diffusion
+from ..measures.similarity import lncc, multiresolution_lncc
+from ..networks.devices import training_autocast
+from ..networks.model_file import Card, save, software
+from ..networks.policy import Latent, ModelSettings, PolicySettings, RegistrationModel, kl_to_standard_normal
+from ..protocol.errors import MorphSeekError
+from ..protocol.events import Event, OnEvent, ignore, never
+from ..protocol.settings import to_dict
+from ..protocol.startup import check_output_file
+from ..space import fields
+from ..space.preprocessing import Preprocessing
+from .rewards import State, common_labels
+from .trainer import (
+    VALIDATION_DEFINITIONS,
+    WarmupSettings,
+    check_finite,
+    generator_for,
+    state_file,
+    train,
+    validate,
+    validation_pairs,
+)
+
+REWARDS = ("dice", "lncc")
+
+
+@dataclass(frozen=True)
+class SACRun(WarmupSettings):
+    """The run; see :class:`MorphSeekLib.training.trainer.WarmupSettings`, of which an iteration is an episode here.
+
+    Attributes:
+        learning_rate: of the actor and the temperature, constant.
+        slower: planner and critics learn by this share of it.
+        steps: of an episode, and of inference.
+        labels: use only the first so many labelled training cases; None for all.
+        reward: "dice" (mean over structures, of labels) or "lncc"; a step is rewarded with 100 times its gain.
+        goal, bonus: an episode that reaches this value ends with this reward on top.
+        max_step: limit of a step in training, voxels of the network's grid.
+        explore: episodes before learning begins.
+        buffer: transitions that are kept.
+        batch: transitions that an update learns from.
+        update_every: steps between updates of critics and actor; planner_every: updates between those of the planner.
+        discount: gamma.
+        follow: tau, the share of the critics that their targets take over with each update.
+        temperature: alpha at the beginning.
+        target_entropy: what alpha steers the plan's entropy to.
+        regularization: weight of the step's diffusion beside the multi-resolution LNCC (windows 9, 7, 5).
+        kl: weight of the plan's KL to N(0, I) in the planner's and in the registration loss.
+        planner_registers: whether the registration loss teaches the planner, too (see the module's text).
+    """
+
+    iterations: int = 2000
+    learning_rate: float = 4e-5
+    slower: float = 0.2
+    steps: int = 20
+    validate_every: int = 200
+    labels: int | None = None
+    reward: str = "dice"
+    goal: float = 0.98
+    bonus: float = 10.0
+    max_step: float = 1.0
+    explore: int = 100
+    buffer: int = 800
+    batch: int = 4
+    update_every: int = 8
+    planner_every: int = 2
+    discount: float = 0.99
+    follow: float = 0.005
+    temperature: float = math.exp(-1)
+    target_entropy: float = -16.0
+    regularization: float = 1.0
+    kl: float = 0.01
+    planner_registers: bool = True
+
+    def __post_init__(self) -> None:
+        if self.reward not in REWARDS:
+            raise ValueError(f"reward is '{self.reward}'; it must be one of {', '.join(REWARDS)}")
+        if min(self.steps, self.batch, self.update_every, self.planner_every) < 1 or self.buffer < self.batch:
+            raise ValueError("steps, batch, update_every and planner_every must be at least 1, buffer at least batch")
+        if min(self.max_step, self.temperature, self.learning_rate, self.slower) <= 0:
+            raise ValueError("max_step, temperature, learning_rate and slower must be above 0")
+
+
+@dataclass(frozen=True)
+class SACConfig:
+    """A whole settings file.
+
+    Attributes:
+        title, licence: for the card.
+        network: widths, and the size that images are brought to.
+    """
+
+    title: str = ""
+    licence: str = ""
+    network: SPACSettings = field(default_factory=SPACSettings)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    training: SACRun = field(default_factory=SACRun)
+
+
+class Critic(nn.Module):
+    """Q: a pair (batch, 2, *size) and a plan (batch, plan, 1, 1, 1) -> the reward to come, (batch,)."""
+
+    def __init__(self, settings: SPACSettings) -> None:
+        super().__init__()
+        widths = (2, *settings.encoder)
+        self.down = nn.ModuleList(conv(a, b, 4, 2) for a, b in zip(widths, settings.encoder, strict=False))
+        self.out = conv(widths[-1], settings.plan, settings.coarsest, padding=0)
+        self.value = nn.Linear(2 * settings.plan, 1)
+        self.to(memory_format=torch.channels_last_3d)  # as SPAC
+
+    def forward(self, pair: Tensor, plan: Tensor) -> Tensor:
+        x = pair
+        for layer in self.down:
+            x = F.leaky_relu_(layer(x), SLOPE)
+        x = self.out(x)
+        both = F.leaky_relu(torch.cat([x.to(plan.dtype), plan], dim=1).flatten(1), SLOPE)
+        with torch.autocast(both.device.type, enabled=False):
+            return self.value(both)[:, 0]
+
+
+class Learner(nn.Module):
+    """All that is trained: the network of the checkpoint, two critics, their targets, the temperature."""
+
+    def __init__(self, network: RegistrationModel, run: SACRun) -> None:
+        super().__init__()
+        self.network = network
+        settings = network.backbone.settings
+        self.critics = nn.ModuleList(Critic(settings) for _ in range(2))
+        self.targets = nn.ModuleList(Critic(settings) for _ in range(2)).requires_grad_(False)
+        self.targets.load_state_dict(self.critics.state_dict())
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(run.temperature)))
+
+    def optimizer(self, run: SACRun) -> torch.optim.Adam:
+        """One Adam for all; a parameter without a gradient is not touched by a step."""
+
+        def rate(name: str) -> float:
+            slow = name.startswith(("network.backbone.planner", "critics"))
+            return run.learning_rate * (run.slower if slow else 1)
+
+        groups = [{"params": [p], "lr": rate(name)} for name, p in self.named_parameters()]
+        return torch.optim.Adam(groups, betas=(0.5, 0.9))
+
+
+class Transition(NamedTuple):
+    """One step of an episode, on the network's grid.
+
+    Attributes:
+        before, after: pairs (1, 2, *size), the fixed image first, on the CPU in half precision.
+        plan: (1, plan, 1, 1, 1), on the CPU.
+        reward: of the step.
+        done: 1 where the goal was reached: nothing follows; 0 where the episode went on, or merely ended.
+    """
+
+    before: Tensor
+    plan: Tensor
+    reward: float
+    after: Tensor
+    done: float
+
+
+class Batch(NamedTuple):
+    """Transitions, stacked on the device; rewards and ``done`` are (batch,)."""
+
+    before: Tensor
+    plan: Tensor
+    reward: Tensor
+    after: Tensor
+    done: Tensor
+
+
+def stack(transitions: Sequence[Transition], device: torch.device) -> Batch:
+    """What an update learns from."""
+    before, plan, reward, after, done = zip(*transitions, strict=True)
+    tensors = (torch.cat(before), torch.cat(plan), torch.tensor(reward), torch.cat(after), torch.tensor(done))
+    return Batch(*(t.to(device, non_blocking=True).float() for t in tensors))
+
+
+def sample(plan: Plan, generator: torch.Generator | None = None) -> Tensor:
+    """A plan drawn from the planner's Gaussian, with its gradient; noise from the CPU's generator."""
+    noise = torch.randn(plan.mean.shape, generator=generator).to(plan.mean)
+    return plan.mean + (0.5 * plan.log_variance).exp() * noise
+
+
+def log_density(plan: Plan, drawn: Tensor) -> Tensor:
+    """(batch,): the logarithm of the planner's density at a plan."""
+    deviation = (0.5 * plan.log_variance).exp()
+    return torch.distributions.Normal(plan.mean, deviation).log_prob(drawn).flatten(1).sum(dim=1)
+
+
+def kl(plan: Plan) -> Tensor:
+    """Mean over the plan's numbers of KL(N(mean, variance) || N(0, 1))."""
+    return kl_to_standard_normal(Latent(plan.mean, 0.5 * plan.log_variance, None))
+
+
+def critic_loss(learner: Learner, batch: Batch, run: SACRun, generator: torch.Generator | None = None) -> Tensor:
+    """Mean squared distance of both critics to r + gamma (1 - done) (min Q'(s', a') - alpha log pi(a'|s'))."""
+    with torch.no_grad():
+        plan = learner.network.backbone.planner(batch.after)
+        drawn = sample(plan, generator)
+        value = torch.minimum(*(target(batch.after, drawn) for target in learner.targets))
+        value = value - learner.log_temperature.exp() * log_density(plan, drawn)
+        goal = batch.reward + run.discount * (1 - batch.done) * value
+    return sum(F.mse_loss(critic(batch.before, batch.plan), goal) for critic in learner.critics)
+
+
+def planner_loss(
+    learner: Learner, batch: Batch, run: SACRun, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """alpha log pi(a|s) - min Q(s, a) + weight KL for the planner, and the temperature's loss, which raises alpha while
+    the entropy is below its target."""
+    plan = learner.network.backbone.planner(batch.before)
+    drawn = sample(plan, generator)
+    density = log_density(plan, drawn)
+    value = torch.minimum(*(critic(batch.before, drawn) for critic in learner.critics))
+    temperature = -(learner.log_temperature * (density.detach() + run.target_entropy)).mean()
+    return (learner.log_temperature.exp().detach() * density - value).mean() + run.kl * kl(plan), temperature
+
+
+def registration_loss(learner: Learner, batch: Batch, run: SACRun, generator: torch.Generator | None = None) -> Tensor:
+    """Similarity of the fixed image and the moving one after one more step, and the step's smoothness."""
+    backbone = learner.network.backbone
+    plan = backbone.planner(batch.before)
+    step = backbone.actor(sample(plan, generator), plan.features).float()
+    fixed, moving = batch.before.split(1, dim=1)
+    similarity = multiresolution_lncc(fixed, fields.warp(moving, step), window=9)
+    return similarity + run.regularization * diffusion(step) + run.kl * kl(plan)
+
+
+def descend(optimizer: torch.optim.Adam, loss: Tensor, parts: Sequence[nn.Module | nn.Parameter], clip: float) -> None:
+    """One step of these parts alone down a loss; the others' gradients are not even made."""
+    parameters = [p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
+    optimizer.zero_grad(set_to_none=True)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def update(
+    learner: Learner,
+    optimizer: torch.optim.Adam,
+    batch: Batch,
+    run: SACRun,
+    with_planner: bool,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """Critics, planner and temperature where it is their turn, actor, targets; the losses by name."""
+    backbone, clip = learner.network.backbone, run.gradient_clip
+    losses = {}
+    precision = partial(training_autocast, batch.before.device, backbone.settings.coarsest[0])
+
+    def learn(name: str, loss: Tensor, *parts: nn.Module | nn.Parameter) -> None:
+        descend(optimizer, loss, parts, clip)
+        losses[name] = loss.detach()
+
+    with precision():
+        loss = critic_loss(learner, batch, run, generator)
+    learn("critic_loss", loss, learner.critics)
+    if with_planner:
+        with precision():
+            loss, temperature = planner_loss(learner, batch, run, generator)
+        learn("planner_loss", loss, backbone.planner)
+        learn("temperature_loss", temperature, learner.log_temperature)
+    with precision():
+        loss = registration_loss(learner, batch, run, generator)
+    learn("registration_loss", loss, backbone.actor, *([backbone.planner] if run.planner_registers else []))
+    with torch.no_grad():
+        for target, critic in zip(learner.targets.parameters(), learner.critics.parameters(), strict=True):
+            target.lerp_(critic, run.follow)
+    return dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
+
+
+class Episodes:
+    """Registers pair after pair with drawn plans, keeps the transitions and learns from them."""
+
+    def __init__(self, learner: Learner, optimizer: torch.optim.Adam, run: SACRun, device: torch.device) -> None:
+        self.learner, self.optimizer, self.run, self.device = learner, optimizer, run, device
+        self.transitions: deque[Transition] = deque(maxlen=run.buffer)
+        self.count = 0
+
+    def __call__(self, iteration: int, pair: PreparedPair, memory: dict[str, float]) -> dict[str, float]:
+        """One episode, with the updates that fall due in it; figures for the curves."""
+        run, backbone = self.run, self.learner.network.backbone
+        generator = generator_for(run.seed, "policy", iteration)
+        state = self._start(pair)
+        score = first = self._score(state, state.moving)
+        before, losses, gained = backbone.pair(state.moving, state.fixed), [], 0.0
+        for _ in range(run.steps):
+            with torch.no_grad(), training_autocast(self.device):
+                plan = backbone.planner(before)
+                drawn = sample(plan, generator)
+                step = backbone.actor(drawn, plan.features).float().clamp(-run.max_step, run.max_step)
+            state = state.moved(fields.compose(state.total, fields.resize(step, state.fixed.shape[2:])))
+            moved = fields.warp(state.moving, state.total)
+            after, new = backbone.pair(moved, state.fixed), self._score(state, moved)
+            done = new >= run.goal
+            reward = 100 * (new - score) + (run.bonus if done else 0.0)
+            keep = [before.half().cpu(), drawn.cpu(), reward, after.half().cpu(), float(done)]
+            self.transitions.append(Transition(*keep))
+            before, score, gained = after, new, gained + reward
+            losses += self._learn(memory, generator)
+            if done:
+                break
+        self.count += 1
+        means = {name: [row[name] for row in losses if name in row] for row in losses for name in row}
+        figures = {name: sum(values) / len(values) for name, values in means.items()}
+        check_finite([*figures.values(), gained], iteration)
+        temperature = float(self.learner.log_temperature.detach().exp())
+        return figures | {"reward": gained, "score": score, "score_before": first, "temperature": temperature}
+
+    def _start(self, pair: PreparedPair) -> State:
+        labels = [None if v is None else v.to(self.device) for v in (pair.fixed_labels, pair.moving_labels)]
+        zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=self.device)
+        state = State(pair.fixed.to(self.device), pair.moving.to(self.device), zero, *labels)
+        if self.run.reward == "dice":
+            state.labels = common_labels(pair.fixed_labels, pair.moving_labels).to(self.device)
+        return state
+
+    @torch.no_grad()
+    def _score(self, state: State, moved: Tensor) -> float:
+        """Where a pair stands: mean hard Dice, or LNCC."""
+        if self.run.reward == "lncc":
+            return -float(lncc(state.fixed, moved))
+        return float(state.dice(state.warped_classes(state.total)).mean())
+
+    def _learn(self, memory: dict[str, float], generator: torch.Generator) -> list[dict[str, float]]:
+        """An update, where one falls due."""
+        run = self.run
+        taken = memory["steps"] = memory.get("steps", 0) + 1
+        if self.count < run.explore or taken % run.update_every or len(self.transitions) < run.batch:
+            return []
+        with_planner = taken // run.update_every % run.planner_every == 0
+        chosen = torch.randperm(len(self.transitions), generator=generator)[: run.batch].tolist()
+        batch = stack([self.transitions[n] for n in chosen], self.device)
+        return [update(self.learner, self.optimizer, batch, run, with_planner, generator)]
+
+
+def train_spac(
+    dataset: Dataset,
+    config: SACConfig,
+    out: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] = never,
+) -> Path:
+    """Train a SPAC checkpoint, or go on where a killed run of the same settings stood.
+
+    Args:
+        dataset: cases of the split "training", labelled for the reward "dice"; pairs of "registration_val" choose the
+            weights to keep.
+        config: the settings.
+        out: the checkpoint to write; ``out.state``, ``out.log`` and ``out.jsonl`` lie beside it.
+        device: where to train.
+
+    Raises:
+        MorphSeekError: unusable data or settings, or a loss that is not a number.
+        Cancelled: the person stopped it; the state is saved.
+    """
+    out, run, device = Path(out), config.training, torch.device(device)
+    check_output_file(out, ".safetensors", [dataset.path])
+    on_event(Event("read", 0.0, "Reading the training cases"))
+    cases = dataset.split("training", "cases")
+    what = "labelled training cases" if run.reward == "dice" else "training cases"
+    if run.reward == "dice":
+        cases = [case for case in cases if case.label is not None]
+    cases = cases[: run.labels] if run.labels is not None else cases
+    if len(cases) < 2:
+        raise MorphSeekError(f"{dataset.path} offers {len(cases)} {what}; this training needs at least two.")
+    torch.manual_seed(run.seed)
+    model = ModelSettings("spac", to_dict(config.network), PolicySettings(mean="linear"))
+    learner = Learner(RegistrationModel(model), run).to(device)
+    optimizer = learner.optimizer(run)
+    preprocessing = dataclasses.replace(config.preprocessing, steps=run.steps)
+    loader = PairLoader(preprocessing, learner.network.multiple_of, run.centered)
+    validation = validation_pairs(dataset, run, loader)
+
+    def pair_of(iteration: int) -> PreparedPair:
+        return loader(training_pair(cases, dataset.pairing, generator_for(run.seed, "pairs", iteration)))
+
+    outcome = train(
+        learner,
+        optimizer,
+        run,
+        Episodes(learner, optimizer, run, device),
+        pair_of,
+        lambda check: validate(learner.network, validation, run.steps, device, check),
+        out,
+        json.dumps(to_dict(config) | {"cases": [str(case.image) for case in cases]}, sort_keys=True),
+        score=lambda figures: figures.get("dice", 0.0),
+        on_event=on_event,
+        cancelled=cancelled,
+    )
+    card = Card(
+        title=config.title or f"SPAC on {dataset.about.get('name', dataset.path.name)}",
+        preprocessing=preprocessing,
+        provenance={
+            "stage": "soft actor-critic",
+            "data": dataset.about | {"file": dataset.path.name},
+            "cases": len(cases),
+            "settings": to_dict(config),
+            "best_iteration": int(outcome.memory.get("best/iteration", run.iterations)),
+            "seconds": round(outcome.seconds),
+            "date": time.strftime("%Y-%m-%d"),
+            "software": software(),
+        },
+        results={"validation": outcome.figures, "definitions": VALIDATION_DEFINITIONS},
+        licence=config.licence,
+    )
+    save(out, learner.network, card)
+    state_file(out).unlink(missing_ok=True)
+    on_event(Event("write", 1.0, f"Wrote {out}"))
+    return out
