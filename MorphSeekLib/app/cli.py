@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,8 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..protocol.errors import Cancelled, MorphSeekError
-from ..protocol.events import Event, OnEvent
-from ..protocol.settings import read_values
+from ..protocol.job import Event, Job
+from ..protocol.options import FitOptions, RegistrationOptions
+from ..protocol.settings import from_dict, read_values
 from ..protocol.startup import (
     check_alignment,
     check_device,
@@ -43,7 +44,7 @@ from ..protocol.startup import (
 if TYPE_CHECKING:
     from ..data.cases import CheckReport
     from ..networks.model_file import Card
-    from ..registration.fit import RefinementSettings
+    from ..protocol.options import FitOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -119,7 +120,7 @@ def register(
     ] = False,
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
-    with job() as (on_event, cancelled):
+    with terminal_job() as job:
         for path in (fixed, moving, initial_transform, fixed_labels, moving_labels):
             if path is not None:
                 check_readable(path)
@@ -129,8 +130,7 @@ def register(
         from ..io.images import check_labels, read_image, read_labels
         from ..io.transforms import read_transform
         from ..networks.devices import pick_device
-        from ..protocol.events import checkpoint_for
-        from ..registration.pipeline import load_model
+        from ..networks.loading import load_model
         from ..registration.pipeline import register as run
         from ..report.results import check_outputs, write_results
         from ..space.geometry import covering_grid
@@ -138,9 +138,10 @@ def register(
         begin = time.perf_counter()
         use_threads(threads)
         pick_device(device)
-        refinement = refinement_of(refine, refine_fine, refine_by)
+        fit = fit_options(refine, refine_fine, refine_by)
+        options = RegistrationOptions(steps, align, stop_early, inverse, fit)
         check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
-        on_event(Event("read", 0.0, "Reading the images"))
+        job.report("read", 0.0, "Reading the images")
         images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
         if as_float:
             images[1].dtype = "float32"
@@ -152,28 +153,15 @@ def register(
         if initial_transform is not None:
             initial = read_transform(initial_transform, covering_grid(images[0].grid))
         read = time.perf_counter()
-        on_event(Event("load", 0.01, "Loading the model"))
+        job.report("load", 0.01, "Loading the model")
         loaded_model = load_model(model, device)
         loaded = time.perf_counter()
-        result = run(
-            *images,
-            loaded_model,
-            steps=steps,
-            align=align,
-            initial=initial,
-            fixed_labels=labels[0],
-            moving_labels=labels[1],
-            inverse=inverse,
-            refinement=refinement,
-            stop_early=stop_early,
-            on_event=on_event,
-            cancelled=cancelled,
-        )
+        result = run(*images, loaded_model, options, job.part(0.01, 0.95), labels=tuple(labels), start=initial)
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
-        on_event(Event("write", 0.95, "Writing the results"))
+        job.report("write", 0.95, "Writing the results")
         names = {"fixed": shown(fixed), "moving": shown(moving)}
-        report = write_results(output, result, images[0], names, checkpoint_for(cancelled))
-        on_event(Event("write", 1.0, "Done"))
+        report = write_results(output, result, images[0], names, job)
+        job.report("write", 1.0, "Done")
     print_report(report)
     console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
 
@@ -193,23 +181,20 @@ def evaluate(
     refine_by: RefineBy = "lncc",
 ) -> None:
     """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ per pair and their means."""
-    with job() as (on_event, cancelled):
+    with terminal_job() as job:
         check_readable(dataset)
         check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
         check_output_file(out, inputs=[dataset, model])
 
         from ..data.datasets import load_dataset
         from ..evaluation.evaluate import evaluate as run
-        from ..registration.pipeline import load_model
+        from ..networks.loading import load_model
 
         use_threads(threads)
-        refinement = refinement_of(refine, refine_fine, refine_by)
+        options = RegistrationOptions(steps, align, fit=fit_options(refine, refine_fine, refine_by))
         data = load_dataset(dataset)
         loaded = load_model(model, device)
-        result = run(
-            data, split, loaded, out, steps=steps, align=align, refinement=refinement, on_event=on_event,
-            cancelled=cancelled,
-        )  # fmt: skip
+        result = run(data, split, loaded, out, options, job)
     table = Table("figure", "mean", "standard deviation", title=f"{result['dataset']}, {len(result['pairs'])} pairs")
     for name in result["mean"]:
         values = (result[key][name] for key in ("mean", "std"))
@@ -230,7 +215,7 @@ def check(
     labels: Annotated[bool, typer.Option(help="Whether every case needs labels (warm-up alone does not).")] = True,
 ) -> None:
     """Look through the cases of a training before it: grids, labels in common, counts. Exit code 2: no start."""
-    with job() as (on_event, cancelled):
+    with terminal_job() as job:
         check_readable(dataset)
         if out is not None:
             check_output_file(out, inputs=[dataset])
@@ -238,7 +223,7 @@ def check(
         from ..data.cases import check as run
         from ..data.cases import find_cases
 
-        report = run(find_cases(dataset), labels=labels, out=out, on_event=on_event, cancelled=cancelled)
+        report = run(find_cases(dataset), labels=labels, out=out, job=job)
     print_check(report)
     if report.problems:
         raise typer.Exit(2)
@@ -260,7 +245,7 @@ def warmup(
     threads: Threads = None,
 ) -> None:
     """Train a backbone with its policy head. Run the same command again to resume a run that was stopped."""
-    with job() as (on_event, cancelled):
+    with terminal_job() as job:
         start = check_training(dataset, out, config, device, threads, init)
 
         import dataclasses
@@ -278,7 +263,7 @@ def warmup(
             )
         use_threads(threads)
         where = pick_device(device)
-        run(load_dataset(dataset), settings, out, device=where, init=start, on_event=on_event, cancelled=cancelled)
+        run(load_dataset(dataset), settings, out, device=where, init=start, job=job)
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
 
@@ -302,7 +287,7 @@ def finetune(
 
     Under torchrun or SLURM all processes share the work.
     """
-    with job() as (on_event, cancelled):
+    with terminal_job() as job:
         start = check_training(dataset, out, config, device, threads, init)
 
         from ..data.datasets import load_dataset
@@ -319,8 +304,7 @@ def finetune(
         world = join(device)
         where = world.device or pick_device(device)
         run(
-            load_dataset(dataset), settings, start, out, device=where, world=world, on_event=on_event,
-            cancelled=cancelled,
+            load_dataset(dataset), settings, start, out, device=where, world=world, job=job,
         )  # fmt: skip
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
@@ -338,7 +322,7 @@ def spac(
 
     Run the same command again to resume a run that was stopped.
     """
-    with job() as (on_event, cancelled):
+    with terminal_job() as job:
         check_training(dataset, out, config, device, threads)
 
         from ..data.datasets import load_dataset
@@ -349,7 +333,7 @@ def spac(
         use_threads(threads)
         settings = override(load(SACConfig, config), "training", labels=labels)
         where = pick_device(device)
-        train_spac(load_dataset(dataset), settings, out, device=where, on_event=on_event, cancelled=cancelled)
+        train_spac(load_dataset(dataset), settings, out, device=where, job=job)
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
 
@@ -362,7 +346,7 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Warm up, fine-tune and measure as a run's folder says. Run it again to resume; a file 'stop' there stops it."""
-    with job() as (on_event, cancelled):
+    with terminal_job() as job:
         check_run(folder)
         check_choices(threads=threads)
 
@@ -375,8 +359,7 @@ def train(
             threading.Thread(target=_await_end, args=(sys.stdin.fileno(), alone), daemon=True).start()
         model = run(
             folder,
-            on_event,
-            lambda: cancelled() or stop.is_set() or (alone.is_set() and not (folder / "keep").exists()),
+            job.until(lambda: stop.is_set() or (alone.is_set() and not (folder / "keep").exists())),
         )
     console.print(f"Wrote {model}", soft_wrap=True)
 
@@ -416,7 +399,7 @@ def import_checkpoint(
     ] = "",
 ) -> None:
     """Make a MorphSeek model of the weights of a published network; it gives what the official code gives."""
-    with job():
+    with terminal_job():
         check_readable(file)
         check_output_file(out, ".safetensors", [file])
 
@@ -440,7 +423,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole card as JSON, for programs.")] = False,
 ) -> None:
     """Print a model's card: what it is, what it was trained on, how it was measured, its license."""
-    with job():
+    with terminal_job():
         file = check_model(model)
 
         from ..networks.model_file import read_card
@@ -460,14 +443,14 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Register two real brain scans that come with installable packages, and say how well it went."""
-    with job() as (on_event, cancelled):
+    with terminal_job() as job:
         check_choices(device=device, threads=threads)
         check_output_folder(output)
 
         from .demo import run_demo
 
         use_threads(threads)
-        report, sentences = run_demo(output, device, on_event, cancelled)
+        report, sentences = run_demo(output, device, job)
     print_report(report)
     for sentence in sentences:
         console.print(sentence, soft_wrap=True)
@@ -494,7 +477,7 @@ def _add_benchmark(name: str, text: str) -> None:
 
     @benchmarks.command(name, help=text)
     def command(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
-        with job() as (on_event, cancelled):
+        with terminal_job() as job:
             check_readable(data)
             check_choices(device=device)
             check_output_folder(out)
@@ -505,7 +488,7 @@ def _add_benchmark(name: str, text: str) -> None:
             from ..protocol.settings import load
 
             settings = shipped_settings(name) if config is None else load(MainTableSettings, config)
-            main_table(settings, data, out, only=only, device=device, on_event=on_event, cancelled=cancelled)
+            main_table(settings, data, out, only=only, device=device, job=job)
         console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
 
 
@@ -514,7 +497,7 @@ for _name, _text in BENCHMARKS.items():
 
 
 @contextmanager
-def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
+def terminal_job() -> Iterator[Job]:
     """Progress on the terminal, Ctrl-C as cancellation, refusals as one sentence and exit code 2."""
     cancelled = threading.Event()
     main = threading.current_thread() is threading.main_thread()
@@ -543,7 +526,7 @@ def job() -> Iterator[tuple[OnEvent, Callable[[], bool]]]:
                     errors.print(f"{event.message}: {figures}")
                 shown = event.message
 
-            yield on_event, cancelled.is_set
+            yield Job(on_event, cancelled.is_set)
     except MorphSeekError as error:
         errors.print(str(error).encode(errors="backslashreplace").decode(), style="red")  # names need not be UTF-8
         code = 2
@@ -603,17 +586,14 @@ def use_threads(threads: int | None) -> None:
         use(threads)
 
 
-def refinement_of(iterations: int, fine_iterations: int, similarity: str) -> RefinementSettings:
-    """The refinement that was asked for.
+def fit_options(iterations: int, fine_iterations: int, similarity: str) -> FitOptions:
+    """Return the fit that was asked for.
 
     Raises:
-        MorphSeekError: an unknown similarity or an impossible number.
+        MorphSeekError: too many iterations, or an unknown similarity.
     """
-    from ..protocol.settings import from_dict
-    from ..registration.fit import RefinementSettings
-
     values = {"iterations": iterations, "fine_iterations": fine_iterations, "similarity": similarity}
-    return from_dict(RefinementSettings, values, "refinement")
+    return from_dict(FitOptions, values, "fit")
 
 
 def print_report(report: dict) -> None:

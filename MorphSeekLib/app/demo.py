@@ -8,7 +8,6 @@ contrast change, so that the true error in millimetres can be told.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from ..io.images import read_image
+from ..networks.loading import load_model
 from ..protocol.errors import MorphSeekError
-from ..protocol.events import Event, OnEvent, checkpoint_for
+from ..protocol.job import Job
 from ..protocol.startup import check_output_folder
-from ..registration.pipeline import load_model, register
+from ..registration.pipeline import register
 from ..report.results import write_results
 from ..space import fields
 from ..space.geometry import DenseTransform, Volume, apply_affine, covering_grid, dense_from_voxels, resample
@@ -68,10 +68,10 @@ def deformed(volume: Volume, seed: int = 0) -> tuple[Volume, DenseTransform]:
     return Volume(data, image.grid), to_original
 
 
-def run_demo(output: Path, device: str, on_event: OnEvent, cancelled: Callable[[], bool]) -> tuple[dict, list[str]]:
+def run_demo(output: Path, device: str, job: Job) -> tuple[dict, list[str]]:
     """Register the pair and write its results; returns the report and sentences on how well it went."""
     check_output_folder(output)
-    on_event(Event("read", 0.0, "Reading the template"))
+    job.report("read", 0.0, "Reading the template")
     fixed = template()
     truth = None
     if COLIN27.is_file():
@@ -79,10 +79,10 @@ def run_demo(output: Path, device: str, on_event: OnEvent, cancelled: Callable[[
     else:
         (moving, truth), name = deformed(fixed), "MNI152 deformed, other contrast"
     model = load_model(MODEL, device)
-    result = register(fixed, moving, model, on_event=on_event, cancelled=cancelled)
-    on_event(Event("write", 0.95, "Writing the results"))
+    result = register(fixed, moving, model, job=job.part(0.0, 0.95))
+    job.report("write", 0.95, "Writing the results")
     names = {"fixed": "MNI152 T1 template (nilearn)", "moving": name}
-    report = write_results(output, result, fixed, names, checkpoint_for(cancelled))
+    report = write_results(output, result, fixed, names, job)
     sentences = [f"Fixed: {names['fixed']}. Moving: {name}."]
     if truth is not None:
         before, after = _errors(fixed, result.transform, truth)

@@ -38,11 +38,11 @@ from ..evaluation.evaluate import DEFINITIONS, evaluate
 from ..io.files import try_lock, write_atomically
 from ..networks import model_file as checkpoints
 from ..networks.devices import pick_device
+from ..networks.loading import load_model
 from ..protocol.errors import Cancelled, InUseError, MorphSeekError
-from ..protocol.events import Event, OnEvent, ignore, never, part
+from ..protocol.job import SILENT, Event, Job
 from ..protocol.settings import load, override, to_dict, to_json
 from ..protocol.startup import check_output_file, check_run, find
-from ..registration.pipeline import load_model
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
 from ..training.trainer import TrainingConfig, warmup
@@ -112,13 +112,12 @@ class Status:
     model: str = ""
 
 
-def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], bool] = never) -> Path:
+def run(folder: Path | str, job: Job = SILENT) -> Path:
     """Train what a folder's run.json says, from where an earlier process stopped; returns the finished checkpoint.
 
     Args:
         folder: the run's.
-        on_event: told of everything; its fractions are those of the whole run.
-        cancelled: True stops it, as the file "stop" in the folder does.
+        job: told of everything, in fractions of the whole run; cancelled, it stops as by the file "stop" in the folder.
 
     Raises:
         MorphSeekError: unusable settings or cases, a run that collapsed, or a folder that another process works in.
@@ -135,14 +134,14 @@ def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], 
             nonlocal written
             if event is not None:
                 status.fraction, status.message = event.fraction, event.message
-                on_event(event)
+                job.tell(event)
             if event is None or time.monotonic() - written > _STATUS_SECONDS:
                 write_atomically(folder / "status.json", to_json(dataclasses.asdict(status), indent=1).encode())
                 written = time.monotonic()
 
         tell()
         try:
-            _run(folder, status, tell, lambda: cancelled() or stop.exists())
+            _run(folder, status, job.heard_by(tell).until(stop.exists))
         except Cancelled:
             status.state, status.message = "stopped", "Stopped; it can be resumed."
             raise
@@ -160,10 +159,10 @@ def run(folder: Path | str, on_event: OnEvent = ignore, cancelled: Callable[[], 
             tell()
 
 
-def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bool]) -> None:
+def _run(folder: Path, status: Status, job: Job) -> None:
     settings = load(RunSettings, folder / "run.json")
     check_output_file(folder / settings.model)
-    tell(Event("read", 0.0, "Looking through the cases"))
+    job.report("read", 0.0, "Looking through the cases")
     dataset = hold_out(find_cases(folder / settings.dataset), settings.leave_out)
     device = pick_device(settings.device)
     start = None if settings.init is None else find(_path(folder, settings.init))
@@ -174,11 +173,11 @@ def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bo
     current = start
     for number, stage in enumerate(stages):
         status.stage = stage
-        on_event = part(tell, number * share, share)
+        stage_job = job.part(number * share, (number + 1) * share)
         out = folder / f"{stage}.safetensors"
         if not out.is_file():
-            config = _planned(folder, settings, stage, dataset, current, device, on_event, cancelled)
-            train_stage(config, dataset, current, out, device, on_event, cancelled)
+            config = _planned(folder, settings, stage, dataset, current, device, stage_job)
+            train_stage(config, dataset, current, out, device, stage_job)
         if number == 0 and start is None and len(stages) == 2:
             start = out  # what GRPO starts from
         current = out
@@ -188,14 +187,15 @@ def _run(folder: Path, status: Status, tell: OnEvent, cancelled: Callable[[], bo
         figures = {}
         for number, (name, model) in enumerate((("start", start), ("result", current))):
             if model is not None and (name == "result" or model != current):
-                on_event = part(tell, 0.9 + 0.05 * number, 0.05, "Before: " if name == "start" else "After: ")
-                figures[name] = _figures(folder / f"{name}.json", dataset, model, settings.device, on_event, cancelled)
+                begin, prefix = 0.9 + 0.05 * number, "Before: " if name == "start" else "After: "
+                measuring = job.part(begin, begin + 0.05, prefix)
+                figures[name] = _figures(folder / f"{name}.json", dataset, model, settings.device, measuring)
         status.held_out = _held_out(figures)
     model, card = checkpoints.load(current)
     card = dataclasses.replace(card, title=settings.name, results=card.results | {"held_out": status.held_out})
     checkpoints.save(folder / settings.model, model, card)
     status.model = str((folder / settings.model).resolve())
-    tell(Event("write", 1.0, f"Wrote {status.model}"))
+    job.report("write", 1.0, f"Wrote {status.model}")
 
 
 def train_stage(
@@ -204,15 +204,14 @@ def train_stage(
     init: Path | None,
     out: Path,
     device: torch.device | str,
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
 ) -> None:
     """The training that the settings are of, from a checkpoint or from scratch, or on from where it stopped.
 
     Raises:
         MorphSeekError, Cancelled: as that training.
     """
-    common = {"out": out, "device": device, "on_event": on_event, "cancelled": cancelled}
+    common = {"out": out, "device": device, "job": job}
     if isinstance(config, SACConfig):
         train_spac(dataset, config, **common)
     else:
@@ -221,7 +220,7 @@ def train_stage(
 
 
 def _planned(
-    folder: Path, settings: RunSettings, stage: str, dataset: Dataset, init: Path | None, device, on_event, cancelled
+    folder: Path, settings: RunSettings, stage: str, dataset: Dataset, init: Path | None, device, job: Job
 ) -> TrainingConfig | FinetuneConfig:
     """The settings of a stage, decided once and kept in a file, so that a resumed run has the same."""
     path = folder / f"{stage}.json"
@@ -232,7 +231,7 @@ def _planned(
         card = checkpoints.read_card(init)
         config = dataclasses.replace(config, model=card.model, preprocessing=card.preprocessing)
     if settings.minutes is not None:
-        seconds = seconds_per_iteration(config, dataset, init, device, on_event, cancelled)
+        seconds = seconds_per_iteration(config, dataset, init, device, job)
         iterations, validate_every = planned_iterations(settings.minutes, *seconds)
         config = override(config, "training", iterations=iterations, validate_every=validate_every)
     write_atomically(path, json.dumps(to_dict(config), indent=1).encode())
@@ -244,8 +243,7 @@ def seconds_per_iteration(
     dataset: Dataset,
     init: Path | None,
     device: torch.device | str,
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[float, float]:
     """(seconds of an iteration, seconds of a validation): a few iterations are done and timed, their weights dropped.
@@ -261,13 +259,13 @@ def seconds_per_iteration(
     def watch(event: Event) -> None:
         if event.phase == "train":
             times.append(clock())
-        on_event(dataclasses.replace(event, fraction=0.0, message="Measuring how long an iteration takes"))
+        job.report(event.phase, 0.0, "Measuring how long an iteration takes", event.step, event.steps)
 
     trial = override(config, "training", iterations=_TRIAL, validate_every=_TRIAL, save_every=10**9)
     if isinstance(trial, SACConfig):  # its first episodes only gather
         trial = override(trial, "training", explore=0)
     with tempfile.TemporaryDirectory(prefix="morphseek-trial-", ignore_cleanup_errors=True) as scratch:
-        train_stage(trial, dataset, init, Path(scratch) / "trial.safetensors", device, watch, cancelled)
+        train_stage(trial, dataset, init, Path(scratch) / "trial.safetensors", device, job.heard_by(watch))
     waits = [after - before for before, after in itertools.pairwise(times)]
     iteration = statistics.median(waits[1:-1])  # the first one reads files, the last one validates
     return iteration, max(0.0, waits[-1] - iteration)
@@ -297,10 +295,10 @@ def planned_iterations(minutes: float, iteration: float, validation: float) -> t
     return iterations, math.ceil(iterations / validations)
 
 
-def _figures(out: Path, dataset: Dataset, model: Path, device: str, on_event, cancelled) -> dict[str, Any]:
+def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) -> dict[str, Any]:
     """The figures of a checkpoint on the held-out pairs; kept in a file, and read from there when resumed."""
     if not out.is_file():
-        evaluate(dataset, TEST, load_model(str(model), device), out, on_event=on_event, cancelled=cancelled)
+        evaluate(dataset, TEST, load_model(str(model), device), out, job=job)
     return json.loads(out.read_text(encoding="utf-8"))
 
 

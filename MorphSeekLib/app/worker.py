@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..protocol.startup import bundled, check_alignment, check_model, check_steps, find, wait_passively
+from ..protocol.startup import bundled, check_model, find, wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is imported
@@ -37,12 +37,14 @@ from ..data.cases import check, find_cases
 from ..io.images import form_notices, label_values, stored_values, usable
 from ..measures.folds import certify, folded_voxels
 from ..networks.devices import describe_devices, pick_device, use_threads
+from ..networks.loading import LoadedModel, load_model
 from ..networks.model_file import read_card, software
 from ..protocol.errors import Cancelled, MorphSeekError
-from ..protocol.events import Event
+from ..protocol.job import Event, Job
+from ..protocol.options import RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
-from ..registration.fit import RefinementSettings
-from ..registration.pipeline import LoadedModel, State, load_model, register
+from ..registration.pair import State
+from ..registration.pipeline import register
 from ..report.page import RegistrationPictures
 from ..report.results import export_results
 from ..space.geometry import DenseTransform, Grid, Transform, Volume
@@ -110,47 +112,41 @@ class Worker:
         output = Path(_get(params, "output", str))
         if not output.is_dir():
             raise _InvalidParamsError(f"output: there is no folder {output}")
-        options, show_steps = _options(params), _get(params, "show_steps", bool, False)
-        self._report(number, Event("read", 0.0, "Reading the images"))
+        options = _options(params)
+        job = self._job(number)
+        job.report("read", 0.0, "Reading the images")
         fixed, moving = (
             usable(_volume(_get(params, name, dict), name, torch.float32), f"The {name} image")
             for name in ("fixed", "moving")
         )
-        labels = {}
+        labels = []
         for name, image in (("fixed_labels", fixed), ("moving_labels", moving)):
             reference = _get(params, name, dict, None)
-            labels[name] = None if reference is None else _volume(reference, name, torch.int32)
-            if labels[name] is not None and not labels[name].grid.same_as(image.grid):
+            volume = None if reference is None else _volume(reference, name, torch.int32)
+            if volume is not None and not volume.grid.same_as(image.grid):
                 raise MorphSeekError(
                     f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
                 )
+            labels.append(volume)
         initial = _initial(_get(params, "initial", dict, None))
         state = _state(_get(params, "state", dict, None))
 
         pictures = itertools.count()  # a fitted step comes twice, and the client may still read the first
 
-        def on_step(step: int, warped: Volume) -> None:
+        def on_picture(step: int, warped: Volume) -> None:
             # its own notification: the picture comes as soon as it can be shown
             shown = {"step": step, "warped": _reference(warped, output / f"picture-{next(pictures)}.npy")}
             self._send({"method": "progress", "params": {"id": number, "phase": "picture", **shown}})
 
         read = time.perf_counter()
-        self._report(number, Event("load", 0.01, "Loading the model"))
+        job.report("load", 0.01, "Loading the model")
         model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
         loaded = time.perf_counter()
+        job = self._job(number, on_picture if _get(params, "show_steps", bool, False) else None)
         result = register(
-            fixed,
-            moving,
-            model,
-            **options,
-            initial=initial,
-            state=state,
-            on_step=on_step if show_steps else None,
-            on_event=lambda event: self._report(number, event),
-            cancelled=lambda: number in self.cancelled,
-            **labels,
+            fixed, moving, model, options, job.part(0.01, 0.95), labels=tuple(labels), start=state or initial
         )
-        self._report(number, Event("write", 0.95, "Handing over the results"))
+        job.report("write", 0.95, "Handing over the results")
         registered = time.perf_counter()
         answer = {
             "warped": _reference(result.warped, output / "warped.npy"),
@@ -175,7 +171,8 @@ class Worker:
     def export(self, number: Any, params: dict) -> dict:
         """Files of a registration that was done before, into a folder of the person's. Takes the references that
         "register" answered with, its ``report``, what is ``wanted`` (results.EXPORTS) and the ``output`` folder."""
-        self._report(number, Event("read", 0.0, "Reading the results"))
+        job = self._job(number)
+        job.report("read", 0.0, "Reading the results")
         volumes = [
             _volume(_get(params, name, dict), name, torch.float32)
             for name in ("fixed", "aligned", "warped", "jacobian")
@@ -194,7 +191,7 @@ class Worker:
             RegistrationPictures(*volumes, folding, transform),
             inverse,
             report,
-            on_event=lambda event: self._report(number, event),
+            job=job,
         )
         return {"files": files}
 
@@ -203,8 +200,7 @@ class Worker:
         report = check(
             find_cases(_get(params, "dataset", str)),
             labels=_get(params, "labels", bool, True),
-            on_event=lambda event: self._report(number, event),
-            cancelled=lambda: number in self.cancelled,
+            job=self._job(number),
         )
         return to_dict(report)
 
@@ -270,10 +266,15 @@ class Worker:
             self.cancelled.discard(number)
         self._send({"id": number, "error": error})
 
-    def _report(self, number: Any, event: Event) -> None:
-        if number in self.cancelled:
-            raise Cancelled
-        self._send({"method": "progress", "params": {"id": number, **vars(event)}})
+    def _job(self, number: Any, on_picture: Callable[[int, Volume], None] | None = None) -> Job:
+        """Return the job of a request: its events and pictures go to the client, who may cancel it."""
+
+        def tell(event: Event) -> None:
+            if number in self.cancelled:
+                raise Cancelled
+            self._send({"method": "progress", "params": {"id": number, **vars(event)}})
+
+        return Job(tell, lambda: number in self.cancelled, on_picture)
 
     def _send(self, message: dict) -> None:
         text = to_json({"jsonrpc": "2.0", **message})
@@ -294,27 +295,16 @@ def _get(params: dict, name: str, kind: type, *default: Any) -> Any:
     return value
 
 
-def _options(params: dict) -> dict[str, Any]:
-    """The settings of a "register" request, checked before its arrays are read; its threads are used from here on.
+def _options(params: dict) -> RegistrationOptions:
+    """The choices of a "register" request, checked before its arrays are read; its threads are used from here on.
 
     Raises:
-        MorphSeekError: a model, device or number that cannot be.
+        MorphSeekError: a model, device or option that cannot be.
     """
     check_model(_get(params, "model", str))
     pick_device(_get(params, "device", str, "auto"))
-    steps, align = _get(params, "steps", int, None), _get(params, "align", str, None)
-    if steps is not None:
-        check_steps(steps)
-    if align is not None:
-        check_alignment(align)
     use_threads(_get(params, "threads", int, None))
-    return {
-        "steps": steps,
-        "align": align,
-        "inverse": _get(params, "inverse", bool, False),
-        "refinement": from_dict(RefinementSettings, _get(params, "refinement", dict, {}), "refinement"),
-        "stop_early": _get(params, "stop_early", bool, False),
-    }
+    return from_dict(RegistrationOptions, _get(params, "options", dict, {}), "options")
 
 
 def _array(reference: dict, name: str, axes: int) -> np.ndarray:

@@ -22,7 +22,6 @@ import dataclasses
 import fnmatch
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,17 @@ from ..data.datasets import Dataset, load_dataset
 from ..io.files import write_atomically
 from ..io.images import read_image
 from ..networks.devices import pick_device
+from ..networks.loading import load_model
 from ..networks.model_file import read_card, sha256, software
 from ..networks.policy import ModelSettings
 from ..protocol.errors import InUseError, MorphSeekError
-from ..protocol.events import Event, OnEvent, checkpoint_for, ignore, never, part
+from ..protocol.job import SILENT, Job
+from ..protocol.options import FitOptions, RegistrationOptions
 from ..protocol.settings import from_dict, load, override, to_dict, to_json
 from ..protocol.startup import BUNDLED, find
 from ..registration.alignment import align
-from ..registration.fit import RefinementSettings
-from ..registration.pipeline import Registration, load_model, register
+from ..registration.pipeline import register
+from ..registration.result import Registration
 from ..report.page import RegistrationPictures, draw_sheets
 from ..space.geometry import Transform, Volume
 from ..space.preprocessing import Preprocessing, working_grid
@@ -109,7 +110,7 @@ class Arm:
     warmup: TrainingConfig | None = None
     finetune: FinetuneConfig | None = None
     spac: SACConfig | None = None
-    refinement: RefinementSettings | None = None
+    refinement: FitOptions | None = None
     checkpoint: str = ""
 
     def __post_init__(self) -> None:
@@ -249,8 +250,7 @@ def main_table(
     *,
     only: str | None = None,
     device: str = "auto",
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
 ) -> None:
     """Do every run that is not done, and write the report after each.
 
@@ -277,19 +277,20 @@ def main_table(
         before = len(left)
         for run in list(left):
             number = wanted.index(run)
-            tell = part(on_event, number / len(wanted), 1 / len(wanted), f"{number + 1}/{len(wanted)} {run.name}: ")
+            prefix = f"{number + 1}/{len(wanted)} {run.name}: "
+            own = job.part(number / len(wanted), (number + 1) / len(wanted), prefix)
             if run.start in left:
                 continue
             if run.task not in datasets:
                 datasets[run.task] = dataset_of(settings.tasks[run.task], data)
             with contextlib.suppress(InUseError):
-                if _do(settings, run, datasets[run.task], out, where, tell, cancelled):
+                if _do(settings, run, datasets[run.task], out, where, own):
                     write_report(settings, out)
                 left.remove(run)
         if len(left) == before:  # others are at work on all that is left
-            on_event(Event("read", 1 - len(left) / len(wanted), f"Waiting for another process: {left[0].name}"))
+            job.report("read", 1 - len(left) / len(wanted), f"Waiting for another process: {left[0].name}")
             for _ in range(20):
-                checkpoint_for(cancelled)()
+                job.check()
                 time.sleep(0.5)
 
 
@@ -336,8 +337,7 @@ def _do(
     dataset: Dataset,
     out: Path,
     device: torch.device,
-    on_event: OnEvent,
-    cancelled: Callable[[], bool],
+    job: Job,
 ) -> bool:
     """Do one run if it is not done; whether there was something to do.
 
@@ -354,21 +354,24 @@ def _do(
         task = settings.tasks[run.task]
         training: dict[str, Any] = {}
         if run.method in settings.networks:
-            path, training = _model(settings, run, dataset, out, device, on_event, cancelled)
+            path, training = _model(settings, run, dataset, out, device, job)
             model = load_model(path, str(device))
-            how = {
-                "align": task.preprocessing.align,
-                "refinement": dataclasses.replace(
-                    settings.arms[run.arm].refinement or RefinementSettings(), similarity=task.similarity
-                ),
-            }
+            fit = settings.arms[run.arm].refinement or FitOptions()
+            fit = dataclasses.replace(fit, similarity=task.similarity)
+            options = RegistrationOptions(align=task.preprocessing.align, inverse=False, fit=fit)
 
             def method(fixed: Volume, moving: Volume) -> Transform:
-                return register(fixed, moving, model, inverse=False, **how).transform
+                return register(fixed, moving, model, options).transform
 
             pair = dataset.split(TEST)[0]
             fixed, moving = (read_image(case.image) for case in (pair.fixed, pair.moving))
-            draw(fixed, moving, register(fixed, moving, model, inverse=False, **how), out / "pictures", run.name)
+            draw(
+                fixed,
+                moving,
+                register(fixed, moving, model, options),
+                out / "pictures",
+                run.name,
+            )
         else:
             method = _classical(run.arm, task, settings.threads)
         rows = measure(
@@ -377,8 +380,7 @@ def _do(
             method,
             device=str(device),
             pairs=settings.pairs,
-            on_event=part(on_event, 0.8, 0.2),
-            cancelled=cancelled,
+            job=job.part(0.8, 1.0),
         )
         result = {
             "settings": settings_of(settings, run),
@@ -418,13 +420,12 @@ def _model(
     dataset: Dataset,
     out: Path,
     device: torch.device,
-    on_event: OnEvent,
-    cancelled: Callable[[], bool],
+    job: Job,
 ) -> tuple[Path, dict[str, Any]]:
     """The run's checkpoint, trained if it is not there, and what there is to say of its training."""
     arm = settings.arms[run.arm]
     if arm.refinement is not None:
-        return _model(settings, run.start, dataset, out, device, on_event, cancelled)
+        return _model(settings, run.start, dataset, out, device, job)
     if arm.checkpoint:
         path = find(arm.checkpoint)
         return path, {"checkpoint": arm.checkpoint, "sha256": sha256(path)}
@@ -441,7 +442,7 @@ def _model(
     else:
         on_cpu = device.type == "cpu" and settings.threads == 1
         clock = time.process_time if on_cpu else time.monotonic
-        seconds, _ = seconds_per_iteration(config, dataset, init, device, on_event, cancelled, clock)
+        seconds, _ = seconds_per_iteration(config, dataset, init, device, job, clock)
         iterations = int(60 * minutes / seconds)
         if iterations < FEWEST:
             raise MorphSeekError(
@@ -453,7 +454,7 @@ def _model(
     iterations = planned["iterations"]
     config = override(config, "training", iterations=iterations, validate_every=iterations)
     begin, resumed = time.process_time(), state_file(path).is_file()
-    train_stage(config, dataset, init, path, device, part(on_event, 0.0, 0.8), cancelled)
+    train_stage(config, dataset, init, path, device, job.part(0.0, 0.8))
     card = read_card(path)
     training = {
         "iterations": iterations,

@@ -15,7 +15,7 @@ from ..data.datasets import Dataset, Pair, read_pair, scored_pairs
 from ..evaluation.evaluate import check_judged, label_row
 from ..measures.folds import certify
 from ..measures.metrics import LABEL_DEFINITIONS, folding, label_figures
-from ..protocol.events import Event, OnEvent, checkpoint_for, ignore, never
+from ..protocol.job import SILENT, Job
 from ..space.geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
 
 Method = Callable[[Volume, Volume], Transform]
@@ -39,8 +39,7 @@ def measure(
     *,
     device: torch.device | str = "cpu",
     pairs: int | None = None,
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
 ) -> list[dict[str, Any]]:
     """Register every pair of a split and score the transforms.
 
@@ -58,12 +57,11 @@ def measure(
         MorphSeekError: no such split, pairs without labels, unreadable files, pairs without a label in common.
         Cancelled: the person stopped it.
     """
-    checkpoint = checkpoint_for(cancelled)
     wanted: list[Pair] = scored_pairs(dataset, split)[:pairs]
     rows = []
     for number, pair in enumerate(wanted, start=1):
-        checkpoint()
-        on_event(Event("step", (number - 1) / len(wanted), f"Pair {number} of {len(wanted)}", number, len(wanted)))
+        job.check()
+        job.report("step", (number - 1) / len(wanted), f"Pair {number} of {len(wanted)}", number, len(wanted))
         (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
         check_judged(fixed_labels, moving_labels, pair, dataset)
         begin, cpu = time.perf_counter(), time.process_time()

@@ -15,7 +15,7 @@ import random
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -25,7 +25,7 @@ import numpy as np
 from ..io.files import write_atomically
 from ..io.images import check_labels, read_image, read_labels
 from ..protocol.errors import MorphSeekError
-from ..protocol.events import Event, OnEvent, checkpoint_for, ignore, never
+from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict, to_json
 from ..protocol.startup import check_output_file, shown
 from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset, paired_sides
@@ -154,8 +154,7 @@ def check(
     *,
     labels: bool = True,
     out: Path | str | None = None,
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
 ) -> CheckReport:
     """Read every case, one at a time, and say what is wrong with it.
 
@@ -163,8 +162,7 @@ def check(
         dataset: from :func:`find_cases`.
         labels: whether the training needs them (warm-up alone does not).
         out: a JSON file to write the report to; None writes none.
-        on_event: told of every case.
-        cancelled: asked before every case.
+        job: told of every case, and asked before it.
 
     Raises:
         MorphSeekError: ``out`` cannot be written.
@@ -172,14 +170,13 @@ def check(
     """
     if out is not None:
         check_output_file(out, inputs=[dataset.path])
-    checkpoint = checkpoint_for(cancelled)
     cases = _all_cases(dataset)
     rows, seen = [], {}
     for index, case in enumerate(cases):
-        checkpoint()
+        job.check()
         name = name_of(case, dataset)
         message = f"Checking case {index + 1} of {len(cases)}: {name}"
-        on_event(Event("read", index / len(cases), message, index + 1, len(cases)))
+        job.report("read", index / len(cases), message, index + 1, len(cases))
         row = _check_case(case, name, labels, seen)
         row.problems = [text.replace(f"{_root(dataset)}{os.sep}", "") for text in row.problems]
         rows.append(row)
@@ -210,7 +207,7 @@ def check(
             )
     if out is not None:
         write_atomically(Path(out), to_json(to_dict(report), indent=1).encode())
-    on_event(Event("read", 1.0, f"Checked {len(rows)} cases", len(rows), len(rows)))
+    job.report("read", 1.0, f"Checked {len(rows)} cases", len(rows), len(rows))
     return report
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from .. import __version__
 from ..data.datasets import Dataset, Pair, read_pair, scored_pairs
 from ..io.files import write_atomically
 from ..measures.metrics import LABEL_DEFINITIONS, LabelFigures, deviation, judged_labels, label_figures, mean
+from ..networks.loading import LoadedModel
 from ..networks.model_file import software
 from ..protocol.errors import MorphSeekError
-from ..protocol.events import Event, OnEvent, checkpoint_for, ignore, never
+from ..protocol.job import SILENT, Job
+from ..protocol.options import RegistrationOptions
 from ..protocol.settings import to_dict, to_json
 from ..protocol.startup import check_output_file
-from ..registration.fit import RefinementSettings
-from ..registration.pipeline import LoadedModel, register
+from ..registration.pipeline import register
 from ..space.geometry import Volume
 
 DEFINITIONS = LABEL_DEFINITIONS | {
@@ -37,12 +38,8 @@ def evaluate(
     split: str,
     model: LoadedModel,
     out: Path | str,
-    *,
-    steps: int | None = None,
-    align: str | None = None,
-    refinement: RefinementSettings | None = None,
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    options: RegistrationOptions | None = None,
+    job: Job = SILENT,
 ) -> dict[str, Any]:
     """Register every pair of a split and write the figures.
 
@@ -52,9 +49,10 @@ def evaluate(
 
     Args:
         dataset, split: pairs with label maps on both sides.
-        model: from :func:`MorphSeekLib.registration.pipeline.load_model`.
+        model: from :func:`MorphSeekLib.networks.loading.load_model`.
         out: the JSON file.
-        steps, align, refinement: as for :func:`MorphSeekLib.registration.pipeline.register`.
+        options: of each registration; None for the defaults. No inverse is computed.
+        job: told of every pair.
 
     Returns:
         what was written: settings, definitions, mean and standard deviation, lost labels, and a row per pair.
@@ -65,25 +63,25 @@ def evaluate(
     """
     out = Path(out)
     check_output_file(out, inputs=[dataset.path])
+    options = dataclasses.replace(options or RegistrationOptions(), inverse=False)
     pairs = scored_pairs(dataset, split)
-    checkpoint = checkpoint_for(cancelled)
     settings = {
         "dataset": dataset.about.get("name", dataset.path.name),
         "split": split,
         "model": {"name": model.name, "sha256": model.sha256, "title": model.card.title},
-        "align": align or model.card.preprocessing.align,
-        "steps": steps or model.card.preprocessing.steps,
-        "refinement": to_dict(refinement or RefinementSettings()),
+        "align": options.align or model.card.preprocessing.align,
+        "steps": options.steps or model.card.preprocessing.steps,
+        "refinement": to_dict(options.fit),
         "device": str(model.device),
     }
     done = _Rows(out, settings | {"evaluated": dataset.evaluated, "labels": dataset.labels, "software": software()})
     rows = []
     for index, pair in enumerate(pairs):
-        checkpoint()
-        on_event(Event("step", index / len(pairs), f"Pair {index + 1} of {len(pairs)}", index + 1, len(pairs)))
+        job.check()
+        job.report("step", index / len(pairs), f"Pair {index + 1} of {len(pairs)}", index + 1, len(pairs))
         row = done.find(pair)
         if row is None:
-            row = _figures(pair, dataset, model, steps, align, refinement, cancelled)
+            row = _figures(pair, dataset, model, options, job.heard_by(None))
             done.add(pair, row)
         rows.append(row)
     names = [k for k, v in rows[0].items() if v is None or isinstance(v, float)]
@@ -100,7 +98,7 @@ def evaluate(
     }
     write_atomically(out, to_json(result, indent=2).encode())
     done.remove()
-    on_event(Event("write", 1.0, f"Wrote {out}"))
+    job.report("write", 1.0, f"Wrote {out}")
     return result
 
 
@@ -135,26 +133,13 @@ def _figures(
     pair: Pair,
     dataset: Dataset,
     model: LoadedModel,
-    steps: int | None,
-    align: str | None,
-    refinement: RefinementSettings | None,
-    cancelled: Callable[[], bool],
+    options: RegistrationOptions,
+    job: Job,
 ) -> dict[str, Any]:
     """One row: the figures of a pair."""
     (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
     check_judged(fixed_labels, moving_labels, pair, dataset)
-    result = register(
-        fixed,
-        moving,
-        model,
-        steps=steps,
-        align=align,
-        fixed_labels=fixed_labels,
-        moving_labels=moving_labels,
-        inverse=False,
-        refinement=refinement,
-        cancelled=cancelled,
-    )
+    result = register(fixed, moving, model, options, job, labels=(fixed_labels, moving_labels))
     found = label_figures(
         fixed_labels.data, result.warped_labels.data, moving_labels.data, fixed.grid.spacing, dataset.evaluated
     )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import MorphSeekError
-from ..protocol.events import Notice
+from ..protocol.job import Notice
 from ..protocol.startup import check_readable, shown
 from ..space.geometry import DenseTransform, Grid, Transform, Volume, covering_grid, index_points, reordered, resample
 from . import dicom, nifti

@@ -13,7 +13,7 @@ bound by Bernstein coefficients).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -23,6 +23,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from ..protocol.job import SILENT, Job
 from ..space import fields
 from ..space.geometry import DenseTransform, Grid, Volume, apply_affine
 
@@ -107,7 +108,7 @@ def certify(
     transform: DenseTransform,
     fixed: Grid,
     mirrored: bool = False,
-    checkpoint: Callable[[], None] = lambda: None,
+    job: Job = SILENT,
 ) -> Certificate:
     """Judge every cell of the grid on which a transform is delivered.
 
@@ -115,7 +116,7 @@ def certify(
         transform: the map as written; every axis at least two nodes.
         fixed: the fixed image's grid; shares are of the cells whose center lies in it.
         mirrored: whether the alignment exchanges left and right, so that determinants count with the other sign.
-        checkpoint: called once a slab; may raise to cancel.
+        job: asked once a slab.
 
     Raises:
         ValueError: the displacement is not finite.
@@ -124,7 +125,7 @@ def certify(
     to_fixed = np.linalg.inv(fixed.affine) @ transform.grid.affine
     tally = _Tally()
     for block in frame.blocks():
-        checkpoint()
+        job.check()
         inside = _centers_inside(block, to_fixed, fixed)
         for cells in block.open_cells().split(_CHUNK):
             index = block.index(cells)
@@ -321,7 +322,7 @@ def unfold(
     transform: DenseTransform,
     mirrored: bool = False,
     iterations: int = 300,
-    checkpoint: Callable[[], None] = lambda: None,
+    job: Job = SILENT,
 ) -> DenseTransform:
     """Move nodes until every cell is proven not to fold, as little as it takes.
 
@@ -333,7 +334,7 @@ def unfold(
     Args:
         transform, mirrored: as for :func:`certify`.
         iterations: the most; none where every cell is proven.
-        checkpoint: called once an iteration; may raise to cancel.
+        job: asked once an iteration.
 
     Returns:
         the transform; it may still fold where the iterations did not suffice.
@@ -352,7 +353,7 @@ def unfold(
     touched = active.clone()
     wanted = torch.full(active.shape, _WANTED)
     for iteration in range(iterations):
-        checkpoint()
+        job.check()
         touched |= _with_neighbors(active)
         cells = _with_neighbors(active).nonzero()
         least = torch.cat([_corner_determinants(nodes, chunk).amin(dim=0) for chunk in cells.split(_CHUNK)])

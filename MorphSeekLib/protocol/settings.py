@@ -125,6 +125,10 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise MorphSeekError(f"{where} is {value!r}; choose one of {', '.join(map(str, arguments))}.")
     if origin is tuple and isinstance(value, (list, tuple)):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_convert(arguments[0], v, where) for v in value)

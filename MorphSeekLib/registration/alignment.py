@@ -8,7 +8,7 @@ samples: the same two images give the same matrix every time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..io.images import check_overlap, sitk_from_volume
 from ..protocol.errors import MorphSeekError
+from ..protocol.job import SILENT, Job
 from ..space import fields
 from ..space.geometry import (
     DenseTransform,
@@ -49,14 +50,15 @@ _SCALES = (0.5, 2.0)  # no two scans that can be registered differ more in size,
 _STRETCH = 1.6  # nor in shape: largest over smallest singular value of the linear part
 _OVERLAP = 0.6  # a start or result that sees much less of the sampled foreground than another is none
 
+_WORDS = "Aligning the images"
+
 
 def align(
     fixed: Volume,
     moving: Volume,
     kind: str = "affine",
     initial: Transform | None = None,
-    checkpoint: Callable[[], None] | None = None,
-    on_progress: Callable[[float], None] | None = None,
+    job: Job = SILENT,
 ) -> Transform:
     """Bring the moving image roughly onto the fixed one.
 
@@ -66,8 +68,7 @@ def align(
         kind: "none"; "center" (shift the middle of one foreground onto the other's); "rigid" (shift and rotation from
             there, or from where the files lie when that fits better); "affine" (then scale and shear too).
         initial: fixed point -> moving point, LPS mm, to start from; the result contains it.
-        checkpoint: called many times a second; may raise to cancel.
-        on_progress: called with the fraction done, 0 to 1.
+        job: told the fraction done, 0 to 1; asked many times a second.
 
     Returns:
         Fixed point -> moving point: a (4, 4) matrix, LPS mm; a DenseTransform (on the grid of ``initial``) only when
@@ -80,27 +81,23 @@ def align(
         raise MorphSeekError(f"'{kind}' is no alignment; choose none, center, rigid or affine.")
     if kind == "none":
         return np.eye(4) if initial is None else initial
-    checkpoint = checkpoint or (lambda: None)
-    progress = on_progress or (lambda fraction: None)
     unit = _unit(fixed.grid, moving.grid)
     if isinstance(initial, DenseTransform):
         check_overlap(fixed, moving, initial)
         # align to what the initial transform makes of the moving image, in the fixed image's space
         block = _average(fixed, _SPACING * unit)
         background = float(moving.data.min())
-        seen = resample(
-            _average(moving, _SPACING * unit), block.grid, initial, background=background, checkpoint=checkpoint
-        )
-        matrix = align(block, seen, kind, None, checkpoint, on_progress)
+        seen = resample(_average(moving, _SPACING * unit), block.grid, initial, background=background, job=job)
+        matrix = align(block, seen, kind, None, job)
         nodes = initial.grid
         return dense_from_voxels(index_points(nodes, matrix, nodes) - fields.identity(nodes.shape), nodes, initial)
 
     if initial is not None and kind != "center":
         check_overlap(fixed, moving, initial)
     scale, back = np.diag([unit, unit, unit, 1.0]), np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
-    scans = [_Scan.of(_moved(volume, back), checkpoint) for volume in (fixed, moving)]
+    scans = [_Scan.of(_moved(volume, back), job) for volume in (fixed, moving)]
     begin = None if initial is None else back @ initial @ scale
-    return scale @ _climb(*scans, kind, begin, checkpoint, progress) @ back
+    return scale @ _climb(*scans, kind, begin, job) @ back
 
 
 def _climb(
@@ -108,45 +105,43 @@ def _climb(
     m: _Scan,
     kind: str,
     initial: np.ndarray | None,
-    checkpoint: Callable[[], None],
-    progress: Callable[[float], None],
+    job: Job,
 ) -> np.ndarray:
     """:func:`align` of two scans; arguments as there."""
     begin = np.eye(4) if initial is None else initial
     if kind == "center":
-        progress(1.0)
+        job.report("align", 1.0, _WORDS)
         return _shift(m.center - apply_affine(begin, f.center[None])[0]) @ begin
     # sample the smaller foreground: the brain in a head, the head in a head with shoulders, whichever image has it
     swap = m.volume < f.volume
     if swap:
         f, m, begin = m, f, np.linalg.inv(begin)
     starts = list(_starts(f, m)) if initial is None else [begin]
-    search = _Search(f, m, checkpoint)
+    search = _Search(f, m, job)
     seeds = sorted(starts, key=lambda s: search.cost(s, coarse=True))[:3]
     if len(seeds) > 1:
         found = []
         for n, seed in enumerate(seeds):
-            found.append(search.improve(seed, "rigid", 10, lambda x, n=n: progress(0.1 + 0.1 * (n + x)), coarse=True))
+            found.append(search.improve(seed, "rigid", 10, job.part(0.1 * (n + 1), 0.1 * (n + 2)), coarse=True))
         seeds = [min(found, key=search.cost)]
     candidates = [begin, seeds[0]]
-    candidates.append(search.improve(seeds[0], "rigid", 20, lambda x: progress(0.4 + 0.2 * x)))
+    candidates.append(search.improve(seeds[0], "rigid", 20, job.part(0.4, 0.6)))
     if kind == "affine":
-        affine = search.improve(candidates[-1], "affine", 30, lambda x: progress(0.6 + 0.4 * x))
+        affine = search.improve(candidates[-1], "affine", 30, job.part(0.6, 1.0))
         if _is_sane(affine @ np.linalg.inv(begin)):
             candidates.append(affine)
     best = min(candidates, key=search.cost)
-    progress(1.0)
+    job.report("align", 1.0, _WORDS)
     return np.linalg.inv(best) if swap else best
 
 
-def object_size(volume: Volume, checkpoint: Callable[[], None] | None = None) -> float:
+def object_size(volume: Volume, job: Job = SILENT) -> float:
     """The longest side in mm of what an image shows: of its foreground's box, but for the outermost hundredths."""
     block = _average(volume, _SPACING * _unit(volume.grid))
     if float(block.data.min()) == float(block.data.max()):
         return float((block.grid.spacing * block.grid.shape).max())
     index = np.argwhere(_array(_foreground(_clipped(block)))).astype(np.float64)
-    if checkpoint is not None:
-        checkpoint()
+    job.check()
     sides = np.percentile(index, 99, axis=0) - np.percentile(index, 1, axis=0) + 1
     return float((sides * block.grid.spacing).max())
 
@@ -172,16 +167,16 @@ class _Scan:
     volume: float
 
     @classmethod
-    def of(cls, volume: Volume, checkpoint: Callable[[], None]) -> _Scan:
+    def of(cls, volume: Volume, job: Job) -> _Scan:
         block = _average(volume, _SPACING)
-        checkpoint()
+        job.check()
         image = _clipped(block)
         foreground = _foreground(image)
-        checkpoint()
+        job.check()
         spacing = block.grid.spacing
         reach = [min(round(_MARGIN / s), n) for s, n in zip(spacing, block.grid.shape, strict=True)]
         mask = sitk.BinaryDilate(foreground, reach)
-        checkpoint()
+        job.check()
         index = np.argwhere(_array(foreground))
         points = apply_affine(block.grid.affine, index)
         center = points.mean(axis=0)
@@ -205,8 +200,8 @@ class _Search:
     Matrices map points of ``fixed`` to points of ``moving``, which may be the caller's images the other way round.
     """
 
-    def __init__(self, fixed: _Scan, moving: _Scan, checkpoint: Callable[[], None]) -> None:
-        self.fixed, self.moving, self.checkpoint = fixed, moving, checkpoint
+    def __init__(self, fixed: _Scan, moving: _Scan, job: Job) -> None:
+        self.fixed, self.moving, self.job = fixed, moving, job
         # fine and coarse: Mattes' histogram is smooth only over smooth images
         self.levels = [[scan.smoothed(sigma) for scan in (fixed, moving)] for sigma in _SMOOTH]
         self.bins = [[_in_bins(image) for image in level] for level in self.levels]
@@ -218,7 +213,7 @@ class _Search:
 
     def cost(self, matrix: np.ndarray, coarse: bool = False) -> float:
         """Negative mutual information of the samples; infinite where too few of them land in the moving image."""
-        self.checkpoint()
+        self.job.check()
         inside = self._inside(matrix)
         if inside.mean() < 0.25:
             return np.inf
@@ -241,7 +236,7 @@ class _Search:
         matrix: np.ndarray,
         kind: str,
         iterations: int,
-        progress: Callable[[float], None],
+        job: Job,
         coarse: bool = False,
     ) -> np.ndarray:
         """Climb from ``matrix``, which is applied after what is searched for; at worst the result is ``matrix``."""
@@ -265,8 +260,8 @@ class _Search:
         def each() -> None:
             # an exception may not pass through ITK
             try:
-                self.checkpoint()
-                progress(min(1.0, method.GetOptimizerIteration() / iterations))
+                job.check()
+                job.report("align", min(1.0, method.GetOptimizerIteration() / iterations), _WORDS)
             except BaseException as error:
                 stop.append(error)
                 method.StopRegistration()

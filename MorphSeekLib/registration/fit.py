@@ -1,4 +1,4 @@
-"""Test-time refinement without labels: optimise the pair at hand, from the network's answer on.
+"""The fit of the pair at hand, without labels, from the network's answer on.
 
 First the policy's latent z of the last step (the decoder's weights keep the field plausible), then the field itself on
 the network's grid, then the field on the fixed image's own, finer grid, each by
@@ -11,62 +11,169 @@ by Adam. The lowest objective that was met is kept, so the answer is never worse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..io.transforms import rounded
+from ..measures.folds import unfold
 from ..measures.regularizers import diffusion, folding_penalty
-from ..measures.similarity import SIMILARITIES, mse
+from ..measures.similarity import SIMILARITIES, mind_ssc, mse
+from ..networks.devices import network_autocast
 from ..networks.policy import Latent, RegistrationModel, draw
+from ..protocol.job import Job
+from ..protocol.options import FitOptions
+from ..protocol.settings import to_dict
 from ..space import fields
+from ..space.geometry import Grid, Volume, covering_grid, dense_from_voxels, map_voxels, resample, voxel_displacement
+from ..space.preprocessing import fine_grid
+from . import guards
+from .pair import Outcome, Pair, world_spacing
+from .steps import interruptible
 
-MAX_ITERATIONS = 1000
+DEFINITION = (
+    "objective: similarity + regularization * diffusion + folding * mean(relu(0.05 - det J)), in "
+    "voxels of its grid; lower is better. network, refined: on the working grid"
+)
 
 
 @dataclass(frozen=True)
-class RefinementSettings:
-    """How a pair is refined.
+class Fit:
+    """The iterations on one pair, after the network's steps.
 
     Attributes:
-        iterations: K on the network's grid.
-        fine_iterations: then on the fixed image's own grid (:func:`MorphSeekLib.space.preprocessing.fine_grid`); an
-        iteration
-            there costs as many times more as it has voxels. Without any of both the network's answer stays as it is.
-        latent_share: share of the K iterations spent on z, before the field.
-        similarity: "lncc", "mse" or "mind" (for two modalities).
-        regularization: lambda_reg, of the diffusion regulariser in voxels.
-        folding: lambda_fold, of :func:`MorphSeekLib.measures.regularizers.folding_penalty`.
-        latent_rate, field_rate: Adam's steps, in units of z and in voxels.
-        stride, fine_stride: voxels between the control points of the field's correction, on either grid.
-        unfold: the most iterations of :func:`MorphSeekLib.measures.folds.unfold` that follow.
+        options: how many, and by what.
+        network: whose latent is fitted first.
     """
 
-    iterations: int = 0
-    fine_iterations: int = 0
-    latent_share: float = 0.2
-    similarity: str = "lncc"
-    regularization: float = 1.0
-    folding: float = 100.0
-    latent_rate: float = 0.05
-    field_rate: float = 0.25
-    stride: int = 4
-    fine_stride: int = 2
-    unfold: int = 300
+    options: FitOptions
+    network: RegistrationModel
 
-    def __post_init__(self) -> None:
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(f"similarity is '{self.similarity}'; it must be one of {', '.join(SIMILARITIES)}")
-        for name in ("iterations", "fine_iterations", "unfold"):
-            if not 0 <= getattr(self, name) <= MAX_ITERATIONS:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 to {MAX_ITERATIONS}")
-        if not 0 <= self.latent_share <= 1:
-            raise ValueError("latent_share must be between 0 and 1")
-        if min(self.stride, self.fine_stride) < 1:
-            raise ValueError("stride and fine_stride must be at least 1")
+    def run(self, pair: Pair, begin: Outcome, job: Job) -> Outcome:
+        """Fit the pair from an outcome on.
+
+        Args:
+            pair: aligned and prepared.
+            begin: the steps' outcome. Where its ``before`` is None there is no latent to begin with, and all iterations
+                go to the field.
+            job: told of every iteration.
+        """
+        options = self.options
+        finest = fine_grid(pair.fixed.grid, pair.grid) if options.fine_iterations else pair.grid
+        progress = _Progress(options, math.prod(finest.shape) / math.prod(pair.grid.shape), job)
+        with interruptible(self.network, job):
+            coarse = self._on_working_grid(pair, begin, progress.tick)
+        found, fine = coarse.total, None
+        if options.fine_iterations:
+            fine = self._on_fine_grid(pair, found, finest, progress.tick)
+            found = fine.total
+        transform = pair.delivered(found, finest)
+        transform = rounded(unfold(transform, pair.alignment.mirrored, options.unfold, pair.job))
+        total = found if fine is None else _moved_to(found, finest, pair.grid)
+        with torch.no_grad():
+            after = pair.look(begin.answer, total, pair.moving_by(transform))
+        fitted = {
+            "settings": to_dict(options),
+            "objective": _course(coarse.objectives),
+            "fine": None if fine is None else finest.describe() | {"objective": _course(fine.objectives)},
+            "network": begin.figures[begin.answer],
+            "refined": after,
+            "definition": DEFINITION,
+        }
+        aligned, similarity = begin.figures[0]["similarity"], after["similarity"]
+        fell = guards.fit_fell(options.similarity, aligned, begin.similarity, similarity)
+        return replace(
+            begin,
+            total=total,
+            transform=transform,
+            similarity=similarity,
+            fitted=fitted,
+            notices=begin.notices + fell,
+        )
+
+    def _on_working_grid(self, pair: Pair, begin: Outcome, tick: Callable[[], None]) -> Refined:
+        images = pair.fixed_intensities, pair.moving_intensities
+        value = pair_objective(pair, *images, pair.grid, self.options, pair.seen)
+        start = Refined(begin.total, torch.empty(0, device=pair.device))
+        if begin.before is None:
+            return fit(start, self.options.iterations, value, self.options.field_rate, self.options.stride, tick)
+        with torch.no_grad(), network_autocast(pair.device):
+            latent = self.network.encode(pair.moving_at(begin.before), pair.fixed_intensities)
+        with network_autocast(pair.device):
+            return optimize(self.network, latent, begin.before, begin.total, value, self.options, tick)
+
+    def _on_fine_grid(self, pair: Pair, found: Tensor, finest: Grid, tick: Callable[[], None]) -> Refined:
+        options = self.options
+        value = pair_objective(pair, *pair.intensities_on(finest), finest, options)
+        start = Refined(_moved_to(found, pair.grid, finest), torch.empty(0, device=pair.device))
+        return fit(start, options.fine_iterations, value, options.field_rate, options.fine_stride, tick)
+
+
+class _Progress:
+    """Counts iterations; those on the finer grid cost more.
+
+    Args:
+        options: how many there are.
+        cost: of a fine iteration, in iterations on the working grid.
+        job: told of each.
+    """
+
+    def __init__(self, options: FitOptions, cost: float, job: Job) -> None:
+        self._options, self._cost, self._job = options, cost, job
+        self._done = 0
+
+    def tick(self) -> None:
+        """Tell that an iteration is done."""
+        self._done += 1
+        options = self._options
+        spent = min(self._done, options.iterations) + self._cost * max(0, self._done - options.iterations)
+        whole = options.iterations + self._cost * options.fine_iterations
+        message = f"Fitting this pair, iteration {self._done} of {options.total}"
+        self._job.report("fit", spent / whole, message, self._done, options.total)
+        self._job.check()
+
+
+def pair_objective(
+    pair: Pair, fixed: Tensor, moving: Tensor, grid: Grid, options: FitOptions, seen: Tensor | bool = True
+) -> Objective:
+    """Return what the fit lowers on a grid.
+
+    Args:
+        pair: aligned.
+        fixed, moving: what :meth:`Pair.intensities_on` gives for the grid.
+        grid: of the displacement.
+        options: the similarity and the weights.
+        seen: where the fixed image lies; True: everywhere.
+    """
+    moving_grid, padding = pair.moving.grid, "zeros"
+    if options.similarity == "mind":  # its patches are counted in voxels: both images need voxels of one size
+        lattice = covering_grid(moving_grid, world_spacing(grid))
+        moving = resample(Volume(moving[0, 0].cpu(), moving_grid), lattice, job=pair.job).data
+        fixed, moving = mind_ssc(fixed), mind_ssc(moving[None, None].to(fixed))
+        moving_grid, padding = lattice, "border"
+
+    def moving_at(total: Tensor) -> Tensor:
+        pair.job.check()
+        points = map_voxels(total, grid, pair.alignment.transform, moving_grid)
+        return seen * fields.sample(moving, points, padding=padding)
+
+    return objective(fixed, moving_at, options)
+
+
+def _moved_to(total: Tensor, grid: Grid, other: Grid) -> Tensor:
+    """A displacement (1, 3, i, j, k) in voxels of one grid as one in voxels of another."""
+    return voxel_displacement(dense_from_voxels(total, grid), other, total.device)
+
+
+def _course(objectives: Tensor) -> dict[str, Any]:
+    """An objective before and after, and what was met on the way."""
+    curve = objectives.tolist()
+    return {"start": curve[0], "refined": min(curve), "curve": curve} if curve else {}
 
 
 class Refined(NamedTuple):
@@ -79,8 +186,8 @@ class Refined(NamedTuple):
 Objective = Callable[[Tensor], Tensor]
 
 
-def objective(fixed: Tensor, moving_at: Callable[[Tensor], Tensor], settings: RefinementSettings) -> Objective:
-    """Field (1, 3, i, j, k) -> the scalar that refinement lowers; see the module's text.
+def objective(fixed: Tensor, moving_at: Callable[[Tensor], Tensor], settings: FitOptions) -> Objective:
+    """Field (1, 3, i, j, k) -> the scalar that the fit lowers; see the module's text.
 
     Args:
         fixed: (1, 1, i, j, k), intensities in [0, 1]; for "mind" its descriptor, (1, 12, i, j, k).
@@ -110,7 +217,7 @@ def optimize(
     outer: Tensor,
     total: Tensor,
     value: Objective,
-    settings: RefinementSettings,
+    settings: FitOptions,
     on_iteration: Callable[[], None] = lambda: None,
 ) -> Refined:
     """K iterations on one pair, z first and then the field.

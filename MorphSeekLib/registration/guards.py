@@ -1,7 +1,7 @@
 """What cannot be right is said or refused here: no result of a kind that makes no sense is returned in silence.
 
 A function either raises :class:`MorphSeekLib.protocol.errors.MorphSeekError`, where nothing useful can follow, or
-returns the :class:`MorphSeekLib.protocol.events.Notice`s that go with the result.
+returns the :class:`MorphSeekLib.protocol.job.Notice`s that go with the result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..protocol.errors import MorphSeekError
-from ..protocol.events import Notice
+from ..protocol.job import Notice
 from ..space.geometry import DenseTransform, Transform
 from ..space.preprocessing import Preprocessing
 

@@ -144,7 +144,7 @@ def render_page(report: dict[str, Any], sheets: list[Sheet]) -> str:
         return Markup('<data data-path="{}" value="{}">{}</data>').format(path, repr(value), form.format(value))
 
     environment.filters["name"] = lambda path: str(path or "?").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    template = environment.get_template("report.html.j2")
+    template = environment.get_template("page.html.j2")
     return template.render(report=report, sheets=sheets, number=number, verdict=verdict(report), facts=_facts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from .. import __version__
@@ -13,9 +13,9 @@ from ..io.images import write_image
 from ..io.transforms import write_transform
 from ..networks.model_file import software
 from ..protocol.errors import MorphSeekError
-from ..protocol.events import Event, OnEvent, ignore
+from ..protocol.job import SILENT, Job
 from ..protocol.startup import refuse_overwriting
-from ..registration.pipeline import Registration
+from ..registration.result import Registration
 from ..space.geometry import DenseTransform, Volume
 from .page import RegistrationPictures, write_report
 
@@ -38,7 +38,7 @@ def write_results(
     result: Registration,
     fixed: Volume,
     names: dict[str, str],
-    checkpoint: Callable[[], None] = lambda: None,
+    job: Job = SILENT,
 ) -> dict:
     """Write all files of a registration; they appear together or not at all.
 
@@ -47,7 +47,7 @@ def write_results(
         result: from :func:`MorphSeekLib.registration.pipeline.register`.
         fixed: the fixed image, for the pictures.
         names: "fixed" and "moving": what the report calls the images.
-        checkpoint: called between files; may raise to cancel.
+        job: asked between files.
 
     Returns:
         the report as written.
@@ -63,16 +63,16 @@ def write_results(
         report[side] = {"path": names[side], **report[side]}
     with output_folder(folder, owns=earlier_files(folder), seal="report.json") as part:
         write_image(result.warped, part / "warped.nii.gz")
-        checkpoint()
+        job.check()
         write_transform(result.transform, part / "transform.h5")
         if result.inverse is not None:
             write_transform(result.inverse, part / "inverse.h5")
-        checkpoint()
+        job.check()
         write_image(result.jacobian, part / "jacobian.nii.gz")
         write_image(result.folding, part / "folding.nii.gz")
         if result.warped_labels is not None:
             write_image(result.warped_labels, part / "warped-labels.nii.gz")
-        checkpoint()
+        job.check()
         report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
         report["seconds"]["total"] = round(sum(v for k, v in report["seconds"].items() if k != "total"), 3)
         report |= {"morphseek": __version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "software": software()}
@@ -93,7 +93,7 @@ def export_results(
     pictures: RegistrationPictures,
     inverse: DenseTransform | None,
     report: dict,
-    on_event: OnEvent = ignore,
+    job: Job = SILENT,
 ) -> list[str]:
     """Write some files of a registration that was done before, as :func:`write_results` would have; all or nothing.
 
@@ -103,7 +103,7 @@ def export_results(
         pictures: the volumes and the transform.
         inverse: the inverse transform, written beside the transform, or None.
         report: the figures, as :func:`write_results` returns them.
-        on_event: told of every file; may raise to cancel.
+        job: told of every file, and asked before it.
 
     Returns:
         the names of the files.
@@ -117,19 +117,19 @@ def export_results(
         raise MorphSeekError(f"{named}; choose of {', '.join(EXPORTS)}.")
     with output_folder(folder, seal="report.json") as part:
         if "transform" in wanted:
-            on_event(Event("write", 0.1, "Writing the transform"))
+            job.report("write", 0.1, "Writing the transform")
             write_transform(pictures.transform, part / "transform.h5")
             if inverse is not None:
                 write_transform(inverse, part / "inverse.h5")
         if "jacobian" in wanted:
-            on_event(Event("write", 0.3, "Writing the Jacobian"))
+            job.report("write", 0.3, "Writing the Jacobian")
             write_image(pictures.jacobian, part / "jacobian.nii.gz")
             write_image(pictures.folding, part / "folding.nii.gz")
         if "report" in wanted:
-            on_event(Event("write", 0.6, "Drawing the report"))
+            job.report("write", 0.6, "Drawing the report")
             written = {*(file.name for file in part.iterdir()), *_REPORT}
             write_report(part, report | {"files": sorted(written | earlier_files(folder))}, pictures)
-        on_event(Event("write", 0.95, "Moving the files to their place"))
+        job.report("write", 0.95, "Moving the files to their place")
         return sorted(path.name for path in part.iterdir())
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..protocol.events import Notice
+from ..protocol.job import SILENT, Job, Notice
 from . import fields
 
 # letter of an orientation code -> unit vector in LPS
@@ -85,6 +85,10 @@ class Grid:
         """(8, 3) LPS mm of the centres of the corner voxels."""
         index = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij")).reshape(3, -1)
         return (self.affine[:3, :3] @ index).T + self.origin
+
+    def describe(self) -> dict[str, list]:
+        """Return shape and spacing (mm) for a report."""
+        return {"shape": list(self.shape), "spacing": [round(float(s), 6) for s in self.spacing]}
 
     def same_as(self, other: Grid, tolerance_mm: float = 1e-2) -> bool:
         """Whether both grids have the same voxels at the same places.
@@ -170,7 +174,7 @@ class DenseTransform:
         grid: Grid,
         iterations: int = 100,
         tolerance_mm: float = 0.01,
-        checkpoint: Callable[[], None] | None = None,
+        job: Job = SILENT,
     ) -> DenseTransform:
         """Moving point -> fixed point on the nodes of ``grid`` (in moving space), by damped fixed-point iteration.
 
@@ -181,7 +185,7 @@ class DenseTransform:
             grid: nodes for the inverse; it should cover the moving image.
             iterations, tolerance_mm: stop after so many, or when no node moved by more than this and by more than a
                 hundredth of the distance between nodes.
-            checkpoint: called once an iteration; may raise to cancel.
+            job: asked once an iteration.
         """
         back = np.linalg.inv(self.affine_part())
         to_index = np.linalg.inv(self.grid.affine)
@@ -193,8 +197,7 @@ class DenseTransform:
         spacing = torch.from_numpy(self.grid.spacing)
         tolerance_mm = min(tolerance_mm, 0.01 * float(spacing.min()))
         for _ in range(iterations):
-            if checkpoint is not None:
-                checkpoint()
+            job.check()
             update = 0.7 * (start - fields.sample(u, x, padding="border") - x)
             x += update
             if float((update.abs().amax(dim=(0, 2, 3, 4)) * spacing).max()) < tolerance_mm:
@@ -246,7 +249,7 @@ def resample(
     mode: str = "linear",
     background: float = 0.0,
     device: torch.device | str = "cpu",
-    checkpoint: Callable[[], None] | None = None,
+    job: Job = SILENT,
 ) -> Volume:
     """Resample a volume onto a grid: out(p) = volume(T(p)), one interpolation, slab by slab.
 
@@ -259,7 +262,7 @@ def resample(
         mode: "linear", or "nearest" (halves round up, as ITK does) for labels, which keep their integer type.
         background: the value outside.
         device: where to compute; the result is on the CPU.
-        checkpoint: called once a slab; may raise to cancel.
+        job: asked once a slab.
 
     Returns:
         On ``onto``: float32 for "linear", the volume's own type for "nearest".
@@ -275,8 +278,7 @@ def resample(
     out = torch.empty(onto.shape, dtype=source.dtype)
     begin = 0
     for points in _landing_slabs(onto, transform, volume.grid, device):
-        if checkpoint is not None:
-            checkpoint()
+        job.check()
         if mode == "nearest":  # by indexing: labels of any integer type stay exact
             i, j, k = (
                 torch.floor(p + 0.5).long().clamp_(0, n - 1) for p, n in zip(points[0], source.shape, strict=True)
@@ -412,7 +414,7 @@ def jacobian_volume(
     transform: DenseTransform,
     grid: Grid,
     device: torch.device | str = "cpu",
-    checkpoint: Callable[[], None] | None = None,
+    job: Job = SILENT,
 ) -> Volume:
     """Jacobian determinant of a transform on another grid (the fixed image's own), slab by slab.
 
@@ -421,8 +423,7 @@ def jacobian_volume(
     out = torch.empty(grid.shape)
     length = max(1, _SLAB_POINTS // (grid.shape[1] * grid.shape[2]))
     for begin in range(0, grid.shape[0], length):
-        if checkpoint is not None:
-            checkpoint()
+        job.check()
         end = min(begin + length, grid.shape[0])
         # one more row on each side for the central differences
         first, last = max(0, min(begin - 1, grid.shape[0] - 2)), min(grid.shape[0], end + 1)

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ..networks.devices import place
 from ..networks.model_file import Card, load, read_card, save, sha256, software
 from ..networks.policy import RegistrationModel, draw
 from ..protocol.errors import MorphSeekError
-from ..protocol.events import Event, OnEvent, ignore, never
+from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict
 from ..protocol.startup import check_output_file
 from ..space import fields
@@ -116,8 +115,7 @@ def finetune(
     *,
     device: torch.device | str = "cpu",
     world: World | None = None,
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
 ) -> Path:
     """Fine-tune a checkpoint, or go on where a killed run of the same settings stood.
 
@@ -138,7 +136,7 @@ def finetune(
     check_output_file(out, ".safetensors", [dataset.path, init])
     if run.pairs % world.size:
         raise MorphSeekError(f"training.pairs is {run.pairs}; it must be a multiple of the {world.size} processes.")
-    on_event(Event("read", 0.0, "Reading the checkpoint and the training cases"))
+    job.report("read", 0.0, "Reading the checkpoint and the training cases")
     model, card = load(init)
     model = place(model, device).train()
     preprocessing = dataclasses.replace(card.preprocessing, steps=run.steps)
@@ -174,9 +172,9 @@ def finetune(
 
     validation = validation_pairs(dataset, run, loader)[world.rank :: world.size]
 
-    def validate_all(checkpoint: Callable[[], None]) -> dict[str, float]:
+    def validate_all(job: Job) -> dict[str, float]:
         with world.together():
-            figures = validate(model, validation, run.steps, device, checkpoint)
+            figures = validate(model, validation, run.steps, device, job)
             if "dice" in figures and world.rank == 0:
                 spread = posterior_spread(model, validation[0](), config.policy.tau, device)
                 figures |= {} if spread is None else {"posterior_dice_spread": spread}
@@ -195,8 +193,7 @@ def finetune(
         json.dumps(to_dict(config) | start, sort_keys=True),
         score=lambda figures: score(figures, run.folding_limit),
         world=world,
-        on_event=on_event,
-        cancelled=cancelled,
+        job=job,
     )
     with world.together():
         if world.rank == 0:
@@ -225,7 +222,7 @@ def finetune(
             )
             save(out, model, card)
             state_file(out).unlink(missing_ok=True)
-    on_event(Event("write", 1.0, f"Wrote {out}"))
+    job.report("write", 1.0, f"Wrote {out}")
     return out
 
 

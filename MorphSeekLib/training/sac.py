@@ -28,7 +28,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from ..networks.devices import training_autocast
 from ..networks.model_file import Card, save, software
 from ..networks.policy import Latent, ModelSettings, PolicySettings, RegistrationModel, kl_to_standard_normal
 from ..protocol.errors import MorphSeekError
-from ..protocol.events import Event, OnEvent, ignore, never
+from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict
 from ..protocol.startup import check_output_file
 from ..space import fields
@@ -384,8 +384,7 @@ def train_spac(
     out: Path | str,
     *,
     device: torch.device | str = "cpu",
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
 ) -> Path:
     """Train a SPAC checkpoint, or go on where a killed run of the same settings stood.
 
@@ -402,7 +401,7 @@ def train_spac(
     """
     out, run, device = Path(out), config.training, torch.device(device)
     check_output_file(out, ".safetensors", [dataset.path])
-    on_event(Event("read", 0.0, "Reading the training cases"))
+    job.report("read", 0.0, "Reading the training cases")
     cases = dataset.split("training", "cases")
     what = "labelled training cases" if run.reward == "dice" else "training cases"
     if run.reward == "dice":
@@ -427,12 +426,11 @@ def train_spac(
         run,
         Episodes(learner, optimizer, run, device),
         pair_of,
-        lambda check: validate(learner.network, validation, run.steps, device, check),
+        lambda job: validate(learner.network, validation, run.steps, device, job),
         out,
         json.dumps(to_dict(config) | {"cases": [str(case.image) for case in cases]}, sort_keys=True),
         score=lambda figures: figures.get("dice", 0.0),
-        on_event=on_event,
-        cancelled=cancelled,
+        job=job,
     )
     card = Card(
         title=config.title or f"SPAC on {dataset.about.get('name', dataset.path.name)}",
@@ -452,5 +450,5 @@ def train_spac(
     )
     save(out, learner.network, card)
     state_file(out).unlink(missing_ok=True)
-    on_event(Event("write", 1.0, f"Wrote {out}"))
+    job.report("write", 1.0, f"Wrote {out}")
     return out

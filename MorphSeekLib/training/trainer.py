@@ -35,7 +35,7 @@ from ..networks.devices import network_autocast, place, training_autocast
 from ..networks.model_file import Card, load, not_finite, read_card, save, sha256, software
 from ..networks.policy import Latent, ModelSettings, RegistrationModel, kl_to_standard_normal, refine
 from ..protocol.errors import Cancelled, MorphSeekError
-from ..protocol.events import Event, OnEvent, checkpoint_for, ignore, never
+from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict
 from ..protocol.startup import check_output_file
 from ..space import fields
@@ -234,8 +234,7 @@ def warmup(
     *,
     device: torch.device | str = "cpu",
     init: Path | str | None = None,
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
 ) -> Path:
     """Train from scratch or from a checkpoint, or go on where a killed run of the same settings stood.
 
@@ -248,8 +247,7 @@ def warmup(
         out: the checkpoint to write.
         device: where to train.
         init: a checkpoint of the same model whose weights to start from.
-        on_event: told of every iteration.
-        cancelled: asked every iteration; True ends the run.
+        job: told of every iteration, and asked before it.
 
     Raises:
         MorphSeekError: unusable data, settings or ``out``, a state of other settings, or a loss that is not a number.
@@ -258,7 +256,7 @@ def warmup(
     out = Path(out)
     check_output_file(out, ".safetensors", [dataset.path, init])
     run, device = config.training, torch.device(device)
-    on_event(Event("read", 0.0, "Reading the training cases"))
+    job.report("read", 0.0, "Reading the training cases")
     torch.manual_seed(run.seed)
     model = place(RegistrationModel(config.model), device)
     if init is not None:
@@ -274,11 +272,10 @@ def warmup(
         run,
         lambda iteration, batch, memory: _iterate(model, optimizer, to_device(batch, device), config, iteration),
         batch_of,
-        lambda check: validate(model, validation, run.steps, device, check),
+        lambda job: validate(model, validation, run.steps, device, job),
         out,
         json.dumps(to_dict(config) | start, sort_keys=True),
-        on_event=on_event,
-        cancelled=cancelled,
+        job=job,
     )
     card = Card(
         title=config.title or f"{config.model.backbone} warm-up on {dataset.about.get('name', dataset.path.name)}",
@@ -306,7 +303,7 @@ def warmup(
     )
     save(out, model, card)
     state_file(out).unlink(missing_ok=True)
-    on_event(Event("write", 1.0, f"Wrote {out}"))
+    job.report("write", 1.0, f"Wrote {out}")
     return out
 
 
@@ -352,8 +349,7 @@ def train(
     *,
     score: Callable[[dict[str, float]], float] | None = None,
     world: World | None = None,
-    on_event: OnEvent = ignore,
-    cancelled: Callable[[], bool] = never,
+    job: Job = SILENT,
 ) -> Outcome:
     """The loop that every training shares: progress, curves, validation, states to resume from, the best weights.
 
@@ -373,8 +369,8 @@ def train(
         MorphSeekError: a state of other settings, or weights that are no numbers any more.
         Cancelled: the person stopped it; the state is saved.
     """
-    world, checkpoint = world or World(), checkpoint_for(cancelled)
-    training = _Training(model, optimizer, run, validate, out, fingerprint, score, world, on_event, checkpoint)
+    world = world or World()
+    training = _Training(model, optimizer, run, validate, out, fingerprint, score, world, job)
     at = training.at
     try:
         if at.owed is not None:
@@ -383,7 +379,7 @@ def train(
             coming = ahead.submit(batch_of, min(at.done, run.iterations - 1))
             while at.done < run.iterations:
                 with world.together():
-                    checkpoint()
+                    job.check()
                     batch = coming.result()
                 coming = ahead.submit(batch_of, min(at.done + 1, run.iterations - 1))
                 torch.manual_seed(seed_for(run.seed, "layers", at.done))  # layers that drop at random draw from there
@@ -413,12 +409,11 @@ class _Training:
         fingerprint: str,
         score: Callable[[dict[str, float]], float] | None,
         world: World,
-        on_event: OnEvent,
-        checkpoint: Callable[[], None],
+        job: Job,
     ) -> None:
         self._model, self._optimizer, self._run, self._validate = model, optimizer, run, validate
         self._state, self._fingerprint, self._score = state_file(out), fingerprint, score
-        self._world, self._on_event, self._checkpoint = world, on_event, checkpoint
+        self._world, self._job = world, job
         self.at = _resume(self._state, fingerprint, model, optimizer)
         self._log = _Log(out, self.at.done - (self.at.owed is not None)) if world.rank == 0 else None
         self._started = time.monotonic() - self.at.seconds
@@ -439,7 +434,7 @@ class _Training:
             self._log.write(at.done, metrics)
         left = _clock(self.seconds() / at.done * (run.iterations - at.done))
         message = f"Iteration {at.done} of {run.iterations}, {left} left"
-        self._on_event(Event("train", at.done / run.iterations, message, at.done, run.iterations, metrics))
+        self._job.report("train", at.done / run.iterations, message, at.done, run.iterations, **metrics)
         if at.done % run.save_every == 0 and not last:
             with self._world.together():
                 self.keep_state()
@@ -450,7 +445,7 @@ class _Training:
         _check_weights(self._model, at.done)
         self._model.eval()
         try:
-            found = self._validate(self._checkpoint)
+            found = self._validate(self._job)
         finally:
             self._model.train()
         if self._score is None or not found:
@@ -531,7 +526,7 @@ def validate(
     pairs: list[Callable[[], Any]],
     steps: int,
     device: torch.device,
-    checkpoint: Callable[[], None] = lambda: None,
+    job: Job = SILENT,
 ) -> dict[str, float]:
     """Measure pairs on the working grid: means over those that have the figure; see VALIDATION_DEFINITIONS.
 
@@ -543,7 +538,7 @@ def validate(
     """
     rows: list[dict[str, float | None]] = []
     for make in pairs:
-        checkpoint()
+        job.check()
         pair = make()
         fixed, moving = pair.fixed.to(device), pair.moving.to(device)
         with torch.inference_mode(), network_autocast(device):

@@ -26,7 +26,9 @@ from MorphSeekLib.app.demo import template
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.evaluation.evaluate import evaluate
 from MorphSeekLib.io.images import read_image, read_labels
-from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.networks.loading import load_model
+from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.geometry import Volume, resample
 
 GREY = [3, 42, 8, 47, 10, 11, 12, 13, 17, 18, 26, 49, 50, 51, 52, 53, 54, 58]
@@ -93,9 +95,12 @@ def main() -> None:
     rows = []
     for name, (fixed, moving, fixed_labels, moving_labels) in pairs.items():
         result = register(
-            fixed, moving, model, steps=options.steps, align="affine", fixed_labels=fixed_labels,
-            moving_labels=moving_labels, inverse=False,
-        )  # fmt: skip
+            fixed,
+            moving,
+            model,
+            RegistrationOptions(steps=options.steps, align="affine", inverse=False),
+            labels=(fixed_labels, moving_labels),
+        )
         rows.append(row(name, result.report))
         print(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{v}" for k, v in rows[-1].items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -29,9 +29,10 @@ from MorphSeekLib.data.datasets import load_dataset, read_pair
 from MorphSeekLib.io.transforms import rounded
 from MorphSeekLib.measures import folds
 from MorphSeekLib.measures.regularizers import folding_penalty
+from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import software, write_atomically
-from MorphSeekLib.registration.fit import RefinementSettings
-from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import DenseTransform, Grid, dense_from_voxels, is_mirrored, voxel_displacement
 
@@ -93,8 +94,8 @@ def real(shared: Path, fit: int) -> Iterator[tuple[str, DenseTransform, Grid]]:
         model = load_model(model_name, "cpu")
         (fixed, _), (moving, _) = read_pair(load_dataset(dataset).split("registration_test")[0])
         for iterations in (0, fit):
-            settings = RefinementSettings(iterations=iterations)
-            found = register(fixed, moving, model, inverse=False, refinement=settings)
+            settings = FitOptions(iterations=iterations)
+            found = register(fixed, moving, model, RegistrationOptions(inverse=False, fit=settings))
             kind = f"fit of {iterations}, delivered" if iterations else "network"
             yield f"{name}, {kind}", found.transform, fixed.grid
 

@@ -44,7 +44,9 @@ def child_morphseek(folder: Path, model: str, steps: int, full: bool) -> dict:
     import dataclasses
 
     from MorphSeekLib.io.images import read_image
-    from MorphSeekLib.registration.pipeline import load_model, register
+    from MorphSeekLib.networks.loading import load_model
+    from MorphSeekLib.protocol.options import RegistrationOptions
+    from MorphSeekLib.registration.pipeline import register
 
     fixed, moving = read_image(folder / "fixed.nii.gz"), read_image(folder / "moving.nii.gz")
     loaded = load_model(model, "cpu")
@@ -52,7 +54,7 @@ def child_morphseek(folder: Path, model: str, steps: int, full: bool) -> dict:
         preprocessing = dataclasses.replace(loaded.card.preprocessing, spacing=None, shape=None)
         loaded = dataclasses.replace(loaded, card=dataclasses.replace(loaded.card, preprocessing=preprocessing))
     begin = time.perf_counter()
-    result = register(fixed, moving, loaded, steps=steps, align="none", inverse=False)
+    result = register(fixed, moving, loaded, RegistrationOptions(steps=steps, align="none", inverse=False))
     return {"seconds": time.perf_counter() - begin, "network_seconds": result.report["seconds"]["network"]}
 
 

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from MorphSeekLib.data.datasets import Pair, load_dataset, read_pair
+from MorphSeekLib.networks.loading import LoadedModel, load_model
 from MorphSeekLib.networks.model_file import software, write_atomically
-from MorphSeekLib.registration.pipeline import LoadedModel, load_model, register
+from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.geometry import Volume
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,10 +26,12 @@ from MorphSeekLib.benchmark.classical import greedy
 from MorphSeekLib.data.datasets import Pair, load_dataset
 from MorphSeekLib.io.images import read_image, read_labels
 from MorphSeekLib.measures.metrics import dice_per_label, folding
+from MorphSeekLib.networks.loading import LoadedModel, load_model
 from MorphSeekLib.networks.model_file import software
 from MorphSeekLib.networks.policy import refine
-from MorphSeekLib.registration.fit import RefinementSettings, best_of, objective
-from MorphSeekLib.registration.pipeline import LoadedModel, load_model, register
+from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.registration.fit import best_of, objective
+from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Volume, jacobian_volume, resample
 from MorphSeekLib.training.trainer import PairLoader
@@ -50,9 +52,9 @@ def figures(warped_labels: torch.Tensor, jacobian: torch.Tensor, labels: list[Vo
 def run_morphseek(images: list[Volume], labels: list[Volume], model: LoadedModel, refine: str) -> dict:
     """``register --refine K --refine-fine F``, of "K" or "K+F"."""
     iterations, _, fine = refine.partition("+")
-    settings = RefinementSettings(iterations=int(iterations), fine_iterations=int(fine or 0))
+    settings = FitOptions(iterations=int(iterations), fine_iterations=int(fine or 0))
     begin = time.perf_counter()
-    result = register(*images, model, inverse=False, refinement=settings)
+    result = register(*images, model, RegistrationOptions(inverse=False, fit=settings))
     seconds = time.perf_counter() - begin
     warped = resample(labels[1], images[0].grid, result.transform, mode="nearest")
     return figures(warped.data, result.jacobian.data, labels, seconds)
@@ -84,7 +86,7 @@ def run_best_of(pair: Pair, loader: PairLoader, model: LoadedModel, count: int) 
         steps = model.card.preprocessing.steps
         total = refine(model.network, moving_at, prepared.fixed, steps, on_step)
         latent = model.network.encode(moving_at(before), prepared.fixed)
-        value = objective(prepared.fixed, moving_at, RefinementSettings())
+        value = objective(prepared.fixed, moving_at, FitOptions())
         generator = torch.Generator().manual_seed(0)
         total = best_of(model.network, latent, before, total, value, count, generator=generator).total
     seconds = time.perf_counter() - begin

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 
 from MorphSeekLib.app.demo import deformed, template
-from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.networks.loading import load_model
+from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.registration.pipeline import register
 
 
 def main() -> None:
@@ -43,10 +45,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.repetitions + 1):
             begin = time.perf_counter()
-            register(fixed, moving, model, align="none", inverse=False)
+            register(fixed, moving, model, RegistrationOptions(align="none", inverse=False))
             direct = time.perf_counter() - begin
             begin = time.perf_counter()
-            params = {"model": options.model, "device": "cpu", "align": "none", "inverse": False, "output": folder}
+            params = {
+                "model": options.model,
+                "device": "cpu",
+                "output": folder,
+                "options": {"align": "none", "inverse": False},
+            }
             for name, volume in (("fixed", fixed), ("moving", moving)):
                 path = Path(folder) / f"{name}.npy"
                 np.save(path, volume.data.numpy())

@@ -11,6 +11,7 @@ from cases import blob_grid, blob_image, blob_labels
 
 from MorphSeekLib.io.images import read_image, read_labels
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.registration.alignment import align, object_size
 from MorphSeekLib.space.geometry import DenseTransform, Grid, Transform, Volume, apply_affine, covering_grid, resample
 
@@ -146,7 +147,7 @@ def test_aligned_images_stay(brain):
 def test_same_images_same_matrix_and_progress_grows(brain):
     moving = moved(brain, motion(brain.grid.center, (8, -5, 12), (6, -9, 4)))
     seen: list[float] = []
-    first = align(brain, moving, "rigid", on_progress=seen.append)
+    first = align(brain, moving, "rigid", job=Job(lambda event: seen.append(event.fraction)))
     assert np.array_equal(first, align(brain, moving, "rigid"))
     assert seen == sorted(seen)
     assert len(seen) > 10
@@ -159,7 +160,7 @@ def test_cancel_is_heard_within_a_second(brain, calls):
     count = 0
     asked = 0.0
 
-    def checkpoint() -> None:
+    def cancelled() -> None:
         nonlocal count, asked
         count += 1
         if count == calls:
@@ -167,7 +168,7 @@ def test_cancel_is_heard_within_a_second(brain, calls):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        align(brain, moving, "affine", checkpoint=checkpoint)
+        align(brain, moving, "affine", job=Job(cancelled=cancelled))
     assert count == calls
     assert time.process_time() - asked < 1.0
 

@@ -16,6 +16,7 @@ from MorphSeekLib.data.cases import TEST, VALIDATION, check, find_cases, hold_ou
 from MorphSeekLib.data.datasets import Dataset, Pair, PairLoader, load_dataset, paired_sides
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.space.geometry import Grid, Volume
 from MorphSeekLib.space.preprocessing import Preprocessing
 
@@ -103,7 +104,7 @@ def mixed(tmp_path_factory):
 
 def test_every_kind_of_trouble_is_named(mixed):
     events = []
-    report = check(find_cases(mixed), on_event=events.append)
+    report = check(find_cases(mixed), job=Job(events.append))
     rows = {case.name.removeprefix("images/").removesuffix(".nii.gz"): case for case in report.cases}
     problems = {name: " ".join(row.problems) for name, row in rows.items() if row.problems}
     assert set(problems) == {"twin", "bare", "broken", "alien", "elsewhere"}
@@ -152,7 +153,7 @@ def test_a_label_map_without_an_image_is_named(tmp_path):
 def test_a_report_that_cannot_be_written_is_refused_before_the_cases_are_read(mixed, tmp_path):
     events = []
     with pytest.raises(MorphSeekError, match="a folder has this name"):
-        check(find_cases(mixed), out=tmp_path, on_event=events.append)
+        check(find_cases(mixed), out=tmp_path, job=Job(events.append))
     assert events == []
 
 
@@ -165,7 +166,7 @@ def test_cases_without_labels_will_do_for_warmup(mixed):
 def test_a_check_can_be_cancelled(mixed):
     seen = []
     with pytest.raises(Cancelled):
-        check(find_cases(mixed), on_event=seen.append, cancelled=lambda: len(seen) > 1)
+        check(find_cases(mixed), job=Job(seen.append, lambda: len(seen) > 1))
     assert len(seen) == 2
 
 

@@ -63,7 +63,7 @@ def test_register_as_a_process(files, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == set(FILES)
     assert "Folded cells" in done.stdout
     assert "report.html" in done.stdout
-    assert "Refinement step 1 of 2" in done.stderr
+    assert "Step 1 of 2" in done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["fixed"]["path"].endswith("fixed.nii.gz")
     phases = {"read", "load", "align", "network", "resample", "metrics", "inverse", "write", "total"}

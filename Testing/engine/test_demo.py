@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from MorphSeekLib.app import demo
-from MorphSeekLib.protocol.events import ignore, never
+from MorphSeekLib.protocol.job import SILENT
 from MorphSeekLib.space.geometry import apply_affine, resample
 
 pytest.importorskip("nilearn", reason="the demo's template comes with nilearn: pip install -e '.[demo]'")
@@ -31,7 +31,7 @@ def test_the_known_deformation_leads_back_to_the_original():
 def test_the_demo_without_colin27_reports_the_true_error(tmp_path, monkeypatch):
     """The whole command's work, on the pair that needs no Debian package."""
     monkeypatch.setattr(demo, "COLIN27", tmp_path / "not installed")
-    report, sentences = demo.run_demo(tmp_path / "out", "cpu", ignore, never)
+    report, sentences = demo.run_demo(tmp_path / "out", "cpu", SILENT)
     before, after = (float(word) for word in sentences[-1].split() if word.replace(".", "").isdigit())
     assert after < 0.5 * before, sentences
     assert report["folding"]["njd_percent"] < 0.5

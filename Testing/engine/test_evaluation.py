@@ -19,6 +19,8 @@ from MorphSeekLib.data.datasets import Case, Pair, PairLoader, load_dataset
 from MorphSeekLib.evaluation.evaluate import evaluate
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.space.geometry import Grid, Volume
 from MorphSeekLib.training.trainer import validate
 
@@ -126,8 +128,7 @@ def stopped_after(count, dataset, model, out):
             "registration_test",
             model,
             out,
-            on_event=lambda event: seen.append(event.step),
-            cancelled=lambda: seen[-1:] == [count + 1],
+            job=Job(lambda event: seen.append(event.step), lambda: seen[-1:] == [count + 1]),
         )
 
 
@@ -157,7 +158,7 @@ def test_rows_of_other_settings_or_changed_files_are_not_taken(tmp_path, model):
     write_image(blob_labels(7, blob_grid()), label)
     assert evaluate(load_dataset(path), "registration_test", model, out)["pairs"][0]["dice"] != row["dice"]
     stopped_after(1, load_dataset(path), model, out)
-    found = evaluate(load_dataset(path), "registration_test", model, out, steps=1)
+    found = evaluate(load_dataset(path), "registration_test", model, out, RegistrationOptions(steps=1))
     assert found["steps"] == 1
     assert found["pairs"][0]["dice"] != row["dice"]
 
@@ -184,7 +185,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(dataset, mo
     ):
         events = []
         with pytest.raises(MorphSeekError, match=words):
-            evaluate(dataset, "registration_test", model, out, on_event=events.append)
+            evaluate(dataset, "registration_test", model, out, job=Job(events.append))
         assert events == []
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "not even a folder is left"
 
@@ -194,7 +195,7 @@ def test_a_pair_without_an_entry_for_its_labels_is_named_before_the_work(dataset
     bare = dataclasses.replace(dataset, pairs={"test": [pair, Pair(pair.fixed, Case(pair.moving.image))]})
     events = []
     with pytest.raises(MorphSeekError, match=r"image_1.nii.gz, the moving one of pair 2 .*no entry for a label map"):
-        evaluate(bare, "test", model, tmp_path / "e.json", on_event=events.append)
+        evaluate(bare, "test", model, tmp_path / "e.json", job=Job(events.append))
     assert events == []
 
 

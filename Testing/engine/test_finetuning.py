@@ -23,6 +23,7 @@ from MorphSeekLib.io.images import read_labels
 from MorphSeekLib.networks import model_file as checkpoint
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import to_dict
 from MorphSeekLib.space.preprocessing import Preprocessing
 from MorphSeekLib.training.finetuning import UPDATES, FinetuneConfig, FinetuneRun, finetune, score
@@ -93,9 +94,7 @@ def test_a_cancelled_run_resumes_to_the_same_weights(dataset, init, tmp_path):
     finetune(dataset, CONFIG, init, tmp_path / "whole.safetensors")
     seen = []
     with pytest.raises(Cancelled):
-        finetune(
-            dataset, CONFIG, init, tmp_path / "cut.safetensors", on_event=seen.append, cancelled=lambda: len(seen) > 3
-        )
+        finetune(dataset, CONFIG, init, tmp_path / "cut.safetensors", job=Job(seen.append, lambda: len(seen) > 3))
     finetune(dataset, CONFIG, init, tmp_path / "cut.safetensors")
     same(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
     lines = [(tmp_path / f"{name}.safetensors.jsonl").read_text() for name in ("whole", "cut")]
@@ -110,7 +109,7 @@ def test_a_run_cancelled_anywhere_resumes_to_the_same_card(dataset, init, tmp_pa
     finetune(dataset, config, init, tmp_path / "whole.safetensors")
     asked = itertools.count(1)  # once an iteration, once its validation pair
     with pytest.raises(Cancelled):
-        finetune(dataset, config, init, tmp_path / "cut.safetensors", cancelled=lambda: next(asked) == calls)
+        finetune(dataset, config, init, tmp_path / "cut.safetensors", job=Job(cancelled=lambda: next(asked) == calls))
     finetune(dataset, config, init, tmp_path / "cut.safetensors")
     same(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
     cards = [to_dict(checkpoint.read_card(tmp_path / f"{name}.safetensors")) for name in ("whole", "cut")]
@@ -125,9 +124,7 @@ def test_weights_move_after_each_step_or_once_an_iteration(dataset, init, tmp_pa
     config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, update=update))
     seen = []
     with pytest.raises(Cancelled):
-        finetune(
-            dataset, config, init, tmp_path / "m.safetensors", on_event=seen.append, cancelled=lambda: len(seen) > 3
-        )
+        finetune(dataset, config, init, tmp_path / "m.safetensors", job=Job(seen.append, lambda: len(seen) > 3))
     with safe_open(tmp_path / "m.safetensors.state", framework="pt") as state:
         assert json.loads(state.metadata()["standing"])["done"] == 3
         counts = {int(state.get_tensor(name)) for name in state.keys() if name.startswith("adam.step.")}  # noqa: SIM118

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from MorphSeekLib.io.transforms import rounded
 from MorphSeekLib.measures import folds
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine, dense_from_voxels
 
@@ -263,7 +264,7 @@ def test_unfolding_moves_only_what_folds():
     transform = rounded(dense_from_voxels(u, grid))
     before = folds.certify(transform, grid)
     calls = []
-    unfolded = folds.unfold(transform, checkpoint=lambda: calls.append(None))
+    unfolded = folds.unfold(transform, job=Job(cancelled=lambda: calls.append(None)))
     assert before.count.folded > 20
     assert len(calls) < 200
     moved = (unfolded.displacement - transform.displacement).norm(dim=0)
@@ -296,7 +297,7 @@ def test_a_displacement_that_is_no_number_is_refused():
 def test_a_judgement_can_be_cancelled():
     grid = plain((6, 6, 6))
     with pytest.raises(KeyboardInterrupt):
-        folds.certify(dense_from_voxels(torch.zeros(1, 3, 6, 6, 6), grid), grid, checkpoint=interrupt)
+        folds.certify(dense_from_voxels(torch.zeros(1, 3, 6, 6, 6), grid), grid, job=Job(cancelled=interrupt))
 
 
 def interrupt():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.space import fields, geometry
 from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine
 
@@ -341,7 +342,7 @@ def test_resampling_goes_slab_by_slab(monkeypatch, mode):
     jacobian = fields.jacobian_determinant(geometry.voxel_displacement(transform, fixed))[0, 0]
     monkeypatch.setattr(geometry, "_SLAB_POINTS", 100)  # 3 planes of 6 x 5
     calls = []
-    slabs = geometry.resample(moving, fixed, transform, mode=mode, checkpoint=lambda: calls.append(1)).data
+    slabs = geometry.resample(moving, fixed, transform, mode=mode, job=Job(cancelled=lambda: calls.append(1))).data
     assert torch.equal(slabs, whole)
     assert len(calls) == 4
     assert [s.shape[2] for s in geometry._slabs(fixed)] == [3, 3, 3, 2]
@@ -356,11 +357,11 @@ def test_resampling_goes_slab_by_slab(monkeypatch, mode):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        geometry.resample(moving, fixed, transform, mode=mode, checkpoint=cancel)
+        geometry.resample(moving, fixed, transform, mode=mode, job=Job(cancelled=cancel))
     with pytest.raises(InterruptedError):
-        transform.inverse(moving.grid, checkpoint=cancel)
+        transform.inverse(moving.grid, job=Job(cancelled=cancel))
     with pytest.raises(InterruptedError):
-        geometry.jacobian_volume(transform, fixed, checkpoint=cancel)
+        geometry.jacobian_volume(transform, fixed, job=Job(cancelled=cancel))
 
 
 def test_unknown_mode_is_refused():

@@ -33,6 +33,7 @@ from MorphSeekLib.benchmark.table import latex, markdown, rows_of, write_report
 from MorphSeekLib.networks.model_file import read_card, sha256
 from MorphSeekLib.networks.policy import RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import from_dict, load
 
 BLOBS = {
@@ -114,7 +115,7 @@ def data(tmp_path_factory) -> Path:
 def whole(data, tmp_path_factory):
     """A table with all its runs done: (its folder, the events)."""
     out, events = tmp_path_factory.mktemp("table"), []
-    main_table(blobs(), data, out, device="cpu", on_event=events.append)
+    main_table(blobs(), data, out, device="cpu", job=Job(events.append))
     return out, events
 
 
@@ -323,7 +324,7 @@ def test_a_stopped_run_goes_on_where_it_stood(data, tmp_path):
             stop.append(event)
 
     with pytest.raises(Cancelled):
-        main_table(settings, data, tmp_path / "a", only=only, device="cpu", on_event=watch, cancelled=lambda: stop)
+        main_table(settings, data, tmp_path / "a", only=only, device="cpu", job=Job(watch, lambda: stop))
     stopped = tmp_path / "a" / run
     assert (stopped / "model.safetensors.state").is_file()
     assert not (stopped / "result.json").exists()
@@ -359,7 +360,7 @@ def test_two_processes_share_the_runs(data, tmp_path, monkeypatch):
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         while not (out / "runs/blobs/a/warm/lock").is_file() and other.poll() is None:
             time.sleep(0.01)
-        main_table(load(MainTableSettings, config), data, out, device="cpu", on_event=events.append)
+        main_table(load(MainTableSettings, config), data, out, device="cpu", job=Job(events.append))
         said, complained = other.communicate()
     assert other.returncode == 0, complained
     assert "table.md" in said

@@ -13,10 +13,12 @@ from cases import TINY, blob_grid, blob_image, blob_labels, write_dataset
 from MorphSeekLib.backbones import BACKBONES
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import Card
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel, refine
-from MorphSeekLib.registration.fit import RefinementSettings
-from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.background import quiet_background
 from MorphSeekLib.space.geometry import Volume
@@ -132,7 +134,13 @@ def test_an_image_of_any_size_is_padded_and_cropped_back(name, tmp_path):
     )
     shown = {}  # untrained, it moves images apart: what the step did, not the answer
     model_file = tmp_path / "m.safetensors"
-    register(fixed, moving, load_model(model_file, "cpu"), inverse=False, on_step=shown.__setitem__)
+    register(
+        fixed,
+        moving,
+        load_model(model_file, "cpu"),
+        RegistrationOptions(inverse=False),
+        Job(on_picture=shown.__setitem__),
+    )
     shape = working_grid(grid, preprocessing, model.multiple_of).shape
     assert all(n % model.multiple_of == 0 for n in shape)
     rims = [(wide - n) // 2 for wide, n in zip(shape, grid.shape, strict=True)]
@@ -184,7 +192,7 @@ def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
         assert all(torch.isfinite(value).all() for value in tuned.values())
     fixed, moving = (blob_image(blob_labels(seed, blob_grid()), seed) for seed in range(2))
     loaded = load_model(files[-1], "cpu")
-    report = register(fixed, moving, loaded, inverse=False, refinement=RefinementSettings(iterations=2)).report
+    report = register(fixed, moving, loaded, RegistrationOptions(inverse=False, fit=FitOptions(iterations=2))).report
     assert [row["step"] for row in report["steps"]] == [0, 1, 2]
     assert report["refinement"]["objective"]["refined"] <= report["refinement"]["objective"]["start"]
     assert report["displacement_mm"]["max"] > 0

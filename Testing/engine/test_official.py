@@ -14,9 +14,12 @@ from test_transmorph import UNUSED
 from MorphSeekLib.backbones import ARCHITECTURES
 from MorphSeekLib.backbones.lapirn import half_sizes
 from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.official import import_checkpoint
 from MorphSeekLib.protocol.errors import MorphSeekError
-from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Grid, Volume
 from MorphSeekLib.space.preprocessing import Preprocessing
@@ -93,7 +96,9 @@ def test_an_imported_network_registers_as_the_official_one(reference, tmp_path, 
     grid = Grid.from_parts(flow.shape[2:], (1.0, 1.0, 1.0), np.eye(3), (0.0, 0.0, 0.0))
     volumes = [Volume(official[side][0, 0], grid) for side in ("fixed", "moving")]
     shown = {}  # untrained, it moves images apart: what the step did, not the answer
-    found = register(*volumes, load_model(out, "cpu"), inverse=False, on_step=shown.__setitem__)
+    found = register(
+        *volumes, load_model(out, "cpu"), RegistrationOptions(inverse=False), Job(on_picture=shown.__setitem__)
+    )
     moved = found.report["steps"][1]["mean_displacement_mm"]
     assert moved == pytest.approx(float(expected.norm(dim=1).mean()), abs=2e-4)
     last = torch.tensor(flow.shape[2:]).view(3, 1, 1, 1) - 1

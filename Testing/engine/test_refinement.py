@@ -17,7 +17,9 @@ from MorphSeekLib.app.cli import app
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled
-from MorphSeekLib.registration.fit import RefinementSettings, best_of, objective, optimize
+from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.registration.fit import best_of, objective, optimize
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Grid, covering_grid
@@ -52,7 +54,7 @@ def value_of(problem, settings):
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_never_worse_by_its_own_objective(problem, share):
     model, latent, outer, total, *_ = problem
-    settings = RefinementSettings(iterations=10, latent_share=share, similarity="mse")
+    settings = FitOptions(iterations=10, latent_share=share, similarity="mse")
     value = value_of(problem, settings)
     before = [p.detach().clone() for p in model.parameters()]
     count = 0
@@ -75,14 +77,14 @@ def test_never_worse_by_its_own_objective(problem, share):
 
 def test_a_diverging_step_keeps_the_networks_answer(problem):
     model, latent, outer, total, *_ = problem
-    settings = RefinementSettings(iterations=4, latent_share=0.0, field_rate=100.0)
+    settings = FitOptions(iterations=4, latent_share=0.0, field_rate=100.0)
     refined = optimize(model, latent, outer, total, value_of(problem, settings), settings)
     assert torch.equal(refined.total, total)
 
 
 def test_finds_a_known_deformation(problem):
     model, latent, outer, total, _, _, truth = problem
-    settings = RefinementSettings(iterations=150, latent_share=0.1, similarity="mse", regularization=1e-3)
+    settings = FitOptions(iterations=150, latent_share=0.1, similarity="mse", regularization=1e-3)
     refined = optimize(model, latent, outer, total, value_of(problem, settings), settings)
     inner = (..., *(slice(3, -3),) * 3)
     error = lambda u: float((u - truth)[inner].norm(dim=1).mean())  # noqa: E731
@@ -124,7 +126,7 @@ def test_a_huge_image_is_refined_on_a_coarser_grid():
 
 def test_best_of_takes_the_lowest(problem):
     model, latent, outer, total, *_ = problem
-    value = value_of(problem, RefinementSettings())
+    value = value_of(problem, FitOptions())
     found = best_of(model, latent, outer, total, value, 6, tau=3.0, generator=torch.Generator().manual_seed(0))
     assert len(found.objectives) == 7
     assert float(value(found.total)) == pytest.approx(float(found.objectives.min()), rel=1e-5)
@@ -134,7 +136,7 @@ def test_best_of_takes_the_lowest(problem):
 def test_zero_z_and_zero_correction_start_at_the_networks_answer(problem):
     """With steps too small to matter, what comes back is the network's answer to a hair."""
     model, latent, outer, total, *_ = problem
-    settings = RefinementSettings(iterations=4, latent_rate=1e-7, field_rate=1e-7)
+    settings = FitOptions(iterations=4, latent_rate=1e-7, field_rate=1e-7)
     refined = optimize(model, latent, outer, total, value_of(problem, settings), settings)
     torch.testing.assert_close(refined.total, total, atol=1e-4, rtol=0)
 
@@ -147,11 +149,11 @@ def pair():
 
 def test_register_reports_the_refinement(pair, tmp_path):
     model = random_model(tmp_path / "random.safetensors")
-    plain = register(*pair, model, steps=2, inverse=False)
+    plain = register(*pair, model, RegistrationOptions(steps=2, inverse=False))
     assert plain.report["refinement"] is None
     events = []
-    settings = RefinementSettings(iterations=8)
-    result = register(*pair, model, steps=2, inverse=False, refinement=settings, on_event=events.append)
+    settings = FitOptions(iterations=8)
+    result = register(*pair, model, RegistrationOptions(steps=2, inverse=False, fit=settings), Job(events.append))
     report = result.report["refinement"]
     assert report["objective"]["refined"] < report["objective"]["start"]
     assert report["network"] == result.report["steps"][-1]
@@ -160,7 +162,7 @@ def test_register_reports_the_refinement(pair, tmp_path):
         result.report["similarity"]["warped"] == report["refined"]["similarity"] > plain.report["similarity"]["warped"]
     )
     assert result.report["seconds"]["refinement"] > 0
-    assert [e.step for e in events if e.phase == "refine"] == list(range(1, 9))
+    assert [e.step for e in events if e.phase == "fit"] == list(range(1, 9))
     fractions = [e.fraction for e in events]
     assert fractions == sorted(fractions)
 
@@ -169,8 +171,8 @@ def test_register_reports_the_refinement(pair, tmp_path):
 def test_register_refines_on_the_images_own_grid(pair, tmp_path, similarity):
     model = random_model(tmp_path / "random.safetensors")
     events = []
-    settings = RefinementSettings(iterations=4, fine_iterations=6, similarity=similarity, folding=0.0)
-    result = register(*pair, model, inverse=False, refinement=settings, on_event=events.append)
+    settings = FitOptions(iterations=4, fine_iterations=6, similarity=similarity, folding=0.0)
+    result = register(*pair, model, RegistrationOptions(inverse=False, fit=settings), Job(events.append))
     report = result.report["refinement"]
     assert result.transform.grid.same_as(pair[0].grid)
     assert report["fine"]["shape"] == list(pair[0].grid.shape)
@@ -180,16 +182,16 @@ def test_register_refines_on_the_images_own_grid(pair, tmp_path, similarity):
     assert result.report["folding"]["njd_percent"] == 0
     fractions = [e.fraction for e in events]
     assert fractions == sorted(fractions)
-    assert [e.step for e in events if e.phase == "refine"] == list(range(1, 11))
+    assert [e.step for e in events if e.phase == "fit"] == list(range(1, 11))
     # the state holds the same field on the working grid, so further steps go on from there
-    further = register(*pair, model, steps=1, inverse=False, state=result.state)
+    further = register(*pair, model, RegistrationOptions(steps=1, inverse=False), start=result.state)
     assert len(further.report["steps"]) == len(result.report["steps"]) + 1
 
 
 def test_the_fine_grid_alone(pair, tmp_path):
     model = random_model(tmp_path / "random.safetensors")
-    settings = RefinementSettings(fine_iterations=3)
-    report = register(*pair, model, inverse=False, refinement=settings).report["refinement"]
+    settings = FitOptions(fine_iterations=3)
+    report = register(*pair, model, RegistrationOptions(inverse=False, fit=settings)).report["refinement"]
     assert report["objective"] == {}
     assert len(report["fine"]["objective"]["curve"]) == 4
     assert report["refined"]["similarity"] > report["network"]["similarity"]
@@ -198,9 +200,10 @@ def test_the_fine_grid_alone(pair, tmp_path):
 def test_the_fine_grid_finds_what_the_working_grid_cannot(pair, tmp_path):
     """On a working grid of 6 mm the images (2 mm) are registered worse than on their own."""
     model = random_model(tmp_path / "random.safetensors", spacing=(6.0,) * 3)
-    how = {"inverse": False, "on_event": lambda event: None}
     found = [
-        register(*pair, model, refinement=RefinementSettings(iterations=20, fine_iterations=n), **how).warped.data
+        register(
+            *pair, model, RegistrationOptions(inverse=False, fit=FitOptions(iterations=20, fine_iterations=n))
+        ).warped.data
         for n in (0, 20)
     ]
     shown = pair[0].data > pair[0].data.max() / 4  # noise in the air stays apart whatever is done
@@ -216,12 +219,12 @@ def test_cancel_ends_it(pair, tmp_path):
         return len(seen) >= 2
 
     def on_event(event) -> None:
-        if event.phase == "refine":
+        if event.phase == "fit":
             seen.append(event)
 
-    settings = RefinementSettings(iterations=1000)
+    settings = FitOptions(iterations=1000)
     with pytest.raises(Cancelled):
-        register(*pair, model, inverse=False, refinement=settings, on_event=on_event, cancelled=cancelled)
+        register(*pair, model, RegistrationOptions(inverse=False, fit=settings), Job(on_event, cancelled))
     assert len(seen) == 2
 
 

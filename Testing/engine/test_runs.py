@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from MorphSeekLib.app.runs import locked, planned_iterations, run
 from MorphSeekLib.networks import model_file as checkpoint
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
 
 MODEL = {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "norm": "instance", "flow_stride": 2}}
 WARMUP = {
@@ -68,7 +69,7 @@ def long_run(folder, dataset, init):
 def whole(dataset, tmp_path_factory):
     """A run from scratch to its end; its folder and events."""
     folder, events = make(tmp_path_factory.mktemp("runs") / "whole", dataset), []
-    run(folder, events.append)
+    run(folder, Job(events.append))
     return folder, events
 
 
@@ -99,7 +100,7 @@ def test_a_finished_run_does_nothing_anew(whole):
     folder, _ = whole
     before = (folder / "finetune.safetensors").stat().st_mtime_ns
     events = []
-    run(folder, events.append)
+    run(folder, Job(events.append))
     assert (folder / "finetune.safetensors").stat().st_mtime_ns == before
     assert not [event for event in events if event.phase == "train"]
 
@@ -123,7 +124,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(whole, dataset, tmp_path):
             (folder / "stop").touch()
 
     with pytest.raises(Cancelled):
-        run(folder, stop_in_finetuning)
+        run(folder, Job(stop_in_finetuning))
     assert status(folder)["state"] == "stopped"
     assert not (folder / "blobs.safetensors").exists()
     run(folder)
@@ -138,14 +139,14 @@ def test_minutes_become_iterations_once(dataset, whole, tmp_path):
     folder = make(tmp_path / "run", dataset, init=str(init), warmup=None, minutes=10_000)
     plan = folder / "finetune.json"
     with pytest.raises(Cancelled):
-        run(folder, cancelled=plan.is_file)
+        run(folder, job=Job(cancelled=plan.is_file))
     planned = json.loads(plan.read_text())
     assert planned["training"]["iterations"] >= 10
     (folder / "finetune.safetensors.state").unlink()  # it is of the week's settings
     planned["training"] |= {"iterations": 3, "validate_every": 2}
     plan.write_text(json.dumps(planned))
     events = []
-    run(folder, events.append)
+    run(folder, Job(events.append))
     assert [row["iteration"] for row in rows(folder, "finetune")] == [1, 2, 3]
     assert not any("Measuring how long" in event.message for event in events)
 

@@ -16,6 +16,7 @@ from MorphSeekLib.benchmark.scoring import DEFINITIONS, measure, peak_memory, sc
 from MorphSeekLib.data.datasets import Case, Dataset, Pair, load_dataset
 from MorphSeekLib.io.images import sitk_from_volume, write_image
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, dense_from_voxels
 
 OBLIQUE = Grid.from_parts(
@@ -139,7 +140,7 @@ def test_a_row_a_pair(dataset):
         return np.eye(4)
 
     events = []
-    rows = measure(dataset, "registration_test", slow, on_event=events.append)
+    rows = measure(dataset, "registration_test", slow, job=Job(events.append))
     assert [(row["fixed"], row["moving"]) for row in rows] == [
         ("image_0.nii.gz", "image_1.nii.gz"),
         ("image_1.nii.gz", "image_0.nii.gz"),
@@ -150,7 +151,7 @@ def test_a_row_a_pair(dataset):
     assert [event.message for event in events] == ["Pair 1 of 2", "Pair 2 of 2"]
     assert measure(dataset, "registration_test", identity, pairs=1)[0]["dice"] == rows[0]["dice"]
     with pytest.raises(Cancelled):
-        measure(dataset, "registration_test", identity, cancelled=lambda: True)
+        measure(dataset, "registration_test", identity, job=Job(cancelled=lambda: True))
 
 
 def test_merged_labels_are_one(dataset):

@@ -22,6 +22,7 @@ from MorphSeekLib.networks import model_file as checkpoint
 from MorphSeekLib.networks.official import import_checkpoint
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import to_dict
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.preprocessing import Preprocessing
@@ -272,7 +273,7 @@ def dataset(tmp_path_factory):
 def test_a_run_writes_a_checkpoint_that_registers(dataset, tmp_path, reward):
     config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, reward=reward))
     events = []
-    train_spac(dataset, config, tmp_path / "spac.safetensors", on_event=events.append)
+    train_spac(dataset, config, tmp_path / "spac.safetensors", job=Job(events.append))
     rows = [e.metrics for e in events if e.phase == "train"]
     assert len(rows) == 4
     assert all({"reward", "score", "score_before", "temperature"} <= set(row) for row in rows)
@@ -297,10 +298,10 @@ def test_a_run_writes_a_checkpoint_that_registers(dataset, tmp_path, reward):
 def test_a_cancelled_run_goes_on_where_it_stood(dataset, tmp_path):
     done, out = [], tmp_path / "spac.safetensors"
     with pytest.raises(Cancelled):
-        train_spac(dataset, CONFIG, out, on_event=done.append, cancelled=lambda: len(done) > 3)
+        train_spac(dataset, CONFIG, out, job=Job(done.append, lambda: len(done) > 3))
     assert out.with_name("spac.safetensors.state").exists()
     events = []
-    train_spac(dataset, CONFIG, out, on_event=events.append)
+    train_spac(dataset, CONFIG, out, job=Job(events.append))
     rows = [e for e in events if e.phase == "train"]
     assert rows[0].step > 1
     assert "critic_loss" not in rows[0].metrics, "the buffer is filled anew first"

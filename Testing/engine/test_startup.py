@@ -18,6 +18,7 @@ from test_registration import random_model
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.networks.devices import use_threads
 from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.startup import check_output_file, check_output_folder, read_header, wait_passively
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.geometry import Volume
@@ -172,7 +173,7 @@ def test_labels_without_one_in_common_are_refused_before_the_alignment(tmp_path)
     labels[1] = Volume(torch.where(labels[1].data > 0, labels[1].data + 10, 0).int(), labels[1].grid)
     events = []
     with pytest.raises(MorphSeekError, match="no label in common"):
-        register(*images, model, fixed_labels=labels[0], moving_labels=labels[1], on_event=events.append)
+        register(*images, model, job=Job(events.append), labels=(labels[0], labels[1]))
     assert events == []
 
 

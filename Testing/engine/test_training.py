@@ -25,6 +25,7 @@ from MorphSeekLib.io.images import write_image
 from MorphSeekLib.networks import model_file as checkpoint
 from MorphSeekLib.networks.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import from_dict, load, to_dict
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.preprocessing import Preprocessing, normalize
@@ -68,7 +69,7 @@ def dataset(tmp_path_factory):
 
 def run(dataset, config, out, **options):
     events = []
-    warmup(dataset, config, out, on_event=events.append, **options)
+    warmup(dataset, config, out, job=Job(events.append), **options)
     return events
 
 
@@ -99,7 +100,7 @@ def test_a_cancelled_run_resumes_to_the_same_weights(dataset, tmp_path, config):
     run(dataset, config, tmp_path / "whole.safetensors")
     done = []
     with pytest.raises(Cancelled):
-        warmup(dataset, config, tmp_path / "cut.safetensors", on_event=done.append, cancelled=lambda: len(done) > 4)
+        warmup(dataset, config, tmp_path / "cut.safetensors", job=Job(done.append, lambda: len(done) > 4))
     assert not (tmp_path / "cut.safetensors").exists()
     assert (tmp_path / "cut.safetensors.state").exists()
     events = run(dataset, config, tmp_path / "cut.safetensors")
@@ -122,7 +123,7 @@ def test_a_run_cancelled_anywhere_resumes_to_the_same_card_and_curves(dataset, t
     run(dataset, CONFIG, tmp_path / "whole.safetensors")
     asked = itertools.count(1)
     with pytest.raises(Cancelled):
-        warmup(dataset, CONFIG, tmp_path / "cut.safetensors", cancelled=lambda: next(asked) == calls)
+        warmup(dataset, CONFIG, tmp_path / "cut.safetensors", job=Job(cancelled=lambda: next(asked) == calls))
     assert next(asked) == calls + 1, "nothing was begun after it"
     run(dataset, CONFIG, tmp_path / "cut.safetensors")
     same_card(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
@@ -164,7 +165,7 @@ def test_blocks_dropped_at_random_resume_to_the_same_weights(dataset, tmp_path):
     run(dataset, config, tmp_path / "whole.safetensors")
     done = []
     with pytest.raises(Cancelled):
-        warmup(dataset, config, tmp_path / "cut.safetensors", on_event=done.append, cancelled=lambda: len(done) > 3)
+        warmup(dataset, config, tmp_path / "cut.safetensors", job=Job(done.append, lambda: len(done) > 3))
     torch.rand(7)
     run(dataset, config, tmp_path / "cut.safetensors")
     whole, cut = weights(tmp_path / "whole.safetensors"), weights(tmp_path / "cut.safetensors")
@@ -178,7 +179,7 @@ def test_blocks_dropped_at_random_resume_to_the_same_weights(dataset, tmp_path):
 def test_a_state_of_other_settings_is_refused(dataset, tmp_path):
     done = []
     with pytest.raises(Cancelled):
-        warmup(dataset, CONFIG, tmp_path / "m.safetensors", on_event=done.append, cancelled=lambda: len(done) > 2)
+        warmup(dataset, CONFIG, tmp_path / "m.safetensors", job=Job(done.append, lambda: len(done) > 2))
     other = dataclasses.replace(CONFIG, loss=LossSettings(regularization=9.0))
     with pytest.raises(MorphSeekError, match="other settings"):
         warmup(dataset, other, tmp_path / "m.safetensors")
@@ -328,9 +329,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(dataset, tm
     (tmp_path / "file").write_text("mine")
     out, events = tmp_path / "file" / "m.safetensors", []
     begin = {
-        "warmup": lambda: warmup(dataset, CONFIG, out, on_event=events.append),
-        "finetune": lambda: finetune(dataset, FinetuneConfig(), tmp_path / "no", out, on_event=events.append),
-        "spac": lambda: train_spac(dataset, SACConfig(), out, on_event=events.append),
+        "warmup": lambda: warmup(dataset, CONFIG, out, job=Job(events.append)),
+        "finetune": lambda: finetune(dataset, FinetuneConfig(), tmp_path / "no", out, job=Job(events.append)),
+        "spac": lambda: train_spac(dataset, SACConfig(), out, job=Job(events.append)),
     }
     with pytest.raises(MorphSeekError, match=r"m.safetensors cannot be written"):
         begin[train]()

@@ -16,7 +16,9 @@ from test_nifti import two_forms
 from test_registration import random_model
 
 from MorphSeekLib.io.images import read_image
-from MorphSeekLib.registration.pipeline import load_model, register
+from MorphSeekLib.networks.loading import load_model
+from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.geometry import Volume
 
 
@@ -82,7 +84,7 @@ def reference(volume: Volume, path) -> dict:
 def request_of(tmp_path, model_file):
     """Parameters of a registration of two blobs."""
     labels = [blob_labels(seed, blob_grid()) for seed in (0, 1)]
-    params = {"model": model_file, "device": "cpu", "steps": 2, "align": "none", "inverse": True}
+    params = {"model": model_file, "device": "cpu", "options": {"steps": 2, "align": "none"}}
     for name, volume, seed in (("fixed", labels[0], 0), ("moving", labels[1], 1)):
         params[name] = reference(blob_image(volume, seed), tmp_path / f"{name}.npy")
         params[f"{name}_labels"] = reference(volume, tmp_path / f"{name}_labels.npy")
@@ -105,7 +107,7 @@ def test_register_gives_what_the_engine_gives(client, request_of, model_file):
     result = client.call("register", request_of)["result"]
     labels = [blob_labels(seed, blob_grid()) for seed in (0, 1)]
     images = [blob_image(volume, seed) for seed, volume in enumerate(labels)]
-    expected = register(*images, load_model(model_file, "cpu"), steps=2, align="none")
+    expected = register(*images, load_model(model_file, "cpu"), RegistrationOptions(steps=2, align="none"))
     for name in ("warped", "jacobian"):
         data = np.load(result[name]["path"], mmap_mode="r")
         np.testing.assert_allclose(data, getattr(expected, name).data.numpy(), atol=1e-3)
@@ -122,13 +124,13 @@ def test_register_gives_what_the_engine_gives(client, request_of, model_file):
 
 def test_steps_are_shown_and_one_more_can_be_asked_for(client, request_of):
     client.notes.clear()
-    first = client.call("register", request_of | {"steps": 1, "show_steps": True})["result"]
+    first = client.call("register", request_of | ONE_STEP | {"show_steps": True})["result"]
     pictures = [n for n in client.notes if n["phase"] == "picture"]
     assert [p["step"] for p in pictures] == [0, 1]
     np.testing.assert_array_equal(np.load(pictures[1]["warped"]["path"]), np.load(first["warped"]["path"]))
-    again = client.call("register", request_of | {"steps": 1, "state": first["state"]})["result"]
+    again = client.call("register", request_of | ONE_STEP | {"state": first["state"]})["result"]
     assert [f["step"] for f in again["report"]["steps"]] == [0, 1, 2]
-    straight = client.call("register", request_of | {"steps": 2})["result"]
+    straight = client.call("register", request_of)["result"]
     warped, expected = np.load(again["warped"]["path"]), np.load(straight["warped"]["path"])
     assert np.abs(warped - expected).mean() < 0.02 * expected.std()
     error = client.call("register", request_of | {"state": {"total": "nowhere.npy", "figures": [], "align": "none"}})
@@ -201,19 +203,20 @@ def test_slicers_axis_order_needs_no_copy(client, request_of, tmp_path):
     np.testing.assert_array_equal(np.load(second["warped"]["path"]), warped)
 
 
+ONE_STEP = {"options": {"steps": 1, "align": "none"}}
 LONGEST = {"iterations": 1000, "fine_iterations": 1000}
 """A fit of minutes."""
 
 
 def test_cancel_ends_the_job_and_the_worker_lives(client, request_of):
-    number = client.send("register", request_of | {"refinement": LONGEST})
-    while client.lines.get(timeout=300).get("params", {}).get("phase") != "refine":  # the limit only ends a hang
+    number = client.send("register", request_of | {"options": {"fit": LONGEST}})
+    while client.lines.get(timeout=300).get("params", {}).get("phase") != "fit":  # the limit only ends a hang
         pass
     client.write(json.dumps({"jsonrpc": "2.0", "method": "cancel", "params": {"id": number}}))
     client.notes.clear()
     answer = client.answer(number)
     assert answer["error"]["code"] == -32800
-    assert {note["phase"] for note in client.notes} <= {"refine"}, "the fit was not finished"
+    assert {note["phase"] for note in client.notes} <= {"fit"}, "the fit was not finished"
     assert "result" in client.call("hello")
 
 
@@ -268,7 +271,7 @@ def spoil_label_values(value):
     [
         (lambda p: p.update(model="nothing"), -32000, "no model 'nothing'"),
         (lambda p: p.update(device="cuda:99"), -32000, "cuda:99"),
-        (lambda p: p.update(steps=0), -32000, "choose 1 to"),
+        (lambda p: p.update(options={"steps": 0}), -32000, "choose 1 to"),
         (spoil_infinite, -32000, "fixed image"),
         (spoil_constant, -32000, "moving image is empty"),
         (spoil_flat, -32000, "one voxel"),
@@ -277,7 +280,7 @@ def spoil_label_values(value):
         (spoil_label_values(2**40), -32000, "has the label 1099511627776, and labels must not be larger than"),
         (spoil_label_values(1.5), -32000, "some of its values are not whole numbers"),
         (lambda p: p.pop("fixed"), -32602, "fixed is missing"),
-        (lambda p: p.update(steps="two"), -32602, "steps must be of type int"),
+        (lambda p: p.update(options={"steps": "two"}), -32000, "options.steps must be of type int"),
         (lambda p: p["fixed"].update(path="/nowhere.npy"), -32602, "not a readable .npy"),
         (lambda p: p["fixed"].update(affine=[[1, 2], [3, 4]]), -32602, "4x4"),
         (lambda p: p.update(output="/nowhere/at/all"), -32602, "there is no folder"),
@@ -296,9 +299,9 @@ def test_bad_requests_are_refused_and_survived(client, request_of, spoil, code, 
     [
         ({"model": "nothing"}, "no model 'nothing'"),
         ({"device": "cuda:99"}, "cuda:99"),
-        ({"steps": 0}, "choose 1 to"),
-        ({"align": "elastic"}, "no alignment 'elastic'"),
-        ({"refinement": {"similarity": "touch"}}, "similarity is 'touch'"),
+        ({"options": {"steps": 0}}, "choose 1 to"),
+        ({"options": {"align": "elastic"}}, "no alignment 'elastic'"),
+        ({"options": {"fit": {"similarity": "touch"}}}, "options.fit.similarity is 'touch'; choose one of lncc"),
         ({"threads": 0}, "0 threads were asked for"),
     ],
 )
@@ -330,7 +333,7 @@ def test_a_pickled_array_is_never_run(client, request_of, tmp_path):
 
 def test_it_ends_at_once_when_its_input_closes_in_the_middle(request_of):
     client = Client()
-    client.send("register", request_of | {"refinement": LONGEST})
+    client.send("register", request_of | {"options": {"fit": LONGEST}})
     client.lines.get(timeout=300)
     client.process.stdin.close()
     assert client.process.wait(timeout=300) == 0

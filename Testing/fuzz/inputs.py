@@ -306,8 +306,8 @@ def failed(result: Result) -> bool:
 
 def _coarse_model(path: Path) -> Path:
     """Write brain-mr's weights with a working grid of the undressed images' voxels."""
+    from MorphSeekLib.networks.loading import load_model
     from MorphSeekLib.networks.model_file import save
-    from MorphSeekLib.registration.pipeline import load_model
 
     loaded = load_model(MODEL, "cpu")
     preprocessing = dataclasses.replace(loaded.card.preprocessing, spacing=(VOXEL,) * 3, shape=None)

@@ -340,7 +340,7 @@ class Exporting(Kind):
             for side, name in (("fixed", "fixed"), ("moving", self.moving))
         }
         model = str(self.inputs / "model.safetensors")
-        settings = {"model": model, "device": "cpu", "align": "none", "steps": 1, "inverse": True, "threads": 1}
+        settings = {"model": model, "device": "cpu", "options": {"align": "none", "steps": 1}, "threads": 1}
         return settings | sides | {"output": str(arrays)}
 
     def _call(self, number: int, method: str, params: dict, deadline: float) -> dict | None:

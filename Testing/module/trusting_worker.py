@@ -49,7 +49,7 @@ def register(params: dict, progress) -> dict:
     labels = params["moving_labels"] and geometry.resample(
         load(params["moving_labels"]), fixed.grid, transform, mode="nearest"
     )
-    back = transform.inverse(moving.grid) if params["inverse"] else None
+    back = transform.inverse(moving.grid) if params["options"]["inverse"] else None
     progress(phase="write", fraction=0.9)
     return {
         "warped": save("warped", geometry.resample(moving, fixed.grid, transform).data, fixed.grid.affine),
@@ -61,7 +61,8 @@ def register(params: dict, progress) -> dict:
         "report": {
             "folder": str(folder.parent),
             "labels": None if params["fixed_labels"] is None else np.unique(load(params["fixed_labels"]).data).tolist(),
-            **{key: params[key] for key in ("steps", "align", "device")},
+            **{key: params["options"][key] for key in ("steps", "align")},
+            "device": params["device"],
         },
     }
 

@@ -1,0 +1,257 @@
+"""What a registration gives: the volumes on the fixed image's own grid, and the report, made here alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..measures.folds import certify, folded_voxels, regions
+from ..measures.metrics import dice_per_label, folding
+from ..networks.devices import memory_advice, network_precision
+from ..networks.loading import LoadedModel
+from ..protocol.job import Job
+from ..protocol.options import RegistrationOptions
+from ..space.geometry import (
+    DenseTransform,
+    Grid,
+    Transform,
+    Volume,
+    apply_affine,
+    covering_grid,
+    jacobian_volume,
+    resample,
+)
+from ..space.preprocessing import sampled
+from . import guards
+from .pair import Clock, Outcome, Pair, State, displacement_mm
+
+Labels = tuple[Volume | None, Volume | None]
+"""The label maps of the fixed and of the moving image."""
+
+MOST_REGIONS = 200  # folded regions that a report lists
+WARPED = (
+    "the moving image's number type, integers rounded and clipped to its range; outside: the value where the fixed "
+    "image's grid reaches beyond the moving image"
+)
+
+
+@dataclass
+class Registration:
+    """What :func:`MorphSeekLib.registration.pipeline.register` found. Volumes lie on the fixed image's own grid.
+
+    Attributes:
+        transform: fixed point -> moving point, alignment and initial transform included.
+        warped: the moving image at full resolution.
+        aligned: the moving image after the alignment alone.
+        jacobian: determinant of the whole transform by central differences.
+        folding: uint8, 1 where a voxel's box meets a folded cell of the transform (:mod:`MorphSeekLib.measures.folds`).
+        warped_labels: the moving labels, or None.
+        inverse: moving point -> fixed point, or None.
+        state: to continue from.
+        report: figures, as report.json.
+    """
+
+    transform: DenseTransform
+    warped: Volume
+    aligned: Volume
+    jacobian: Volume
+    folding: Volume
+    warped_labels: Volume | None
+    inverse: DenseTransform | None
+    state: State
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def deliver(
+    pair: Pair,
+    model: LoadedModel,
+    outcome: Outcome,
+    options: RegistrationOptions,
+    labels: Labels,
+    pictures: Pictures,
+    clock: Clock,
+    job: Job,
+) -> Registration:
+    """Make everything else from the transform that was found: the warped image, folding, the inverse, the report."""
+    fixed, transform, alignment = pair.fixed, outcome.transform, pair.alignment
+    with clock("resample"), memory_advice(pair.device):
+        job.report("resample", 0.05, "Warping the moving image at full resolution")
+        warped = pictures.answer(outcome)
+        aligned = pictures.aligned()
+        warped_labels = None
+        if labels[1] is not None:
+            warped_labels = resample(labels[1], fixed.grid, transform, mode="nearest", device=pair.device, job=job)
+
+    with clock("metrics"), memory_advice(pair.device):
+        job.report("metrics", 0.4, "Measuring folding")
+        jacobian = jacobian_volume(transform, fixed.grid, device=pair.device, job=job)
+        certificate = certify(transform, fixed.grid, alignment.mirrored, job)
+        least = Volume(folded_voxels(certificate.folded, transform.grid, fixed.grid), fixed.grid)
+        dice = None
+        if labels[0] is not None and labels[1] is not None:
+            job.report("metrics", 0.55, "Measuring the overlap of the labels")
+            dice = _dice(labels[0], labels[1], warped_labels, alignment.transform, job)
+
+    inverse, residual = None, None
+    if options.inverse:
+        with clock("inverse"):
+            job.report("metrics", 0.7, "Inverting the transform")
+            inverse = transform.inverse(covering_grid(pair.moving.grid, pair.grid.spacing), job=job)
+            residual = _inverse_residual(transform, inverse, fixed.grid, pair.moving.grid)
+
+    figures = {
+        "folding": vars(folding(jacobian=jacobian.data)) | {"cells": vars(certificate.count).copy()} | _regions(least),
+        "dice": dice,
+        "inverse": residual,
+    }
+    report = make_report(pair, model, outcome, figures, clock)
+    job.check()
+    state = State(alignment.transform, alignment.kind, outcome.total.detach().cpu(), outcome.figures)
+    folded = Volume((least.data <= 0).to(torch.uint8), fixed.grid)
+    return Registration(transform, warped, aligned, jacobian, folded, warped_labels, inverse, state, report)
+
+
+class Pictures:
+    """The moving image at full resolution after each stage, for the live view; none is warped twice.
+
+    Args:
+        pair: aligned.
+        job: given each picture, where somebody looks.
+    """
+
+    def __init__(self, pair: Pair, job: Job) -> None:
+        self._pair, self._job = pair, job
+        self._aligned: Volume | None = None
+        self._shown: tuple[int, Volume] | None = None
+
+    def show_aligned(self) -> None:
+        """Show the images after their alignment, as step 0."""
+        if self._job.is_watched:
+            self._job.show(0, self.aligned())
+
+    def show(self, step: int, total: torch.Tensor) -> None:
+        """Show a step's displacement, (1, 3, i, j, k) voxels of the working grid."""
+        if self._job.is_watched:
+            self._shown = step, self._pair.warped(self._pair.delivered(total, self._pair.grid))
+            self._job.show(*self._shown)
+
+    def aligned(self) -> Volume:
+        """Return the moving image after the alignment alone."""
+        if self._aligned is None:
+            self._aligned = self._pair.warped(self._pair.alignment.transform)
+        return self._aligned
+
+    def answer(self, outcome: Outcome) -> Volume:
+        """Return the moving image warped by the answer; shown once more where it was fitted after its step."""
+        if outcome.fitted is None and self._shown is not None and self._shown[0] == outcome.answer:
+            return self._shown[1]
+        warped = self._pair.warped(outcome.transform)
+        if outcome.fitted is not None and self._job.is_watched:
+            self._job.show(outcome.answer, warped)
+        return warped
+
+
+def make_report(
+    pair: Pair, model: LoadedModel, outcome: Outcome, figures: dict[str, Any], clock: Clock
+) -> dict[str, Any]:
+    """Return what report.json holds of a registration, but for the files and versions.
+
+    Args:
+        figures: "folding", "dice" and "inverse".
+    """
+    card, alignment = model.card, pair.alignment
+    with torch.no_grad():
+        as_given = pair.similarity_as_given()
+        notices = pair.notices + outcome.notices + guards.small_overlap(pair.overlap(outcome.total))
+    aligned = outcome.figures[0]["similarity"]
+    notices += guards.lowered_by_alignment(alignment.kind, "similarity", as_given, aligned)
+    if figures["dice"] is not None and as_given is not None:
+        dice = figures["dice"]["mean"]
+        notices += guards.lowered_by_alignment(alignment.kind, "mean Dice", dice["input"], dice["aligned"])
+    return {
+        "model": {
+            "name": model.name,
+            "sha256": model.sha256,
+            "backbone": card.model.backbone,
+            "title": card.title,
+            "licence": card.licence,
+            "output": card.model.output,
+        },
+        "fixed": pair.fixed.grid.describe(),
+        "moving": pair.moving.grid.describe(),
+        "warped": {"type": pair.moving.dtype, "outside": pair.background, "definition": WARPED},
+        "working_grid": pair.grid.describe(),
+        "device": str(pair.device),
+        "precision": str(network_precision(pair.device)).removeprefix("torch."),
+        "align": alignment.kind,
+        "mirrored": alignment.mirrored,
+        "steps": outcome.figures,
+        "refinement": outcome.fitted,
+        "similarity": {
+            "name": "LNCC, window 9, fixed image's foreground on the working grid, where both images lie (1 is best)",
+            "input": as_given,
+            "aligned": aligned,
+            "warped": outcome.similarity,
+        },
+        "folding": figures["folding"],
+        "displacement_mm": _displacement(outcome.total, pair.grid),
+        "dice": figures["dice"],
+        "inverse": figures["inverse"],
+        "warnings": [vars(notice).copy() for notice in notices],
+        "seconds": clock.seconds,
+    }
+
+
+def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: Job) -> dict[str, Any]:
+    """Hard Dice per label on the fixed grid: as the images came, after the alignment, after the registration."""
+    stages = {
+        "input": resample(moving, fixed.grid, mode="nearest", job=job).data,
+        "aligned": resample(moving, fixed.grid, start, mode="nearest", job=job).data,
+        "warped": warped.data,
+    }
+    per_stage = {k: dice_per_label(fixed.data, v, moving_labels=moving.data) for k, v in stages.items()}
+    labels = sorted(per_stage["warped"])
+    return {
+        "labels": {str(label): {k: per_stage[k][label] for k in per_stage} for label in labels},
+        "mean": {k: sum(v.values()) / len(v) for k, v in per_stage.items()},
+        "definition": "2|A and B| / (|A| + |B|) per label on the fixed grid, nearest-neighbour warped; labels absent "
+        "from either image are left out",
+    }
+
+
+def _regions(least: Volume) -> dict[str, Any]:
+    """The folded regions for the report, LPS mm, the largest ones in full."""
+    found = regions(least)
+    return {"regions": [vars(region).copy() for region in found[:MOST_REGIONS]], "region_count": len(found)}
+
+
+def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed: Grid, moving: Grid) -> dict[str, Any]:
+    """|inverse(T(p)) - p| in mm over up to 20,000 points p of the fixed grid that land in the moving image."""
+    generator = np.random.default_rng(0)
+    index = generator.uniform(0, 1, (20_000, 3)) * (np.array(fixed.shape) - 1)
+    points = apply_affine(fixed.affine, index)
+    mapped = transform.map_points(points)
+    inside = apply_affine(np.linalg.inv(moving.affine), mapped)
+    inside = ((inside >= 0) & (inside <= np.array(moving.shape) - 1)).all(axis=1)
+    if not inside.any():
+        return {"residual_mm": None}
+    error = np.linalg.norm(inverse.map_points(mapped[inside]) - points[inside], axis=1)
+    return {
+        "residual_mm": {
+            "mean": float(error.mean()),
+            "p95": float(np.percentile(error, 95)),
+            "max": float(error.max()),
+        },
+        "definition": "distance between a fixed point and where transform and inverse lead it, over points that land "
+        "in the moving image; folded places have no inverse",
+    }
+
+
+def _displacement(total: torch.Tensor, grid: Grid) -> dict[str, float]:
+    """What the network did, without the alignment: length of its displacement over the working grid."""
+    length = displacement_mm(total, grid).norm(dim=0).flatten()
+    p95 = float(sampled(length, 1_000_000).quantile(0.95))
+    return {"mean": float(length.mean()), "p95": p95, "max": float(length.max())}
