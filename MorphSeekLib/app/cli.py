@@ -26,7 +26,7 @@ from rich.text import Text
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job
 from ..protocol.options import FitOptions, RegistrationOptions
-from ..protocol.settings import from_dict, read_values
+from ..protocol.settings import from_dict
 from ..protocol.startup import (
     check_alignment,
     check_device,
@@ -40,6 +40,7 @@ from ..protocol.startup import (
     shown,
     wait_passively,
 )
+from .settings_file import read_values
 
 if TYPE_CHECKING:
     from ..data.cases import CheckReport
@@ -252,9 +253,9 @@ def warmup(
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
-        from ..protocol.settings import load
         from ..training.trainer import TrainingConfig
         from ..training.trainer import warmup as run
+        from .settings_file import load
 
         settings = load(TrainingConfig, config)
         if backbone is not None and backbone != settings.model.backbone:
@@ -292,10 +293,11 @@ def finetune(
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
-        from ..protocol.settings import load, override
+        from ..protocol.settings import override
         from ..training.distributed import join
         from ..training.finetuning import FinetuneConfig
         from ..training.finetuning import finetune as run
+        from .settings_file import load
 
         settings = load(FinetuneConfig, config)
         settings = override(settings, "training", steps=steps, labels=labels)
@@ -327,8 +329,9 @@ def spac(
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
-        from ..protocol.settings import load, override
+        from ..protocol.settings import override
         from ..training.sac import SACConfig, train_spac
+        from .settings_file import load
 
         use_threads(threads)
         settings = override(load(SACConfig, config), "training", labels=labels)
@@ -485,7 +488,7 @@ def _add_benchmark(name: str, text: str) -> None:
                 read_values(config)
 
             from ..benchmark.main_table import MainTableSettings, main_table, shipped_settings
-            from ..protocol.settings import load
+            from .settings_file import load
 
             settings = shipped_settings(name) if config is None else load(MainTableSettings, config)
             main_table(settings, data, out, only=only, device=device, job=job)

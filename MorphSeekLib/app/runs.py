@@ -41,11 +41,12 @@ from ..networks.devices import pick_device
 from ..networks.loading import load_model
 from ..protocol.errors import Cancelled, InUseError, MorphSeekError
 from ..protocol.job import SILENT, Event, Job
-from ..protocol.settings import load, override, to_dict, to_json
+from ..protocol.settings import override, to_dict, to_json
 from ..protocol.startup import check_output_file, check_run, find
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
 from ..training.trainer import TrainingConfig, warmup
+from .settings_file import load
 
 WARMUP, FINETUNE = "warmup", "finetune"
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes

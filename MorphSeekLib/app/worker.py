@@ -31,7 +31,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from .. import __version__
 from ..backbones import BACKBONES
 from ..data.cases import check, find_cases
 from ..io.images import form_notices, label_values, stored_values, usable
@@ -43,6 +42,7 @@ from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job
 from ..protocol.options import RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
+from ..protocol.version import __version__
 from ..registration.pair import State
 from ..registration.pipeline import register
 from ..report.page import RegistrationPictures

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from ..app.runs import locked, seconds_per_iteration, train_stage
+from ..app.settings_file import load
 from ..backbones.spac import SPACSettings
 from ..data.datasets import Dataset, load_dataset
 from ..io.files import write_atomically
@@ -40,7 +41,7 @@ from ..networks.policy import ModelSettings
 from ..protocol.errors import InUseError, MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.options import FitOptions, RegistrationOptions
-from ..protocol.settings import from_dict, load, override, to_dict, to_json
+from ..protocol.settings import from_dict, override, to_dict, to_json
 from ..protocol.startup import BUNDLED, find
 from ..registration.alignment import align
 from ..registration.pipeline import register

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..data.datasets import Dataset, Pair, read_pair, scored_pairs
 from ..io.files import write_atomically
 from ..measures.metrics import LABEL_DEFINITIONS, LabelFigures, deviation, judged_labels, label_figures, mean
@@ -20,6 +19,7 @@ from ..protocol.job import SILENT, Job
 from ..protocol.options import RegistrationOptions
 from ..protocol.settings import to_dict, to_json
 from ..protocol.startup import check_output_file
+from ..protocol.version import __version__
 from ..registration.pipeline import register
 from ..space.geometry import Volume
 

@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from .. import __version__
 from ..io.files import write_atomically
 from ..protocol.errors import MorphSeekError
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.startup import FORMAT, read_header
+from ..protocol.version import __version__
 from ..space.preprocessing import Preprocessing
 from .policy import ModelSettings, RegistrationModel
 

@@ -1,4 +1,4 @@
-"""Settings: dataclasses, filled from TOML or JSON files, where an unknown key is an error.
+"""Settings: dataclasses, filled from plain dicts, where an unknown key is an error.
 
 Nested dataclasses are nested tables; a table that names some of its settings leaves the others as the whole's defaults
 have them. Lists become tuples, so that settings compare and hash.
@@ -11,15 +11,9 @@ import json
 import math
 import types
 import typing
-from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import MorphSeekError
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 T = TypeVar("T")
 
@@ -77,34 +71,6 @@ def override(settings: T, table: str, **values: Any) -> T:
         return dataclasses.replace(settings, **{table: dataclasses.replace(getattr(settings, table), **given)})
     except ValueError as error:
         raise MorphSeekError(f"{table}: {error}") from error
-
-
-def load(settings_type: type[T], path: Path | str | None) -> T:
-    """Settings from a .toml or .json file; the defaults without one.
-
-    Raises:
-        MorphSeekError: missing, unreadable or malformed file, unknown key, wrong type.
-    """
-    if path is None:
-        return settings_type()
-    return from_dict(settings_type, read_values(path), Path(path).name)
-
-
-def read_values(path: Path | str) -> Any:
-    """Return what a .toml or .json file says, not yet checked against any settings.
-
-    Raises:
-        MorphSeekError: missing, unreadable or malformed file.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise MorphSeekError(f"The settings file {path} cannot be read ({error}); check the path.") from error
-    except ValueError as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise MorphSeekError(f"The settings file {path} is not valid {kind}: {error}.") from error
 
 
 def _default(field: dataclasses.Field, base: Any) -> Any:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from .. import __version__
 from ..io.files import output_folder
 from ..io.images import write_image
 from ..io.transforms import write_transform
@@ -15,6 +14,7 @@ from ..networks.model_file import software
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.startup import refuse_overwriting
+from ..protocol.version import __version__
 from ..registration.result import Registration
 from ..space.geometry import DenseTransform, Volume
 from .page import RegistrationPictures, write_report

@@ -31,6 +31,7 @@ from typing import Any
 import matplotlib
 import torch
 
+from MorphSeekLib.app.settings_file import load as load_settings
 from MorphSeekLib.benchmark.table import signed_rank
 from MorphSeekLib.data.datasets import PairLoader, load_dataset
 from MorphSeekLib.measures.metrics import folding, label_figures
@@ -38,7 +39,6 @@ from MorphSeekLib.networks.devices import network_autocast
 from MorphSeekLib.networks.model_file import load, read_card, software
 from MorphSeekLib.networks.policy import refine
 from MorphSeekLib.protocol.settings import from_dict
-from MorphSeekLib.protocol.settings import load as load_settings
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FIELD_POLICY, FinetuneConfig, finetune
 from MorphSeekLib.training.grpo import PolicyGradientSettings

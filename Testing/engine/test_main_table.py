@@ -19,6 +19,7 @@ from scipy.stats import wilcoxon
 from typer.testing import CliRunner
 
 from MorphSeekLib.app.cli import app
+from MorphSeekLib.app.settings_file import load
 from MorphSeekLib.backbones.voxelmorph import VXM_HUGE, VoxelMorphSettings
 from MorphSeekLib.benchmark.main_table import (
     SETTINGS,
@@ -34,7 +35,7 @@ from MorphSeekLib.networks.model_file import read_card, sha256
 from MorphSeekLib.networks.policy import RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
-from MorphSeekLib.protocol.settings import from_dict, load
+from MorphSeekLib.protocol.settings import from_dict
 
 BLOBS = {
     "title": "A table of blobs",

@@ -19,6 +19,7 @@ from cases import blob_grid, blob_labels, write_dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from MorphSeekLib.app.settings_file import load
 from MorphSeekLib.data.datasets import PairLoader, known_sizes, load_dataset
 from MorphSeekLib.data.synthesis import LabelMapSource, SynthesisSettings, label_values
 from MorphSeekLib.io.images import write_image
@@ -26,7 +27,7 @@ from MorphSeekLib.networks import model_file as checkpoint
 from MorphSeekLib.networks.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
-from MorphSeekLib.protocol.settings import from_dict, load, to_dict
+from MorphSeekLib.protocol.settings import from_dict, to_dict
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.preprocessing import Preprocessing, normalize
 from MorphSeekLib.training.finetuning import FinetuneConfig, finetune

@@ -1,0 +1,3 @@
+"""The version of engine and module."""
+
+__version__ = "0.1.0"
