@@ -47,10 +47,14 @@ if TYPE_CHECKING:
     from ..networks.model_file import Card
     from ..protocol.options import FitOptions
 
+OLD_NAMES = {"refine": "fit", "refine-fine": "fit-fine", "refine-by": "fit-by"}
+"""Options of before -> of now; the old ones still work, hidden, for one release."""
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda name: OLD_NAMES.get(name, name)},
     help="MorphSeek: learned deformable registration, with a map of where it folds. For research, not for diagnosis.",
 )
 benchmarks = typer.Typer(no_args_is_help=True, help="Train and measure what a paper's table compares; hours to days.")
@@ -71,15 +75,22 @@ Align = Annotated[
     str | None,
     typer.Option(help="Alignment before the network: none, center, rigid or affine.", show_default="the model's own"),
 ]
-Refine = Annotated[
-    int, typer.Option(help="Iterations that fit this pair without labels, after the network: slower and more exact.")
+FitIterations = Annotated[
+    int,
+    typer.Option(
+        "--fit", help="Iterations that fit this pair after the network, without labels: slower and more exact."
+    ),
 ]
-RefineFine = Annotated[
-    int, typer.Option(help="More iterations, on the fixed image's own grid: the most exact, and the slowest.")
+FitFine = Annotated[
+    int,
+    typer.Option("--fit-fine", help="More iterations, on the fixed image's own grid: the most exact, and the slowest."),
 ]
-RefineBy = Annotated[
+FitBy = Annotated[
     str,
-    typer.Option(help="Similarity that --refine raises: lncc or mse (one modality), or mind (two modalities)."),
+    typer.Option(
+        "--fit-by",
+        help="Similarity measure of the fit: lncc or mse for images of the same modality, mind across modalities.",
+    ),
 ]
 Config = Annotated[
     Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.", show_default="built-in settings")
@@ -100,9 +111,9 @@ def register(
     device: Device = "auto",
     threads: Threads = None,
     align: Align = None,
-    refine: Refine = 0,
-    refine_fine: RefineFine = 0,
-    refine_by: RefineBy = "lncc",
+    fit: FitIterations = 0,
+    fit_fine: FitFine = 0,
+    fit_by: FitBy = "lncc",
     initial_transform: Annotated[
         Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
     ] = None,
@@ -139,8 +150,7 @@ def register(
         begin = time.perf_counter()
         use_threads(threads)
         pick_device(device)
-        fit = fit_options(refine, refine_fine, refine_by)
-        options = RegistrationOptions(steps, align, stop_early, inverse, fit)
+        options = RegistrationOptions(steps, align, stop_early, inverse, fit_options(fit, fit_fine, fit_by))
         check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
         job.report("read", 0.0, "Reading the images")
         images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
@@ -177,9 +187,9 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = None,
     align: Align = None,
-    refine: Refine = 0,
-    refine_fine: RefineFine = 0,
-    refine_by: RefineBy = "lncc",
+    fit: FitIterations = 0,
+    fit_fine: FitFine = 0,
+    fit_by: FitBy = "lncc",
 ) -> None:
     """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ per pair and their means."""
     with terminal_job() as job:
@@ -192,7 +202,7 @@ def evaluate(
         from ..networks.loading import load_model
 
         use_threads(threads)
-        options = RegistrationOptions(steps, align, fit=fit_options(refine, refine_fine, refine_by))
+        options = RegistrationOptions(steps, align, fit=fit_options(fit, fit_fine, fit_by))
         data = load_dataset(dataset)
         loaded = load_model(model, device)
         result = run(data, split, loaded, out, options, job)

@@ -321,3 +321,14 @@ def test_ctrl_c_leaves_nothing(files, tmp_path):
     assert "Cancelled." in rest
     assert "iteration 2000 of 2000" not in rest
     assert not (tmp_path / "out").exists()
+
+
+def test_the_options_of_before_still_work_and_are_hidden(files, tmp_path):
+    """For one release; see cli.OLD_NAMES."""
+    command = registering(files, tmp_path / "out", steps=1)
+    done = CliRunner().invoke(app, [str(c) for c in [*command, "--refine", "2", "--refine-by", "mse"]])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["refinement"]["settings"]["iterations"] == 2
+    assert report["refinement"]["settings"]["similarity"] == "mse"
+    assert "--refine" not in CliRunner().invoke(app, ["register", "--help"]).output

@@ -234,13 +234,13 @@ def test_command_line(pair, tmp_path):
         write_image(volume, tmp_path / f"{name}.nii.gz")
     command = ["register", f"{tmp_path}/f.nii.gz", f"{tmp_path}/m.nii.gz", "--model", f"{tmp_path}/random.safetensors"]
     done = CliRunner().invoke(
-        app, [*command, "--refine", "3", "--refine-fine", "2", "--refine-by", "mind", "-o", f"{tmp_path}/out"]
+        app, [*command, "--fit", "3", "--fit-fine", "2", "--fit-by", "mind", "-o", f"{tmp_path}/out"]
     )
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["refinement"]["settings"]["similarity"] == "mind"
     assert report["refinement"]["settings"]["fine_iterations"] == 2
-    for wrong in (["--refine", "-1"], ["--refine-fine", "1001"], ["--refine", "3", "--refine-by", "cc"]):
+    for wrong in (["--fit", "-1"], ["--fit-fine", "1001"], ["--fit", "3", "--fit-by", "cc"]):
         refused = CliRunner().invoke(app, [*command, *wrong, "-o", f"{tmp_path}/none"])
         assert refused.exit_code == 2
         assert not (tmp_path / "none").exists()
