@@ -1,32 +1,19 @@
-"""A training as a folder: what Slicer starts, watches, stops and finds again, and anyone else can with a file manager.
+"""A training in a folder (:mod:`MorphSeekLib.protocol.run_folder`): `morphseek train FOLDER` does what run.json says.
 
-    morphseek train FOLDER      # does what FOLDER/run.json says; again, to go on after a stop or a crash
-
-| file in the folder | what it is |
-|---|---|
-| run.json | what is wanted: :class:`RunSettings` |
-| warmup.json, finetune.json | the settings of each stage as they were used, for `morphseek warmup` or `finetune` |
-| warmup.safetensors, finetune.safetensors | the stages' checkpoints, with .jsonl (curves), .log (TensorBoard), .state |
-| start.json, result.json | figures on the held-out pairs, before and after |
-| status.json | where it stands: :class:`Status` |
-| lock | held by the process that trains, with its number and computer; free as soon as that ends, however it ends |
-| stop | made by whoever wants the run to stop; its state is kept |
+The same command goes on after a stop or a crash.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
-import os
-import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +22,13 @@ import torch
 from ..data.cases import TEST, find_cases, hold_out
 from ..data.datasets import Dataset
 from ..evaluation.evaluate import DEFINITIONS, evaluate
-from ..io.files import try_lock, write_atomically
+from ..io.files import write_atomically
 from ..networks import model_file as checkpoints
 from ..networks.devices import pick_device
 from ..networks.loading import load_model
-from ..protocol.errors import Cancelled, InUseError, MorphSeekError
+from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Event, Job
+from ..protocol.run_folder import SETTINGS, STATUS, STOP, Status, locked
 from ..protocol.settings import override, to_dict, to_json
 from ..protocol.startup import check_output_file, check_run, find
 from ..training.finetuning import FinetuneConfig, finetune
@@ -92,27 +80,6 @@ class RunSettings:
             raise ValueError("model must end with .safetensors")
 
 
-@dataclass
-class Status:
-    """status.json: where a run stands.
-
-    Attributes:
-        state: "running", "stopped", "failed" or "done"; "running" without a held lock is a run that was killed.
-        stage: "warmup", "finetune", "evaluate", or "" before the first.
-        fraction: share of the whole run that is done, 0 to 1.
-        message: a sentence for a person; of a failed run, what is wrong and what to do.
-        held_out: when done, the figures before and after, see :func:`_held_out`.
-        model: when done, the finished checkpoint.
-    """
-
-    state: str = "running"
-    stage: str = ""
-    fraction: float = 0.0
-    message: str = ""
-    held_out: dict[str, Any] = field(default_factory=dict)
-    model: str = ""
-
-
 def run(folder: Path | str, job: Job = SILENT) -> Path:
     """Train what a folder's run.json says, from where an earlier process stopped; returns the finished checkpoint.
 
@@ -126,7 +93,7 @@ def run(folder: Path | str, job: Job = SILENT) -> Path:
     """
     folder = Path(folder).resolve()
     check_run(folder)
-    stop = folder / "stop"
+    stop = folder / STOP
     with locked(folder):
         stop.unlink(missing_ok=True)
         status, written = Status(message="Starting"), 0.0
@@ -137,7 +104,7 @@ def run(folder: Path | str, job: Job = SILENT) -> Path:
                 status.fraction, status.message = event.fraction, event.message
                 job.tell(event)
             if event is None or time.monotonic() - written > _STATUS_SECONDS:
-                write_atomically(folder / "status.json", to_json(dataclasses.asdict(status), indent=1).encode())
+                write_atomically(folder / STATUS, to_json(dataclasses.asdict(status), indent=1).encode())
                 written = time.monotonic()
 
         tell()
@@ -161,7 +128,7 @@ def run(folder: Path | str, job: Job = SILENT) -> Path:
 
 
 def _run(folder: Path, status: Status, job: Job) -> None:
-    settings = load(RunSettings, folder / "run.json")
+    settings = load(RunSettings, folder / SETTINGS)
     check_output_file(folder / settings.model)
     job.report("read", 0.0, "Looking through the cases")
     dataset = hold_out(find_cases(folder / settings.dataset), settings.leave_out)
@@ -320,26 +287,3 @@ def _held_out(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _path(folder: Path, name: str) -> str:
     """A file beside the run where there is one of that name; else the name as it is."""
     return str(folder / name) if (folder / name).is_file() else name
-
-
-@contextlib.contextmanager
-def locked(folder: Path, patience: float = 2.0) -> Iterator[None]:
-    """Hold a run's folder: no other process trains in it meanwhile. The system frees the lock when this process ends.
-
-    Args:
-        patience: seconds; whoever only asks whether the lock is held holds it for a moment.
-
-    Raises:
-        InUseError: another process holds it.
-    """
-    with open(folder / "lock", "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + patience
-        while not try_lock(file):
-            if time.monotonic() > deadline:
-                raise InUseError(f"Another process is training in {folder}; wait for it or stop it first.")
-            time.sleep(0.05)
-        file.seek(0)
-        file.truncate()
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
-        yield

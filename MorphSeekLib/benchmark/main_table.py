@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from ..app.runs import locked, seconds_per_iteration, train_stage
+from ..app.runs import seconds_per_iteration, train_stage
 from ..app.settings_file import load
 from ..backbones.spac import SPACSettings
 from ..data.datasets import Dataset, load_dataset
@@ -41,6 +41,7 @@ from ..networks.policy import ModelSettings
 from ..protocol.errors import InUseError, MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.options import FitOptions, RegistrationOptions
+from ..protocol.run_folder import locked
 from ..protocol.settings import from_dict, override, to_dict, to_json
 from ..protocol.startup import BUNDLED, find
 from ..registration.alignment import align

@@ -20,12 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from ..protocol.errors import MorphSeekError
+from ..protocol.lock import try_lock
 from ..protocol.startup import shown
-
-if os.name == "nt":
-    import msvcrt
-else:
-    import fcntl
 
 _PART = ".morphseek-"
 _LOCK = ".lock"
@@ -60,19 +56,6 @@ def linked(path: Path, ending: str) -> Iterator[str]:
         except OSError:  # Windows, without the right to
             shutil.copyfile(path, other)
         yield library_name(other)
-
-
-def try_lock(file: IO) -> bool:
-    """Take the lock of an open file if no other process holds it; the system frees it when the file is closed."""
-    try:
-        if os.name == "nt":
-            file.seek(1 << 20)  # beyond the text: on Windows nobody else can read what is locked
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def test_a_name_in_utf8_is_opened_in_the_c_locale(tmp_path):
     folder.mkdir()
     sitk.WriteImage(sitk.GetImageFromArray(np.arange(60).reshape(3, 4, 5)), str(folder / "\u00e9.nii"))
     program = (
-        "import os, sys\nfrom MorphSeekLib import images\npath = sys.argv[1]\n"
+        "import os, sys\nfrom MorphSeekLib.io import images\npath = sys.argv[1]\n"
         "image = images.read_image(path)\nimages.write_image(image, path[:-4] + '2.nii.gz')\n"
         "print(image.grid.shape)"
     )

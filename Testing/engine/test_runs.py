@@ -16,10 +16,11 @@ from cases import write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MorphSeekLib.app.runs import locked, planned_iterations, run
+from MorphSeekLib.app.runs import planned_iterations, run
 from MorphSeekLib.networks import model_file as checkpoint
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.run_folder import locked
 
 MODEL = {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "norm": "instance", "flow_stride": 2}}
 WARMUP = {
@@ -202,7 +203,8 @@ def test_no_run_in_a_folder(tmp_path):
 def test_two_processes_never_train_in_one_folder(dataset, tmp_path):
     folder = make(tmp_path / "run", dataset)
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from MorphSeekLib.app.runs import locked\n"
+        [sys.executable, "-c", "import sys, time; from pathlib import Path\n"
+         "from MorphSeekLib.protocol.run_folder import locked\n"
          "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(folder)],
         stdout=subprocess.PIPE,
     )  # fmt: skip

@@ -1,0 +1,107 @@
+"""A training as a folder: what the panel starts, watches, stops and finds again, and anyone with a file manager can.
+
+| file in the folder | what it is |
+|---|---|
+| run.json | what is wanted: :class:`MorphSeekLib.app.runs.RunSettings` |
+| warmup.json, finetune.json | the settings of each stage as they were used, for `morphseek warmup` or `finetune` |
+| warmup.safetensors, finetune.safetensors | the stages' models, with .jsonl (curves), .log (TensorBoard), .state |
+| start.json, result.json | figures on the held-out pairs, before and after |
+| status.json | where it stands: :class:`Status` |
+| lock | held by the process that trains, with its number and computer |
+| stop | made by whoever wants the run to stop; its state is kept |
+| keep | lets the run go on when its standard input, which its starter holds, is closed |
+| log.txt | what the process printed |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InUseError
+from .lock import try_lock
+
+SETTINGS, STATUS, LOCK, STOP, KEEP, LOG = "run.json", "status.json", "lock", "stop", "keep", "log.txt"
+STAGES = ("warmup", "finetune")
+
+
+@dataclass
+class Status:
+    """status.json: where a run stands.
+
+    Attributes:
+        state: "running", "stopped", "failed" or "done"; "running" without a held lock is a run that was killed.
+        stage: one of STAGES, "evaluate", or "" before the first.
+        fraction: share of the whole run that is done, 0 to 1.
+        message: a sentence for the user; of a failed run, what is wrong and what to do.
+        held_out: when done, the figures before and after on the held-out pairs.
+        model: when done, the finished model's file.
+    """
+
+    state: str = "running"
+    stage: str = ""
+    fraction: float = 0.0
+    message: str = ""
+    held_out: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+
+def curves_file(folder: Path, stage: str) -> Path:
+    """Return the file of a stage's figures, a line of JSON an iteration."""
+    return folder / f"{stage}.safetensors.jsonl"
+
+
+@contextmanager
+def locked(folder: Path, patience: float = 2.0) -> Iterator[None]:
+    """Hold a run's folder: no other process trains in it meanwhile.
+
+    Args:
+        folder: the run's.
+        patience: seconds; on Windows whoever only asks whether the lock is held holds it for a moment.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience
+        while not try_lock(file):
+            if time.monotonic() > deadline:
+                raise InUseError(f"Another process is training in {folder}; wait for it or stop it first.")
+            time.sleep(0.05)
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process holds a run's folder; asking disturbs nobody."""
+    path = folder / LOCK
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with open(path, "r+", encoding="utf-8") as file:
+                return not try_lock(file, shared=True)
+    return False
+
+
+def holder(folder: Path) -> dict[str, Any]:
+    """Return who holds a run's folder, or held it last: "pid" and "host"; empty where nobody did."""
+    return read_json(folder / LOCK)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if it cannot be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
