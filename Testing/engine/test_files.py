@@ -27,7 +27,7 @@ WRITERS = {
 def start(kind: str, folder: Path) -> subprocess.Popen:
     """A process that is in the middle of writing into a folder."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom MorphSeekLib import files\npath = Path(sys.argv[1])\n"
+        "import sys, time\nfrom pathlib import Path\nfrom MorphSeekLib.io import files\npath = Path(sys.argv[1])\n"
         f"def wait():\n    print('writing', flush=True)\n    time.sleep(600)\n{WRITERS[kind]}"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE)
