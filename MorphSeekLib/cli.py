@@ -27,8 +27,10 @@ from .errors import Cancelled, MorphSeekError
 from .events import Event, OnEvent
 from .settings import read_values
 from .startup import (
+    Kind,
     check_alignment,
     check_device,
+    check_iterations,
     check_model,
     check_output_file,
     check_output_folder,
@@ -36,6 +38,7 @@ from .startup import (
     check_run,
     check_steps,
     check_threads,
+    find,
     shown,
     wait_passively,
 )
@@ -80,10 +83,17 @@ RefineBy = Annotated[
     typer.Option(help="Similarity that --refine raises: lncc or mse (one modality), or mind (two modalities)."),
 ]
 Config = Annotated[
-    Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.", show_default="built-in settings")
+    str | None,
+    typer.Option(
+        help="Settings: a recipe's name (a wrong one lists all), or a TOML or JSON file.",
+        show_default="built-in settings",
+    ),
 ]
 FirstLabels = Annotated[
     int | None, typer.Option(help="Use only the first N labeled cases.", show_default="all", metavar="N")
+]
+Iterations = Annotated[
+    int | None, typer.Option(help="Iterations of the training.", show_default="the settings'", metavar="N")
 ]
 NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetensors).")]
 
@@ -256,22 +266,25 @@ def warmup(
         str | None,
         typer.Option(help="A model of the same kind to start from: a name or a file.", show_default="random weights"),
     ] = None,
+    iterations: Iterations = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train a backbone with its policy head. Run the same command again to resume a run that was stopped."""
     with job() as (on_event, cancelled):
-        start = check_training(dataset, out, config, device, threads, init)
+        check_choices(device=device, threads=threads, iterations=iterations)
+        file = check_config(config, "recipe")
+        start = check_training(dataset, out, file, init)
 
         import dataclasses
 
         from .datasets import load_dataset
         from .devices import pick_device
-        from .settings import load
+        from .settings import load, override
         from .training import TrainingConfig
         from .training import warmup as run
 
-        settings = load(TrainingConfig, config)
+        settings = override(load(TrainingConfig, file), "training", iterations=iterations)
         if backbone is not None and backbone != settings.model.backbone:
             settings = dataclasses.replace(
                 settings, model=dataclasses.replace(settings.model, backbone=backbone, backbone_settings={})
@@ -295,6 +308,7 @@ def finetune(
         int | None, typer.Option(help="Trajectories J of each group.", show_default="the settings'")
     ] = None,
     labels: FirstLabels = None,
+    iterations: Iterations = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -303,7 +317,9 @@ def finetune(
     Under torchrun or SLURM all processes share the work.
     """
     with job() as (on_event, cancelled):
-        start = check_training(dataset, out, config, device, threads, init)
+        check_choices(device=device, threads=threads, iterations=iterations)
+        file = check_config(config, "recipe")
+        start = check_training(dataset, out, file, init)
 
         from .datasets import load_dataset
         from .devices import pick_device
@@ -312,8 +328,8 @@ def finetune(
         from .finetuning import finetune as run
         from .settings import load, override
 
-        settings = load(FinetuneConfig, config)
-        settings = override(settings, "training", steps=steps, labels=labels)
+        settings = load(FinetuneConfig, file)
+        settings = override(settings, "training", steps=steps, labels=labels, iterations=iterations)
         settings = override(settings, "policy", trajectories=trajectories)
         use_threads(threads)
         world = join(device)
@@ -331,6 +347,7 @@ def spac(
     out: NewModel,
     config: Config = None,
     labels: FirstLabels = None,
+    iterations: Iterations = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -339,7 +356,9 @@ def spac(
     Run the same command again to resume a run that was stopped.
     """
     with job() as (on_event, cancelled):
-        check_training(dataset, out, config, device, threads)
+        check_choices(device=device, threads=threads, iterations=iterations)
+        file = check_config(config, "recipe")
+        check_training(dataset, out, file)
 
         from .datasets import load_dataset
         from .devices import pick_device
@@ -347,7 +366,7 @@ def spac(
         from .settings import load, override
 
         use_threads(threads)
-        settings = override(load(SACConfig, config), "training", labels=labels)
+        settings = override(load(SACConfig, file), "training", labels=labels, iterations=iterations)
         where = pick_device(device)
         train_spac(load_dataset(dataset), settings, out, device=where, on_event=on_event, cancelled=cancelled)
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
@@ -477,7 +496,14 @@ def demo(
 Data = Annotated[Path, typer.Option(help="The folder that holds the data.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made when missing. Runs in it are not done again.")]
 Only = Annotated[str | None, typer.Option(help="Only these runs: TASK/METHOD/ARM, wildcards allowed, parts optional.")]
-Settings = Annotated[Path | None, typer.Option("--config", help="Other settings; see Resources/Benchmarks.")]
+Settings = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="Other settings: a benchmark's name (a wrong one lists all), or a TOML or JSON file.",
+        show_default="the benchmark's own",
+    ),
+]
 
 
 BENCHMARKS = {
@@ -498,13 +524,12 @@ def _add_benchmark(name: str, text: str) -> None:
             check_readable(data)
             check_choices(device=device)
             check_output_folder(out)
-            if config is not None:
-                read_values(config)
+            file = check_config(config, "benchmark")
 
             from .benchmark.main_table import MainTableSettings, main_table, shipped_settings
             from .settings import load
 
-            settings = shipped_settings(name) if config is None else load(MainTableSettings, config)
+            settings = shipped_settings(name) if file is None else load(MainTableSettings, file)
             main_table(settings, data, out, only=only, device=device, on_event=on_event, cancelled=cancelled)
         console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
 
@@ -566,6 +591,7 @@ def check_choices(
     threads: int | None = None,
     steps: int | None = None,
     align: str | None = None,
+    iterations: int | None = None,
 ) -> None:
     """Refuse a name or number that cannot be, before anything is imported or read for it; None was not given.
 
@@ -573,26 +599,35 @@ def check_choices(
         MorphSeekError: which of them, and what there is.
     """
     checks = (check_model, model), (check_device, device), (check_threads, threads)
-    for check_one, value in (*checks, (check_steps, steps), (check_alignment, align)):
+    checks += (check_steps, steps), (check_alignment, align), (check_iterations, iterations)
+    for check_one, value in checks:
         if value is not None:
             check_one(value)
 
 
-def check_training(
-    dataset: Path, out: Path, config: Path | None, device: str, threads: int | None, init: str | None = None
-) -> Path | None:
+def check_training(dataset: Path, out: Path, config: Path | None, init: str | None = None) -> Path | None:
     """Refuse what a training could not begin with; return the file of the model that it starts from.
 
     Raises:
-        MorphSeekError: a path, a name or a settings file that cannot be used.
+        MorphSeekError: a path or a name that cannot be used.
     """
     check_readable(dataset)
-    if config is not None:
-        read_values(config)
-    check_choices(device=device, threads=threads)
     start = None if init is None else check_model(init)
     check_output_file(out, ".safetensors", [dataset, config, start])
     return start
+
+
+def check_config(config: str | None, kind: Kind) -> Path | None:
+    """Return the file of the settings that a name or a path means; None where none were asked for.
+
+    Raises:
+        MorphSeekError: there is none, or it cannot be read.
+    """
+    if config is None:
+        return None
+    file = find(config, kind)
+    read_values(file)
+    return file
 
 
 def use_threads(threads: int | None) -> None:

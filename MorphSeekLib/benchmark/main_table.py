@@ -48,14 +48,13 @@ from ..report import RegistrationPictures, draw_sheets
 from ..runs import locked, seconds_per_iteration, train_stage
 from ..sac import SACConfig
 from ..settings import from_dict, load, override, to_dict, to_json
-from ..startup import BUNDLED, find
+from ..startup import bundled, find
 from ..training import TrainingConfig, state_file
 from .classical import CLASSICAL
 from .published import PUBLISHED
 from .scoring import Method, measure
 from .table import write_report
 
-SETTINGS = BUNDLED.parent / "Benchmarks"
 TEST = "registration_test"
 ALIGNMENTS = ("none", "affine")
 FEWEST = 10
@@ -177,15 +176,15 @@ class MainTableSettings:
 
 
 def shipped_settings(name: str) -> MainTableSettings:
-    """A benchmark's own settings: the file of its name, or the task of its name in paper.toml.
+    """Return a benchmark's own settings: the file of its name, or the task of its name in paper.toml.
 
     Raises:
         MorphSeekError: the file cannot be read.
     """
-    path = SETTINGS / f"{name}.toml"
-    if path.is_file():
-        return load(MainTableSettings, path)
-    paper = load(MainTableSettings, SETTINGS / "paper.toml")
+    files = bundled("benchmark")
+    if name in files:
+        return load(MainTableSettings, files[name])
+    paper = load(MainTableSettings, find("paper", "benchmark"))
     return dataclasses.replace(paper, tasks={name: paper.tasks[name]})
 
 

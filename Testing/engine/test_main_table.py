@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from MorphSeekLib.backbones.voxelmorph import VXM_HUGE, VoxelMorphSettings
 from MorphSeekLib.benchmark.main_table import (
-    SETTINGS,
     MainTableSettings,
     main_table,
     run_list,
@@ -34,6 +33,7 @@ from MorphSeekLib.cli import app
 from MorphSeekLib.errors import Cancelled, MorphSeekError
 from MorphSeekLib.policy import RegistrationModel
 from MorphSeekLib.settings import from_dict, load
+from MorphSeekLib.startup import bundled
 
 BLOBS = {
     "title": "A table of blobs",
@@ -373,7 +373,7 @@ def test_the_command_line_refuses_in_a_sentence(data, tmp_path):
     options = ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]
     for more, words in (
         (["--only", "lungs"], "No run matches 'lungs'"),
-        (["--config", str(tmp_path / "no.toml")], "cannot be read"),
+        (["--config", str(tmp_path / "no.toml")], "There are no settings"),
         ([], "hippocampus/dataset.json"),
     ):
         found = CliRunner().invoke(app, ["benchmark", "main-table", *options, *more], catch_exceptions=False)
@@ -493,7 +493,7 @@ PAPER_SIZES = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(SETTINGS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", bundled("benchmark").values(), ids=lambda path: path.stem)
 def test_shipped_settings_load_and_their_networks_can_be_built(path):
     settings = load(MainTableSettings, path)
     runs = run_list(settings)

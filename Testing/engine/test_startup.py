@@ -20,7 +20,14 @@ from MorphSeekLib.errors import MorphSeekError
 from MorphSeekLib.geometry import Volume
 from MorphSeekLib.images import write_image
 from MorphSeekLib.registration import register
-from MorphSeekLib.startup import check_output_file, check_output_folder, read_header, wait_passively
+from MorphSeekLib.startup import (
+    bundled,
+    check_output_file,
+    check_output_folder,
+    find,
+    read_header,
+    wait_passively,
+)
 
 HEAVY = ("torch", "numpy", "SimpleITK", "scipy", "matplotlib")
 COMMANDS = """
@@ -72,6 +79,10 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
         (["warmup", "gone", *out], "gone does not exist"),
         (["warmup", data, "--out", "model.pt"], "the ending .safetensors"),
         (["warmup", data, *out, "--config", str(here / "bad.toml")], "is not valid TOML"),
+        (["warmup", data, *out, "--config", "hippocampos"], "no settings 'hippocampos': give a bundled name (brain-mr"),
+        (["finetune", data, *out, "--init", "brain-mr", "--config", "gone.toml"], "no settings 'gone.toml'"),
+        (["spac", data, *out, "--config", "gone.json"], "no settings 'gone.json'"),
+        (["warmup", data, *out, "--iterations", "0"], "choose 1 or more"),
         (["warmup", data, *out, "--init", "brain-xr"], "no model 'brain-xr'"),
         (["finetune", data, *out, "--init", "brain-xr"], "no model 'brain-xr'"),
         (["finetune", data, *out, "--init", "brain-mr", "--threads", "0"], "choose 1 or more"),
@@ -81,6 +92,10 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
         (["info", "brain-xr"], "no model 'brain-xr'"),
         (["demo", "-o", good], "is a file"),
         (["benchmark", "main-table", "--data", "gone", "--out", "o"], "gone does not exist"),
+        (
+            ["benchmark", "lits", "--data", data, "--out", str(here / "out"), "--config", "x"],
+            "(main-table, native-brains",
+        ),
     ]
     commands = [arguments for arguments, _ in wanted]
     script = [sys.executable, "-c", COMMANDS, json.dumps(commands), json.dumps(HEAVY)]
@@ -90,6 +105,18 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
         assert (code, heavy) == (2, []), (arguments, sentence, heavy)
         assert words in sentence, arguments
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "recipe", "benchmark"])
+def test_a_bundled_name_is_found_before_a_file_and_a_path_is_found_as_it_is(kind, tmp_path, monkeypatch):
+    name, file = next(iter(bundled(kind).items()))
+    monkeypatch.chdir(tmp_path)
+    Path(name).touch()
+    assert find(name, kind) == file
+    Path("mine").touch()
+    assert find("mine", kind) == Path("mine")
+    with pytest.raises(MorphSeekError, match=rf"There (is|are) no \w+ 'gone': give a bundled name \({name}"):
+        find("gone", kind)
 
 
 @pytest.mark.parametrize("command", [["MorphSeekLib.cli", "info", "brain-mr"], ["MorphSeekLib.worker"]])
