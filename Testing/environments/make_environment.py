@@ -2,6 +2,8 @@
 
     python Testing/environments/make_environment.py Testing/environments/slicer-python-5.12.3.txt FOLDER
 
+The Python is the one that runs this file. (Slicer's is 3.12; PyPI's PyTorch for it may bring several GB of CUDA.)
+
 It installs as MorphSeekGui/dependencies.py does, with every package that is already there held at its version, and ends
 with an error where a package that Slicer ships is left at another version than Slicer's.
 """
