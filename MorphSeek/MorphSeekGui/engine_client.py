@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class EngineClient:
         python: the Python that runs the engine; by default Slicer's own, or the running one outside Slicer.
         command: the whole command line instead, for tests and for an engine elsewhere (say, through ssh).
         on_log: called with each line that the worker logs, while polling.
+        environment: variables that the process gets; by default those of this process.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class EngineClient:
         python: str | os.PathLike | None = None,
         command: Sequence[str] | None = None,
         on_log: Callable[[str], None] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        self._environment = environment
         self._command = list(command) if command else [str(python or default_python()), "-m", "MorphSeekLib.worker"]
         self._on_log = on_log
         self._process: subprocess.Popen | None = None
@@ -218,7 +222,7 @@ class EngineClient:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                **process_of_its_own(),
+                **process_of_its_own(self._environment),
             )
         except OSError as problem:
             raise EngineDied(
@@ -284,8 +288,8 @@ class EngineClient:
                 "smaller or cropped images."
             )
         else:
-            text = f"The engine stopped unexpectedly (exit code {code}); its log says why"
-            text += f": {self.log[-1].strip()}" if self.log else " nothing, please report this."
+            text = f"The engine stopped unexpectedly (exit code {code}); its log says: "
+            text += last_words(self.log) or "nothing, please report this."
         self._fail_pending(text)
 
     def _fail_pending(self, text: str) -> None:
@@ -333,13 +337,18 @@ def default_python() -> str:
     return shutil.which("PythonSlicer") or sys.executable
 
 
-def process_of_its_own() -> dict:
-    """Arguments of subprocess.Popen for a process of the engine: it finds MorphSeekLib, and has a group of its own.
+def process_of_its_own(environment: Mapping[str, str] | None = None) -> dict:
+    """Return the arguments of subprocess.Popen for a process of the engine.
 
-    So the whole tree can be ended (Slicer's PythonSlicer is a launcher with a child), and neither Slicer's end nor a
-    Ctrl+C in its terminal reaches it.
+    It finds MorphSeekLib, and has a group of its own: the whole tree can be ended (Slicer's PythonSlicer is a launcher
+    with a child), and neither Slicer's end nor a Ctrl+C in its terminal reaches it.
+
+    Args:
+        environment: the variables it gets; by default those of this process. Slicer's launcher has set PYTHONHOME,
+            PYTHONPATH and LD_LIBRARY_PATH there, with which no Python but Slicer's own can run.
     """
-    environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    environment = dict(os.environ if environment is None else environment)
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     root = engine_root()
     if root is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
@@ -347,6 +356,33 @@ def process_of_its_own() -> dict:
         flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
         return {"env": environment, "creationflags": flags}
     return {"env": environment, "start_new_session": True}
+
+
+# what Python, its fault handler and its libraries write after the reason
+_AFTERWORDS = re.compile(
+    r"\s|<no Python frame>|(Current thread|Thread) 0x|Extension modules:|Python runtime state:|\S+:\d+: \w*Warning:"
+)
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: .+)?$")
+
+
+def last_words(log: Iterable[str]) -> str:
+    """Return the line of a process's log that says why it ended; "" when the log is empty.
+
+    That is seldom the last one: Python writes its state after a fatal error, an exception's text may have many lines,
+    and libraries warn while they are unloaded.
+    """
+    lines = [line.rstrip() for line in log if line.strip()]
+    fatal = next((n for n, line in enumerate(lines) if line.startswith("Fatal Python error: ")), None)
+    if fatal is not None:
+        causes = (line for line in lines[fatal + 1 :] if not _AFTERWORDS.match(line) and _EXCEPTION.match(line))
+        return "; ".join([lines[fatal], *list(causes)[:1]])
+    trace = max((n for n, line in enumerate(lines) if line.startswith("Traceback (most recent")), default=None)
+    if trace is not None:
+        raised = next((line for line in lines[trace + 1 :] if not line[0].isspace()), None)
+        if raised is not None:
+            return raised
+    told = (line.strip() for line in reversed(lines) if not _AFTERWORDS.match(line))
+    return next(told, lines[-1].strip() if lines else "")
 
 
 def engine_root() -> Path | None:
@@ -359,17 +395,20 @@ _shared: EngineClient | None = None
 _shared_python = ""
 
 
-def shared_client(python: str | os.PathLike = "") -> EngineClient:
-    """The one engine of this application, which ends with it.
+def shared_client(
+    python: str | os.PathLike = "", environment: Callable[[], Mapping[str, str] | None] = lambda: None
+) -> EngineClient:
+    """Return the one engine of this application, which ends with it.
 
     Args:
         python: the Python that runs it, empty for Slicer's own; another one than before ends the engine and starts a
             new one.
+        environment: returns the variables for that Python, see :func:`process_of_its_own`; asked for a new engine.
     """
     global _shared, _shared_python
     if _shared is None or str(python) != _shared_python:
         close_shared_client()
-        _shared, _shared_python = EngineClient(python or None), str(python)
+        _shared, _shared_python = EngineClient(python or None, environment=environment()), str(python)
     return _shared
 
 

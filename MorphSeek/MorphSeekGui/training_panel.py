@@ -247,7 +247,7 @@ class TrainingPanel:
 
     def _ask_engine(self, dataset: str) -> None:
         if self._client is None:
-            self._client = EngineClient(self._python())
+            self._client = EngineClient(self._python(), environment=self.logic.engine_environment())
         if self._hello is None or self._hello.error is not None:
             self._hello = self._client.request("hello")
         self._say(_("Starting the engine"))
@@ -499,7 +499,7 @@ class TrainingPanel:
             if self._exported is not None:
                 Path(self._exported.name).chmod(0o755)
                 shutil.copytree(self._exported.name, run.folder / "cases")
-            run.start(keep=bool(self.ui.keepCheck.checked), python=self._python())
+            run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
         except (InputError, RunError, OSError) as problem:
             shutil.rmtree(run.folder, ignore_errors=True)
             self._say_status(str(problem), True)
@@ -528,7 +528,7 @@ class TrainingPanel:
         if self.run is None:
             return
         try:
-            self.run.start(keep=bool(self.ui.keepCheck.checked), python=self._python())
+            self.run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
         except (InputError, RunError, OSError) as problem:
             self._say_status(str(problem), True)
             return

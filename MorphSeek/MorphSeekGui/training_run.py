@@ -22,11 +22,11 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .engine_client import default_python, process_of_its_own
+from .engine_client import default_python, last_words, process_of_its_own
 
 try:
     import fcntl
@@ -80,6 +80,7 @@ class TrainingRun:
         self.folder = Path(folder)
         self._process: subprocess.Popen | None = None
         self._started = 0.0
+        self._log_begin = 0  # of what the process that was started last wrote into log.txt
         self._curves = {stage: _Lines(self.folder / f"{stage}.safetensors.jsonl") for stage in STAGES}
 
     @property
@@ -93,13 +94,20 @@ class TrainingRun:
 
     # ------------------------------------------------------------------------------------------------- the process
 
-    def start(self, keep: bool = False, python: str | None = None, command: Sequence[str] | None = None) -> None:
+    def start(
+        self,
+        keep: bool = False,
+        python: str | None = None,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start it, or go on where it was stopped.
 
         Args:
             keep: let it go on when Slicer is closed; see :meth:`keep`.
             python: the Python with the engine; Slicer's own by default.
             command: what to run instead of the engine's `morphseek`, for tests.
+            environment: the variables for that Python, see :func:`process_of_its_own`.
 
         Raises:
             RunError: it runs already, or no process can be started.
@@ -112,13 +120,14 @@ class TrainingRun:
         command = list(command or [str(python or default_python()), "-m", "MorphSeekLib.cli"])
         try:
             with open(self.folder / "log.txt", "ab") as log:
+                self._log_begin = log.tell()
                 self._process = subprocess.Popen(
                     [*command, "train", str(self.folder), "--while-open"],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
                     cwd=self.folder,
-                    **process_of_its_own(),
+                    **process_of_its_own(environment),
                 )
         except OSError as problem:
             raise RunError(
@@ -211,7 +220,7 @@ class TrainingRun:
             # the first lock is not taken yet, or the last word not written yet
             status.state, status.message = "starting", "Starting the engine"
         elif self._process is not None and code not in (None, 0) and not values:
-            status.state, status.message = "failed", _why(self.log())
+            status.state, status.message = "failed", _why(self.log(begin=self._log_begin))
         elif values or self._begun():
             status.state = "interrupted"
             status.message = "It was interrupted; Resume goes on from the last state it saved."
@@ -221,11 +230,11 @@ class TrainingRun:
         """A row of figures per iteration; what was read before is not read again."""
         return self._curves[stage].read()
 
-    def log(self, lines: int = 40) -> list[str]:
-        """The end of its log."""
+    def log(self, lines: int = 40, begin: int = 0) -> list[str]:
+        """Return the end of its log, not further back than the byte ``begin``."""
         try:
             with open(self.folder / "log.txt", "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 200 * lines))
+                file.seek(max(begin, file.seek(0, os.SEEK_END) - 200 * lines))
                 return file.read().decode("utf-8", "replace").splitlines()[-lines:]
         except OSError:
             return []
@@ -300,8 +309,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _why(log: list[str]) -> str:
-    last = next((line.strip() for line in reversed(log) if line.strip()), "nothing")
-    return f"The training could not begin; its log says: {last}"
+    return f"The training could not begin; its log says: {last_words(log) or 'nothing'}"
 
 
 def _try_lock(file) -> bool:

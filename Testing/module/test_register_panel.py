@@ -20,6 +20,8 @@ from MorphSeekGui.scene import InputError
 
 from MorphSeekLib import geometry
 
+FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
+
 
 @pytest.fixture
 def panel(module, monkeypatch):
@@ -358,6 +360,14 @@ def test_devices_are_asked_of_the_engine(stand_in, panel, ui):
     stand_in.wait(lambda: any("threads" in ui.deviceSelector.itemText(n) for n in range(ui.deviceSelector.count)))
     ui.deviceSelector.currentIndex = ui.deviceSelector.count - 1
     assert panel.logic.getParameterNode().device == "cpu"
+
+
+def test_a_python_of_ones_own_runs_the_engine(stand_in, panel, ui):
+    """It gets none of the variables that Slicer's launcher sets for Slicer's own."""
+    stand_in.wait(lambda: panel._hello is None)
+    ui.enginePythonEdit.currentPath = FOREIGN_PYTHON
+    assert slicer.util.settingsValue("MorphSeek/EnginePython", "") == FOREIGN_PYTHON
+    assert panel.logic.client().call("hello")["devices"]
 
 
 def test_threads_are_kept_and_go_to_the_engine(stand_in, module, panel, ui, pair):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Annotated
 
 import pytest
@@ -13,6 +16,8 @@ pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essent
 
 import slicer
 import slicer.util
+
+FOREIGN_PYTHON = sys.executable  # before a test is launched by Slicer's launcher
 
 
 @pytest.fixture
@@ -272,3 +277,21 @@ def test_slicer_util_is_slicers_own(stand_in, mrml):
     assert slicer.util.settingsValue("nothing", 3) == 3
     assert slicer.app.applicationName == "Slicer"
     assert pathlib.Path(slicer.util.tempDirectory()).is_dir()
+
+
+# Slicer's launcher: SlicerLauncherSettings.ini sets these for all below it; qSlicerCoreApplication::startupEnvironment
+def test_no_python_but_slicers_own_runs_in_slicers_environment(stand_in):
+    from MorphSeekGui.engine_client import default_python
+
+    def run(python: str, environment: dict | None = None):
+        return subprocess.run([python, "-c", "import numpy"], env=environment, capture_output=True, text=True)
+
+    other = FOREIGN_PYTHON
+    died = run(other)
+    assert died.returncode != 0
+    assert "Fatal Python error: init_fs_encoding" in died.stderr
+    without_home = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
+    assert "Slicer's numpy cannot be imported by another Python" in run(other, without_home).stderr
+    assert run(other, slicer.util.startupEnvironment()).returncode == 0
+    assert pathlib.Path(default_python()).is_relative_to(slicer.app.slicerHome)
+    assert run(default_python()).returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from MorphSeekLib.settings import from_dict
 from MorphSeekLib.training import TrainingConfig, warmup
 
 MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
+FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
 PICTURES = os.environ.get("MORPHSEEK_PICTURES")  # a folder: pictures of the states, to be looked at
 WARM = {
     "model": {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "flow_stride": 2}},
@@ -328,6 +330,17 @@ def test_a_failed_training_says_why(stand_in, panel, files, home):
     assert "cuda:42" in panel.ui.statusLabel.text
     assert "red" in panel.ui.statusLabel.styleSheet or "#be1414" in panel.ui.statusLabel.styleSheet
     assert "cuda:42" in panel.ui.logText.plainText
+
+
+def test_a_python_of_ones_own_checks_and_trains(stand_in, panel, files):
+    """It gets none of the variables that Slicer's launcher sets for Slicer's own."""
+    slicer.app.userSettings().setValue("MorphSeek/EnginePython", FOREIGN_PYTHON)
+    check(stand_in, panel, files / "cases")
+    assert "Cases to train on" in panel.ui.casesSummary.text
+    choose(panel, iterations=2)
+    panel.ui.startButton.click()
+    stand_in.wait(lambda: not panel.run.status().alive)
+    assert panel.run.status().state == "done", panel.run.log()
 
 
 def test_curves_go_into_the_plot_view(stand_in, panel, files, home):

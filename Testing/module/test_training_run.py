@@ -171,6 +171,12 @@ def test_what_cannot_start_says_why(make, tmp_path):
     until(lambda: not run.status().alive)
     assert run.status().state == "failed"
     assert "No module named 'no_such_library'" in run.status().message
+    fatal = "import sys; sys.stderr.write('Traceback (most recent call last):\\nOSError: no space\\n  of yesterday')"
+    run.start(command=[sys.executable, "-c", fatal])
+    until(lambda: not run.status().alive)
+    run.start(command=[sys.executable, "-c", "import sys; sys.exit('a word of its own')"])
+    until(lambda: not run.status().alive)
+    assert run.status().message.endswith("a word of its own"), "what an earlier process wrote is not its reason"
     run = make(init="brain-xr")
     run.start()
     until(lambda: not run.status().alive)
