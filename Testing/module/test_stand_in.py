@@ -195,6 +195,19 @@ def test_connections_of_the_ui_file_are_made(stand_in, tmp_path, mrml):
         load_ui(tmp_path, body, connection.replace("mrmlSceneChanged", "sceneChanged"))
 
 
+# ctkPathLineEdit.cpp, updateHasValidInput: seen in Slicer to speak of paths that exist, and of nothing else
+def test_a_path_that_does_not_exist_is_silent(ctk, tmp_path):
+    seen, valid = [], []
+    edit = ctk.ctkPathLineEdit()
+    edit.connect("currentPathChanged(QString)", seen.append)
+    edit.connect("validInputChanged(bool)", valid.append)
+    edit.currentPath = str(tmp_path)
+    edit.currentPath = str(tmp_path / "no such file")
+    edit.currentPath = ""
+    assert seen == [str(tmp_path)]
+    assert valid == [True, False]
+
+
 # qMRMLNodeComboBox.cxx and qMRMLSortFilterProxyModel.cxx
 def test_node_selector(stand_in, mrml):
     seen = []
