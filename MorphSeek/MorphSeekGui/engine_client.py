@@ -114,6 +114,11 @@ class EngineClient:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return bool(self._pending)
+
+    @property
     def pid(self) -> int | None:
         """The process's number, None before the first request."""
         return self._process.pid if self._process else None

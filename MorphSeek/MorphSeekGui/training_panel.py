@@ -6,8 +6,10 @@ Slicer started looks the same here as one's own. A timer looks into the folder w
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
@@ -26,6 +28,8 @@ from .training_run import STAGES, RunError, RunStatus, TrainingRun, create_run, 
 
 TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
 _POLL_MS = 1000
+_ENGINE_MS = 50  # how often the engine is asked what is new while it checks cases
+_MOMENT = 0.05  # seconds of copying, after which the window may answer
 _WIDEST_REMARK = 260  # pixels; a longer one is in its tool tip
 
 # settings that a network needs to train well from scratch, where they are not its defaults
@@ -88,7 +92,7 @@ class TrainingPanel:
         self._report: dict | None = None  # of the check, while it is true of what is chosen
         self._timer, self._check_timer = qt.QTimer(self.widget), qt.QTimer(self.widget)
         self._timer.setInterval(_POLL_MS)
-        self._check_timer.setInterval(50)
+        self._check_timer.setInterval(_ENGINE_MS)
         self._connect()
         self.ui.checkProgress.visible = False
         self.ui.casesTable.visible = False
@@ -150,8 +154,6 @@ class TrainingPanel:
         self._check_timer.stop()
         self._end_check()
         self._drop_export()
-        if self._client is not None:
-            self._client.close()
         for run in self._runs:
             run.release()
         self._runs = []
@@ -232,7 +234,8 @@ class TrainingPanel:
                 trainings.mkdir(parents=True, exist_ok=True)
                 self._exported = tempfile.TemporaryDirectory(prefix=".cases-", dir=trainings)
                 self._export = export_cases(cases, Path(self._exported.name), self._export_warnings.append)
-                self.ui.checkProgress.maximum = len(cases)
+                self.ui.checkProgress.maximum = 1000
+                self._check_timer.setInterval(0)
                 self._say(_("Copying the cases from the scene"))
             elif self.ui.casesFolder.directory in ("", "."):
                 raise InputError(_("Choose the folder with the cases first."))
@@ -246,11 +249,15 @@ class TrainingPanel:
         self._check_timer.start()
 
     def _ask_engine(self, dataset: str) -> None:
-        if self._client is None:
-            self._client = EngineClient(self._python(), environment=self.logic.engine_environment())
-        if self._hello is None or self._hello.error is not None:
-            self._hello = self._client.request("hello")
-        self._say(_("Starting the engine"))
+        self._python()  # refuses where there is no engine yet
+        client = self.logic.client()
+        if client is not self._client or self._hello is None or self._hello.error is not None:
+            self._hello = None  # a client of another engine than before has other answers
+        self._client = client
+        self._say(_("Waiting for the engine, which is still at work") if client.busy else _("Starting the engine"))
+        if self._hello is None:
+            self._hello = client.request("hello")
+        self._check_timer.setInterval(_ENGINE_MS)
         params = {"dataset": str(dataset), "labels": bool(self.ui.finetuneCheck.checked)}
         self._request = self._client.request("check", params, self._on_check_progress)
 
@@ -273,14 +280,9 @@ class TrainingPanel:
     def _go_on_checking(self) -> None:
         try:
             if self._export is not None:
-                try:
-                    name = next(self._export)
-                    self.ui.checkProgress.value += 1
-                    self._say(_("Copied {name}").format(name=name))
+                if self._copy_for_a_moment():
                     return
-                except StopIteration:
-                    self._export = None
-                    self._ask_engine(self._exported.name)
+                self._ask_engine(self._exported.name)
             self._client.poll()
             if not self._request.done:
                 return
@@ -297,6 +299,17 @@ class TrainingPanel:
         self._offer(self.ui.deviceBox, ["auto", *(d["name"] for d in self._hello.result.get("devices", []))])
         self._show_report(report)
 
+    def _copy_for_a_moment(self) -> bool:
+        """Write pieces of the cases of the scene for some hundredths of a second; return whether there are more."""
+        until = time.monotonic() + _MOMENT
+        for copied in self._export:
+            if time.monotonic() > until:
+                self.ui.checkProgress.value = round(1000 * copied.share)
+                self._say(_("Copying {name}").format(name=copied.name))
+                return True
+        self._export = None
+        return False
+
     def _offer(self, box, names: list[str]) -> None:
         """Put what the engine has into a box; what was chosen stays."""
         chosen = box.currentText
@@ -312,6 +325,8 @@ class TrainingPanel:
         self._check_timer.stop()
         if self._request is not None and not self._request.done:
             self._client.cancel(self._request)
+        if self._export is not None:
+            self._export.close()  # with the file that is half written
         self._export = self._request = None
         self.ui.checkButton.text = _("Check the cases")
         self.ui.checkProgress.visible = False
@@ -498,9 +513,11 @@ class TrainingPanel:
         try:
             if self._exported is not None:
                 Path(self._exported.name).chmod(0o755)
-                shutil.copytree(self._exported.name, run.folder / "cases")
+                os.replace(self._exported.name, run.folder / "cases")  # beside it, so that nothing is copied
             run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
         except (InputError, RunError, OSError) as problem:
+            if (run.folder / "cases").exists():
+                os.replace(run.folder / "cases", self._exported.name)
             shutil.rmtree(run.folder, ignore_errors=True)
             self._say_status(str(problem), True)
             return
