@@ -24,21 +24,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .faults import Fault, FaultError
+
 CANCELLED = -32800  # the code with which the worker answers a cancelled request
 _TAIL = 60  # lines of the worker's log that are kept
 _CANCEL_PATIENCE = 10.0  # seconds that a worker may take to give in before it is ended
 
 
-class EngineError(Exception):
-    """The engine could not do what was asked; the text is one sentence for the person.
+class EngineError(FaultError):
+    """The engine could not do what was asked: a fault of its process, or a sentence that it said itself.
 
     Attributes:
         code: JSON-RPC code, 0 when the process itself failed.
         details: traceback or the end of the engine's log, for those who want to know more; may be empty.
     """
 
-    def __init__(self, message: str, code: int = 0, details: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, told: Fault | str, code: int = 0, details: str = "", **values: object) -> None:
+        super().__init__(told, **values)
         self.code = code
         self.details = details
 
@@ -208,7 +210,7 @@ class EngineClient:
         except subprocess.TimeoutExpired:
             self._kill()
         self._take_leave()
-        self._fail_pending("The engine was closed before it had finished.")
+        self._fail_pending(Fault.ENGINE_CLOSED)
 
     def _take_leave(self) -> None:
         """After the process has ended: what it still said is heard, and whoever waits for it learns of its end."""
@@ -230,10 +232,8 @@ class EngineClient:
                 **process_of_its_own(self._environment),
             )
         except OSError as problem:
-            raise EngineDied(
-                f"The engine could not be started with '{self._command[0]}' ({problem.strerror or problem}); "
-                "check that this Python exists and may be run."
-            ) from problem
+            program, reason = self._command[0], problem.strerror or problem
+            raise EngineDied(Fault.ENGINE_NOT_STARTED, program=program, reason=reason) from problem
         self.log.clear()
         self._inbox = queue.SimpleQueue()
         self._readers = [
@@ -287,23 +287,21 @@ class EngineClient:
                 _, line = self._inbox.get_nowait()
                 if line is not None:
                     self._keep(line)
+        reason = last_words(self.log)
         if code in (-9, 137):  # SIGKILL: what Linux does when memory runs out
-            text = (
-                "The engine was killed, most likely because memory ran out; close other programs, or register "
-                "smaller or cropped images."
-            )
+            self._fail_pending(Fault.ENGINE_KILLED)
+        elif reason:
+            self._fail_pending(Fault.ENGINE_DIED, exit_code=code, reason=reason)
         else:
-            text = f"The engine stopped unexpectedly (exit code {code}); its log says: "
-            text += last_words(self.log) or "nothing, please report this."
-        self._fail_pending(text)
+            self._fail_pending(Fault.ENGINE_DIED_SILENTLY, exit_code=code)
 
-    def _fail_pending(self, text: str) -> None:
+    def _fail_pending(self, fault: Fault, **values: object) -> None:
         details = "\n".join(self.log)
         for request in self._pending.values():
             if request.cancelled_at is None:
-                request.error = EngineDied(text, details=details)
+                request.error = EngineDied(fault, 0, details, **values)
             else:
-                request.error = EngineCancelled("Cancelled.", CANCELLED, details)
+                request.error = EngineCancelled(Fault.CANCELLED, CANCELLED, details)
             request.done = True
         self._pending.clear()
 
@@ -448,5 +446,5 @@ def _error(error: dict) -> EngineError:
     code, text, data = error.get("code", 0), str(error.get("message", "")), error.get("data")
     details = data if isinstance(data, str) else json.dumps(data) if data else ""
     if code == CANCELLED:
-        return EngineCancelled("Cancelled.", code, details)
-    return EngineError(text or "The engine failed without saying why.", code, details)
+        return EngineCancelled(Fault.CANCELLED, code, details)
+    return EngineError(text or Fault.ENGINE_SAID_NOTHING, code, details)

@@ -19,6 +19,7 @@ from slicer.util import VTKObservationMixin
 from . import quality, scene
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
+from .messages import sentence
 from .scene import InputError, RegistrationNodes, _
 from .views import ResultViews
 
@@ -288,7 +289,7 @@ class InspectPanel(VTKObservationMixin):
         except InputError as problem:
             _set_silently(self._layer_buttons[name], False)
             self._draw_layer(name, False)
-            self._say(str(problem))
+            self._say(sentence(problem))
             return
         if on and self._layer not in (None, name):
             _set_silently(self._layer_buttons[self._layer], False)
@@ -365,7 +366,7 @@ class InspectPanel(VTKObservationMixin):
                 self._views.grid(switch.checked, self.ui.gridSpacingSlider.value, in_3d=in_3d)
         except InputError as problem:
             _set_silently(switch, False)
-            self._say(str(problem))
+            self._say(sentence(problem))
         self._show_controls()
 
     def _draw_folding(self) -> None:
@@ -400,7 +401,7 @@ class InspectPanel(VTKObservationMixin):
             text = self.ui.figuresTable.item(row, column).text()
             limits = self._limits | {figure.key: quality.edited_limits(figure, self._limits[figure.key], name, text)}
         except ValueError as problem:
-            self._say(str(problem))
+            self._say(sentence(problem))
             limits = self._limits  # the table shows what holds
         self._set_limits(limits)
 
@@ -419,14 +420,14 @@ class InspectPanel(VTKObservationMixin):
         try:
             job = prepare(self._nodes, ui.folderButton.directory, [name for name, box in boxes.items() if box.checked])
         except InputError as problem:
-            ui.exportLabel.text = escape(str(problem))
+            ui.exportLabel.text = escape(sentence(problem))
             return
         try:
             client = self._logic.client()
             request = client.request("export", job.params, self._show_progress)
         except EngineError as problem:
             job.discard()
-            ui.exportLabel.text = escape(str(problem))
+            ui.exportLabel.text = escape(sentence(problem))
             return
         qt.QSettings().setValue(FOLDER_SETTING, ui.folderButton.directory)
         self._export = job, client, request
@@ -448,7 +449,7 @@ class InspectPanel(VTKObservationMixin):
         except EngineCancelled:
             self.ui.exportLabel.text = _("Cancelled; no file was written.")
         except EngineError as problem:
-            self.ui.exportLabel.text = escape(str(problem))
+            self.ui.exportLabel.text = escape(sentence(problem))
             self.ui.exportLabel.toolTip = problem.details
         else:
             opened = job.output / "report.html" if "report.html" in files else job.output

@@ -19,6 +19,7 @@ from slicer.util import VTKObservationMixin
 
 from . import dependencies, models, quality
 from .engine_client import EngineCancelled, EngineError
+from .messages import sentence
 from .parameters import Fit
 from .registration import Run, prepare
 from .scene import Image, InputError, RegistrationNodes, _
@@ -224,7 +225,7 @@ class RegisterPanel(VTKObservationMixin):
             self._what_runs = self._what()
             self._run = Run(job, self.logic.client(), self._hear, self._picture)
         except (InputError, EngineError) as problem:
-            self._fail(str(problem))
+            self._fail(sentence(problem))
             return
         self._started = time.monotonic()
         self._timer.start()
@@ -276,7 +277,7 @@ class RegisterPanel(VTKObservationMixin):
             self._status(_("Cancelled; the scene is as it was."))
         except (InputError, EngineError) as problem:
             self._undo()
-            self._fail(str(problem), getattr(problem, "details", ""))
+            self._fail(sentence(problem), getattr(problem, "details", ""))
         else:
             if self._steps is not None:
                 self._steps.keep()
@@ -444,7 +445,7 @@ class RegisterPanel(VTKObservationMixin):
         try:
             self._hello = self.logic.client().request("hello")
         except EngineError as problem:
-            self._fail(str(problem))
+            self._fail(sentence(problem))
             return
         self._timer.start()
 
@@ -453,7 +454,7 @@ class RegisterPanel(VTKObservationMixin):
         try:
             self._devices = hello.value()["devices"]
         except EngineError as problem:
-            self._fail(str(problem), problem.details)
+            self._fail(sentence(problem), problem.details)
             return
         self._show_devices(self._devices)
 
@@ -517,7 +518,7 @@ class RegisterPanel(VTKObservationMixin):
         if isinstance(problem, dependencies.Declined):
             self._status(_("Nothing was installed. MorphSeek can register as soon as its packages are there."))
         elif problem is not None:
-            self._fail(str(problem))
+            self._fail(sentence(problem))
         else:
             self._status(_("All packages are installed."))
             self.logic.close_engine()

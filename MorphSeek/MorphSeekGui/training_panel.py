@@ -20,6 +20,8 @@ import slicer.util
 
 from . import dependencies, models
 from .engine_client import EngineCancelled, EngineClient, EngineError
+from .faults import Fault
+from .messages import fault_sentence, sentence
 from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
@@ -244,7 +246,7 @@ class TrainingPanel:
         except (InputError, EngineError, OSError) as problem:
             self._end_check()
             self._drop_export()
-            self._say(str(problem), bad=True)
+            self._say(sentence(problem), bad=True)
             return
         self._check_timer.start()
 
@@ -292,7 +294,7 @@ class TrainingPanel:
         except (InputError, EngineError, OSError) as problem:
             self._end_check()
             self._drop_export()
-            self._say(str(problem), bad=True)
+            self._say(sentence(problem), bad=True)
             return
         self._end_check()
         self._offer(self.ui.backboneBox, self._hello.result.get("backbones", []))
@@ -508,7 +510,7 @@ class TrainingPanel:
         try:
             run = create_run(trainings_folder(), settings)
         except RunError as problem:
-            self._say_status(str(problem), True)
+            self._say_status(sentence(problem), True)
             return
         try:
             if self._exported is not None:
@@ -519,7 +521,7 @@ class TrainingPanel:
             if (run.folder / "cases").exists():
                 os.replace(run.folder / "cases", self._exported.name)
             shutil.rmtree(run.folder, ignore_errors=True)
-            self._say_status(str(problem), True)
+            self._say_status(sentence(problem), True)
             return
         self._runs.insert(0, run)
         self._list_runs(run)
@@ -536,7 +538,7 @@ class TrainingPanel:
             else:
                 self.run.stop()
         except (InputError, RunError, OSError) as problem:
-            self._say_status(str(problem), True)
+            self._say_status(sentence(problem), True)
             return
         self.refresh()
 
@@ -547,7 +549,7 @@ class TrainingPanel:
         try:
             self.run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
         except (InputError, RunError, OSError) as problem:
-            self._say_status(str(problem), True)
+            self._say_status(sentence(problem), True)
             return
         self.refresh()
 
@@ -703,8 +705,18 @@ def _sentence(status: RunStatus) -> str:
         return _("Stopping: the iteration under way is finished first. {message}").format(message=status.message)
     if status.state == "done":
         return _("Done. The model '{name}' is in the list of models.").format(name=Path(status.model).stem)
-    if status.state == "new":
-        return _("Not started yet.")
+    if status.state == "failed" and not status.message:
+        if status.last_words:
+            return fault_sentence(Fault.RUN_NOT_BEGUN, reason=status.last_words)
+        return fault_sentence(Fault.RUN_NOT_BEGUN_SILENTLY)
+    states = {
+        "new": _("Not started yet."),
+        "starting": _("Starting the engine"),
+        "stopped": _("Stopped; it can be resumed."),
+        "interrupted": _("It was interrupted; Resume goes on from the last state it saved."),
+    }
+    if status.state in states:
+        return states[status.state]
     stages = {"warmup": _("Warm-up"), "finetune": _("Fine-tuning"), "evaluate": _("Figures")}
     if status.state == "running" and status.stage in stages:
         return f"{stages[status.stage]}: {status.message}"
