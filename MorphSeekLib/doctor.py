@@ -63,8 +63,8 @@ _SUFFIXES = (
 )
 _ENDINGS = "|".join(map(re.escape, sorted(_SUFFIXES.split(), key=len, reverse=True)))
 _FILE = re.compile(rf"[^'\"/\\:;,()<>|=\[\]{{}}]*?[\w)-]\.(?:{_ENDINGS})\b", re.IGNORECASE)  # with spaces in its name
-_PATH = re.compile(r"(?:(?<=[\s'\"(=:,\[])|^)(?:~?/|[A-Za-z]:[\\/]|\\\\)[^'\";:,()<>\n]*")
-_RELATIVE = re.compile(r"(?<![\w>/\\.-])[\w.-]+[\\/][^\s'\";:,()<>]*")
+_PATH = re.compile(r"(?:(?<=[\s'\"(=:,\[])|^)(?:~?/|[A-Za-z]:[\\/]|\\\\)(?:[^'\";:,()<>\n]|<name>)*")
+_RELATIVE = re.compile(r"(?<![\w>/\\.-])[\w.-]+[\\/](?:[^\s'\";:,()<>]|<name>)*")
 _DICOM_NAME = re.compile(r"[^\s'\"]*\^[^\s'\"]*")
 _QUOTED = re.compile(r"(?<!\w)(['\"])(.+?)\1(?!\w)")
 _NUMBER = re.compile(r"(?<![\w.])\d{6,}(?![\w.])")

@@ -17,6 +17,7 @@ import vtk
 from slicer.util import VTKObservationMixin
 
 from . import quality, scene
+from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
 from .messages import sentence
@@ -71,6 +72,8 @@ class InspectPanel(VTKObservationMixin):
         self._flicker = _timer(self._flip)
         self._redraw = _timer(self._draw_again, _REDRAW_MS, once=True)
         self._poll = _timer(self._poll_export, _POLL_MS)
+        self._details = CopyDetails(self.ui.copyDetailsButton, logic)
+        self._export_details = CopyDetails(self.ui.copyExportDetailsButton, logic)
         self._set_up()
         self._choose(None)
 
@@ -102,6 +105,8 @@ class InspectPanel(VTKObservationMixin):
         self._forget()
         self._cancel_export()
         self._end_export()
+        self._details.close()
+        self._export_details.close()
         self.removeObservers()
 
     def show(self, nodes: RegistrationNodes) -> None:
@@ -275,6 +280,10 @@ class InspectPanel(VTKObservationMixin):
         self.ui.messageLabel.text = text
         self.ui.messageLabel.visible = bool(text)
         self.ui.messageLabel.styleSheet = "color: #d32f2f" if problem else ""
+        if text and problem:
+            self._details.offer(text)
+        else:
+            self._details.withdraw()
 
     # ------------------------------------------------------------------------------------------------------------- show
 
@@ -416,18 +425,19 @@ class InspectPanel(VTKObservationMixin):
         ui = self.ui
         boxes = {"report": ui.reportCheckBox, "transform": ui.transformCheckBox, "jacobian": ui.jacobianCheckBox}
         ui.exportLabel.text = ""
+        self._export_details.withdraw()
         self._say("")
         try:
             job = prepare(self._nodes, ui.folderButton.directory, [name for name, box in boxes.items() if box.checked])
         except InputError as problem:
-            ui.exportLabel.text = escape(sentence(problem))
+            self._fail_export(problem)
             return
         try:
             client = self._logic.client()
             request = client.request("export", job.params, self._show_progress)
         except EngineError as problem:
             job.discard()
-            ui.exportLabel.text = escape(sentence(problem))
+            self._fail_export(problem)
             return
         qt.QSettings().setValue(FOLDER_SETTING, ui.folderButton.directory)
         self._export = job, client, request
@@ -449,13 +459,18 @@ class InspectPanel(VTKObservationMixin):
         except EngineCancelled:
             self.ui.exportLabel.text = _("Cancelled; no file was written.")
         except EngineError as problem:
-            self.ui.exportLabel.text = escape(sentence(problem))
-            self.ui.exportLabel.toolTip = problem.details
+            self._fail_export(problem)
         else:
             opened = job.output / "report.html" if "report.html" in files else job.output
             self.ui.exportLabel.text = _("Written: {files} in {link}").format(
                 files=escape(", ".join(files)), link=f'<a href="{opened.as_uri()}">{escape(str(opened))}</a>'
             )
+
+    def _fail_export(self, problem: Exception) -> None:
+        details = getattr(problem, "details", "")
+        self.ui.exportLabel.text = escape(sentence(problem))
+        self.ui.exportLabel.toolTip = details
+        self._export_details.offer(sentence(problem), details.splitlines())
 
     def _cancel_export(self) -> None:
         if self._export is not None:

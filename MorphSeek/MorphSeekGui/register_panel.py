@@ -18,6 +18,7 @@ import vtk
 from slicer.util import VTKObservationMixin
 
 from . import dependencies, models, quality
+from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineError
 from .messages import sentence
 from .parameters import Fit
@@ -65,6 +66,7 @@ class RegisterPanel(VTKObservationMixin):
         self._timer = qt.QTimer()
         self._timer.setInterval(POLL_MS)
         self._timer.connect("timeout()", self._poll)
+        self._details = CopyDetails(self.ui.copyDetailsButton, logic, self._folders)
         self._python_timer = qt.QTimer()  # starts the engine by another Python, once its path is typed
         self._python_timer.setSingleShot(True)
         self._python_timer.setInterval(TYPING_MS)
@@ -125,6 +127,7 @@ class RegisterPanel(VTKObservationMixin):
         """The panel goes: whatever runs is given up, and the engine ended."""
         self._timer.stop()
         self._python_timer.stop()
+        self._details.close()
         if self._run is not None:
             self._run.cancel()
             self._run.job.discard()
@@ -367,13 +370,19 @@ class RegisterPanel(VTKObservationMixin):
 
     def _status(self, text: str) -> None:
         self.ui.statusLabel.text = text
+        self._details.withdraw()
 
     def _fail(self, text: str, details: str = "") -> None:
         """What went wrong, where the person looks; the details where the curious do."""
         self._status(text)
         self.ui.statusLabel.toolTip = details
+        self._details.offer(text, details.splitlines() or self.logic.client().log)
         if details:
             print(details)
+
+    @staticmethod
+    def _folders() -> dict[str, str]:
+        return {"models": slicer.util.settingsValue(MODELS_FOLDER, "")}
 
     # ----------------------------------------------------------------------------------------------- models and devices
 

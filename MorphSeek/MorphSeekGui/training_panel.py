@@ -19,6 +19,7 @@ import slicer
 import slicer.util
 
 from . import dependencies, models
+from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineClient, EngineError
 from .faults import Fault
 from .messages import fault_sentence, sentence
@@ -92,6 +93,8 @@ class TrainingPanel:
         self._exported: tempfile.TemporaryDirectory | None = None
         self._scene_cases: list[tuple[str, str]] = []  # node IDs
         self._report: dict | None = None  # of the check, while it is true of what is chosen
+        self._details = CopyDetails(self.ui.copyDetailsButton, logic, _folders)
+        self._check_details = CopyDetails(self.ui.copyCheckDetailsButton, logic, _folders)
         self._timer, self._check_timer = qt.QTimer(self.widget), qt.QTimer(self.widget)
         self._timer.setInterval(_POLL_MS)
         self._check_timer.setInterval(_ENGINE_MS)
@@ -155,6 +158,8 @@ class TrainingPanel:
         self._timer.stop()
         self._check_timer.stop()
         self._end_check()
+        self._details.close()
+        self._check_details.close()
         self._drop_export()
         for run in self._runs:
             run.release()
@@ -392,6 +397,10 @@ class TrainingPanel:
     def _say(self, text: str, bad: bool = False) -> None:
         self.ui.casesSummary.text = text
         self.ui.casesSummary.styleSheet = "color: #be1414" if bad else ""
+        if bad:
+            self._check_details.offer(text, self.logic.client().log)
+        else:
+            self._check_details.withdraw()
 
     # -------------------------------------------------------------------------------------------------- settings
 
@@ -629,6 +638,10 @@ class TrainingPanel:
     def _say_status(self, text: str, bad: bool = False) -> None:
         self.ui.statusLabel.text = text
         self.ui.statusLabel.styleSheet = "color: #be1414" if bad else ""
+        if bad:
+            self._details.offer(text, self.run.log() if self.run is not None else ())
+        else:
+            self._details.withdraw()
 
     # ----------------------------------------------------------------------------------------------------- curves
 
@@ -698,6 +711,11 @@ def figures_table(held_out: dict) -> str:
         + "</tr>".join(lines)
         + "</tr></table>"
     )
+
+
+def _folders() -> dict[str, str]:
+    names = {"models": MODELS_FOLDER, "trainings": TRAININGS_FOLDER}
+    return {what: slicer.util.settingsValue(name, "") for what, name in names.items()}
 
 
 def _sentence(status: RunStatus) -> str:

@@ -57,6 +57,7 @@ class qSlicerApplication(QtWidgets.QApplication):
         QtCore.QSettings.setPath(QtCore.QSettings.Format.IniFormat, QtCore.QSettings.Scope.UserScope, self._folder.name)
         self.setOrganizationName("SlicerStandIn")
         self.setApplicationName("Slicer")
+        self.setApplicationVersion(f"{VERSION[0]}.{VERSION[1]}.0")
 
     def mrmlScene(self):
         return slicer.mrmlScene
@@ -88,7 +89,6 @@ class qSlicerApplication(QtWidgets.QApplication):
     temporaryPath = Property(str, lambda self: self._folder.name)
     majorVersion = Property(int, lambda self: VERSION[0])
     minorVersion = Property(int, lambda self: VERSION[1])
-    applicationVersion = Property(str, lambda self: f"{VERSION[0]}.{VERSION[1]}.0")
 
 
 class qSlicerModuleFactoryManager(QtCore.QObject):

@@ -64,6 +64,7 @@ def test_the_place_in_the_programs_is_kept():
 def test_names_that_the_caller_knows_are_taken_out_wherever_they_stand():
     redact = Redaction(["MR Erika / 2", "Smith"])
     told = redact("step 2 of MR Erika / 2, then smith; case 001-MR-Erika---2")
+    assert redact("in /home/smith/scans/x.nii, done") == "in <path>, done"
     assert told == "step 2 of <name>, then <name>; case 001-<name>"
 
 
