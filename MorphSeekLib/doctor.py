@@ -63,7 +63,10 @@ _SUFFIXES = (
 )
 _ENDINGS = "|".join(map(re.escape, sorted(_SUFFIXES.split(), key=len, reverse=True)))
 _FILE = re.compile(rf"[^'\"/\\:;,()<>|=\[\]{{}}]*?[\w)-]\.(?:{_ENDINGS})\b", re.IGNORECASE)  # with spaces in its name
-_PATH = re.compile(r"(?:(?<=[\s'\"(=:,\[])|^)(?:~?/|[A-Za-z]:[\\/]|\\\\)(?:[^'\";:,()<>\n]|<name>)*")
+_BEGIN = r"(?:(?<=[\s'\"(=:,\[])|^)(?:~?/|[A-Za-z]:[\\/]|\\\\)"
+_PATH = re.compile(  # up to the next file name, whatever the folders are called, or up to a punctuation mark
+    rf"{_BEGIN}(?:[^\n]*?\.(?:{_ENDINGS})(?![\w.])|(?:[^'\";:,()<>\n]|<name>)*)", re.IGNORECASE
+)
 _RELATIVE = re.compile(r"(?<![\w>/\\.-])[\w.-]+[\\/](?:[^\s'\";:,()<>]|<name>)*")
 _DICOM_NAME = re.compile(r"[^\s'\"]*\^[^\s'\"]*")
 _QUOTED = re.compile(r"(?<!\w)(['\"])(.+?)\1(?!\w)")

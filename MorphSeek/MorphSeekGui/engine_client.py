@@ -399,19 +399,19 @@ _shared_python = ""
 
 
 def shared_client(
-    python: str | os.PathLike = "", environment: Callable[[], Mapping[str, str] | None] = lambda: None
+    python: str | os.PathLike | None = None, environment: Callable[[], Mapping[str, str] | None] = lambda: None
 ) -> EngineClient:
     """Return the one engine of this application, which ends with it.
 
     Args:
         python: the Python that runs it, empty for Slicer's own; another one than before ends the engine and starts a
-            new one.
+            new one. None takes the engine that there is, or Slicer's own Python for a new one.
         environment: returns the variables for that Python, see :func:`process_of_its_own`; asked for a new engine.
     """
     global _shared, _shared_python
-    if _shared is None or str(python) != _shared_python:
+    if _shared is None or (python is not None and str(python) != _shared_python):
         close_shared_client()
-        _shared, _shared_python = EngineClient(python or None, environment=environment()), str(python)
+        _shared, _shared_python = EngineClient(python or None, environment=environment()), str(python or "")
     return _shared
 
 

@@ -31,6 +31,8 @@ LINES = (
     "The model '/home/Erika/own.safetensors' and Slicer's 'Müller' do not fit; use Slicer's own",
     '  File "/home/John/project/Smith/run.py", line 3, in main',
     "image=/data/Smith,moving=/data/John",
+    "/data/T1 (Smith)/scan.nii.gz is damaged",
+    "The folder /data/Smith, John Paul: Erika/T1.nrrd and /data/Smith/O'Brien.nii cannot be read (No space left)",
     "Looking at [Smith.nii, John.nii]",
 )
 KEPT = (

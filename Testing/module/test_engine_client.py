@@ -150,6 +150,16 @@ def test_a_callback_that_raises_leaves_the_client_usable(client):
     assert client.call("echo", {"n": 1})["echo"] == {"n": 1}
 
 
+def test_whoever_names_no_python_gets_the_engine_that_there_is():
+    chosen = engine_client.shared_client("/the/users/python")
+    try:
+        assert engine_client.shared_client() is chosen
+        assert engine_client.shared_client("/the/users/python") is chosen
+        assert engine_client.shared_client("") is not chosen
+    finally:
+        engine_client.close_shared_client()
+
+
 def test_a_python_that_is_not_there_is_one_sentence():
     with pytest.raises(EngineDied, match=r"could not be started with '/no/such/python'"):
         EngineClient(python="/no/such/python").call("hello")
