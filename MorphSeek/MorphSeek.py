@@ -187,7 +187,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
 
     def client(self) -> EngineClient:
         """The engine's process, started with the first request and alive until Slicer ends."""
-        return shared_client(self.engine_python())
+        return shared_client(self.engine_python(), self.engine_environment)
 
     def close_engine(self) -> None:
         """End the engine's process; the next request starts a new one."""
@@ -196,6 +196,13 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
     def engine_python(self) -> str:
         """The Python that the person chose for the engine; empty for Slicer's own."""
         return slicer.util.settingsValue(ENGINE_PYTHON, "") or ""
+
+    def engine_environment(self) -> dict[str, str] | None:
+        """Return the variables for that Python; None for those of Slicer itself, which only its own Python can take."""
+        python, home = self.engine_python(), Path(slicer.app.slicerHome).resolve()
+        if not python or Path(python).resolve().is_relative_to(home):
+            return None
+        return slicer.util.startupEnvironment()
 
     def resource_path(self, name: str) -> str:
         """A file of the module's Resources."""

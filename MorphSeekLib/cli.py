@@ -1,5 +1,5 @@
 """The command line: ``morphseek register | evaluate | check | warmup | finetune | spac | train | import-checkpoint |
-info | demo | benchmark``.
+info | doctor | demo | benchmark``.
 """
 
 from __future__ import annotations
@@ -470,6 +470,18 @@ def info(
         console.print_json(json.dumps(to_dict(card) | {"sha256": check_sums(file)}))
     else:
         print_card(card, file)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, for programs.")] = False,
+) -> None:
+    """Print what a question about MorphSeek needs: versions, devices, folders, models, the log; no patient's name."""
+    from .doctor import as_json as to_json
+    from .doctor import as_text, examine
+
+    found = examine()
+    print(to_json(found) if as_json else as_text(found), end="")
 
 
 @app.command()

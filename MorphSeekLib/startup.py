@@ -6,6 +6,7 @@ the standard library may be imported in this file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -134,6 +135,15 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     if path.stat().st_size != 8 + length + end:
         raise ValueError(f"it has {path.stat().st_size} bytes instead of {8 + length + end}")
     return header
+
+
+def sha256(path: Path | str) -> str:
+    """Return the hex digest of a file, by which reports name a model."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_model(model: str | Path) -> Path:

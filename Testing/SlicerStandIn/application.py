@@ -18,6 +18,7 @@ from PySide6 import QtCore, QtGui, QtWidgets
 from PySide6.QtCore import Property, Signal
 
 from . import parameters, scripted_module, ui_files, widgets
+from .launcher import Launcher
 from .pythonqt import QT_MODULES, QtModule, class_of, errors, native, wrap
 
 VERSION = (5, 13)
@@ -51,10 +52,12 @@ class qSlicerApplication(QtWidgets.QApplication):
         self.testing = True
         self._modules, self._layouts = qSlicerModuleFactoryManager(self), qSlicerLayoutManager(self)
         self._folder = tempfile.TemporaryDirectory(prefix="slicer-stand-in-")
+        self.launcher = Launcher(Path(self._folder.name) / "Slicer")
         QtCore.QSettings.setDefaultFormat(QtCore.QSettings.Format.IniFormat)
         QtCore.QSettings.setPath(QtCore.QSettings.Format.IniFormat, QtCore.QSettings.Scope.UserScope, self._folder.name)
         self.setOrganizationName("SlicerStandIn")
         self.setApplicationName("Slicer")
+        self.setApplicationVersion(f"{VERSION[0]}.{VERSION[1]}.0")
 
     def mrmlScene(self):
         return slicer.mrmlScene
@@ -76,10 +79,16 @@ class qSlicerApplication(QtWidgets.QApplication):
     def testingEnabled(self) -> bool:
         return self.testing
 
+    def startupEnvironment(self):
+        environment = QtCore.QProcessEnvironment()
+        for name, value in self.launcher.startup_environment().items():
+            environment.insert(name, value)
+        return environment
+
+    slicerHome = Property(str, lambda self: str(self.launcher.home))
     temporaryPath = Property(str, lambda self: self._folder.name)
     majorVersion = Property(int, lambda self: VERSION[0])
     minorVersion = Property(int, lambda self: VERSION[1])
-    applicationVersion = Property(str, lambda self: f"{VERSION[0]}.{VERSION[1]}.0")
 
 
 class qSlicerModuleFactoryManager(QtCore.QObject):

@@ -20,6 +20,8 @@ from MorphSeekGui.scene import InputError
 
 from MorphSeekLib import geometry
 
+FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
+
 
 @pytest.fixture
 def panel(module, monkeypatch):
@@ -358,6 +360,54 @@ def test_devices_are_asked_of_the_engine(stand_in, panel, ui):
     stand_in.wait(lambda: any("threads" in ui.deviceSelector.itemText(n) for n in range(ui.deviceSelector.count)))
     ui.deviceSelector.currentIndex = ui.deviceSelector.count - 1
     assert panel.logic.getParameterNode().device == "cpu"
+
+
+def test_a_python_of_ones_own_runs_the_engine(stand_in, panel, ui):
+    """It gets none of the variables that Slicer's launcher sets for Slicer's own."""
+    stand_in.wait(lambda: panel._hello is None)
+    ui.enginePythonEdit.currentPath = FOREIGN_PYTHON
+    assert slicer.util.settingsValue("MorphSeek/EnginePython", "") == FOREIGN_PYTHON
+    assert panel.logic.client().call("hello")["devices"]
+
+
+def test_the_engines_python_can_be_emptied(stand_in, panel, ui):
+    def chosen() -> str:
+        return slicer.util.settingsValue("MorphSeek/EnginePython", "")
+
+    for empty in (lambda: setattr(ui.enginePythonEdit, "currentPath", ""), ui.resetPythonButton.click):
+        ui.enginePythonEdit.currentPath = FOREIGN_PYTHON
+        assert chosen() == FOREIGN_PYTHON
+        empty()
+        assert chosen() == ui.enginePythonEdit.currentPath == ""
+        assert not ui.resetPythonButton.enabled
+
+
+def test_a_wrong_path_of_the_engines_python_is_said(stand_in, panel, ui, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.touch()
+    ui.enginePythonEdit.currentPath = FOREIGN_PYTHON
+    assert ui.enginePythonLabel.isHidden()
+    for path, problem in (
+        (tmp_path / "python", "There is no file"),
+        (tmp_path, "is a folder; choose the Python program in it."),
+        (text, "is not a program that may be run"),
+    ):
+        ui.enginePythonEdit.currentPath = str(path)
+        assert not ui.enginePythonLabel.isHidden()
+        assert problem in ui.enginePythonLabel.text
+        assert f"The engine still runs with {FOREIGN_PYTHON}." in ui.enginePythonLabel.text
+    assert panel.logic.engine_python() == FOREIGN_PYTHON
+    ui.resetPythonButton.click()
+    assert ui.enginePythonLabel.isHidden()
+
+
+def test_a_program_that_is_no_python_is_said(stand_in, panel, ui, tmp_path):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho this is no Python >&2\nexit 4\n")
+    program.chmod(0o755)
+    ui.enginePythonEdit.currentPath = str(program)
+    stand_in.wait(lambda: "this is no Python" in ui.statusLabel.text)
+    assert "exit code 4" in ui.statusLabel.text
 
 
 def test_threads_are_kept_and_go_to_the_engine(stand_in, module, panel, ui, pair):
