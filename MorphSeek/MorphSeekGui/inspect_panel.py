@@ -227,9 +227,8 @@ class InspectPanel(VTKObservationMixin):
 
     def _fill_structures(self) -> None:
         labels = self._nodes.warped_labels if self._nodes is not None else None
-        display = labels.GetDisplayNode() if labels is not None else None
-        colors = display.GetColorNode() if display is not None else None
-        rows = quality.structures(self._nodes.report, colors) if self._nodes is not None else []
+        names = scene.label_names(labels)
+        rows = quality.structures(self._nodes.report, names) if self._nodes is not None else []
         table = self.ui.structuresTable
         table.setRowCount(len(rows))
         for row, (name, *values) in enumerate(rows):

@@ -23,9 +23,9 @@ from .engine_client import EngineCancelled, EngineError
 from .messages import sentence
 from .parameters import Fit
 from .registration import Run, prepare
-from .scene import Image, InputError, RegistrationNodes, _
+from .scene import Image, InputError, RegistrationNodes, _, put_into_folder
 from .steps import Steps
-from .views import _composites, _Layers
+from .views import SliceViews
 
 POLL_MS = 50
 TYPING_MS = 500
@@ -58,7 +58,8 @@ class RegisterPanel(VTKObservationMixin):
         self._started = 0.0
         self._steps: Steps | None = None
         self._what_runs: tuple = ()
-        self._before: list[tuple] = []  # what the slice views showed
+        self._before: SliceViews | None = None  # as they were before the run
+        self._ending = ""  # what is said when the run has been given up
         self._last: tuple | None = None  # (what was registered, nodes)
         self._installing = False
         self._after_install: Callable[[], None] | None = None
@@ -141,9 +142,10 @@ class RegisterPanel(VTKObservationMixin):
         """The scene is being closed: a run has no place to go to."""
         if self._run is not None:
             self._run.cancel()
-            self._status(_("The scene was closed; the registration was given up."))
-        self._steps, self._last, self._before = None, None, []
+            self._ending = _("The scene was closed, so the registration was canceled.")
+        self._steps, self._last, self._before = None, None, None
         self.ui.resultWidget.visible = False
+        self._fail(self._ending if self._run is not None else "")
 
     def add_model(self, path) -> None:
         """List a checkpoint that lies in no folder of models, say one that was just trained."""
@@ -193,6 +195,7 @@ class RegisterPanel(VTKObservationMixin):
         """Give the run up; the scene goes back to what it was as soon as the engine has heard it."""
         if self._run is not None:
             self._run.cancel()
+            self._ending = _("Cancelled; the scene is as it was.")
             self.ui.cancelButton.enabled = False
             self._status(_("Cancelling ..."))
 
@@ -224,7 +227,7 @@ class RegisterPanel(VTKObservationMixin):
             if state is None or self._steps is None or not self._steps.count:
                 self._drop_steps()
                 self._steps = Steps(p.fixedVolume, p.movingVolume)
-            self._before = [(node, _Layers.of(node)) for node in _composites(slicer.mrmlScene)]
+            self._before, self._ending = SliceViews(slicer.mrmlScene), ""
             self._what_runs = self._what()
             self._run = Run(job, self.logic.client(), self._hear, self._picture)
         except (InputError, EngineError) as problem:
@@ -277,13 +280,14 @@ class RegisterPanel(VTKObservationMixin):
             nodes = run.finish()
         except EngineCancelled:
             self._undo()
-            self._status(_("Cancelled; the scene is as it was."))
+            self._status(self._ending)
         except (InputError, EngineError) as problem:
             self._undo()
-            self._fail(sentence(problem), getattr(problem, "details", ""))
+            self._fail(self._ending or sentence(problem), getattr(problem, "details", ""))
         else:
             if self._steps is not None:
                 self._steps.keep()
+                put_into_folder(nodes, self._steps.nodes)
             self._last = (self._what_runs, nodes)
             if self._steps is None or not self._steps.count:
                 slicer.util.setSliceViewerLayers(nodes.fixed, nodes.warped, foregroundOpacity=0.5, fit=True)
@@ -299,9 +303,8 @@ class RegisterPanel(VTKObservationMixin):
 
     def _undo(self) -> None:
         """The scene and the views as before the run."""
-        for composite, layers in self._before:
-            if slicer.mrmlScene.IsNodePresent(composite):
-                layers.show(composite)
+        if self._before is not None:
+            self._before.restore()
         if self._steps is not None:
             self._steps.undo()
         self._show_steps()

@@ -14,6 +14,7 @@ pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essent
 
 import slicer
 import slicer.util
+import vtk
 import worlds
 from MorphSeekGui import engine_client, models, quality
 from MorphSeekGui.scene import InputError
@@ -60,7 +61,12 @@ def scene_state() -> tuple:
         for n in nodes
         if n.IsA("vtkMRMLSliceCompositeNode")
     ]
-    return sorted(n.GetID() for n in nodes), layers
+    places = [
+        (n.GetFieldOfView(), n.GetXYZOrigin(), slicer.util.arrayFromVTKMatrix(n.GetSliceToRAS()).tolist())
+        for n in nodes
+        if n.IsA("vtkMRMLSliceNode")
+    ]
+    return sorted(n.GetID() for n in nodes), layers, places
 
 
 def run(stand_in, panel) -> None:
@@ -173,6 +179,9 @@ def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair, monkeypatc
     ui.stepsSpinBox.value = 8
     ui.stopEarlyCheckBox.checked = False
     ui.fitSelector.currentText = "On the image's grid, too"
+    red = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSliceNode")
+    red.SetFieldOfView(33.0, 33.0, 1.0)
+    red.SetSliceOffset(7.5)
     before = scene_state()
     ui.registerButton.click()
     stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 2)
@@ -221,6 +230,7 @@ def test_closing_the_scene_in_the_middle(stand_in, panel, ui, pair):
     stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 1)
     slicer.mrmlScene.Clear(0)
     run(stand_in, panel)
+    assert ui.statusLabel.text == "The scene was closed, so the registration was canceled."
     assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == 0
     assert ui.fixedSelector.currentNode() is None
     assert ui.registerButton.enabled is False
@@ -246,6 +256,79 @@ def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, pa
     assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 0
     assert again.ui.fixedSelector.currentNode() is fixed, "what was chosen is kept in the scene"
     assert again.ui.registerButton.enabled is True
+
+
+@pytest.fixture
+def package():
+    """Puts the package's modules back that other tests have imported."""
+    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "MorphSeekGui"}
+    yield
+    sys.modules.update(kept)
+
+
+def test_reload_reads_the_package_again(package, stand_in, module, panel):
+    """Slicer's developer button reloads the module's file alone."""
+    import MorphSeekGui.views as before
+
+    slicer.modules.MorphSeekWidget.onReload()
+    assert sys.modules["MorphSeekGui.views"] is not before
+    again = slicer.modules.MorphSeekWidget.panels
+    assert type(again["register"]).__module__ == "MorphSeekGui.register_panel"
+    assert type(again["register"]) is sys.modules["MorphSeekGui.register_panel"].RegisterPanel
+
+
+def test_old_figures_go_with_the_scene(stand_in, panel, ui, pair):
+    ui.registerButton.click()
+    run(stand_in, panel)
+    assert "Similarity" in ui.statusLabel.text
+    slicer.mrmlScene.Clear(0)
+    stand_in.process()
+    assert ui.statusLabel.text == "Choose a fixed and a moving volume."
+
+
+def test_a_scene_that_is_loaded_while_the_panel_is_open_is_shown(stand_in, panel, ui, pair, tmp_path):
+    for volume in (pair.fixed, pair.moving):
+        storage = slicer.vtkMRMLNRRDStorageNode()
+        slicer.mrmlScene.AddNode(storage)
+        storage.SetFileName(str(tmp_path / f"{volume.GetName()}.nrrd"))
+        volume.SetAndObserveStorageNodeID(storage.GetID())
+        storage.WriteData(volume)
+    slicer.mrmlScene.SetURL(str(tmp_path / "scene.mrml"))
+    slicer.mrmlScene.Commit()
+    slicer.mrmlScene.Clear(0)
+    stand_in.process()
+    assert ui.fixedSelector.currentNode() is None
+    slicer.mrmlScene.Connect()
+    stand_in.process()
+    assert ui.fixedSelector.currentNode().GetName() == "F"
+    assert ui.movingSelector.currentNode().GetName() == "M"
+    assert panel.logic.getParameterNode().fixedVolume.GetName() == "F"
+    assert ui.registerButton.enabled is True
+
+
+def test_each_registration_has_a_folder_and_names_of_its_own(stand_in, panel, ui, pair):
+    results = []
+    panel.on_result.append(results.append)
+    for _ in range(2):
+        ui.registerButton.click()
+        run(stand_in, panel)
+    assert [nodes.warped.GetName() for nodes in results] == ["M warped", "M warped (2)"]
+    assert [nodes.transform.GetName() for nodes in results] == ["M to F", "M to F (2)"]
+    scene = slicer.mrmlScene
+    names = [scene.GetNthNode(n).GetName() for n in range(scene.GetNumberOfNodes())]
+    assert not [name for name in names if name.startswith(("M ", "F ")) and name.endswith("_1")]
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
+    for nodes in results:
+        roles = (nodes.warped, nodes.aligned, nodes.jacobian, nodes.folding, nodes.transform)
+        folders = {hierarchy.GetItemParent(hierarchy.GetItemByDataNode(node)) for node in roles}
+        assert [hierarchy.GetItemName(folder) for folder in folders] == [nodes.transform.GetName()]
+    steps = hierarchy.GetItemParent(hierarchy.GetItemByDataNode(panel._steps.sequence))
+    assert hierarchy.GetItemName(steps) == "M to F (2)"
+    ui.moreButton.click()
+    run(stand_in, panel)
+    children = vtk.vtkIdList()
+    hierarchy.GetItemChildren(hierarchy.GetSceneItemID(), children, False)
+    assert children.GetNumberOfIds() == 2, "a further step stays in its registration's folder"
 
 
 class Pip:
@@ -446,7 +529,10 @@ def test_batch_goes_on_after_a_pair_that_fails(stand_in, panel, pair, model):
 
 
 def test_self_test(stand_in, module):
+    before = slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLDisplayableNode")
     module.python.runTest(msec=0)
+    assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLDisplayableNode") == before
+    assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == 0
 
 
 def test_what_slicers_lists_say(module):
