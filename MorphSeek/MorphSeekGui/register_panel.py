@@ -145,7 +145,7 @@ class RegisterPanel(VTKObservationMixin):
             self._ending = _("The scene was closed, so the registration was canceled.")
         self._steps, self._last, self._before = None, None, None
         self.ui.resultWidget.visible = False
-        self._fail(self._ending if self._run is not None else "")
+        self._status(self._ending if self._run is not None else "")
 
     def add_model(self, path) -> None:
         """List a checkpoint that lies in no folder of models, say one that was just trained."""
