@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo preview test lint clean
+.PHONY: setup demo preview test lint environment environments clean
 
 setup: .venv/ready
 
@@ -25,6 +25,19 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# what the panel does in Slicer, done with exactly the packages that Slicer ships and the panel installs
+environment: use-5.12.3
+
+environments: use-5.12.3 use-5.10.0
+
+use-%: build/environments/%/ready
+	build/environments/$*/bin/python Testing/environments/use_environment.py
+
+.PRECIOUS: build/environments/%/ready
+build/environments/%/ready: Testing/environments/slicer-python-%.txt MorphSeek/Resources/requirements.txt constraints.txt
+	$(PYTHON) Testing/environments/make_environment.py $< $(@D)
+	touch $@
 
 clean:
 	rm -rf .venv build demo-output preview runs *.egg-info

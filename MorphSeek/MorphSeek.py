@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,7 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self._scene_closes)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self._scene_closed)
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self._scene_loaded)
         self._use_parameter_node()
 
     def _make_panel(self, name: str, class_name: str, section):
@@ -124,6 +126,17 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _scene_closed(self, _caller, _event) -> None:
         if self.parent.isEntered:
             self._use_parameter_node()
+
+    def _scene_loaded(self, _caller, _event) -> None:
+        """Take a fresh parameter node: what the old one read while the scene was loaded, it keeps as nothing."""
+        if self.panels:
+            self._use_parameter_node()
+
+    def onReload(self) -> None:
+        """Reload the package too: Slicer's developer button reads the module's own file again, and that alone."""
+        for name in [name for name in sys.modules if name.partition(".")[0] == "MorphSeekGui"]:
+            del sys.modules[name]
+        ScriptedLoadableModuleWidget.onReload(self)
 
     def enter(self) -> None:
         """The person opens the module."""
@@ -187,7 +200,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
 
     def client(self) -> EngineClient:
         """The engine's process, started with the first request and alive until Slicer ends."""
-        return shared_client(self.engine_python())
+        return shared_client(self.engine_python(), self.engine_environment)
 
     def close_engine(self) -> None:
         """End the engine's process; the next request starts a new one."""
@@ -196,6 +209,13 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
     def engine_python(self) -> str:
         """The Python that the person chose for the engine; empty for Slicer's own."""
         return slicer.util.settingsValue(ENGINE_PYTHON, "") or ""
+
+    def engine_environment(self) -> dict[str, str] | None:
+        """Return the variables for that Python; None for those of Slicer itself, which only its own Python can take."""
+        python, home = self.engine_python(), Path(slicer.app.slicerHome).resolve()
+        if not python or Path(python).resolve().is_relative_to(home):
+            return None
+        return slicer.util.startupEnvironment()
 
     def resource_path(self, name: str) -> str:
         """A file of the module's Resources."""
@@ -206,6 +226,9 @@ class MorphSeekTest(ScriptedLoadableModuleTest):
     """The self test that Slicer runs (Reload and Test, or ctest)."""
 
     def setUp(self) -> None:
+        slicer.mrmlScene.Clear()
+
+    def tearDown(self) -> None:
         slicer.mrmlScene.Clear()
 
     def test_parameters_are_kept_in_the_scene(self) -> None:

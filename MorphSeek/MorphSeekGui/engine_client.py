@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -19,25 +20,27 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .faults import Fault, FaultError
 
 CANCELLED = -32800  # the code with which the worker answers a cancelled request
 _TAIL = 60  # lines of the worker's log that are kept
 _CANCEL_PATIENCE = 10.0  # seconds that a worker may take to give in before it is ended
 
 
-class EngineError(Exception):
-    """The engine could not do what was asked; the text is one sentence for the person.
+class EngineError(FaultError):
+    """The engine could not do what was asked: a fault of its process, or a sentence that it said itself.
 
     Attributes:
         code: JSON-RPC code, 0 when the process itself failed.
         details: traceback or the end of the engine's log, for those who want to know more; may be empty.
     """
 
-    def __init__(self, message: str, code: int = 0, details: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, told: Fault | str, code: int = 0, details: str = "", **values: object) -> None:
+        super().__init__(told, **values)
         self.code = code
         self.details = details
 
@@ -81,6 +84,7 @@ class EngineClient:
         python: the Python that runs the engine; by default Slicer's own, or the running one outside Slicer.
         command: the whole command line instead, for tests and for an engine elsewhere (say, through ssh).
         on_log: called with each line that the worker logs, while polling.
+        environment: variables that the process gets; by default those of this process.
     """
 
     def __init__(
@@ -88,7 +92,9 @@ class EngineClient:
         python: str | os.PathLike | None = None,
         command: Sequence[str] | None = None,
         on_log: Callable[[str], None] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        self._environment = environment
         self._command = list(command) if command else [str(python or default_python()), "-m", "MorphSeekLib.app.worker"]
         self._on_log = on_log
         self._process: subprocess.Popen | None = None
@@ -108,6 +114,11 @@ class EngineClient:
     def running(self) -> bool:
         """Whether the process is there."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return bool(self._pending)
 
     @property
     def pid(self) -> int | None:
@@ -199,7 +210,7 @@ class EngineClient:
         except subprocess.TimeoutExpired:
             self._kill()
         self._take_leave()
-        self._fail_pending("The engine was closed before it had finished.")
+        self._fail_pending(Fault.ENGINE_CLOSED)
 
     def _take_leave(self) -> None:
         """After the process has ended: what it still said is heard, and whoever waits for it learns of its end."""
@@ -218,13 +229,11 @@ class EngineClient:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                **process_of_its_own(),
+                **process_of_its_own(self._environment),
             )
         except OSError as problem:
-            raise EngineDied(
-                f"The engine could not be started with '{self._command[0]}' ({problem.strerror or problem}); "
-                "check that this Python exists and may be run."
-            ) from problem
+            program, reason = self._command[0], problem.strerror or problem
+            raise EngineDied(Fault.ENGINE_NOT_STARTED, program=program, reason=reason) from problem
         self.log.clear()
         self._inbox = queue.SimpleQueue()
         self._readers = [
@@ -278,23 +287,21 @@ class EngineClient:
                 _, line = self._inbox.get_nowait()
                 if line is not None:
                     self._keep(line)
+        reason = last_words(self.log)
         if code in (-9, 137):  # SIGKILL: what Linux does when memory runs out
-            text = (
-                "The engine was killed, most likely because memory ran out; close other programs, or register "
-                "smaller or cropped images."
-            )
+            self._fail_pending(Fault.ENGINE_KILLED)
+        elif reason:
+            self._fail_pending(Fault.ENGINE_DIED, exit_code=code, reason=reason)
         else:
-            text = f"The engine stopped unexpectedly (exit code {code}); its log says why"
-            text += f": {self.log[-1].strip()}" if self.log else " nothing, please report this."
-        self._fail_pending(text)
+            self._fail_pending(Fault.ENGINE_DIED_SILENTLY, exit_code=code)
 
-    def _fail_pending(self, text: str) -> None:
+    def _fail_pending(self, fault: Fault, **values: object) -> None:
         details = "\n".join(self.log)
         for request in self._pending.values():
             if request.cancelled_at is None:
-                request.error = EngineDied(text, details=details)
+                request.error = EngineDied(fault, 0, details, **values)
             else:
-                request.error = EngineCancelled("Cancelled.", CANCELLED, details)
+                request.error = EngineCancelled(Fault.CANCELLED, CANCELLED, details)
             request.done = True
         self._pending.clear()
 
@@ -333,13 +340,18 @@ def default_python() -> str:
     return shutil.which("PythonSlicer") or sys.executable
 
 
-def process_of_its_own() -> dict:
-    """Arguments of subprocess.Popen for a process of the engine: it finds MorphSeekLib, and has a group of its own.
+def process_of_its_own(environment: Mapping[str, str] | None = None) -> dict:
+    """Return the arguments of subprocess.Popen for a process of the engine.
 
-    So the whole tree can be ended (Slicer's PythonSlicer is a launcher with a child), and neither Slicer's end nor a
-    Ctrl+C in its terminal reaches it.
+    It finds MorphSeekLib, and has a group of its own: the whole tree can be ended (Slicer's PythonSlicer is a launcher
+    with a child), and neither Slicer's end nor a Ctrl+C in its terminal reaches it.
+
+    Args:
+        environment: the variables it gets; by default those of this process. Slicer's launcher has set PYTHONHOME,
+            PYTHONPATH and LD_LIBRARY_PATH there, with which no Python but Slicer's own can run.
     """
-    environment = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    environment = dict(os.environ if environment is None else environment)
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     root = engine_root()
     if root is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
@@ -347,6 +359,33 @@ def process_of_its_own() -> dict:
         flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
         return {"env": environment, "creationflags": flags}
     return {"env": environment, "start_new_session": True}
+
+
+# what Python, its fault handler and its libraries write after the reason
+_AFTERWORDS = re.compile(
+    r"\s|<no Python frame>|(Current thread|Thread) 0x|Extension modules:|Python runtime state:|\S+:\d+: \w*Warning:"
+)
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: .+)?$")
+
+
+def last_words(log: Iterable[str]) -> str:
+    """Return the line of a process's log that says why it ended; "" when the log is empty.
+
+    That is seldom the last one: Python writes its state after a fatal error, an exception's text may have many lines,
+    and libraries warn while they are unloaded.
+    """
+    lines = [line.rstrip() for line in log if line.strip()]
+    fatal = next((n for n, line in enumerate(lines) if line.startswith("Fatal Python error: ")), None)
+    if fatal is not None:
+        causes = (line for line in lines[fatal + 1 :] if not _AFTERWORDS.match(line) and _EXCEPTION.match(line))
+        return "; ".join([lines[fatal], *list(causes)[:1]])
+    trace = max((n for n, line in enumerate(lines) if line.startswith("Traceback (most recent")), default=None)
+    if trace is not None:
+        raised = next((line for line in lines[trace + 1 :] if not line[0].isspace()), None)
+        if raised is not None:
+            return raised
+    told = (line.strip() for line in reversed(lines) if not _AFTERWORDS.match(line))
+    return next(told, lines[-1].strip() if lines else "")
 
 
 def engine_root() -> Path | None:
@@ -359,17 +398,20 @@ _shared: EngineClient | None = None
 _shared_python = ""
 
 
-def shared_client(python: str | os.PathLike = "") -> EngineClient:
-    """The one engine of this application, which ends with it.
+def shared_client(
+    python: str | os.PathLike | None = None, environment: Callable[[], Mapping[str, str] | None] = lambda: None
+) -> EngineClient:
+    """Return the one engine of this application, which ends with it.
 
     Args:
         python: the Python that runs it, empty for Slicer's own; another one than before ends the engine and starts a
-            new one.
+            new one. None takes the engine that there is, or Slicer's own Python for a new one.
+        environment: returns the variables for that Python, see :func:`process_of_its_own`; asked for a new engine.
     """
     global _shared, _shared_python
-    if _shared is None or str(python) != _shared_python:
+    if _shared is None or (python is not None and str(python) != _shared_python):
         close_shared_client()
-        _shared, _shared_python = EngineClient(python or None), str(python)
+        _shared, _shared_python = EngineClient(python or None, environment=environment()), str(python or "")
     return _shared
 
 
@@ -404,5 +446,5 @@ def _error(error: dict) -> EngineError:
     code, text, data = error.get("code", 0), str(error.get("message", "")), error.get("data")
     details = data if isinstance(data, str) else json.dumps(data) if data else ""
     if code == CANCELLED:
-        return EngineCancelled("Cancelled.", code, details)
-    return EngineError(text or "The engine failed without saying why.", code, details)
+        return EngineCancelled(Fault.CANCELLED, code, details)
+    return EngineError(text or Fault.ENGINE_SAID_NOTHING, code, details)

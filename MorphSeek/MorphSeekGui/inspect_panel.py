@@ -17,8 +17,10 @@ import vtk
 from slicer.util import VTKObservationMixin
 
 from . import quality, scene
+from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
+from .messages import sentence
 from .scene import InputError, RegistrationNodes, _
 from .views import ResultViews
 
@@ -70,6 +72,8 @@ class InspectPanel(VTKObservationMixin):
         self._flicker = _timer(self._flip)
         self._redraw = _timer(self._draw_again, _REDRAW_MS, once=True)
         self._poll = _timer(self._poll_export, _POLL_MS)
+        self._details = CopyDetails(self.ui.copyDetailsButton, logic)
+        self._export_details = CopyDetails(self.ui.copyExportDetailsButton, logic)
         self._set_up()
         self._choose(None)
 
@@ -101,6 +105,8 @@ class InspectPanel(VTKObservationMixin):
         self._forget()
         self._cancel_export()
         self._end_export()
+        self._details.close()
+        self._export_details.close()
         self.removeObservers()
 
     def show(self, nodes: RegistrationNodes) -> None:
@@ -221,9 +227,8 @@ class InspectPanel(VTKObservationMixin):
 
     def _fill_structures(self) -> None:
         labels = self._nodes.warped_labels if self._nodes is not None else None
-        display = labels.GetDisplayNode() if labels is not None else None
-        colors = display.GetColorNode() if display is not None else None
-        rows = quality.structures(self._nodes.report, colors) if self._nodes is not None else []
+        names = scene.label_names(labels)
+        rows = quality.structures(self._nodes.report, names) if self._nodes is not None else []
         table = self.ui.structuresTable
         table.setRowCount(len(rows))
         for row, (name, *values) in enumerate(rows):
@@ -274,6 +279,10 @@ class InspectPanel(VTKObservationMixin):
         self.ui.messageLabel.text = text
         self.ui.messageLabel.visible = bool(text)
         self.ui.messageLabel.styleSheet = "color: #d32f2f" if problem else ""
+        if text and problem:
+            self._details.offer(text)
+        else:
+            self._details.withdraw()
 
     # ------------------------------------------------------------------------------------------------------------- show
 
@@ -288,7 +297,7 @@ class InspectPanel(VTKObservationMixin):
         except InputError as problem:
             _set_silently(self._layer_buttons[name], False)
             self._draw_layer(name, False)
-            self._say(str(problem))
+            self._say(sentence(problem))
             return
         if on and self._layer not in (None, name):
             _set_silently(self._layer_buttons[self._layer], False)
@@ -365,7 +374,7 @@ class InspectPanel(VTKObservationMixin):
                 self._views.grid(switch.checked, self.ui.gridSpacingSlider.value, in_3d=in_3d)
         except InputError as problem:
             _set_silently(switch, False)
-            self._say(str(problem))
+            self._say(sentence(problem))
         self._show_controls()
 
     def _draw_folding(self) -> None:
@@ -400,7 +409,7 @@ class InspectPanel(VTKObservationMixin):
             text = self.ui.figuresTable.item(row, column).text()
             limits = self._limits | {figure.key: quality.edited_limits(figure, self._limits[figure.key], name, text)}
         except ValueError as problem:
-            self._say(str(problem))
+            self._say(sentence(problem))
             limits = self._limits  # the table shows what holds
         self._set_limits(limits)
 
@@ -415,18 +424,19 @@ class InspectPanel(VTKObservationMixin):
         ui = self.ui
         boxes = {"report": ui.reportCheckBox, "transform": ui.transformCheckBox, "jacobian": ui.jacobianCheckBox}
         ui.exportLabel.text = ""
+        self._export_details.withdraw()
         self._say("")
         try:
             job = prepare(self._nodes, ui.folderButton.directory, [name for name, box in boxes.items() if box.checked])
         except InputError as problem:
-            ui.exportLabel.text = escape(str(problem))
+            self._fail_export(problem)
             return
         try:
             client = self._logic.client()
             request = client.request("export", job.params, self._show_progress)
         except EngineError as problem:
             job.discard()
-            ui.exportLabel.text = escape(str(problem))
+            self._fail_export(problem)
             return
         qt.QSettings().setValue(FOLDER_SETTING, ui.folderButton.directory)
         self._export = job, client, request
@@ -448,13 +458,18 @@ class InspectPanel(VTKObservationMixin):
         except EngineCancelled:
             self.ui.exportLabel.text = _("Cancelled; no file was written.")
         except EngineError as problem:
-            self.ui.exportLabel.text = escape(str(problem))
-            self.ui.exportLabel.toolTip = problem.details
+            self._fail_export(problem)
         else:
             opened = job.output / "report.html" if "report.html" in files else job.output
             self.ui.exportLabel.text = _("Written: {files} in {link}").format(
                 files=escape(", ".join(files)), link=f'<a href="{opened.as_uri()}">{escape(str(opened))}</a>'
             )
+
+    def _fail_export(self, problem: Exception) -> None:
+        details = getattr(problem, "details", "")
+        self.ui.exportLabel.text = escape(sentence(problem))
+        self.ui.exportLabel.toolTip = details
+        self._export_details.offer(sentence(problem), details.splitlines())
 
     def _cancel_export(self) -> None:
         if self._export is not None:

@@ -49,7 +49,7 @@ def available(folder: str | Path | None = None, more: Iterable[str] = ()) -> lis
         more: names or paths that must be in the list if they exist.
     """
     root = engine_root()
-    files = sorted((root / "Resources" / "Checkpoints").glob("*.safetensors")) if root is not None else []
+    files = sorted((root / "Resources" / "Models").glob("*.safetensors")) if root is not None else []
     models = [_model(path.stem, path) for path in files]
     if folder and Path(folder).is_dir():
         models += [_model(str(path), path) for path in sorted(Path(folder).glob("*.safetensors"))]

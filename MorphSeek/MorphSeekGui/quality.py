@@ -374,19 +374,18 @@ def limits_from_text(text: str | None) -> dict[str, Limits]:
     return limits
 
 
-def structures(report: dict, color_node=None) -> list[tuple[str, float | None, float | None, float | None]]:
+def structures(
+    report: dict, names: dict[int, str] | None = None
+) -> list[tuple[str, float | None, float | None, float | None]]:
     """Dice of each structure: (name, as the images came, after the alignment, after the registration).
 
     Args:
         report: the engine's figures.
-        color_node: the colour table of the labels, which knows their names; None leaves the numbers. So does one of
-            Slicer's own, which would call any label 3 "brain".
+        names: what the labels are called, see :func:`MorphSeekGui.scene.label_names`; else their numbers are shown.
     """
-    if color_node is not None and color_node.GetType() != color_node.User:
-        color_node = None
     rows = []
     for label, dice in ((report.get("dice") or {}).get("labels") or {}).items():
-        name = color_node.GetColorName(int(label)) if color_node is not None else None
+        name = (names or {}).get(int(label))
         shown = f"{name} ({label})" if name and name not in ("(none)", label) else str(label)
         rows.append((shown, *(_number(dice.get(stage)) for stage in ("input", "aligned", "warped"))))
     return rows

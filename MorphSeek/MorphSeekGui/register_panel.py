@@ -6,8 +6,10 @@ before the result is there, but for the volume that shows the steps, and that go
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import qt
 import slicer
@@ -16,14 +18,17 @@ import vtk
 from slicer.util import VTKObservationMixin
 
 from . import dependencies, models, quality
+from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineError
+from .messages import sentence
 from .parameters import Fit
 from .registration import Run, prepare
-from .scene import Image, InputError, RegistrationNodes, _
+from .scene import Image, InputError, RegistrationNodes, _, put_into_folder
 from .steps import Steps
-from .views import _composites, _Layers
+from .views import SliceViews
 
 POLL_MS = 50
+TYPING_MS = 500
 MODELS_FOLDER = "MorphSeek/ModelsFolder"
 ENGINE_PYTHON = "MorphSeek/EnginePython"
 THREADS = "MorphSeek/Threads"
@@ -53,7 +58,8 @@ class RegisterPanel(VTKObservationMixin):
         self._started = 0.0
         self._steps: Steps | None = None
         self._what_runs: tuple = ()
-        self._before: list[tuple] = []  # what the slice views showed
+        self._before: SliceViews | None = None  # as they were before the run
+        self._ending = ""  # what is said when the run has been given up
         self._last: tuple | None = None  # (what was registered, nodes)
         self._installing = False
         self._after_install: Callable[[], None] | None = None
@@ -61,6 +67,11 @@ class RegisterPanel(VTKObservationMixin):
         self._timer = qt.QTimer()
         self._timer.setInterval(POLL_MS)
         self._timer.connect("timeout()", self._poll)
+        self._details = CopyDetails(self.ui.copyDetailsButton, logic, self._folders)
+        self._python_timer = qt.QTimer()  # starts the engine by another Python, once its path is typed
+        self._python_timer.setSingleShot(True)
+        self._python_timer.setInterval(TYPING_MS)
+        self._python_timer.connect("timeout()", self._ask_devices)
 
         ui = self.ui
         ui.registerButton.connect("clicked(bool)", self.register)
@@ -77,7 +88,11 @@ class RegisterPanel(VTKObservationMixin):
             ui.modelsFolderButton.directory = folder
         ui.modelsFolderButton.connect("directoryChanged(QString)", self._set_models_folder)
         ui.enginePythonEdit.currentPath = slicer.util.settingsValue(ENGINE_PYTHON, "")
-        ui.enginePythonEdit.connect("currentPathChanged(QString)", self._set_engine_python)
+        # the widget itself is silent about a path that does not exist, and when it is emptied
+        line_edit = slicer.util.findChildren(ui.enginePythonEdit, className="QLineEdit")[0]
+        line_edit.connect("textChanged(QString)", self._set_engine_python)
+        ui.resetPythonButton.connect("clicked(bool)", lambda _on: setattr(ui.enginePythonEdit, "currentPath", ""))
+        self._say_engine_python(ui.enginePythonEdit.currentPath)
         ui.threadsSpinBox.value = slicer.util.settingsValue(THREADS, 0, converter=int)
         ui.threadsSpinBox.connect("valueChanged(int)", self._set_threads)
         self._show_devices([{"name": "cpu", "label": _("Processor")}])
@@ -112,6 +127,8 @@ class RegisterPanel(VTKObservationMixin):
     def cleanup(self) -> None:
         """The panel goes: whatever runs is given up, and the engine ended."""
         self._timer.stop()
+        self._python_timer.stop()
+        self._details.close()
         if self._run is not None:
             self._run.cancel()
             self._run.job.discard()
@@ -125,9 +142,10 @@ class RegisterPanel(VTKObservationMixin):
         """The scene is being closed: a run has no place to go to."""
         if self._run is not None:
             self._run.cancel()
-            self._status(_("The scene was closed; the registration was given up."))
-        self._steps, self._last, self._before = None, None, []
+            self._ending = _("The scene was closed, so the registration was canceled.")
+        self._steps, self._last, self._before = None, None, None
         self.ui.resultWidget.visible = False
+        self._status(self._ending if self._run is not None else "")
 
     def add_model(self, path) -> None:
         """List a checkpoint that lies in no folder of models, say one that was just trained."""
@@ -177,6 +195,7 @@ class RegisterPanel(VTKObservationMixin):
         """Give the run up; the scene goes back to what it was as soon as the engine has heard it."""
         if self._run is not None:
             self._run.cancel()
+            self._ending = _("Cancelled; the scene is as it was.")
             self.ui.cancelButton.enabled = False
             self._status(_("Cancelling ..."))
 
@@ -208,11 +227,11 @@ class RegisterPanel(VTKObservationMixin):
             if state is None or self._steps is None or not self._steps.count:
                 self._drop_steps()
                 self._steps = Steps(p.fixedVolume, p.movingVolume)
-            self._before = [(node, _Layers.of(node)) for node in _composites(slicer.mrmlScene)]
+            self._before, self._ending = SliceViews(slicer.mrmlScene), ""
             self._what_runs = self._what()
             self._run = Run(job, self.logic.client(), self._hear, self._picture)
         except (InputError, EngineError) as problem:
-            self._fail(str(problem))
+            self._fail(sentence(problem))
             return
         self._started = time.monotonic()
         self._timer.start()
@@ -261,13 +280,14 @@ class RegisterPanel(VTKObservationMixin):
             nodes = run.finish()
         except EngineCancelled:
             self._undo()
-            self._status(_("Cancelled; the scene is as it was."))
+            self._status(self._ending)
         except (InputError, EngineError) as problem:
             self._undo()
-            self._fail(str(problem), getattr(problem, "details", ""))
+            self._fail(self._ending or sentence(problem), getattr(problem, "details", ""))
         else:
             if self._steps is not None:
                 self._steps.keep()
+                put_into_folder(nodes, self._steps.nodes)
             self._last = (self._what_runs, nodes)
             if self._steps is None or not self._steps.count:
                 slicer.util.setSliceViewerLayers(nodes.fixed, nodes.warped, foregroundOpacity=0.5, fit=True)
@@ -283,9 +303,8 @@ class RegisterPanel(VTKObservationMixin):
 
     def _undo(self) -> None:
         """The scene and the views as before the run."""
-        for composite, layers in self._before:
-            if slicer.mrmlScene.IsNodePresent(composite):
-                layers.show(composite)
+        if self._before is not None:
+            self._before.restore()
         if self._steps is not None:
             self._steps.undo()
         self._show_steps()
@@ -354,13 +373,19 @@ class RegisterPanel(VTKObservationMixin):
 
     def _status(self, text: str) -> None:
         self.ui.statusLabel.text = text
+        self._details.withdraw()
 
     def _fail(self, text: str, details: str = "") -> None:
         """What went wrong, where the person looks; the details where the curious do."""
         self._status(text)
         self.ui.statusLabel.toolTip = details
+        self._details.offer(text, details.splitlines() or self.logic.client().log)
         if details:
             print(details)
+
+    @staticmethod
+    def _folders() -> dict[str, str]:
+        return {"models": slicer.util.settingsValue(MODELS_FOLDER, "")}
 
     # ----------------------------------------------------------------------------------------------- models and devices
 
@@ -389,10 +414,38 @@ class RegisterPanel(VTKObservationMixin):
         self.refresh_models()
 
     def _set_engine_python(self, path: str) -> None:
+        """Run the engine by another Python from now on, if the path is of a program; empty for Slicer's own."""
+        path = path.strip()
+        if self._say_engine_python(path) or path == self.logic.engine_python():
+            return
         qt.QSettings().setValue(ENGINE_PYTHON, path)
-        self.logic.close_engine()
         self._hello, self._devices = None, []
         self._update_setup()
+        self._python_timer.start()
+
+    def _say_engine_python(self, path: str) -> str:
+        """Say below the line why a path cannot be taken; return that sentence, "" for one that can."""
+        if not path:
+            problem = ""
+        elif not Path(path).exists():
+            problem = _("There is no file {path}.").format(path=path)
+        elif Path(path).is_dir():
+            problem = _("{path} is a folder; choose the Python program in it.").format(path=path)
+        elif not os.access(path, os.X_OK):
+            problem = _("{path} is not a program that may be run; choose a Python.").format(path=path)
+        else:
+            problem = ""
+        if problem:
+            used = self.logic.engine_python()
+            problem += " " + (
+                _("The engine still runs with {python}.").format(python=used)
+                if used and used != path
+                else _("Choose another one, or press Reset for Slicer's own Python.")
+            )
+        self.ui.enginePythonLabel.text = problem
+        self.ui.enginePythonLabel.visible = bool(problem)
+        self.ui.resetPythonButton.enabled = bool(path)
+        return problem
 
     def _set_threads(self, threads: int) -> None:
         qt.QSettings().setValue(THREADS, threads)
@@ -404,7 +457,7 @@ class RegisterPanel(VTKObservationMixin):
         try:
             self._hello = self.logic.client().request("hello")
         except EngineError as problem:
-            self._fail(str(problem))
+            self._fail(sentence(problem))
             return
         self._timer.start()
 
@@ -413,7 +466,7 @@ class RegisterPanel(VTKObservationMixin):
         try:
             self._devices = hello.value()["devices"]
         except EngineError as problem:
-            self._fail(str(problem), problem.details)
+            self._fail(sentence(problem), problem.details)
             return
         self._show_devices(self._devices)
 
@@ -477,7 +530,7 @@ class RegisterPanel(VTKObservationMixin):
         if isinstance(problem, dependencies.Declined):
             self._status(_("Nothing was installed. MorphSeek can register as soon as its packages are there."))
         elif problem is not None:
-            self._fail(str(problem))
+            self._fail(sentence(problem))
         else:
             self._status(_("All packages are installed."))
             self.logic.close_engine()

@@ -19,6 +19,7 @@ import slicer
 
 from . import scene
 from .engine_client import EngineCancelled, EngineClient, EngineError, shared_client
+from .messages import sentence
 from .scene import InputError, RegistrationNodes, _
 
 __all__ = ["InputError", "Job", "Outcome", "RegistrationNodes", "Run", "prepare", "register", "register_batch"]
@@ -322,7 +323,7 @@ def register_batch(
         except EngineCancelled:
             break
         except (InputError, EngineError) as problem:
-            outcome = Outcome(pair, error=str(problem))
+            outcome = Outcome(pair, error=sentence(problem))
         outcomes.append(outcome)
         on_outcome(outcome)
     return outcomes

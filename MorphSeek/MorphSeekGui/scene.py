@@ -35,6 +35,7 @@ except ImportError:  # slicer-core has no translations
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
 # the transform node's attribute that holds the report; it marks the transform as a registration's result
 REPORT = "MorphSeek.Report"
+LABEL_TAG = "MorphSeek.Label"  # of a warped segment: the value that it had in the engine
 _ROLES = ("fixed", "moving", "warped", "jacobian", "folding", "inverse", "aligned", "warped_labels")
 _OPTIONAL = ("inverse", "aligned", "warped_labels")
 # an initial transform is sampled on at most about this many points of the fixed grid (a 1 mm head has seven million)
@@ -86,7 +87,7 @@ class RegistrationNodes:
         folding: segmentation with one segment, the fixed voxels that meet a folded cell of the transform.
         aligned: the moving volume on the fixed grid after the alignment alone, for "before"; None from a worker that
             sends none.
-        warped_labels: the moving labels on the fixed grid, or None.
+        warped_labels: the moving labels on the fixed grid, a segmentation where one was given; or None.
         report: the engine's figures (report.json).
         state: what the engine needs to take one more step, arrays included; None when the worker gave none.
     """
@@ -99,7 +100,7 @@ class RegistrationNodes:
     folding: slicer.vtkMRMLSegmentationNode
     inverse: slicer.vtkMRMLTransformNode | None = None
     aligned: slicer.vtkMRMLScalarVolumeNode | None = None
-    warped_labels: slicer.vtkMRMLLabelMapVolumeNode | None = None
+    warped_labels: slicer.vtkMRMLSegmentationNode | slicer.vtkMRMLLabelMapVolumeNode | None = None
     report: dict = field(default_factory=dict)
     state: dict | None = None
 
@@ -342,40 +343,125 @@ def create_nodes(
     scene, title = slicer.mrmlScene, moving.GetName()
     report = result.get("report") or {}
     into = {name: node for name, node in (into or {}).items() if node is not None and scene.IsNodePresent(node)}
+    new = _New(scene, title, fixed.GetName())
     with all_or_nothing(scene):
         nodes = RegistrationNodes(
             fixed=fixed,
             moving=moving,
-            warped=_fill_volume(into.get("warped") or _new_volume(scene, _("{name} warped"), title), warped),
+            warped=_fill_volume(into.get("warped") or new.volume("warped"), warped),
             transform=_fill_transform(
-                into.get("transform") or _new_transform(scene, title, fixed.GetName(), report),
-                transform,
-                fixed,
-                moving,
-                report,
+                into.get("transform") or new.transform("transform", report), transform, fixed, moving, report
             ),
-            jacobian=_fill_volume(into.get("jacobian") or _new_volume(scene, _("{name} Jacobian"), title), jacobian),
-            folding=_fill_folding(into.get("folding") or _new_folding(scene, title), folding),
+            jacobian=_fill_volume(into.get("jacobian") or new.volume("jacobian"), jacobian),
+            folding=_fill_folding(into.get("folding") or new.folding(), folding),
             report=report,
         )
         nodes.folding.SetReferenceImageGeometryParameterFromVolumeNode(nodes.warped)
         if "warped" not in into:
             _copy_window(moving, nodes.warped)
         if aligned is not None:
-            nodes.aligned = _fill_volume(into.get("aligned") or _new_volume(scene, _("{name} aligned"), title), aligned)
+            nodes.aligned = _fill_volume(into.get("aligned") or new.volume("aligned"), aligned)
             if "aligned" not in into:
                 _copy_window(moving, nodes.aligned)
         if inverse is not None:
-            nodes.inverse = _fill_transform(
-                into.get("inverse") or _new_transform(scene, fixed.GetName(), title), inverse, moving, fixed
-            )
+            nodes.inverse = _fill_transform(into.get("inverse") or new.transform("inverse"), inverse, moving, fixed)
         if warped_labels is not None:
-            nodes.warped_labels = into.get("warped_labels")
-            if nodes.warped_labels is None:
-                nodes.warped_labels = _new_label_map(scene, title, labels or Labels(None))
-            _fill_volume(nodes.warped_labels, warped_labels)
+            nodes.warped_labels = _fill_labels(into.get("warped_labels"), warped_labels, labels or Labels(None), new)
         _remember(nodes)
+        put_into_folder(nodes, new.nodes)
     return nodes
+
+
+class _New:
+    """Makes the nodes of one registration; all bear the same number where the plain names are taken.
+
+    Args:
+        scene: where to.
+        moving, fixed: the volumes' names.
+    """
+
+    def __init__(self, scene, moving: str, fixed: str) -> None:
+        self._scene = scene
+        plain = {
+            "warped": _("{name} warped").format(name=moving),
+            "aligned": _("{name} aligned").format(name=moving),
+            "jacobian": _("{name} Jacobian").format(name=moving),
+            "folding": _("{name} folding").format(name=moving),
+            "labels": _("{name} warped labels").format(name=moving),
+            "colors": _("{name} warped label colors").format(name=moving),
+            "transform": _("{name} to {onto}").format(name=moving, onto=fixed),
+            "inverse": _("{name} to {onto}").format(name=fixed, onto=moving),
+        }
+        self.names = free_names(scene, plain)
+        self.nodes: list = []
+
+    def node(self, kind: str, role: str, mark: dict | None = None):
+        """Return a new node of a class, with its role's name."""
+        node = self._scene.CreateNodeByClass(kind)
+        node.UnRegister(None)
+        node.SetName(self.names[role])
+        _mark(node, mark)  # before it is added: node selectors look at what is new only once
+        self.nodes.append(self._scene.AddNode(node))
+        return self.nodes[-1]
+
+    def volume(self, role: str):
+        """Return a new scalar volume."""
+        return self.node("vtkMRMLScalarVolumeNode", role)
+
+    def transform(self, role: str, report: dict | None = None):
+        """Return a new transform; with a report it is known as a registration's result."""
+        return self.node("vtkMRMLTransformNode", role, report)
+
+    def folding(self):
+        """Return a new segmentation whose surface shows every folded voxel."""
+        node = self.node("vtkMRMLSegmentationNode", "folding")
+        node.CreateDefaultDisplayNodes()
+        node.GetDisplayNode().SetVisibility(False)  # until views.py is asked to show it
+        # smoothing and decimation would swallow the small ones
+        node.GetSegmentation().SetConversionParameter("Smoothing factor", "0.0")
+        node.GetSegmentation().SetConversionParameter("Decimation factor", "0.0")
+        return node
+
+
+def free_names(scene, names: dict[str, str]) -> dict[str, str]:
+    """Return names that no node of the scene has: as they are, or all with the same number behind."""
+    taken = {node.GetName() for node in _all_nodes(scene)}
+    number, free = 1, dict(names)
+    while taken & set(free.values()):
+        number += 1
+        free = {role: f"{name} ({number})" for role, name in names.items()}
+    return free
+
+
+def put_into_folder(nodes: RegistrationNodes, members: list) -> None:
+    """Put nodes into the subject hierarchy's folder of a registration, which bears its transform's name.
+
+    Args:
+        nodes: the registration; its folder is made when it has none.
+        members: the nodes; those that the user made stay where the user put them.
+    """
+    scene = nodes.transform.GetScene()
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(scene)
+    if hierarchy is None or not members:
+        return
+    folder = _folder_of(hierarchy, nodes.transform)
+    if folder is None:
+        folder = hierarchy.CreateFolderItem(hierarchy.GetSceneItemID(), nodes.transform.GetName())
+        hierarchy.SetItemAttribute(folder, REPORT, nodes.transform.GetID())
+    for node in members:
+        item = hierarchy.GetItemByDataNode(node)
+        if item:
+            hierarchy.SetItemParent(item, folder)
+        else:
+            hierarchy.CreateItem(folder, node)
+
+
+def _folder_of(hierarchy, transform) -> int | None:
+    """The folder that was made for a transform's registration, if it is still there."""
+    items = vtk.vtkIdList()
+    hierarchy.GetItemChildren(hierarchy.GetSceneItemID(), items, True)
+    ids = (items.GetId(n) for n in range(items.GetNumberOfIds()))
+    return next((item for item in ids if hierarchy.GetItemAttribute(item, REPORT) == transform.GetID()), None)
 
 
 def _remember(nodes: RegistrationNodes) -> None:
@@ -623,24 +709,12 @@ def _all_nodes(scene) -> list:
     return [scene.GetNthNode(n) for n in range(scene.GetNumberOfNodes())]
 
 
-def _new_volume(scene, title: str, name: str, kind: str = "vtkMRMLScalarVolumeNode"):
-    return scene.AddNewNodeByClass(kind, scene.GenerateUniqueName(title.format(name=name)))
-
-
 def _fill_volume(node, image: Image):
     slicer.util.updateVolumeFromArray(node, image.array.transpose(2, 1, 0))
     node.SetIJKToRASMatrix(to_vtk(FLIP @ image.affine))
     node.SetAndObserveTransformNodeID(None)
     node.CreateDefaultDisplayNodes()
     return node
-
-
-def _new_transform(scene, name: str, onto: str, report: dict | None = None):
-    node = scene.CreateNodeByClass("vtkMRMLTransformNode")
-    node.UnRegister(None)
-    node.SetName(scene.GenerateUniqueName(_("{name} to {onto}").format(name=name, onto=onto)))
-    _mark(node, report)  # before it is added: node selectors look at what is new only once
-    return scene.AddNode(node)
 
 
 def _mark(transform_node, report: dict | None) -> None:
@@ -658,44 +732,66 @@ def _fill_transform(node, transform, onto, applied_to, report: dict | None = Non
     return node
 
 
-def _new_folding(scene, name: str):
-    name = scene.GenerateUniqueName(_("{name} folding").format(name=name))
-    node = scene.AddNewNodeByClass("vtkMRMLSegmentationNode", name)
-    node.CreateDefaultDisplayNodes()
-    node.GetDisplayNode().SetVisibility(False)  # until views.py is asked to show it
-    # the surface shows every folded voxel: smoothing and decimation would swallow the small ones
-    node.GetSegmentation().SetConversionParameter("Smoothing factor", "0.0")
-    node.GetSegmentation().SetConversionParameter("Decimation factor", "0.0")
-    return node
-
-
 def _fill_folding(node, folding: Image):
     node.GetSegmentation().RemoveAllSegments()
+    _add_segment(node, Image(np.asarray(folding.array, dtype=np.uint8), folding.affine), _("Folding"), (1.0, 0.0, 0.0))
+    return node
+
+
+def _add_segment(node, mask: Image, name: str, color) -> None:
+    """Add a segment of what is not 0 in (i, j, k) uint8."""
     image = slicer.vtkOrientedImageData()
-    image.SetDimensions(*folding.array.shape)
-    voxels = np.array(folding.array, dtype=np.uint8, order="F").ravel(order="F")
+    image.SetDimensions(*mask.array.shape)
+    voxels = np.array(mask.array, dtype=np.uint8, order="F").ravel(order="F")
     image.GetPointData().SetScalars(numpy_support.numpy_to_vtk(voxels, deep=True))
-    image.SetImageToWorldMatrix(to_vtk(FLIP @ folding.affine))
-    node.AddSegmentFromBinaryLabelmapRepresentation(image, _("Folding"), [1.0, 0.0, 0.0])
+    image.SetImageToWorldMatrix(to_vtk(FLIP @ mask.affine))
+    node.AddSegmentFromBinaryLabelmapRepresentation(image, name, list(color))
+
+
+def _fill_labels(node, warped: Image, labels: Labels, new: _New):
+    """The warped labels as they were given: segments as a segmentation, a label map as a label map."""
+    if not labels.names:
+        if node is None:
+            node = new.node("vtkMRMLLabelMapVolumeNode", "labels")
+            node.CreateDefaultDisplayNodes()
+            if labels.color_node_id is not None:
+                node.GetDisplayNode().SetAndObserveColorNodeID(labels.color_node_id)
+        return _fill_volume(node, warped)
+    if node is None:
+        node = new.node("vtkMRMLSegmentationNode", "labels")
+        node.CreateDefaultDisplayNodes()
+    segmentation = node.GetSegmentation()
+    segmentation.RemoveAllSegments()
+    array = np.asarray(warped.array)
+    for value, (name, color) in labels.names.items():
+        _add_segment(node, Image((array == value).astype(np.uint8), warped.affine), name, color)
+        segment = segmentation.GetNthSegment(segmentation.GetNumberOfSegments() - 1)
+        segment.SetTag(LABEL_TAG, str(value))
+    node.SetAndObserveTransformNodeID(None)
     return node
 
 
-def _new_label_map(scene, name: str, labels: Labels):
-    node = _new_volume(scene, _("{name} warped labels"), name, "vtkMRMLLabelMapVolumeNode")
-    node.CreateDefaultDisplayNodes()
-    color_node_id = labels.color_node_id
-    if labels.names:
-        title = scene.GenerateUniqueName(_("{name} colors").format(name=node.GetName()))
-        table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", title)
-        table.SetTypeToUser()
-        table.SetNumberOfColors(max(labels.names) + 1)
-        table.SetColor(0, _("background"), 0.0, 0.0, 0.0, 0.0)
-        for value, (segment, color) in labels.names.items():
-            table.SetColor(value, segment, *color, 1.0)
-        color_node_id = table.GetID()
-    if color_node_id is not None:
-        node.GetDisplayNode().SetAndObserveColorNodeID(color_node_id)
-    return node
+def label_names(labels) -> dict[int, str]:
+    """What the values of warped labels are called in the scene; empty where nothing says so.
+
+    A color table of Slicer's own does not: it would call any label 3 "brain".
+
+    Args:
+        labels: ``warped_labels`` of :class:`RegistrationNodes`, or None.
+    """
+    if isinstance(labels, slicer.vtkMRMLSegmentationNode):
+        names, value = {}, vtk.reference("")
+        segmentation = labels.GetSegmentation()
+        for n in range(segmentation.GetNumberOfSegments()):
+            segment = segmentation.GetNthSegment(n)
+            if segment.GetTag(LABEL_TAG, value):
+                names[int(str(value))] = segment.GetName()
+        return names
+    display = labels.GetDisplayNode() if labels is not None else None
+    colors = display.GetColorNode() if display is not None else None
+    if colors is None or colors.GetType() != colors.User:
+        return {}
+    return {value: colors.GetColorName(value) for value in range(colors.GetNumberOfColors())}
 
 
 def _copy_window(source, node) -> None:

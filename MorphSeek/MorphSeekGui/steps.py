@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import slicer
 
-from .scene import FLIP, Image, _, to_vtk
+from .scene import FLIP, Image, _, free_names, to_vtk
 
 
 class Steps:
@@ -33,6 +33,11 @@ class Steps:
         """How many steps there are, the alignment (step 0) included."""
         there = self.sequence is not None and self._scene.IsNodePresent(self.sequence)
         return self.sequence.GetNumberOfDataNodes() if there else 0
+
+    @property
+    def nodes(self) -> list:
+        """The nodes in the scene that hold the steps."""
+        return [node for node in (self.volume, self.sequence, self.browser) if self.count and node is not None]
 
     def show(self, item: int) -> None:
         """Show the step with this position in the sequence."""
@@ -67,9 +72,14 @@ class Steps:
 
     def _make(self) -> None:
         name = self._moving.GetName()
-        unique = self._scene.GenerateUniqueName
+        names = {
+            "volume": _("{name} by step").format(name=name),
+            "sequence": _("{name} steps").format(name=name),
+            "browser": _("{name} step browser").format(name=name),
+        }
+        names = free_names(self._scene, names)
         add = self._scene.AddNewNodeByClass
-        self.volume = add("vtkMRMLScalarVolumeNode", unique(_("{name} by step").format(name=name)))
+        self.volume = add("vtkMRMLScalarVolumeNode", names["volume"])
         self.volume.CreateDefaultDisplayNodes()
         shown = self._moving.GetDisplayNode()
         if isinstance(shown, slicer.vtkMRMLScalarVolumeDisplayNode):
@@ -77,11 +87,11 @@ class Steps:
             display.SetAndObserveColorNodeID(shown.GetColorNodeID())
             display.AutoWindowLevelOff()
             display.SetWindowLevel(shown.GetWindow(), shown.GetLevel())
-        self.sequence = add("vtkMRMLSequenceNode", unique(_("{name} steps").format(name=name)))
+        self.sequence = add("vtkMRMLSequenceNode", names["sequence"])
         self.sequence.SetIndexName(_("step"))
         self.sequence.SetIndexUnit("")
         self.sequence.SetIndexTypeFromString("numeric")
-        self.browser = add("vtkMRMLSequenceBrowserNode", unique(_("{name} step browser").format(name=name)))
+        self.browser = add("vtkMRMLSequenceBrowserNode", names["browser"])
         self.browser.SetAndObserveMasterSequenceNodeID(self.sequence.GetID())
         self.browser.AddProxyNode(self.volume, self.sequence, False)
         self.browser.SetOverwriteProxyName(self.sequence, False)

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import slicer
-import slicer.util
 
 from . import scene
-from .scene import FLIP, Image, InputError, _
+from .nrrd import write_nrrd
+from .scene import Image, InputError, _
+
+
+@dataclass(frozen=True)
+class Copied:
+    """How far the cases are written.
+
+    Attributes:
+        name: of the case under way.
+        share: of all cases, 0 to 1.
+    """
+
+    name: str
+    share: float
 
 
 def export_cases(
     cases: list[tuple], folder: Path, on_warning: Callable[[str], None] = lambda text: None
-) -> Iterator[str]:
-    """Write (volume node, labels node) pairs as cases of a data set; the names of the cases, one by one as they are
-    written, so that whoever iterates can show progress and give up.
+) -> Iterator[Copied]:
+    """Write (volume node, labels node) pairs as cases of a data set, piece by piece.
+
+    Whoever iterates can show progress and let the application live meanwhile, and cancels by iterating no further.
+    A volume is copied when its turn comes, so that what the user does to it afterwards changes nothing.
 
     Labels are numbered alike in all cases: label maps by their values, segmentations by their segments' names. Linear
     parent transforms count, as in a registration. ``on_warning`` is told in a sentence what labels could not take over,
@@ -37,17 +52,22 @@ def export_cases(
         )
     numbers: dict[str, int] = {}
     rows = []
-    for number, (volume, labels) in enumerate(cases, 1):
+    for number, (volume, labels) in enumerate(cases):
+        name = _name_of(volume, labels)
         image = scene.read_volume(volume)
+        image = Image(image.array.copy(order="K"), image.affine)
+        yield Copied(name, number / len(cases))
         found = scene.read_labels(labels, volume, numbers)
         if found.warning:
             on_warning(found.warning)
-        stem = f"{number:03d}-{_plain(volume.GetName())}"
+        stem = f"{number + 1:03d}-{_plain(name)}"
         row = {"image": f"images/{stem}.nrrd", "label": f"labels/{stem}.nrrd"}
-        _write(image, folder / row["image"])
-        _write(Image(found.array, image.affine), folder / row["label"])
+        size, done = image.array.nbytes + found.array.nbytes, 0
+        for what, written in ((image, row["image"]), (Image(found.array, image.affine), row["label"])):
+            for count in _write(what, folder / written):
+                done += count
+                yield Copied(name, (number + done / size) / len(cases))
         rows.append(row)
-        yield volume.GetName()
     values = {"name": _("Cases from Slicer's scene"), "training": rows}
     values["labels"] = {"0": "background"} | {str(number): name for name, number in numbers.items()}
     (folder / "dataset.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -77,17 +97,24 @@ def _plain(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:60]
 
 
-def _write(image: Image, path: Path) -> None:
-    """A NRRD file, written by MRML from a volume of a scene of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    private = slicer.vtkMRMLScene()
-    node = private.AddNewNodeByClass("vtkMRMLScalarVolumeNode")
-    slicer.util.updateVolumeFromArray(node, np.ascontiguousarray(image.array.transpose(2, 1, 0)))
-    node.SetIJKToRASMatrix(scene.to_vtk(FLIP @ image.affine))
-    storage = private.AddNewNodeByClass("vtkMRMLNRRDStorageNode")
-    storage.SetFileName(str(path))
-    storage.SetUseCompression(True)
-    if not storage.WriteData(node):
+def _name_of(volume, labels) -> str:
+    """Return a case's name.
+
+    Raises:
+        InputError: one of its nodes left the scene while the cases before it were written.
+    """
+    if not all(slicer.mrmlScene.IsNodePresent(node) for node in (volume, labels)):
+        raise InputError(_("A case has left the scene; remove it from the list."))
+    return volume.GetName()
+
+
+def _write(image: Image, path: Path) -> Iterator[int]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield from write_nrrd(image, path)
+    except OSError as problem:
         raise InputError(
-            _("The case cannot be written to {path}; choose another folder or free some space.").format(path=path)
-        )
+            _("The case cannot be written to {path} ({reason}); choose another folder or free some space.").format(
+                path=path, reason=problem.strerror or problem
+            )
+        ) from problem

@@ -6,8 +6,10 @@ Slicer started looks the same here as one's own. A timer looks into the folder w
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
@@ -17,7 +19,10 @@ import slicer
 import slicer.util
 
 from . import dependencies, models
+from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineClient, EngineError
+from .faults import Fault
+from .messages import fault_sentence, sentence
 from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
@@ -26,6 +31,8 @@ from .training_run import STAGES, RunError, RunStatus, TrainingRun, create_run, 
 
 TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
 _POLL_MS = 1000
+_ENGINE_MS = 50  # how often the engine is asked what is new while it checks cases
+_MOMENT = 0.05  # seconds of copying, after which the window may answer
 _WIDEST_REMARK = 260  # pixels; a longer one is in its tool tip
 
 # settings that a network needs to train well from scratch, where they are not its defaults
@@ -86,9 +93,11 @@ class TrainingPanel:
         self._exported: tempfile.TemporaryDirectory | None = None
         self._scene_cases: list[tuple[str, str]] = []  # node IDs
         self._report: dict | None = None  # of the check, while it is true of what is chosen
+        self._details = CopyDetails(self.ui.copyDetailsButton, logic, _folders)
+        self._check_details = CopyDetails(self.ui.copyCheckDetailsButton, logic, _folders)
         self._timer, self._check_timer = qt.QTimer(self.widget), qt.QTimer(self.widget)
         self._timer.setInterval(_POLL_MS)
-        self._check_timer.setInterval(50)
+        self._check_timer.setInterval(_ENGINE_MS)
         self._connect()
         self.ui.checkProgress.visible = False
         self.ui.casesTable.visible = False
@@ -149,9 +158,9 @@ class TrainingPanel:
         self._timer.stop()
         self._check_timer.stop()
         self._end_check()
+        self._details.close()
+        self._check_details.close()
         self._drop_export()
-        if self._client is not None:
-            self._client.close()
         for run in self._runs:
             run.release()
         self._runs = []
@@ -232,7 +241,8 @@ class TrainingPanel:
                 trainings.mkdir(parents=True, exist_ok=True)
                 self._exported = tempfile.TemporaryDirectory(prefix=".cases-", dir=trainings)
                 self._export = export_cases(cases, Path(self._exported.name), self._export_warnings.append)
-                self.ui.checkProgress.maximum = len(cases)
+                self.ui.checkProgress.maximum = 1000
+                self._check_timer.setInterval(0)
                 self._say(_("Copying the cases from the scene"))
             elif self.ui.casesFolder.directory in ("", "."):
                 raise InputError(_("Choose the folder with the cases first."))
@@ -241,16 +251,20 @@ class TrainingPanel:
         except (InputError, EngineError, OSError) as problem:
             self._end_check()
             self._drop_export()
-            self._say(str(problem), bad=True)
+            self._say(sentence(problem), bad=True)
             return
         self._check_timer.start()
 
     def _ask_engine(self, dataset: str) -> None:
-        if self._client is None:
-            self._client = EngineClient(self._python())
-        if self._hello is None or self._hello.error is not None:
-            self._hello = self._client.request("hello")
-        self._say(_("Starting the engine"))
+        self._python()  # refuses where there is no engine yet
+        client = self.logic.client()
+        if client is not self._client or self._hello is None or self._hello.error is not None:
+            self._hello = None  # a client of another engine than before has other answers
+        self._client = client
+        self._say(_("Waiting for the engine, which is still at work") if client.busy else _("Starting the engine"))
+        if self._hello is None:
+            self._hello = client.request("hello")
+        self._check_timer.setInterval(_ENGINE_MS)
         params = {"dataset": str(dataset), "labels": bool(self.ui.finetuneCheck.checked)}
         self._request = self._client.request("check", params, self._on_check_progress)
 
@@ -273,14 +287,9 @@ class TrainingPanel:
     def _go_on_checking(self) -> None:
         try:
             if self._export is not None:
-                try:
-                    name = next(self._export)
-                    self.ui.checkProgress.value += 1
-                    self._say(_("Copied {name}").format(name=name))
+                if self._copy_for_a_moment():
                     return
-                except StopIteration:
-                    self._export = None
-                    self._ask_engine(self._exported.name)
+                self._ask_engine(self._exported.name)
             self._client.poll()
             if not self._request.done:
                 return
@@ -290,12 +299,23 @@ class TrainingPanel:
         except (InputError, EngineError, OSError) as problem:
             self._end_check()
             self._drop_export()
-            self._say(str(problem), bad=True)
+            self._say(sentence(problem), bad=True)
             return
         self._end_check()
         self._offer(self.ui.backboneBox, self._hello.result.get("backbones", []))
         self._offer(self.ui.deviceBox, ["auto", *(d["name"] for d in self._hello.result.get("devices", []))])
         self._show_report(report)
+
+    def _copy_for_a_moment(self) -> bool:
+        """Write pieces of the cases of the scene for some hundredths of a second; return whether there are more."""
+        until = time.monotonic() + _MOMENT
+        for copied in self._export:
+            if time.monotonic() > until:
+                self.ui.checkProgress.value = round(1000 * copied.share)
+                self._say(_("Copying {name}").format(name=copied.name))
+                return True
+        self._export = None
+        return False
 
     def _offer(self, box, names: list[str]) -> None:
         """Put what the engine has into a box; what was chosen stays."""
@@ -312,6 +332,8 @@ class TrainingPanel:
         self._check_timer.stop()
         if self._request is not None and not self._request.done:
             self._client.cancel(self._request)
+        if self._export is not None:
+            self._export.close()  # with the file that is half written
         self._export = self._request = None
         self.ui.checkButton.text = _("Check the cases")
         self.ui.checkProgress.visible = False
@@ -375,6 +397,10 @@ class TrainingPanel:
     def _say(self, text: str, bad: bool = False) -> None:
         self.ui.casesSummary.text = text
         self.ui.casesSummary.styleSheet = "color: #be1414" if bad else ""
+        if bad:
+            self._check_details.offer(text, self.logic.client().log)
+        else:
+            self._check_details.withdraw()
 
     # -------------------------------------------------------------------------------------------------- settings
 
@@ -493,16 +519,18 @@ class TrainingPanel:
         try:
             run = create_run(trainings_folder(), settings)
         except RunError as problem:
-            self._say_status(str(problem), True)
+            self._say_status(sentence(problem), True)
             return
         try:
             if self._exported is not None:
                 Path(self._exported.name).chmod(0o755)
-                shutil.copytree(self._exported.name, run.folder / "cases")
-            run.start(keep=bool(self.ui.keepCheck.checked), python=self._python())
+                os.replace(self._exported.name, run.folder / "cases")  # beside it, so that nothing is copied
+            run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
         except (InputError, RunError, OSError) as problem:
+            if (run.folder / "cases").exists():
+                os.replace(run.folder / "cases", self._exported.name)
             shutil.rmtree(run.folder, ignore_errors=True)
-            self._say_status(str(problem), True)
+            self._say_status(sentence(problem), True)
             return
         self._runs.insert(0, run)
         self._list_runs(run)
@@ -519,7 +547,7 @@ class TrainingPanel:
             else:
                 self.run.stop()
         except (InputError, RunError, OSError) as problem:
-            self._say_status(str(problem), True)
+            self._say_status(sentence(problem), True)
             return
         self.refresh()
 
@@ -528,9 +556,9 @@ class TrainingPanel:
         if self.run is None:
             return
         try:
-            self.run.start(keep=bool(self.ui.keepCheck.checked), python=self._python())
+            self.run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
         except (InputError, RunError, OSError) as problem:
-            self._say_status(str(problem), True)
+            self._say_status(sentence(problem), True)
             return
         self.refresh()
 
@@ -610,6 +638,10 @@ class TrainingPanel:
     def _say_status(self, text: str, bad: bool = False) -> None:
         self.ui.statusLabel.text = text
         self.ui.statusLabel.styleSheet = "color: #be1414" if bad else ""
+        if bad:
+            self._details.offer(text, self.run.log() if self.run is not None else ())
+        else:
+            self._details.withdraw()
 
     # ----------------------------------------------------------------------------------------------------- curves
 
@@ -681,13 +713,28 @@ def figures_table(held_out: dict) -> str:
     )
 
 
+def _folders() -> dict[str, str]:
+    names = {"models": MODELS_FOLDER, "trainings": TRAININGS_FOLDER}
+    return {what: slicer.util.settingsValue(name, "") for what, name in names.items()}
+
+
 def _sentence(status: RunStatus) -> str:
     if status.state == "stopping":
         return _("Stopping: the iteration under way is finished first. {message}").format(message=status.message)
     if status.state == "done":
         return _("Done. The model '{name}' is in the list of models.").format(name=Path(status.model).stem)
-    if status.state == "new":
-        return _("Not started yet.")
+    if status.state == "failed" and not status.message:
+        if status.last_words:
+            return fault_sentence(Fault.RUN_NOT_BEGUN, reason=status.last_words)
+        return fault_sentence(Fault.RUN_NOT_BEGUN_SILENTLY)
+    states = {
+        "new": _("Not started yet."),
+        "starting": _("Starting the engine"),
+        "stopped": _("Stopped; it can be resumed."),
+        "interrupted": _("It was interrupted; Resume goes on from the last state it saved."),
+    }
+    if status.state in states:
+        return states[status.state]
     stages = {"warmup": _("Warm-up"), "finetune": _("Fine-tuning"), "evaluate": _("Figures")}
     if status.state == "running" and status.stage in stages:
         return f"{stages[status.stage]}: {status.message}"

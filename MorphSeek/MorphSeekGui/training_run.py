@@ -22,11 +22,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .engine_client import default_python, process_of_its_own
+from .engine_client import default_python, last_words, process_of_its_own
+from .faults import Fault, FaultError
 
 try:
     import fcntl
@@ -37,8 +38,8 @@ STAGES = ("warmup", "finetune")
 _START_SECONDS = 90.0  # a process that holds no lock after so long (torch is slow to import) is not coming
 
 
-class RunError(ValueError):
-    """A run that cannot be made or started; the text is one sentence that says why and what to do."""
+class RunError(FaultError):
+    """A run that cannot be made, started or ended."""
 
 
 @dataclass
@@ -50,7 +51,8 @@ class RunStatus:
             killed, or the computer went off), "failed" or "done".
         stage: "warmup", "finetune", "evaluate" or "".
         fraction: share that is done, 0 to 1.
-        message: a sentence for the person.
+        message: the engine's sentence for the user; "" when its process did not get that far.
+        last_words: of its log, of a process that ended before it could write where it stands.
         held_out: figures before and after on the held-out pairs, when done.
         model: the finished checkpoint, when done.
     """
@@ -59,6 +61,7 @@ class RunStatus:
     stage: str = ""
     fraction: float = 0.0
     message: str = ""
+    last_words: str = ""
     held_out: dict = field(default_factory=dict)
     model: str = ""
 
@@ -80,6 +83,7 @@ class TrainingRun:
         self.folder = Path(folder)
         self._process: subprocess.Popen | None = None
         self._started = 0.0
+        self._log_begin = 0  # of what the process that was started last wrote into log.txt
         self._curves = {stage: _Lines(self.folder / f"{stage}.safetensors.jsonl") for stage in STAGES}
 
     @property
@@ -93,38 +97,44 @@ class TrainingRun:
 
     # ------------------------------------------------------------------------------------------------- the process
 
-    def start(self, keep: bool = False, python: str | None = None, command: Sequence[str] | None = None) -> None:
+    def start(
+        self,
+        keep: bool = False,
+        python: str | None = None,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start it, or go on where it was stopped.
 
         Args:
             keep: let it go on when Slicer is closed; see :meth:`keep`.
             python: the Python with the engine; Slicer's own by default.
             command: what to run instead of the engine's `morphseek`, for tests.
+            environment: the variables for that Python, see :func:`process_of_its_own`.
 
         Raises:
             RunError: it runs already, or no process can be started.
         """
         if self.is_running():
-            raise RunError(f"The training '{self.name}' is running already.")
+            raise RunError(Fault.RUN_ALREADY, name=self.name)
         self.keep(keep)
         for name in ("stop", "status.json"):
             (self.folder / name).unlink(missing_ok=True)
         command = list(command or [str(python or default_python()), "-m", "MorphSeekLib.app.cli"])
         try:
             with open(self.folder / "log.txt", "ab") as log:
+                self._log_begin = log.tell()
                 self._process = subprocess.Popen(
                     [*command, "train", str(self.folder), "--while-open"],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
                     cwd=self.folder,
-                    **process_of_its_own(),
+                    **process_of_its_own(environment),
                 )
         except OSError as problem:
-            raise RunError(
-                f"The training could not be started with '{command[0]}' ({problem.strerror or problem}); check that "
-                "this Python exists and may be run, and that the run's folder can be written."
-            ) from problem
+            reason = problem.strerror or problem
+            raise RunError(Fault.RUN_NOT_STARTED, program=command[0], reason=reason) from problem
         self._started = time.monotonic()
 
     def keep(self, on: bool) -> None:
@@ -151,7 +161,7 @@ class TrainingRun:
         """
         holder = _read_json(self.folder / "lock") if self.is_running() else {}
         if holder and holder.get("host") != socket.gethostname():
-            raise RunError(f"The training runs on {holder.get('host')}; end it there.")
+            raise RunError(Fault.RUN_ELSEWHERE, host=holder.get("host"))
         number = holder.get("pid")
         if number is None and self._process is not None and self._process.poll() is None:
             number = self._process.pid
@@ -209,23 +219,22 @@ class TrainingRun:
             return status
         if self._process is not None and code is None and time.monotonic() - self._started < _START_SECONDS:
             # the first lock is not taken yet, or the last word not written yet
-            status.state, status.message = "starting", "Starting the engine"
+            status.state, status.message = "starting", ""
         elif self._process is not None and code not in (None, 0) and not values:
-            status.state, status.message = "failed", _why(self.log())
+            status.state, status.last_words = "failed", last_words(self.log(begin=self._log_begin))
         elif values or self._begun():
-            status.state = "interrupted"
-            status.message = "It was interrupted; Resume goes on from the last state it saved."
+            status.state, status.message = "interrupted", ""
         return status
 
     def curves(self, stage: str) -> list[dict[str, float]]:
         """A row of figures per iteration; what was read before is not read again."""
         return self._curves[stage].read()
 
-    def log(self, lines: int = 40) -> list[str]:
-        """The end of its log."""
+    def log(self, lines: int = 40, begin: int = 0) -> list[str]:
+        """Return the end of its log, not further back than the byte ``begin``."""
         try:
             with open(self.folder / "log.txt", "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 200 * lines))
+                file.seek(max(begin, file.seek(0, os.SEEK_END) - 200 * lines))
                 return file.read().decode("utf-8", "replace").splitlines()[-lines:]
         except OSError:
             return []
@@ -253,10 +262,7 @@ def create_run(root: Path | str, settings: dict) -> TrainingRun:
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     except OSError as problem:
-        raise RunError(
-            f"The folder {folder} cannot be written ({problem.strerror}); choose another one for the runs, or free "
-            "some space."
-        ) from problem
+        raise RunError(Fault.RUN_FOLDER, folder=folder, reason=problem.strerror) from problem
     return TrainingRun(folder)
 
 
@@ -297,11 +303,6 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _why(log: list[str]) -> str:
-    last = next((line.strip() for line in reversed(log) if line.strip()), "nothing")
-    return f"The training could not begin; its log says: {last}"
 
 
 def _try_lock(file) -> bool:

@@ -35,14 +35,15 @@ class ResultViews:
         self.nodes = nodes
         self._scene = nodes.fixed.GetScene()
         # by composite node's ID: what was there before us, and what we show instead
-        self._before: dict[str, _Layers] = {}
-        self._shown: dict[str, _Layers] = {}
+        self._before: dict[str, Layers] = {}
+        self._shown: dict[str, Layers] = {}
         self._crosshair_before: int | None = None
         # name -> (volume, opacity), in the order in which they were switched on
         self._front: dict[str, tuple] = {}
         # volumes made for display only, by the name of their layer
         self._pictures: dict[str, slicer.vtkMRMLScalarVolumeNode] = {}
         self._twin = None
+        self._seen_in_3d = False
 
     def overlay(self, on: bool, opacity: float = 0.5) -> None:
         """The warped volume over the fixed one, in all slice views."""
@@ -162,6 +163,7 @@ class ResultViews:
         display.SetVisibility2D(True)
         display.SetVisibility3D(in_3d)
         display.EndModify(blocked)
+        self._look_in_3d(in_3d)
 
     def folding(self, on: bool, in_3d: bool = True) -> None:
         """Voxels that meet a folded cell of the transform, red: filled in the slices, as a closed surface in 3D."""
@@ -175,6 +177,13 @@ class ResultViews:
         display.SetOpacity2DFill(0.7)
         display.SetVisibility3D(in_3d)
         display.SetVisibility(on)
+        self._look_in_3d(on and in_3d)
+
+    def _look_in_3d(self, shown: bool) -> None:
+        """Turn the 3D views to what is shown there for the first time; later the camera is the user's."""
+        if shown and not self._seen_in_3d:
+            self._seen_in_3d = True
+            look_at_everything_in_3d()
 
     def go_to(self, position: tuple[float, float, float]) -> None:
         """Centre all slice views on a point (RAS mm) and put the crosshair there."""
@@ -215,15 +224,15 @@ class ResultViews:
             self._remove_picture(name)
 
     def _show_layers(self) -> None:
-        for composite in _composites(self._scene):
-            key, now = composite.GetID(), _Layers.of(composite)
+        for composite in composites(self._scene):
+            key, now = composite.GetID(), Layers.of(composite)
             if key not in self._shown or not now.same_volumes(self._shown[key]):
                 self._before[key] = now  # not ours: someone else has chosen what the view shows
                 self._shown.pop(key, None)
             before = self._before[key]
             if self._front:
                 volume, opacity = list(self._front.values())[-1]
-                shown = _Layers(self.nodes.fixed.GetID(), volume.GetID(), opacity, before.label, before.label_opacity)
+                shown = Layers(self.nodes.fixed.GetID(), volume.GetID(), opacity, before.label, before.label_opacity)
                 shown.show(composite)
                 self._shown[key] = shown
             elif key in self._shown:
@@ -281,7 +290,7 @@ class ResultViews:
             self._twin = None
 
 
-class _Layers:
+class Layers:
     """What a slice view shows."""
 
     def __init__(self, background, foreground, opacity, label, label_opacity) -> None:
@@ -289,7 +298,7 @@ class _Layers:
         self.label, self.label_opacity = label, label_opacity
 
     @classmethod
-    def of(cls, composite) -> _Layers:
+    def of(cls, composite) -> Layers:
         return cls(
             composite.GetBackgroundVolumeID(),
             composite.GetForegroundVolumeID(),
@@ -298,7 +307,7 @@ class _Layers:
             composite.GetLabelOpacity(),
         )
 
-    def same_volumes(self, other: _Layers) -> bool:
+    def same_volumes(self, other: Layers) -> bool:
         """Whether the background and the foreground are the same; a person may have faded or labelled them."""
         return (self.background, self.foreground) == (other.background, other.foreground)
 
@@ -310,6 +319,46 @@ class _Layers:
         composite.SetLabelVolumeID(self.label)
         composite.SetLabelOpacity(self.label_opacity)
         composite.EndModify(blocked)
+
+
+class SliceViews:
+    """What the slice views show and where they stand, to come back to.
+
+    Showing a volume with ``fit`` moves a view; its volumes alone do not bring back where it stood.
+    """
+
+    def __init__(self, scene) -> None:
+        self._scene = scene
+        self._layers = [(composite, Layers.of(composite)) for composite in composites(scene)]
+        self._places = []
+        for n in range(scene.GetNumberOfNodesByClass("vtkMRMLSliceNode")):
+            node = scene.GetNthNodeByClass(n, "vtkMRMLSliceNode")
+            matrix = vtk.vtkMatrix4x4()
+            matrix.DeepCopy(node.GetSliceToRAS())
+            self._places.append((node, node.GetFieldOfView(), node.GetXYZOrigin(), matrix))
+
+    def restore(self) -> None:
+        """Show the same, from the same place, in the views that are still there."""
+        for composite, layers in self._layers:
+            if self._scene.IsNodePresent(composite):
+                layers.show(composite)
+        for node, field_of_view, origin, matrix in self._places:
+            if self._scene.IsNodePresent(node):
+                blocked = node.StartModify()
+                node.GetSliceToRAS().DeepCopy(matrix)
+                node.SetFieldOfView(*field_of_view)
+                node.SetXYZOrigin(*origin)
+                node.UpdateMatrices()
+                node.EndModify(blocked)
+
+
+def look_at_everything_in_3d() -> None:
+    """Turn the cameras of the 3D views to what these show; without it they look at the world's origin."""
+    layout = slicer.app.layoutManager() if hasattr(slicer, "app") else None
+    for n in range(layout.threeDViewCount if layout is not None else 0):
+        view = layout.threeDWidget(n).threeDView()
+        view.resetFocalPoint()
+        view.resetCamera()
 
 
 def jacobian_colors(scene):
@@ -345,7 +394,7 @@ def _color_table(scene, name: str, names: list[str], colors: np.ndarray):
     return table
 
 
-def _composites(scene) -> list:
+def composites(scene) -> list:
     kind = "vtkMRMLSliceCompositeNode"
     return [scene.GetNthNodeByClass(n, kind) for n in range(scene.GetNumberOfNodesByClass(kind))]
 

@@ -1,5 +1,5 @@
 """The command line: ``morphseek register | evaluate | check | warmup | finetune | spac | train | import-checkpoint |
-info | demo | benchmark``.
+info | doctor | demo | benchmark``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from ..protocol.job import Event, Job
 from ..protocol.options import FitOptions, RegistrationOptions
 from ..protocol.settings import from_dict
 from ..protocol.startup import (
+    Kind,
     check_alignment,
     check_device,
+    check_iterations,
     check_model,
     check_output_file,
     check_output_folder,
@@ -37,6 +39,7 @@ from ..protocol.startup import (
     check_run,
     check_steps,
     check_threads,
+    find,
     shown,
     wait_passively,
 )
@@ -93,10 +96,17 @@ FitBy = Annotated[
     ),
 ]
 Config = Annotated[
-    Path | None, typer.Option(help="Settings, TOML or JSON; see Resources/Training.", show_default="built-in settings")
+    str | None,
+    typer.Option(
+        help="Settings: a recipe's name (a wrong one lists all), or a TOML or JSON file.",
+        show_default="built-in settings",
+    ),
 ]
 FirstLabels = Annotated[
     int | None, typer.Option(help="Use only the first N labeled cases.", show_default="all", metavar="N")
+]
+Iterations = Annotated[
+    int | None, typer.Option(help="Iterations of the training.", show_default="the settings'", metavar="N")
 ]
 NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetensors).")]
 
@@ -252,22 +262,26 @@ def warmup(
         str | None,
         typer.Option(help="A model of the same kind to start from: a name or a file.", show_default="random weights"),
     ] = None,
+    iterations: Iterations = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train a backbone with its policy head. Run the same command again to resume a run that was stopped."""
     with terminal_job() as job:
-        start = check_training(dataset, out, config, device, threads, init)
+        check_choices(device=device, threads=threads, iterations=iterations)
+        file = check_config(config, "recipe")
+        start = check_training(dataset, out, file, init)
 
         import dataclasses
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
+        from ..protocol.settings import override
         from ..training.trainer import TrainingConfig
         from ..training.trainer import warmup as run
         from .settings_file import load
 
-        settings = load(TrainingConfig, config)
+        settings = override(load(TrainingConfig, file), "training", iterations=iterations)
         if backbone is not None and backbone != settings.model.backbone:
             settings = dataclasses.replace(
                 settings, model=dataclasses.replace(settings.model, backbone=backbone, backbone_settings={})
@@ -291,6 +305,7 @@ def finetune(
         int | None, typer.Option(help="Trajectories J of each group.", show_default="the settings'")
     ] = None,
     labels: FirstLabels = None,
+    iterations: Iterations = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -299,7 +314,9 @@ def finetune(
     Under torchrun or SLURM all processes share the work.
     """
     with terminal_job() as job:
-        start = check_training(dataset, out, config, device, threads, init)
+        check_choices(device=device, threads=threads, iterations=iterations)
+        file = check_config(config, "recipe")
+        start = check_training(dataset, out, file, init)
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
@@ -309,8 +326,8 @@ def finetune(
         from ..training.finetuning import finetune as run
         from .settings_file import load
 
-        settings = load(FinetuneConfig, config)
-        settings = override(settings, "training", steps=steps, labels=labels)
+        settings = load(FinetuneConfig, file)
+        settings = override(settings, "training", steps=steps, labels=labels, iterations=iterations)
         settings = override(settings, "policy", trajectories=trajectories)
         use_threads(threads)
         world = join(device)
@@ -327,6 +344,7 @@ def spac(
     out: NewModel,
     config: Config = None,
     labels: FirstLabels = None,
+    iterations: Iterations = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -335,7 +353,9 @@ def spac(
     Run the same command again to resume a run that was stopped.
     """
     with terminal_job() as job:
-        check_training(dataset, out, config, device, threads)
+        check_choices(device=device, threads=threads, iterations=iterations)
+        file = check_config(config, "recipe")
+        check_training(dataset, out, file)
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
@@ -344,7 +364,7 @@ def spac(
         from .settings_file import load
 
         use_threads(threads)
-        settings = override(load(SACConfig, config), "training", labels=labels)
+        settings = override(load(SACConfig, file), "training", labels=labels, iterations=iterations)
         where = pick_device(device)
         train_spac(load_dataset(dataset), settings, out, device=where, job=job)
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
@@ -450,6 +470,18 @@ def info(
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, for programs.")] = False,
+) -> None:
+    """Print what a question about MorphSeek needs: versions, devices, folders, models, the log; no patient's name."""
+    from .doctor import as_json as to_json
+    from .doctor import as_text, examine
+
+    found = examine()
+    print(to_json(found) if as_json else as_text(found), end="")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-output"),
     device: Device = "auto",
@@ -473,7 +505,14 @@ def demo(
 Data = Annotated[Path, typer.Option(help="The folder that holds the data.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results; made when missing. Runs in it are not done again.")]
 Only = Annotated[str | None, typer.Option(help="Only these runs: TASK/METHOD/ARM, wildcards allowed, parts optional.")]
-Settings = Annotated[Path | None, typer.Option("--config", help="Other settings; see Resources/Benchmarks.")]
+Settings = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="Other settings: a benchmark's name (a wrong one lists all), or a TOML or JSON file.",
+        show_default="the benchmark's own",
+    ),
+]
 
 
 BENCHMARKS = {
@@ -494,13 +533,12 @@ def _add_benchmark(name: str, text: str) -> None:
             check_readable(data)
             check_choices(device=device)
             check_output_folder(out)
-            if config is not None:
-                read_values(config)
+            file = check_config(config, "benchmark")
 
             from ..benchmark.main_table import MainTableSettings, main_table, shipped_settings
             from .settings_file import load
 
-            settings = shipped_settings(name) if config is None else load(MainTableSettings, config)
+            settings = shipped_settings(name) if file is None else load(MainTableSettings, file)
             main_table(settings, data, out, only=only, device=device, job=job)
         console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
 
@@ -562,6 +600,7 @@ def check_choices(
     threads: int | None = None,
     steps: int | None = None,
     align: str | None = None,
+    iterations: int | None = None,
 ) -> None:
     """Refuse a name or number that cannot be, before anything is imported or read for it; None was not given.
 
@@ -569,26 +608,35 @@ def check_choices(
         MorphSeekError: which of them, and what there is.
     """
     checks = (check_model, model), (check_device, device), (check_threads, threads)
-    for check_one, value in (*checks, (check_steps, steps), (check_alignment, align)):
+    checks += (check_steps, steps), (check_alignment, align), (check_iterations, iterations)
+    for check_one, value in checks:
         if value is not None:
             check_one(value)
 
 
-def check_training(
-    dataset: Path, out: Path, config: Path | None, device: str, threads: int | None, init: str | None = None
-) -> Path | None:
+def check_training(dataset: Path, out: Path, config: Path | None, init: str | None = None) -> Path | None:
     """Refuse what a training could not begin with; return the file of the model that it starts from.
 
     Raises:
-        MorphSeekError: a path, a name or a settings file that cannot be used.
+        MorphSeekError: a path or a name that cannot be used.
     """
     check_readable(dataset)
-    if config is not None:
-        read_values(config)
-    check_choices(device=device, threads=threads)
     start = None if init is None else check_model(init)
     check_output_file(out, ".safetensors", [dataset, config, start])
     return start
+
+
+def check_config(config: str | None, kind: Kind) -> Path | None:
+    """Return the file of the settings that a name or a path means; None where none were asked for.
+
+    Raises:
+        MorphSeekError: there is none, or it cannot be read.
+    """
+    if config is None:
+        return None
+    file = find(config, kind)
+    read_values(file)
+    return file
 
 
 def use_threads(threads: int | None) -> None:

@@ -52,6 +52,7 @@ from ..space.geometry import DenseTransform, Grid, Transform, Volume
 PROTOCOL = 1
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
 REFUSED, CANCELLED = -32000, -32800
+CANCELLATION = {"code": CANCELLED, "message": "cancelled"}
 
 
 class _InvalidParamsError(Exception):
@@ -65,6 +66,8 @@ class Worker:
         self.source, self.sink = source, sink
         self.inbox: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         self.cancelled: set[Any] = set()
+        self.waiting: set[Any] = set()  # requests that have not begun
+        self.beginning = threading.Lock()
         self.writing = threading.Lock()
         self.models: dict[tuple, LoadedModel] = {}
         self.methods: dict[str, Callable[[Any, dict], dict]] = {
@@ -231,15 +234,29 @@ class Worker:
             elif message["method"] == "cancel":
                 target = message.get("params", {}).get("id")
                 if not isinstance(target, (dict, list)):
-                    self.cancelled.add(target)
+                    self._cancel(target)
             elif "id" in message:
+                self.waiting.add(number)
                 self.inbox.put(message)
         # nobody reads an answer any more: do not finish what is under way
         self.inbox.put(None)
         os._exit(0)
 
+    def _cancel(self, number: Any) -> None:
+        """Cancel a request: one that waits for another's end is answered at once, one under way when it next looks."""
+        with self.beginning:
+            if number not in self.waiting:
+                self.cancelled.add(number)
+                return
+            self.waiting.discard(number)
+        self._send({"id": number, "error": CANCELLATION})
+
     def _answer(self, message: dict) -> None:
         number, method = message["id"], message["method"]
+        with self.beginning:
+            if number not in self.waiting:
+                return  # cancelled while it waited, and answered
+            self.waiting.discard(number)
         error: dict[str, Any]
         try:
             if method not in self.methods:
@@ -251,7 +268,7 @@ class Worker:
                 self._send({"id": number, "result": self.methods[method](number, message.get("params", {}))})
                 return
         except Cancelled:
-            error = {"code": CANCELLED, "message": "cancelled"}
+            error = CANCELLATION
         except MorphSeekError as refused:
             error = {"code": REFUSED, "message": str(refused)}
         except _InvalidParamsError as wrong:

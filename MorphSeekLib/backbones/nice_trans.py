@@ -2,7 +2,7 @@
 
 The coarsest features of both images pass a stage of windowed attention; its result, the top feature, gives 12 affine
 parameters. Their dense displacement is where the field starts, so the field contains the affine part; each finer level
-adds what it finds. The attention is MONAI's Swin stage, which equals the official one.
+adds what it finds.
 
 The official code serves one pair at a time and loses some motion at each doubling of the field; ours serves any batch,
 and ``official_upsampling``, which official weights were trained with, is there for them alone.
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..protocol.errors import MorphSeekError
 from ..space import fields
 from .memory import run
 from .siamese import Expansion, FlowHead, Pyramid, Siamese, conv_block, double, rename, shared_names
+from .windows import SwinStage
 
 LEVELS = 5
 
@@ -57,11 +57,7 @@ OFFICIAL = NICETransSettings(official_upsampling=True)
 
 
 class NICETrans(Siamese):
-    """See the module's text. Input sizes must be divisible by ``multiple_of``.
-
-    Raises:
-        MorphSeekError: MONAI is not installed.
-    """
+    """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: NICETransSettings) -> None:
         super().__init__()
@@ -129,26 +125,10 @@ def affine_field(parameters: Tensor, shape: Sequence[int]) -> Tensor:
         return half * ((matrix @ points.flatten(2)).unflatten(2, tuple(shape)) + shift[:, :, None, None, None])
 
 
-def swin_stage(width: int, settings: NICETransSettings) -> nn.Module:
-    """Layers of windowed attention on (batch, width, i, j, k), by MONAI (swin_unetr.BasicLayer)."""
-    try:
-        import einops  # noqa: F401 (MONAI would miss it in the middle of the first forward pass only)
-        from monai.networks.nets.swin_unetr import BasicLayer
-    except ImportError as error:
-        raise MorphSeekError("NICE-Trans needs MONAI 1.6 or later; pip install 'morphseek[nice-trans]'.") from error
-    stage = BasicLayer(
-        width,
-        settings.depth,
-        width // settings.head_width,
-        (settings.window,) * 3,
-        drop_path=[0.0] * settings.depth,
-        qkv_bias=True,
-        use_checkpoint=settings.checkpointing,
-        use_flash_attention=True,  # without gradient only: twice as fast
-    )
-    for block in stage.blocks:  # a table that follows from the window's size has no place in a checkpoint
-        block.attn.register_buffer("relative_position_index", block.attn.relative_position_index, persistent=False)
-    return stage
+def swin_stage(width: int, settings: NICETransSettings) -> SwinStage:
+    """Make the layers of windowed attention of one level, on (batch, width, i, j, k)."""
+    heads, window = width // settings.head_width, (settings.window,) * 3
+    return SwinStage(width, heads, window, settings.depth, settings.checkpointing)
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:

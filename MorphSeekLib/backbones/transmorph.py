@@ -12,7 +12,6 @@ enlarged and integrated as one should.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from ..space import fields
 from .memory import run
+from .windows import attention, offset_numbers, pad_to_windows, seam_masks
 
 PATCH = 4
 FLOW_WIDTH = 16  # channels before the flow head, and of the images' convolution at full resolution
@@ -90,7 +90,7 @@ class WindowAttention(nn.Module):
 
     The grid is padded with zeros to whole windows, and the padding takes part in the attention, as in the official
     code. With a shift the grid is rolled, so that the last window along an axis joins tokens of both ends; a penalty
-    of 100 keeps the two sides apart. No other window holds such a seam: eight masks serve every image size.
+    of 100 keeps the two sides apart.
     """
 
     def __init__(self, channels: int, heads: int, window: Sequence[int], shifted: bool) -> None:
@@ -107,54 +107,12 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, i, j, k, channels) -> the same."""
-        batch, *size, channels = x.shape
+        size = x.shape[1:4]
+        bias = self.bias[self.offsets].permute(2, 0, 1)
         # without a bias the padding's queries, keys and values are zeros as well: they need not be computed
-        qkv = self.qkv(x)
-        padding = [-n % w for n, w in zip(size, self.window, strict=True)]
-        if any(padding):
-            qkv = F.pad(qkv, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
-        if any(self.shift):
-            qkv = torch.roll(qkv, [-s for s in self.shift], (1, 2, 3))
-        (a, b, c), (p, q, r) = (n // w for n, w in zip(qkv.shape[1:4], self.window, strict=True)), self.window
-        qkv = qkv.view(batch, a, p, b, q, c, r, 3, self.heads, -1).permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9)
-        queries, keys, values = qkv.reshape(3, batch * a * b * c, self.heads, p * q * r, -1)
-        out = F.scaled_dot_product_attention(queries, keys, values, self._mask((a, b, c), batch, queries.dtype))
-        out = out.view(batch, a, b, c, self.heads, p, q, r, -1).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
-        out = out.reshape(batch, a * p, b * q, c * r, channels)
-        if any(self.shift):
-            out = torch.roll(out, self.shift, (1, 2, 3))
+        qkv = pad_to_windows(self.qkv(x), self.window)
+        out = attention(qkv, bias, self.window, self.shift, self.seams)
         return self.proj(out[:, : size[0], : size[1], : size[2]])
-
-    def _mask(self, windows: Sequence[int], batch: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the attention's logits, (batch * windows or 1, heads, tokens, tokens)."""
-        bias = self.bias[self.offsets].permute(2, 0, 1)[None]
-        if self.seams is None:
-            return bias.to(dtype)
-        last = [torch.arange(n, device=bias.device) == n - 1 for n in windows]
-        which = 4 * last[0][:, None, None] + 2 * last[1][:, None] + last[2]
-        return (bias + self.seams[:, None]).to(dtype)[which.flatten().repeat(batch)]
-
-
-def offset_numbers(window: Sequence[int]) -> Tensor:
-    """(tokens, tokens): the number of the offset query - key, in the order of the official bias table."""
-    positions = fields.identity(window).long().flatten(2)[0]
-    offsets = positions[:, :, None] - positions[:, None, :]
-    number = torch.zeros_like(offsets[0])
-    for offset, n in zip(offsets, window, strict=True):
-        number = number * (2 * n - 1) + offset + n - 1
-    return number
-
-
-def seam_masks(window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """(8, tokens, tokens): -100 between tokens that a seam parts, else 0.
-
-    Mask number 4 a + 2 b + c has a seam along i, j and k where a, b and c are 1.
-    """
-    positions = fields.identity(window).flatten(2)[0]
-    beyond = torch.stack([p >= n - s for p, n, s in zip(positions, window, shift, strict=True)])
-    parted = beyond[:, :, None] != beyond[:, None, :]
-    which = torch.tensor(list(itertools.product((False, True), repeat=3)))
-    return -100.0 * (parted & which[:, :, None, None]).any(dim=1).float()
 
 
 class SwinBlock(nn.Module):

@@ -43,7 +43,7 @@ from ..protocol.job import SILENT, Job
 from ..protocol.options import FitOptions, RegistrationOptions
 from ..protocol.run_folder import locked
 from ..protocol.settings import from_dict, override, to_dict, to_json
-from ..protocol.startup import BUNDLED, find
+from ..protocol.startup import bundled, find
 from ..registration.alignment import align
 from ..registration.pipeline import register
 from ..registration.result import Registration
@@ -58,7 +58,6 @@ from .published import PUBLISHED
 from .scoring import Method, measure
 from .table import write_report
 
-SETTINGS = BUNDLED.parent / "Benchmarks"
 TEST = "registration_test"
 ALIGNMENTS = ("none", "affine")
 FEWEST = 10
@@ -180,15 +179,15 @@ class MainTableSettings:
 
 
 def shipped_settings(name: str) -> MainTableSettings:
-    """A benchmark's own settings: the file of its name, or the task of its name in paper.toml.
+    """Return a benchmark's own settings: the file of its name, or the task of its name in paper.toml.
 
     Raises:
         MorphSeekError: the file cannot be read.
     """
-    path = SETTINGS / f"{name}.toml"
-    if path.is_file():
-        return load(MainTableSettings, path)
-    paper = load(MainTableSettings, SETTINGS / "paper.toml")
+    files = bundled("benchmark")
+    if name in files:
+        return load(MainTableSettings, files[name])
+    paper = load(MainTableSettings, find("paper", "benchmark"))
     return dataclasses.replace(paper, tasks={name: paper.tasks[name]})
 
 

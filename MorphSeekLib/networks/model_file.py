@@ -25,6 +25,7 @@ from ..io.files import write_atomically
 from ..protocol.errors import MorphSeekError
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.startup import FORMAT, read_header
+from ..protocol.startup import sha256 as sha256  # for those who read a model file
 from ..protocol.version import __version__
 from ..space.preprocessing import Preprocessing
 from .policy import ModelSettings, RegistrationModel
@@ -134,11 +135,6 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
             "the file again, or train the model again."
         )
     return model.to(device).eval(), card
-
-
-def sha256(path: Path | str) -> str:
-    """Hex digest of a file, by which reports name the checkpoint."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def weights_sha256(path: Path | str) -> str:

@@ -6,17 +6,23 @@ the standard library may be imported in this file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import MorphSeekError
 
-BUNDLED = Path(__file__).resolve().parents[2] / "Resources" / "Checkpoints"
+Kind = Literal["model", "recipe", "benchmark"]
+"""What comes with MorphSeek beside its code: models, settings of trainings, settings of benchmarks."""
+
+_FOLDERS = {"model": "Models", "recipe": "Training", "benchmark": "Benchmarks"}
+_OLD_MODELS = "Checkpoints"  # where the bundled models lay before; a path into it opens the model of that name
+_SUFFIXES = {"model": ".safetensors", "recipe": ".toml", "benchmark": ".toml"}
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 MAX_STEPS = 20
 FORMAT = 1
@@ -42,25 +48,40 @@ def wait_passively() -> None:
         os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 
-def bundled() -> dict[str, Path]:
-    """Return the models that come with MorphSeek: name -> file."""
-    return {path.stem: path for path in sorted(BUNDLED.glob("*.safetensors"))}
+def resources() -> Path:
+    """Return the folder of what comes with MorphSeek beside its code.
+
+    A wheel holds it inside the package, a checkout and an installation in Slicer beside it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "resources"
+    return inside if inside.is_dir() else package.parent / "Resources"
 
 
-def find(model: str | Path) -> Path:
-    """Return the file of a bundled model's name, or of a path.
+def bundled(kind: Kind = "model") -> dict[str, Path]:
+    """Return what comes with MorphSeek of a kind: name -> file."""
+    files = sorted((resources() / _FOLDERS[kind]).glob(f"*{_SUFFIXES[kind]}"))
+    return {path.stem: path for path in files}
+
+
+def find(name: str | Path, kind: Kind = "model") -> Path:
+    """Return the file of a bundled name, or of a path.
 
     Raises:
         MorphSeekError: neither; the known names are listed.
     """
-    names = bundled()
-    if str(model) in names:
-        return names[str(model)]
-    path = Path(model).expanduser()
+    names = bundled(kind)
+    if str(name) in names:
+        return names[str(name)]
+    path = Path(name).expanduser()
     if path.is_file():
         return path
+    if kind == "model" and path.parent.name == _OLD_MODELS and path.stem in names:
+        return names[path.stem]
     known = ", ".join(names) or "none are installed"
-    raise MorphSeekError(f"There is no model '{model}': give a bundled name ({known}) or a .safetensors file.")
+    if kind == "model":
+        raise MorphSeekError(f"There is no model '{name}': give a bundled name ({known}) or a .safetensors file.")
+    raise MorphSeekError(f"There are no settings '{name}': give a bundled name ({known}) or a .toml or .json file.")
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
@@ -119,6 +140,15 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def sha256(path: Path | str) -> str:
+    """Return the hex digest of a file, by which reports name a model."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def check_model(model: str | Path) -> Path:
     """Return the file of a model whose card can be read.
 
@@ -171,6 +201,16 @@ def check_threads(threads: int) -> None:
     """
     if threads < 1:
         raise MorphSeekError(f"{threads} threads were asked for; choose 1 or more, or leave it out for all.")
+
+
+def check_iterations(iterations: int) -> None:
+    """Refuse a training of no iterations.
+
+    Raises:
+        MorphSeekError: with what to give.
+    """
+    if iterations < 1:
+        raise MorphSeekError(f"{iterations} iterations were asked for; choose 1 or more.")
 
 
 def check_readable(path: Path | str) -> None:

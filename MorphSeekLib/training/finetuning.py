@@ -95,7 +95,7 @@ class FinetuneConfig:
         title, licence: for the card.
         loss: lambda_warm's terms and ``dice``, lambda_Dice.
         policy: lambda_policy and how a group is sampled; ``policy.weight = 0`` samples nothing. The paper's form is
-            Resources/Training/finetune-paper.toml.
+            the recipe finetune-paper.
         reward: the terms of the reward and their weights.
     """
 

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from MorphSeekLib.networks.model_file import load, save
-from MorphSeekLib.protocol.startup import BUNDLED
+from MorphSeekLib.protocol.startup import resources
 
 SPACING, SHAPE, STEPS = (1.5, 1.5, 1.5), (128, 160, 128), 2
 
@@ -36,7 +36,7 @@ def main() -> None:
     results = json.loads(options.figures.read_text(encoding="utf-8")) if options.figures else {}
     results = {k: v for k, v in results.items() if k != "model"}
     card = dataclasses.replace(card, preprocessing=preprocessing, provenance=provenance, results=results)
-    save(BUNDLED / "brain-mr.safetensors", model, card)
+    save(resources() / "Models" / "brain-mr.safetensors", model, card)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Make the bundled checkpoint "hippocampus-mr" from the trained one, with measured figures on its card.
 
-    R=Resources/Training; D=hippocampus/dataset.json
-    morphseek warmup $D --config $R/hippocampus.toml --out warm.safetensors
-    morphseek finetune $D --init warm.safetensors --config $R/hippocampus-finetune.toml --out one.safetensors
-    morphseek finetune $D --init one.safetensors --config $R/hippocampus-finetune-grpo.toml --out two.safetensors
-    python $R/bundle_hippocampus.py average one.safetensors two.safetensors --out mean.safetensors
-    morphseek finetune $D --init mean.safetensors --config $R/hippocampus-finetune-augmented.toml \\
+    D=hippocampus/dataset.json
+    morphseek warmup $D --config hippocampus --out warm.safetensors
+    morphseek finetune $D --init warm.safetensors --config hippocampus-finetune --out one.safetensors
+    morphseek finetune $D --init one.safetensors --config hippocampus-finetune-grpo --out two.safetensors
+    python Resources/Training/bundle_hippocampus.py average one.safetensors two.safetensors --out mean.safetensors
+    morphseek finetune $D --init mean.safetensors --config hippocampus-finetune-augmented \\
         --out three.safetensors
     morphseek evaluate $D --model three.safetensors --out figures.json
-    python $R/bundle_hippocampus.py bundle three.safetensors --figures figures.json
+    python Resources/Training/bundle_hippocampus.py bundle three.safetensors --figures figures.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 
 from MorphSeekLib.networks.model_file import load, save
-from MorphSeekLib.protocol.startup import BUNDLED
+from MorphSeekLib.protocol.startup import resources
 
 
 def average(one: Path, two: Path, out: Path) -> None:
@@ -37,7 +37,11 @@ def bundle(trained: Path, figures: Path) -> None:
     tested = {k: found[k] for k in ("dataset", "split", "mean", "std", "definitions", "folding_definition", "steps")}
     results = card.results | {"test": tested | {"pairs": len(found["pairs"])}}
     title = "Hippocampus MR crops, fine-tuned on 150 labelled cases"
-    save(BUNDLED / "hippocampus-mr.safetensors", model, dataclasses.replace(card, title=title, results=results))
+    save(
+        resources() / "Models" / "hippocampus-mr.safetensors",
+        model,
+        dataclasses.replace(card, title=title, results=results),
+    )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Write on a checkpoint's card how large the objects are that it was trained on; its weights stay as they are.
 
-    python Resources/Training/measure_sizes.py Resources/Checkpoints/hippocampus-mr.safetensors hippocampus/dataset.json
-    python Resources/Training/measure_sizes.py Resources/Checkpoints/brain-mr.safetensors brain_labels
+    python Resources/Training/measure_sizes.py Resources/Models/hippocampus-mr.safetensors hippocampus/dataset.json
+    python Resources/Training/measure_sizes.py Resources/Models/brain-mr.safetensors brain_labels
 
 Trainings do so themselves (``preprocessing.knows``); this is for models that were trained before they did.
 """

@@ -14,6 +14,7 @@ now and then more than that), so that a test that passes here means something th
 - ui_files: the QUiLoader that builds a .ui file, strictly.
 - parameters: parameterNodeWrapper.
 - scripted_module: ScriptedLoadableModule and its Widget, Logic and Test.
+- launcher: the environment variables that Slicer's launcher sets.
 - application: slicer.app, the module factory, layout manager, i18n, packaging.
 """
 

@@ -18,6 +18,7 @@ from PySide6 import QtCore, QtGui, QtWidgets
 from PySide6.QtCore import Property, Signal
 
 from . import parameters, scripted_module, ui_files, widgets
+from .launcher import Launcher
 from .pythonqt import QT_MODULES, QtModule, class_of, errors, native, wrap
 
 VERSION = (5, 13)
@@ -51,10 +52,12 @@ class qSlicerApplication(QtWidgets.QApplication):
         self.testing = True
         self._modules, self._layouts = qSlicerModuleFactoryManager(self), qSlicerLayoutManager(self)
         self._folder = tempfile.TemporaryDirectory(prefix="slicer-stand-in-")
+        self.launcher = Launcher(Path(self._folder.name) / "Slicer")
         QtCore.QSettings.setDefaultFormat(QtCore.QSettings.Format.IniFormat)
         QtCore.QSettings.setPath(QtCore.QSettings.Format.IniFormat, QtCore.QSettings.Scope.UserScope, self._folder.name)
         self.setOrganizationName("SlicerStandIn")
         self.setApplicationName("Slicer")
+        self.setApplicationVersion(f"{VERSION[0]}.{VERSION[1]}.0")
 
     def mrmlScene(self):
         return slicer.mrmlScene
@@ -76,10 +79,16 @@ class qSlicerApplication(QtWidgets.QApplication):
     def testingEnabled(self) -> bool:
         return self.testing
 
+    def startupEnvironment(self):
+        environment = QtCore.QProcessEnvironment()
+        for name, value in self.launcher.startup_environment().items():
+            environment.insert(name, value)
+        return environment
+
+    slicerHome = Property(str, lambda self: str(self.launcher.home))
     temporaryPath = Property(str, lambda self: self._folder.name)
     majorVersion = Property(int, lambda self: VERSION[0])
     minorVersion = Property(int, lambda self: VERSION[1])
-    applicationVersion = Property(str, lambda self: f"{VERSION[0]}.{VERSION[1]}.0")
 
 
 class qSlicerModuleFactoryManager(QtCore.QObject):
@@ -103,6 +112,35 @@ class qMRMLSliceWidget(QtCore.QObject):
         return self.view.node
 
 
+class qMRMLThreeDView(QtCore.QObject):
+    """The 3D view: its camera looks at the world's origin until it is told otherwise."""
+
+    def __init__(self, view: offscreen.ThreeDView, parent) -> None:
+        super().__init__(parent)
+        self.view = view
+
+    def resetFocalPoint(self) -> None:
+        self.view.window.Render()
+        bounds = self.view.renderer.ComputeVisiblePropBounds()
+        if bounds[0] <= bounds[1]:
+            camera = self.view.renderer.GetActiveCamera()
+            camera.SetFocalPoint(*(sum(bounds[2 * axis : 2 * axis + 2]) / 2 for axis in range(3)))
+
+    def resetCamera(self) -> None:
+        self.view.renderer.ResetCamera()
+
+
+class qMRMLThreeDWidget(QtCore.QObject):
+    """One 3D view of the layout, without a window; drawn off screen."""
+
+    def __init__(self, view: offscreen.ThreeDView, parent) -> None:
+        super().__init__(parent)
+        self._view = qMRMLThreeDView(view, self)
+
+    def threeDView(self):
+        return self._view
+
+
 class qSlicerLayoutManager(QtCore.QObject):
     """slicer.app.layoutManager(): the slice views that :meth:`Application.open_views` opened."""
 
@@ -111,7 +149,13 @@ class qSlicerLayoutManager(QtCore.QObject):
     def __init__(self, parent) -> None:
         super().__init__(parent)
         self.slices: dict[str, qMRMLSliceWidget] = {}
+        self.three_d: list[qMRMLThreeDWidget] = []
         self._layout = 4
+
+    threeDViewCount = Property(int, lambda self: len(self.three_d))
+
+    def threeDWidget(self, number: int):
+        return self.three_d[number]
 
     def sliceViewNames(self) -> list[str]:
         return list(self.slices)
@@ -214,6 +258,7 @@ class Application:
         self.unload()
         self.world = self.qt.world = offscreen.Application()
         self.qt.layoutManager().slices.clear()
+        self.qt.layoutManager().three_d.clear()
         # of Slicer's own modules, those that are asked for their logic
         slicer.modules.plots = types.SimpleNamespace(logic=lambda: self.world.logic.GetModuleLogic("Plots"))
         self.qt.testing = True
@@ -227,6 +272,12 @@ class Application:
         for name, orientation in (("Red", "Axial"), ("Yellow", "Sagittal"), ("Green", "Coronal")):
             manager.slices[name] = qMRMLSliceWidget(self.world.slice_view(orientation, name, size), manager)
         return {name: widget.view for name, widget in manager.slices.items()}
+
+    def open_3d_view(self, size: tuple[int, int] = (300, 300)) -> offscreen.ThreeDView:
+        """The 3D view of the conventional layout, with the camera where Slicer's stands at first."""
+        view = self.world.three_d_view(size)
+        self.qt.layoutManager().three_d.append(qMRMLThreeDWidget(view, self.qt.layoutManager()))
+        return view
 
     def load_module(self, path: str | os.PathLike) -> qSlicerScriptedLoadableModule:
         """Load a scripted module's file as Slicer's factory does, and say that the startup is complete."""

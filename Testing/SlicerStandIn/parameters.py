@@ -1,7 +1,8 @@
 """slicer.parameterNodeWrapper: typed attributes over a parameter node, bound to widgets.
 
 Kept from Slicer (Base/Python/slicer/parameterNodeWrapper): defaults are written when the wrapper is made; a value of
-the wrong type or outside its annotation is refused; a node is a node reference; a widget with the dynamic property
+the wrong type or outside its annotation is refused; a node is a node reference, and one that was read
+while a scene is imported, before its node is there, stays None for this wrapper; a widget with the dynamic property
 ``SlicerParameterName`` is bound both ways by connectGui, and only pairs of type and widget that Slicer can bind are.
 """
 
@@ -169,14 +170,25 @@ def parameterNodeWrapper(cls):
 
 
 def _property(name: str):
-    return property(
-        lambda self: self.allParameters[name].read(self.parameterNode),
-        lambda self, value: self.allParameters[name].write(self.parameterNode, value),
-    )
+    def read(self):
+        parameter = self.allParameters[name]
+        if name in self._unresolved:
+            return None
+        value = parameter.read(self.parameterNode)
+        if parameter.nodes and value is None and slicer.mrmlScene.IsImporting():
+            self._unresolved.add(name)  # Slicer's wrapper caches what it read before the referenced node was there
+        return value
+
+    def write(self, value) -> None:
+        self._unresolved.discard(name)
+        self.allParameters[name].write(self.parameterNode, value)
+
+    return property(read, write)
 
 
 def _init(self, parameter_node, prefix=None) -> None:
     self.parameterNode = parameter_node
+    self._unresolved: set[str] = set()
     self._bindings, self._tags, self._next, self._updating = {}, {}, 0, False
     for parameter in self.allParameters.values():
         if not parameter.is_in(parameter_node):

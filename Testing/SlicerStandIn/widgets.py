@@ -8,6 +8,7 @@ added to ``ALL`` at the end.
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 
 import shiboken6
@@ -351,21 +352,29 @@ class ctkCollapsibleButton(QAbstractButton):
 
 
 class ctkPathLineEdit(QWidget):
-    """A path, typed or browsed for."""
+    """A path, typed or browsed for; silent about one that does not exist, and about being cleared."""
 
     currentPathChanged = Signal(str)
+    validInputChanged = Signal(bool)
 
     def __init__(self, parent=None) -> None:
         super().__init__(parent)
         self._edit, self._browse = QLineEdit(self), QToolButton(self)
         self._browse.setText("...")
         self._browse.clicked.connect(self.browse)
-        self._filters, self._name_filters, self._key = 0, [], ""
+        self._filters, self._name_filters, self._key, self._valid = 0, [], "", False
         layout = QHBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.addWidget(self._edit)
         layout.addWidget(self._browse)
-        self._edit.textChanged.connect(self.currentPathChanged)
+        self._edit.textChanged.connect(self._tell)
+
+    def _tell(self, path: str) -> None:
+        before, self._valid = self._valid, bool(path) and os.path.exists(path)
+        if self._valid:
+            self.currentPathChanged.emit(path)
+        if self._valid != before:
+            self.validInputChanged.emit(self._valid)
 
     @Slot()
     def browse(self) -> None:

@@ -146,7 +146,8 @@ def test_warmup(files, tmp_path):
     """
     (tmp_path / "settings.toml").write_text(settings)
     options = ["--config", tmp_path / "settings.toml", "--backbone", "voxelmorph", "--out", tmp_path / "m.safetensors"]
-    run("warmup", files / "data" / "dataset.json", *options)
+    run("warmup", files / "data" / "dataset.json", *options, "--iterations", "1")
+    assert len((tmp_path / "m.safetensors.jsonl").read_text().splitlines()) == 1
     assert json.loads(run("info", tmp_path / "m.safetensors", "--json"))["provenance"]["cases"] == 2
 
 

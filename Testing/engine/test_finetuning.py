@@ -345,14 +345,15 @@ def wait_until(condition, processes):
 
 
 def test_a_killed_process_resumes_to_the_same_weights(dataset, init, tmp_path):
-    """A real process, really killed."""
+    """A real process, really killed; --iterations counts for the settings' own."""
     run = dataclasses.replace(CONFIG.training, iterations=20, pairs=1, validate_every=20)
     config = dataclasses.replace(CONFIG, training=run)
-    (tmp_path / "settings.json").write_text(json.dumps(plain(config)))
+    longer = dataclasses.replace(config, training=dataclasses.replace(run, iterations=30))
+    (tmp_path / "settings.json").write_text(json.dumps(plain(longer)))
     command = "import torch; torch.set_num_threads(1); from MorphSeekLib.app.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", command, "finetune", str(dataset.path), "--init", str(init), "--device", "cpu",
-         "--config", str(tmp_path / "settings.json"), "--out", str(tmp_path / "cut.safetensors")],
+         "--config", str(tmp_path / "settings.json"), "--iterations", "20", "--out", str(tmp_path / "cut.safetensors")],
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     wait_until((tmp_path / "cut.safetensors.state").exists, [process])

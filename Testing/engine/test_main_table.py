@@ -22,7 +22,6 @@ from MorphSeekLib.app.cli import app
 from MorphSeekLib.app.settings_file import load
 from MorphSeekLib.backbones.voxelmorph import VXM_HUGE, VoxelMorphSettings
 from MorphSeekLib.benchmark.main_table import (
-    SETTINGS,
     MainTableSettings,
     main_table,
     run_list,
@@ -36,6 +35,7 @@ from MorphSeekLib.networks.policy import RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import from_dict
+from MorphSeekLib.protocol.startup import bundled
 
 BLOBS = {
     "title": "A table of blobs",
@@ -379,7 +379,7 @@ def test_the_command_line_refuses_in_a_sentence(data, tmp_path):
     options = ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]
     for more, words in (
         (["--only", "lungs"], "No run matches 'lungs'"),
-        (["--config", str(tmp_path / "no.toml")], "cannot be read"),
+        (["--config", str(tmp_path / "no.toml")], "There are no settings"),
         ([], "hippocampus/dataset.json"),
     ):
         found = CliRunner().invoke(app, ["benchmark", "main-table", *options, *more], catch_exceptions=False)
@@ -499,7 +499,7 @@ PAPER_SIZES = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(SETTINGS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", bundled("benchmark").values(), ids=lambda path: path.stem)
 def test_shipped_settings_load_and_their_networks_can_be_built(path):
     settings = load(MainTableSettings, path)
     runs = run_list(settings)

@@ -151,16 +151,8 @@ def test_nothing_is_unpickled(tmp_path):
 def test_the_ground_needs_little():
     """Fields and geometry need torch and numpy, fields not even geometry; what comes first needs neither."""
     allowed = {"space/fields.py": {"torch", "collections", "__future__"}}
-    allowed["protocol/startup.py"] = {
-        "__future__",
-        "collections",
-        "json",
-        "os",
-        "pathlib",
-        "struct",
-        "tempfile",
-        "typing",
-    }
+    names = ("__future__", "collections", "hashlib", "json", "os", "pathlib", "struct", "tempfile", "typing")
+    allowed["protocol/startup.py"] = set(names)
     allowed["space/geometry.py"] = allowed["space/fields.py"] | {"numpy", "math", "dataclasses"}
     for name, names in allowed.items():
         assert imported(ROOT / "MorphSeekLib" / name) <= names

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,9 +219,3 @@ def test_an_image_of_one_cell_is_refused(name):
     network = build_backbone(name, TINY[name])
     with pytest.raises(MorphSeekError, match=f"more than {network.multiple_of} voxels"):
         network.features(torch.rand(1, 1, *[network.multiple_of] * 3))
-
-
-def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "einops", None)
-    with pytest.raises(MorphSeekError, match=r"pip install 'morphseek\[nice-trans\]'"):
-        build_backbone("nice_trans", TINY["nice_trans"])

@@ -311,12 +311,14 @@ def test_a_cancelled_run_goes_on_where_it_stood(dataset, tmp_path):
 
 def test_the_command_trains(dataset, tmp_path):
     settings = {k: v for k, v in to_dict(CONFIG).items() if v}
-    settings["training"] = {k: v for k, v in settings["training"].items() if v is not None} | {"iterations": 1}
+    settings["training"] = {k: v for k, v in settings["training"].items() if v is not None}
     settings["preprocessing"] = {k: v for k, v in settings["preprocessing"].items() if v is not None}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     arguments = ["spac", str(dataset.path), "--config", str(tmp_path / "settings.json"), "--device", "cpu"]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "m.safetensors"), "--labels", "2"])
+    arguments += ["--out", str(tmp_path / "m.safetensors"), "--labels", "2", "--iterations", "1"]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    assert len((tmp_path / "m.safetensors.jsonl").read_text().splitlines()) == 1
     assert checkpoint.read_card(tmp_path / "m.safetensors").provenance["cases"] == 2
 
 

@@ -19,7 +19,14 @@ from MorphSeekLib.io.images import write_image
 from MorphSeekLib.networks.devices import use_threads
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.job import Job
-from MorphSeekLib.protocol.startup import check_output_file, check_output_folder, read_header, wait_passively
+from MorphSeekLib.protocol.startup import (
+    bundled,
+    check_output_file,
+    check_output_folder,
+    find,
+    read_header,
+    wait_passively,
+)
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.geometry import Volume
 
@@ -27,7 +34,7 @@ HEAVY = ("torch", "numpy", "SimpleITK", "scipy", "matplotlib")
 COMMANDS = """
 import json, sys
 from typer.testing import CliRunner
-from MorphSeekLib.cli import app
+from MorphSeekLib.app.cli import app
 
 found = []
 for arguments in json.loads(sys.argv[1]):
@@ -73,6 +80,10 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
         (["warmup", "gone", *out], "gone does not exist"),
         (["warmup", data, "--out", "model.pt"], "the ending .safetensors"),
         (["warmup", data, *out, "--config", str(here / "bad.toml")], "is not valid TOML"),
+        (["warmup", data, *out, "--config", "hippocampos"], "no settings 'hippocampos': give a bundled name (brain-mr"),
+        (["finetune", data, *out, "--init", "brain-mr", "--config", "gone.toml"], "no settings 'gone.toml'"),
+        (["spac", data, *out, "--config", "gone.json"], "no settings 'gone.json'"),
+        (["warmup", data, *out, "--iterations", "0"], "choose 1 or more"),
         (["warmup", data, *out, "--init", "brain-xr"], "no model 'brain-xr'"),
         (["finetune", data, *out, "--init", "brain-xr"], "no model 'brain-xr'"),
         (["finetune", data, *out, "--init", "brain-mr", "--threads", "0"], "choose 1 or more"),
@@ -82,6 +93,10 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
         (["info", "brain-xr"], "no model 'brain-xr'"),
         (["demo", "-o", good], "is a file"),
         (["benchmark", "main-table", "--data", "gone", "--out", "o"], "gone does not exist"),
+        (
+            ["benchmark", "lits", "--data", data, "--out", str(here / "out"), "--config", "x"],
+            "(main-table, native-brains",
+        ),
     ]
     commands = [arguments for arguments, _ in wanted]
     script = [sys.executable, "-c", COMMANDS, json.dumps(commands), json.dumps(HEAVY)]
@@ -91,6 +106,24 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
         assert (code, heavy) == (2, []), (arguments, sentence, heavy)
         assert words in sentence, arguments
     assert not (here / "out").exists()
+
+
+def test_a_path_to_where_models_lay_before_opens_the_model_of_that_name():
+    assert find("/somewhere/Resources/Checkpoints/brain-mr.safetensors") == bundled()["brain-mr"]
+    with pytest.raises(MorphSeekError, match="There is no model"):
+        find("/somewhere/Resources/Checkpoints/none.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["model", "recipe", "benchmark"])
+def test_a_bundled_name_is_found_before_a_file_and_a_path_is_found_as_it_is(kind, tmp_path, monkeypatch):
+    name, file = next(iter(bundled(kind).items()))
+    monkeypatch.chdir(tmp_path)
+    Path(name).touch()
+    assert find(name, kind) == file
+    Path("mine").touch()
+    assert find("mine", kind) == Path("mine")
+    with pytest.raises(MorphSeekError, match=rf"There (is|are) no \w+ 'gone': give a bundled name \({name}"):
+        find("gone", kind)
 
 
 @pytest.mark.parametrize("command", [["MorphSeekLib.app.cli", "info", "brain-mr"], ["MorphSeekLib.app.worker"]])

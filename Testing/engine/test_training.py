@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from MorphSeekLib.networks.policy import Latent, ModelSettings, RegistrationMode
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import from_dict, to_dict
+from MorphSeekLib.protocol.startup import bundled, find
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.preprocessing import Preprocessing, normalize
 from MorphSeekLib.training.finetuning import FinetuneConfig, finetune
@@ -478,7 +478,7 @@ def test_settings_files(tmp_path):
 
 
 def test_recipes_are_valid():
-    recipes = sorted((Path(__file__).parents[2] / "Resources" / "Training").glob("*.toml"))
+    recipes = bundled("recipe").values()
     assert recipes
     for recipe in recipes:
         kind = FinetuneConfig if "finetune" in recipe.name else SACConfig if "spac" in recipe.name else TrainingConfig
@@ -498,7 +498,7 @@ def test_a_partial_table_leaves_the_other_defaults():
     found = from_dict(FinetuneConfig, {"policy": {"trajectories": 8}, "loss": {"dice": 2.0}})
     assert found.policy == dataclasses.replace(FIELD_POLICY, trajectories=8)
     assert found.loss == dataclasses.replace(FinetuneConfig().loss, dice=2.0)
-    paper = load(FinetuneConfig, Path(__file__).parents[2] / "Resources/Training/finetune-paper.toml").policy
+    paper = load(FinetuneConfig, find("finetune-paper", "recipe")).policy
     assert (paper.place, paper.credit, paper.s, paper.advance) == ("latent", "trajectory", "sqrt_n", "greedy")
 
 

@@ -220,6 +220,20 @@ def test_cancel_ends_the_job_and_the_worker_lives(client, request_of):
     assert "result" in client.call("hello")
 
 
+def test_a_request_that_waits_is_cancelled_at_once(client, request_of):
+    """The one under way goes on: a panel that asks no more must not end another panel's registration."""
+    running = client.send("register", request_of | {"refinement": LONGEST})
+    while client.lines.get(timeout=300).get("params", {}).get("phase") != "refine":  # the limit only ends a hang
+        pass
+    waiting = client.send("hello")
+    client.write(json.dumps({"jsonrpc": "2.0", "method": "cancel", "params": {"id": waiting}}))
+    assert client.answer(waiting)["error"]["code"] == -32800
+    assert client.lines.get(timeout=300)["params"]["id"] == running
+    client.write(json.dumps({"jsonrpc": "2.0", "method": "cancel", "params": {"id": running}}))
+    assert client.answer(running)["error"]["code"] == -32800
+    assert "result" in client.call("hello")
+
+
 @pytest.mark.parametrize(
     ("line", "code"),
     [

@@ -23,8 +23,9 @@ def stand_in():
 
     application = SlicerStandIn.start()
     application.fresh()
-    yield application
-    application.unload()
+    with application.qt.launcher.launched():
+        yield application
+        application.unload()
     assert application.take_errors() == []
 
 

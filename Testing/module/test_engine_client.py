@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from MorphSeekGui import engine_client
-from MorphSeekGui.engine_client import EngineCancelled, EngineClient, EngineDied, EngineError
+from MorphSeekGui.engine_client import EngineCancelled, EngineClient, EngineDied, EngineError, last_words
 
 WORKER = [sys.executable, str(Path(__file__).with_name("echo_worker.py"))]
 
@@ -150,9 +150,72 @@ def test_a_callback_that_raises_leaves_the_client_usable(client):
     assert client.call("echo", {"n": 1})["echo"] == {"n": 1}
 
 
+def test_whoever_names_no_python_gets_the_engine_that_there_is():
+    chosen = engine_client.shared_client("/the/users/python")
+    try:
+        assert engine_client.shared_client() is chosen
+        assert engine_client.shared_client("/the/users/python") is chosen
+        assert engine_client.shared_client("") is not chosen
+    finally:
+        engine_client.close_shared_client()
+
+
 def test_a_python_that_is_not_there_is_one_sentence():
     with pytest.raises(EngineDied, match=r"could not be started with '/no/such/python'"):
         EngineClient(python="/no/such/python").call("hello")
+
+
+FATAL = """Python path configuration:
+  PYTHONHOME = '/opt/Slicer/lib/Python'
+Fatal Python error: init_fs_encoding: failed to get the Python codec of the filesystem encoding
+Python runtime state: core initialized
+ModuleNotFoundError: No module named 'encodings'
+
+Current thread 0x00007f7f7e61fb80 (most recent call first):
+  <no Python frame>
+"""
+SEGMENTATION = """Loading
+Fatal Python error: Segmentation fault
+
+Current thread 0x00007f0a (most recent call first):
+  File "/x/worker.py", line 12 in register
+Extension modules: numpy._core, torch._C (total: 41)
+"""
+RAISED = """Traceback (most recent call last):
+  File "worker.py", line 1, in <module>
+    import torch
+torch.AcceleratorError: CUDA error: no kernel image is available
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+
+"""
+WARNED = """bash: line 1: PythonSlicer: cannot execute
+/usr/lib/python3.12/multiprocessing/resource_tracker.py:224: UserWarning: resource_tracker: leaked semaphores
+  warnings.warn('resource_tracker')
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            FATAL,
+            "Fatal Python error: init_fs_encoding: failed to get the Python codec of the filesystem encoding; "
+            "ModuleNotFoundError: No module named 'encodings'",
+        ),
+        (SEGMENTATION, "Fatal Python error: Segmentation fault"),
+        (RAISED, "torch.AcceleratorError: CUDA error: no kernel image is available"),
+        (WARNED, "bash: line 1: PythonSlicer: cannot execute"),
+        ("", ""),
+    ],
+)
+def test_of_a_log_the_line_with_the_reason_is_quoted(log, reason):
+    assert last_words(log.splitlines()) == reason
+
+
+def test_a_python_that_cannot_begin_says_why(tmp_path):
+    environment = os.environ | {"PYTHONHOME": str(tmp_path)}
+    with pytest.raises(EngineDied, match=r"exit code 1\).*init_fs_encoding.*No module named 'encodings'"):
+        EngineClient(python=sys.executable, environment=environment).call("hello")
 
 
 def test_it_imports_neither_slicer_nor_torch():
@@ -164,5 +227,5 @@ def test_it_imports_neither_slicer_nor_torch():
 
 
 def test_the_engine_is_found_beside_the_module():
-    assert (engine_client.engine_root() / "MorphSeekLib" / "geometry.py").is_file()
+    assert (engine_client.engine_root() / "MorphSeekLib" / "space" / "geometry.py").is_file()
     assert Path(engine_client.default_python()).name.lower().startswith("python")

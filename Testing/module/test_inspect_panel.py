@@ -498,3 +498,24 @@ def test_the_module_hands_a_result_over(module, tmp_path):
     assert not widget.ui.inspectSection.collapsed
     assert widget.panels["inspect"].ui.resultSelector.currentNode() is nodes.transform
     assert widget.panels["inspect"].ui.verdictLabel.text.startswith("■ Red")
+
+
+@pytest.mark.parametrize("what", ["folding", "grid"])
+def test_what_is_first_shown_in_3d_is_looked_at(stand_in, panel, ui, nodes, what):
+    """Slicer's camera looks at the world's origin, wherever the content is."""
+    three_d = stand_in.open_3d_view()
+    camera = three_d.renderer.GetActiveCamera()
+    camera.SetPosition(0, 5000, 0)
+    camera.SetFocalPoint(0, 4000, 0)
+    panel.show(nodes)
+    empty = three_d.draw()
+    ui.gridCheckBox.checked = ui.foldingCheckBox.checked = False
+    ui.grid3DCheckBox.checked = what == "grid"
+    ui.folding3DCheckBox.checked = what == "folding"
+    (ui.gridCheckBox if what == "grid" else ui.foldingCheckBox).click()
+    stand_in.process()
+    assert (three_d.draw() != empty).any(), "it is in the picture"
+    camera.SetPosition(1, 2, 3)
+    (ui.gridCheckBox if what == "grid" else ui.foldingCheckBox).click()
+    (ui.gridCheckBox if what == "grid" else ui.foldingCheckBox).click()
+    assert np.allclose(camera.GetPosition(), (1, 2, 3)), "later the camera is the user's"

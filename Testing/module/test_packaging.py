@@ -1,15 +1,15 @@
-"""The extension's descriptions agree, what they name is there, and CMake takes every file to where it is looked for."""
+"""The extension's descriptions agree, what they name is there, and its parts find each other once installed."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cmake_install import install
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,45 +46,22 @@ def test_pictures_and_licence_are_there():
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
-STAND_IN = """
-set(Slicer_USE_FILE ${CMAKE_CURRENT_LIST_DIR}/empty.cmake)
-set(Slicer_EXTENSION_GENERATE_CONFIG ${CMAKE_CURRENT_LIST_DIR}/empty.cmake)
-set(Slicer_EXTENSION_CPACK ${CMAKE_CURRENT_LIST_DIR}/empty.cmake)
-set(Slicer_QTSCRIPTEDMODULES_LIB_DIR lib/Slicer/qt-scripted-modules)
-function(ctkMacroCompilePythonScript)
-  cmake_parse_arguments(A "NO_INSTALL_SUBDIR" "TARGET_NAME;DESTINATION_DIR;INSTALL_DIR" "SCRIPTS;RESOURCES" ${ARGN})
-  foreach(file ${A_SCRIPTS} ${A_RESOURCES})
-    get_filename_component(folder ${file} DIRECTORY)
-    file(COPY ${CMAKE_CURRENT_SOURCE_DIR}/${file} DESTINATION ${A_DESTINATION_DIR}/${folder})
-  endforeach()
-endfunction()
-function(slicerMacroBuildScriptedModule)
-  cmake_parse_arguments(M "WITH_GENERIC_TESTS" "NAME" "SCRIPTS;RESOURCES" ${ARGN})
-  ctkMacroCompilePythonScript(TARGET_NAME ${M_NAME} SCRIPTS ${M_SCRIPTS} RESOURCES ${M_RESOURCES}
-    DESTINATION_DIR ${CMAKE_BINARY_DIR}/${Slicer_QTSCRIPTEDMODULES_LIB_DIR})
-endfunction()
-"""
-
-
-def test_cmake_lays_out_what_the_module_looks_for(tmp_path):
-    """With a Slicer package that only copies: the layout is Slicer's (SlicerMacroBuildScriptedModule.cmake)."""
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("needs cmake (pip install cmake)")
-    package = tmp_path / "slicer"
-    package.mkdir()
-    (package / "SlicerConfig.cmake").write_text(STAND_IN)
-    (package / "empty.cmake").touch()
-    command = [cmake, "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DSlicer_DIR={package}"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    laid = tmp_path / "build/lib/Slicer/qt-scripted-modules"
-    wanted = {p.relative_to(ROOT) for p in (ROOT / "MorphSeekLib").rglob("*") if p.suffix in (".py", ".j2")}
-    wanted |= {p.relative_to(ROOT) for p in (ROOT / "Resources/Checkpoints").glob("*.safetensors")}
-    wanted |= {p.relative_to(ROOT) for p in (ROOT / "Resources/Benchmarks").glob("*.toml")}
-    module = ROOT / "MorphSeek"
-    wanted |= {p.relative_to(module) for p in module.rglob("*") if p.suffix in (".py", ".ui", ".svg", ".png")}
-    wanted.add(Path("Resources/requirements.txt"))
-    assert {str(p) for p in wanted if not (laid / p).is_file()} == set()
+def test_the_installed_module_finds_the_engine_beside_itself(tmp_path):
+    laid = install(tmp_path)
     code = "from MorphSeekGui.engine_client import engine_root; print(engine_root())"
     found = subprocess.run([sys.executable, "-c", code], cwd=laid, check=True, capture_output=True, text=True).stdout
-    assert Path(found.strip()) == laid.resolve(), "the module finds the engine beside itself"
+    assert Path(found.strip()) == laid.resolve()
+    code = "from MorphSeekLib.protocol.startup import find; print(find('brain-mr'), find('hippocampus', 'recipe'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=laid, check=True, capture_output=True, text=True).stdout
+    assert all(Path(file).is_relative_to(laid.resolve()) for file in found.split())
+
+
+def test_a_project_without_languages_is_refused_as_slicer_refuses_it(tmp_path):
+    """UseSlicer.cmake runs checks of ITK that compile."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.16.3...3.28.0)\nproject(Any LANGUAGES NONE)\n"
+        "find_package(Slicer REQUIRED)\ninclude(${Slicer_USE_FILE})\n"
+    )
+    with pytest.raises(RuntimeError, match="only for enabled languages"):
+        install(tmp_path, tmp_path / "source")

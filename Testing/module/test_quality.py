@@ -190,14 +190,21 @@ def test_limits_survive_the_settings_and_nonsense_there():
 
 
 def test_structures_are_called_by_their_names(mrml):
+    labels = mrml.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode", "labels")
+    labels.CreateDefaultDisplayNodes()
     table = mrml.AddNewNodeByClass("vtkMRMLColorTableNode", "colors")
     table.SetTypeToUser()
     builtin = mrml.GetNodeByID("vtkMRMLColorTableNodeLabels")
     assert builtin.GetColorName(3), "a name that says nothing of our labels"
-    assert quality.structures(REPORT, builtin)[0][0] == "3"
+    labels.GetDisplayNode().SetAndObserveColorNodeID(builtin.GetID())
+    assert scene.label_names(labels) == scene.label_names(None) == {}
     table.SetNumberOfColors(4)
     table.SetColor(3, "Hippocampus", 0.1, 0.8, 0.2, 1.0)
-    assert quality.structures(REPORT, table) == [("Hippocampus (3)", 0.5, 0.6, 0.8), ("7", 0.3, None, None)]
+    labels.GetDisplayNode().SetAndObserveColorNodeID(table.GetID())
+    assert quality.structures(REPORT, scene.label_names(labels)) == [
+        ("Hippocampus (3)", 0.5, 0.6, 0.8),
+        ("7", 0.3, None, None),
+    ]
     assert quality.structures(REPORT)[0][0] == "3"
     assert quality.structures({}) == []
 

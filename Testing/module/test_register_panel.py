@@ -14,11 +14,14 @@ pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essent
 
 import slicer
 import slicer.util
+import vtk
 import worlds
 from MorphSeekGui import engine_client, models, quality
 from MorphSeekGui.scene import InputError
 
 from MorphSeekLib.space import geometry
+
+FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
 
 
 @pytest.fixture
@@ -58,7 +61,12 @@ def scene_state() -> tuple:
         for n in nodes
         if n.IsA("vtkMRMLSliceCompositeNode")
     ]
-    return sorted(n.GetID() for n in nodes), layers
+    places = [
+        (n.GetFieldOfView(), n.GetXYZOrigin(), slicer.util.arrayFromVTKMatrix(n.GetSliceToRAS()).tolist())
+        for n in nodes
+        if n.IsA("vtkMRMLSliceNode")
+    ]
+    return sorted(n.GetID() for n in nodes), layers, places
 
 
 def run(stand_in, panel) -> None:
@@ -96,8 +104,8 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert ui.cancelButton.visible
     assert ui.settingsWidget.enabled is False
     run(stand_in, panel)
-    steps = [text.partition(" (about")[0] for text in said if text.startswith("Refinement step")]
-    assert steps == ["Refinement step 1 of 2", "Refinement step 2 of 2"]
+    steps = [text.partition(" (about")[0] for text in said if text.startswith("Step ")]
+    assert steps == ["Step 1 of 2", "Step 2 of 2"]
     assert seen == [0, 1, 2]
     assert ui.settingsWidget.enabled is True
     assert not ui.progressBar.visible
@@ -171,6 +179,9 @@ def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair, monkeypatc
     ui.stepsSpinBox.value = 8
     ui.stopEarlyCheckBox.checked = False
     ui.fitSelector.currentText = "On the image's grid, too"
+    red = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSliceNode")
+    red.SetFieldOfView(33.0, 33.0, 1.0)
+    red.SetSliceOffset(7.5)
     before = scene_state()
     ui.registerButton.click()
     stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 2)
@@ -219,6 +230,7 @@ def test_closing_the_scene_in_the_middle(stand_in, panel, ui, pair):
     stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 1)
     slicer.mrmlScene.Clear(0)
     run(stand_in, panel)
+    assert ui.statusLabel.text == "The scene was closed, so the registration was canceled."
     assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == 0
     assert ui.fixedSelector.currentNode() is None
     assert ui.registerButton.enabled is False
@@ -244,6 +256,79 @@ def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, pa
     assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 0
     assert again.ui.fixedSelector.currentNode() is fixed, "what was chosen is kept in the scene"
     assert again.ui.registerButton.enabled is True
+
+
+@pytest.fixture
+def package():
+    """Puts the package's modules back that other tests have imported."""
+    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "MorphSeekGui"}
+    yield
+    sys.modules.update(kept)
+
+
+def test_reload_reads_the_package_again(package, stand_in, module, panel):
+    """Slicer's developer button reloads the module's file alone."""
+    import MorphSeekGui.views as before
+
+    slicer.modules.MorphSeekWidget.onReload()
+    assert sys.modules["MorphSeekGui.views"] is not before
+    again = slicer.modules.MorphSeekWidget.panels
+    assert type(again["register"]).__module__ == "MorphSeekGui.register_panel"
+    assert type(again["register"]) is sys.modules["MorphSeekGui.register_panel"].RegisterPanel
+
+
+def test_old_figures_go_with_the_scene(stand_in, panel, ui, pair):
+    ui.registerButton.click()
+    run(stand_in, panel)
+    assert "Similarity" in ui.statusLabel.text
+    slicer.mrmlScene.Clear(0)
+    stand_in.process()
+    assert ui.statusLabel.text == "Choose a fixed and a moving volume."
+
+
+def test_a_scene_that_is_loaded_while_the_panel_is_open_is_shown(stand_in, panel, ui, pair, tmp_path):
+    for volume in (pair.fixed, pair.moving):
+        storage = slicer.vtkMRMLNRRDStorageNode()
+        slicer.mrmlScene.AddNode(storage)
+        storage.SetFileName(str(tmp_path / f"{volume.GetName()}.nrrd"))
+        volume.SetAndObserveStorageNodeID(storage.GetID())
+        storage.WriteData(volume)
+    slicer.mrmlScene.SetURL(str(tmp_path / "scene.mrml"))
+    slicer.mrmlScene.Commit()
+    slicer.mrmlScene.Clear(0)
+    stand_in.process()
+    assert ui.fixedSelector.currentNode() is None
+    slicer.mrmlScene.Connect()
+    stand_in.process()
+    assert ui.fixedSelector.currentNode().GetName() == "F"
+    assert ui.movingSelector.currentNode().GetName() == "M"
+    assert panel.logic.getParameterNode().fixedVolume.GetName() == "F"
+    assert ui.registerButton.enabled is True
+
+
+def test_each_registration_has_a_folder_and_names_of_its_own(stand_in, panel, ui, pair):
+    results = []
+    panel.on_result.append(results.append)
+    for _ in range(2):
+        ui.registerButton.click()
+        run(stand_in, panel)
+    assert [nodes.warped.GetName() for nodes in results] == ["M warped", "M warped (2)"]
+    assert [nodes.transform.GetName() for nodes in results] == ["M to F", "M to F (2)"]
+    scene = slicer.mrmlScene
+    names = [scene.GetNthNode(n).GetName() for n in range(scene.GetNumberOfNodes())]
+    assert not [name for name in names if name.startswith(("M ", "F ")) and name.endswith("_1")]
+    hierarchy = slicer.vtkMRMLSubjectHierarchyNode.GetSubjectHierarchyNode(slicer.mrmlScene)
+    for nodes in results:
+        roles = (nodes.warped, nodes.aligned, nodes.jacobian, nodes.folding, nodes.transform)
+        folders = {hierarchy.GetItemParent(hierarchy.GetItemByDataNode(node)) for node in roles}
+        assert [hierarchy.GetItemName(folder) for folder in folders] == [nodes.transform.GetName()]
+    steps = hierarchy.GetItemParent(hierarchy.GetItemByDataNode(panel._steps.sequence))
+    assert hierarchy.GetItemName(steps) == "M to F (2)"
+    ui.moreButton.click()
+    run(stand_in, panel)
+    children = vtk.vtkIdList()
+    hierarchy.GetItemChildren(hierarchy.GetSceneItemID(), children, False)
+    assert children.GetNumberOfIds() == 2, "a further step stays in its registration's folder"
 
 
 class Pip:
@@ -360,6 +445,54 @@ def test_devices_are_asked_of_the_engine(stand_in, panel, ui):
     assert panel.logic.getParameterNode().device == "cpu"
 
 
+def test_a_python_of_ones_own_runs_the_engine(stand_in, panel, ui):
+    """It gets none of the variables that Slicer's launcher sets for Slicer's own."""
+    stand_in.wait(lambda: panel._hello is None)
+    ui.enginePythonEdit.currentPath = FOREIGN_PYTHON
+    assert slicer.util.settingsValue("MorphSeek/EnginePython", "") == FOREIGN_PYTHON
+    assert panel.logic.client().call("hello")["devices"]
+
+
+def test_the_engines_python_can_be_emptied(stand_in, panel, ui):
+    def chosen() -> str:
+        return slicer.util.settingsValue("MorphSeek/EnginePython", "")
+
+    for empty in (lambda: setattr(ui.enginePythonEdit, "currentPath", ""), ui.resetPythonButton.click):
+        ui.enginePythonEdit.currentPath = FOREIGN_PYTHON
+        assert chosen() == FOREIGN_PYTHON
+        empty()
+        assert chosen() == ui.enginePythonEdit.currentPath == ""
+        assert not ui.resetPythonButton.enabled
+
+
+def test_a_wrong_path_of_the_engines_python_is_said(stand_in, panel, ui, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.touch()
+    ui.enginePythonEdit.currentPath = FOREIGN_PYTHON
+    assert ui.enginePythonLabel.isHidden()
+    for path, problem in (
+        (tmp_path / "python", "There is no file"),
+        (tmp_path, "is a folder; choose the Python program in it."),
+        (text, "is not a program that may be run"),
+    ):
+        ui.enginePythonEdit.currentPath = str(path)
+        assert not ui.enginePythonLabel.isHidden()
+        assert problem in ui.enginePythonLabel.text
+        assert f"The engine still runs with {FOREIGN_PYTHON}." in ui.enginePythonLabel.text
+    assert panel.logic.engine_python() == FOREIGN_PYTHON
+    ui.resetPythonButton.click()
+    assert ui.enginePythonLabel.isHidden()
+
+
+def test_a_program_that_is_no_python_is_said(stand_in, panel, ui, tmp_path):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho this is no Python >&2\nexit 4\n")
+    program.chmod(0o755)
+    ui.enginePythonEdit.currentPath = str(program)
+    stand_in.wait(lambda: "this is no Python" in ui.statusLabel.text)
+    assert "exit code 4" in ui.statusLabel.text
+
+
 def test_threads_are_kept_and_go_to_the_engine(stand_in, module, panel, ui, pair):
     assert ui.threadsSpinBox.text == "all"
     ui.threadsSpinBox.value = 3
@@ -396,7 +529,10 @@ def test_batch_goes_on_after_a_pair_that_fails(stand_in, panel, pair, model):
 
 
 def test_self_test(stand_in, module):
+    before = slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLDisplayableNode")
     module.python.runTest(msec=0)
+    assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLDisplayableNode") == before
+    assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLScalarVolumeNode") == 0
 
 
 def test_what_slicers_lists_say(module):

@@ -251,21 +251,25 @@ def test_jacobian_folding_and_labels_lie_on_the_fixed_grid(mrml, application, co
         world.moving_labels.numpy(), {3: ("putamen", (0.1, 0.5, 0.9)), 7: ("pallidum", (0.9, 0.2, 0.3))}
     )
     nodes = scene.create_nodes(result, fixed, moving, labels=labels)
-    for node, key in ((nodes.jacobian, "jacobian"), (nodes.warped_labels, "warped_labels")):
-        assert np.array_equal(slicer.util.arrayFromVolume(node).transpose(2, 1, 0), np.load(result[key]["path"]))
-        assert np.allclose(scene.read_volume(node).affine, world.fixed.grid.affine, atol=1e-9)
+    jacobian = slicer.util.arrayFromVolume(nodes.jacobian).transpose(2, 1, 0)
+    assert np.array_equal(jacobian, np.load(result["jacobian"]["path"]))
+    assert np.allclose(scene.read_volume(nodes.jacobian).affine, world.fixed.grid.affine, atol=1e-9)
     folded = np.load(result["folding"]["path"])
     assert 0 < folded.sum() < folded.size
     assert np.array_equal(scene.read_labels(nodes.folding, fixed).array, folded)
-    colors = nodes.warped_labels.GetDisplayNode().GetColorNode()
-    assert (colors.GetColorName(3), colors.GetColorName(7)) == ("putamen", "pallidum")
+    assert isinstance(nodes.warped_labels, slicer.vtkMRMLSegmentationNode), "as the labels were given"
+    warped_labels = np.load(result["warped_labels"]["path"])
+    found = scene.read_labels(nodes.warped_labels, fixed, {"putamen": 3, "pallidum": 7})
+    assert np.array_equal(found.array, warped_labels)
+    assert np.allclose(found.names[3][1], (0.1, 0.5, 0.9), atol=1e-6)
+    assert scene.label_names(nodes.warped_labels) == {3: "putamen", 7: "pallidum"}
     assert nodes.report == result["report"] == json.loads(nodes.transform.GetAttribute("MorphSeek.Report"))
     # MRML's own warp of the label map agrees
     label_node = worlds.add_volume(
         "L", geometry.Volume(world.moving_labels, world.moving.grid), "vtkMRMLLabelMapVolumeNode"
     )
     mrml_labels = resampled_under(nodes.transform, label_node, fixed)
-    assert (mrml_labels != slicer.util.arrayFromVolume(nodes.warped_labels)).mean() < 1e-3  # ties at half a voxel
+    assert (mrml_labels.transpose(2, 1, 0) != warped_labels).mean() < 1e-3  # ties at half a voxel
 
 
 def test_a_registration_without_folding_has_an_empty_segment(mrml, application, computed, tmp_path):
@@ -309,7 +313,7 @@ def test_a_failure_midway_removes_what_was_made(mrml, computed, monkeypatch):
         seen.append(mrml.GetNumberOfNodes())
         raise MemoryError
 
-    monkeypatch.setattr(scene, "_new_label_map", full)
+    monkeypatch.setattr(scene, "_fill_labels", full)
     with pytest.raises(MemoryError):
         scene.create_nodes(result, fixed, moving)
     assert seen[0] > len(before)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Annotated
 
 import pytest
@@ -13,6 +16,8 @@ pytest.importorskip("PySide6", reason="needs PySide6 (pip install PySide6-Essent
 
 import slicer
 import slicer.util
+
+FOREIGN_PYTHON = sys.executable  # before a test is launched by Slicer's launcher
 
 
 @pytest.fixture
@@ -190,6 +195,19 @@ def test_connections_of_the_ui_file_are_made(stand_in, tmp_path, mrml):
         load_ui(tmp_path, body, connection.replace("mrmlSceneChanged", "sceneChanged"))
 
 
+# ctkPathLineEdit.cpp, updateHasValidInput: seen in Slicer to speak of paths that exist, and of nothing else
+def test_a_path_that_does_not_exist_is_silent(ctk, tmp_path):
+    seen, valid = [], []
+    edit = ctk.ctkPathLineEdit()
+    edit.connect("currentPathChanged(QString)", seen.append)
+    edit.connect("validInputChanged(bool)", valid.append)
+    edit.currentPath = str(tmp_path)
+    edit.currentPath = str(tmp_path / "no such file")
+    edit.currentPath = ""
+    assert seen == [str(tmp_path)]
+    assert valid == [True, False]
+
+
 # qMRMLNodeComboBox.cxx and qMRMLSortFilterProxyModel.cxx
 def test_node_selector(stand_in, mrml):
     seen = []
@@ -272,3 +290,21 @@ def test_slicer_util_is_slicers_own(stand_in, mrml):
     assert slicer.util.settingsValue("nothing", 3) == 3
     assert slicer.app.applicationName == "Slicer"
     assert pathlib.Path(slicer.util.tempDirectory()).is_dir()
+
+
+# Slicer's launcher: SlicerLauncherSettings.ini sets these for all below it; qSlicerCoreApplication::startupEnvironment
+def test_no_python_but_slicers_own_runs_in_slicers_environment(stand_in):
+    from MorphSeekGui.engine_client import default_python
+
+    def run(python: str, environment: dict | None = None):
+        return subprocess.run([python, "-c", "import numpy"], env=environment, capture_output=True, text=True)
+
+    other = FOREIGN_PYTHON
+    died = run(other)
+    assert died.returncode != 0
+    assert "Fatal Python error: init_fs_encoding" in died.stderr
+    without_home = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
+    assert "Slicer's numpy cannot be imported by another Python" in run(other, without_home).stderr
+    assert run(other, slicer.util.startupEnvironment()).returncode == 0
+    assert pathlib.Path(default_python()).is_relative_to(slicer.app.slicerHome)
+    assert run(default_python()).returncode == 0

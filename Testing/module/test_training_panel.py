@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.training.trainer import TrainingConfig, warmup
 
 MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
+FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
 PICTURES = os.environ.get("MORPHSEEK_PICTURES")  # a folder: pictures of the states, to be looked at
 WARM = {
     "model": {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "flow_stride": 2}},
@@ -330,6 +332,79 @@ def test_a_failed_training_says_why(stand_in, panel, files, home):
     assert "cuda:42" in panel.ui.logText.plainText
 
 
+def test_a_python_of_ones_own_checks_and_trains(stand_in, panel, files):
+    """It gets none of the variables that Slicer's launcher sets for Slicer's own."""
+    slicer.app.userSettings().setValue("MorphSeek/EnginePython", FOREIGN_PYTHON)
+    check(stand_in, panel, files / "cases")
+    assert "Cases to train on" in panel.ui.casesSummary.text
+    choose(panel, iterations=2)
+    panel.ui.startButton.click()
+    stand_in.wait(lambda: not panel.run.status().alive)
+    assert panel.run.status().state == "done", panel.run.log()
+
+
+def test_there_is_one_engine_and_it_follows_its_python(stand_in, panel, files, tmp_path):
+    check(stand_in, panel, files / "cases")
+    first = panel.logic.client()
+    assert panel._client is first
+    started = tmp_path / "started"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ntouch "{started}"\nexec "{FOREIGN_PYTHON}" "$@"\n')
+    python.chmod(0o755)
+    slicer.modules.MorphSeekWidget.panels["register"].ui.enginePythonEdit.currentPath = str(python)
+    check(stand_in, panel)
+    assert "Cases to train on" in panel.ui.casesSummary.text
+    assert started.exists()
+    assert not first.running
+    assert panel._client is panel.logic.client()
+
+
+def test_cases_of_the_scene_are_copied_in_pieces(stand_in, panel, home, monkeypatch):
+    """The window answers between two pieces, shows how far it is, and can cancel."""
+    from MorphSeekGui import nrrd, training_panel
+
+    monkeypatch.setattr(nrrd, "_PIECE", 4000)
+    monkeypatch.setattr(training_panel, "_MOMENT", 0.0)
+    ui, shown, say = panel.ui, [], panel._say
+
+    def watch(text: str, bad: bool = False) -> None:
+        say(text, bad)
+        if text.startswith("Copying case "):
+            shown.append(ui.checkProgress.value)
+            if len(shown) == 20:
+                ui.checkButton.click()
+
+    panel._say = watch
+    ui.sourceBox.setCurrentIndex(1)
+    add_scene_cases()
+    ui.addMatching.click()
+    check(stand_in, panel)
+    assert ui.casesSummary.text == "The check was cancelled."
+    assert len(shown) == 20
+    assert sorted(set(shown)) == shown, "every piece is seen"
+    assert 0 < shown[-1] < 1000
+    choose(panel, grpo=False)
+    check(stand_in, panel)
+    assert "Cases to train on: 2." in ui.casesSummary.text
+    copied = Path(panel._exported.name).stat().st_ino
+    ui.startButton.click()
+    assert (panel.run.folder / "cases").stat().st_ino == copied, "moved, not copied again"
+    assert not list((home / "Trainings").glob(".cases-*"))
+
+
+def test_a_training_that_cannot_start_keeps_the_copied_cases(stand_in, panel, home, monkeypatch):
+    panel.ui.sourceBox.setCurrentIndex(1)
+    add_scene_cases()
+    panel.ui.addMatching.click()
+    choose(panel, grpo=False)
+    check(stand_in, panel)
+    monkeypatch.setattr(panel.logic, "engine_python", lambda: "/no/such/python")
+    panel.ui.startButton.click()
+    assert "could not be started with '/no/such/python'" in panel.ui.statusLabel.text
+    assert (Path(panel._exported.name) / "dataset.json").is_file()
+    assert panel.ui.startButton.enabled
+
+
 def test_curves_go_into_the_plot_view(stand_in, panel, files, home):
     layout = slicer.vtkMRMLLayoutNode()
     slicer.mrmlScene.AddNode(layout)
@@ -393,7 +468,7 @@ def test_figures_say_what_got_better_and_what_worse(stand_in, panel):
 def test_no_process_is_left(stand_in, panel, files):
     """After the panel's cleanup neither the check's engine nor anything else of it runs."""
     check(stand_in, panel, files / "cases")
-    client = panel._client
+    client = panel.logic.client()
     assert client.running
     stand_in.fresh()
     stand_in.wait(lambda: not client.running)

@@ -29,7 +29,9 @@ def test_cases_are_written_where_they_stand_in_the_world(mrml, tmp_path, grid):
     volume = worlds.add_volume("Patient / 1", world.moving, frame=frame)
     label_map = worlds.add_volume("Patient 1 label", labels, "vtkMRMLLabelMapVolumeNode", frame=frame)
     before = mrml.GetNumberOfNodes()
-    assert list(export_cases([(volume, label_map)], tmp_path)) == ["Patient / 1"]
+    copied = list(export_cases([(volume, label_map)], tmp_path))
+    assert {part.name for part in copied} == {"Patient / 1"}
+    assert copied[-1].share == 1
     assert mrml.GetNumberOfNodes() == before
     (case,) = find_cases(tmp_path).cases["training"]
     image, found = read_image(case.image), read_labels(case.label)
