@@ -129,7 +129,7 @@ def test_the_wheel_trains_by_a_recipe_of_its_own(installed, tmp_path):
 
 DEMO = """
 from pathlib import Path
-from MorphSeekLib import cli, demo
+from MorphSeekLib.app import cli, demo
 
 demo.COLIN27 = Path("not installed")
 cli.main()
