@@ -134,7 +134,7 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def onReload(self) -> None:
         """Reload the package too: Slicer's developer button reads the module's own file again, and that alone."""
-        for name in [name for name in sys.modules if name.partition(".")[0] == "MorphSeekGui"]:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("MorphSeekGui", "MorphSeekLib")]:
             del sys.modules[name]
         ScriptedLoadableModuleWidget.onReload(self)
 
@@ -176,9 +176,9 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
 
         Args:
             fixedNode, movingNode: scalar volume nodes.
-            options: as for :func:`MorphSeekGui.registration.register`: model, steps, align, device,
-                initial_transform_node, fixed_labels_node, moving_labels_node, inverse, stop_early, refinement, state,
-                into, on_progress, cancelled.
+            options: as for :func:`MorphSeekGui.registration.register`: model, device, threads, steps, align,
+                stop_early, inverse, fit, initial_transform_node, fixed_labels_node, moving_labels_node, state, into,
+                on_progress, cancelled.
 
         Raises:
             InputError, EngineError: one sentence that says what is wrong; no node was made.
@@ -237,7 +237,7 @@ class MorphSeekTest(ScriptedLoadableModuleTest):
         logic.getParameterNode().steps = 5
         self.assertEqual(MorphSeekLogic().getParameterNode().steps, 5)
         with self.assertRaises(ValueError):
-            logic.getParameterNode().steps = 9
+            logic.getParameterNode().steps = 99
 
     def test_a_wrong_input_is_refused_in_one_sentence(self) -> None:
         self.delayDisplay("Refusals")

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import engine_root
 from .faults import Fault, FaultError
 
 CANCELLED = -32800  # the code with which the worker answers a cancelled request
@@ -386,12 +387,6 @@ def last_words(log: Iterable[str]) -> str:
             return raised
     told = (line.strip() for line in reversed(lines) if not _AFTERWORDS.match(line))
     return next(told, lines[-1].strip() if lines else "")
-
-
-def engine_root() -> Path | None:
-    """The folder that holds MorphSeekLib: beside the module in the extension, above it in a checkout; None when the
-    engine is only installed as a package."""
-    return next((p for p in Path(__file__).resolve().parents[1:4] if (p / "MorphSeekLib").is_dir()), None)
 
 
 _shared: EngineClient | None = None

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .engine_client import engine_root
+from . import engine_root
 from .scene import InputError, _
 
 DEFAULT = "brain-mr"

@@ -8,9 +8,13 @@ from typing import Annotated, Union
 import slicer
 from slicer.parameterNodeWrapper import WithinRange, parameterNodeWrapper
 
+from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.protocol.startup import MAX_STEPS
+
 from .models import DEFAULT
 from .scene import _
 
+DEFAULTS = RegistrationOptions()
 # Slicer's wrapper can be given no node only where the union says so
 LabelsNode = Union[slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLLabelMapVolumeNode, None]  # noqa: UP007
 
@@ -50,12 +54,9 @@ class Fit(enum.Enum):
             Fit.IMAGE_GRID: _("On the image's grid, too"),
         }[self]
 
-    def refinement(self, by: FitBy) -> dict | None:
-        """The engine's refinement settings; the iterations are those of Testing/benchmarks/results/main-table."""
-        if self is Fit.NO:
-            return None
-        fine = {"fine_iterations": 20} if self is Fit.IMAGE_GRID else {}
-        return {"iterations": 60, "similarity": by.value, **fine}
+    def options(self, by: FitBy) -> FitOptions:
+        """Return the engine's options."""
+        return FitOptions.preset(self.value, by.value)
 
 
 class FitBy(enum.Enum):
@@ -84,12 +85,12 @@ class MorphSeekParameterNode:
     initialTransform: slicer.vtkMRMLTransformNode
     alignment: Alignment = Alignment.MODEL
     model: str = DEFAULT
-    steps: Annotated[int, WithinRange(1, 8)] = 2
-    stopEarly: bool = False
+    steps: Annotated[int, WithinRange(1, MAX_STEPS)] = 2
+    stopEarly: bool = DEFAULTS.stop_early
     fit: Fit = Fit.NO
     fitBy: FitBy = FitBy.LNCC
     device: str = "auto"
     outputVolume: slicer.vtkMRMLScalarVolumeNode
     outputTransform: slicer.vtkMRMLTransformNode
-    inverse: bool = False
+    inverse: bool = DEFAULTS.inverse
     showSteps: bool = True

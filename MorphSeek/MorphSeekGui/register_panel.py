@@ -17,12 +17,14 @@ import slicer.util
 import vtk
 from slicer.util import VTKObservationMixin
 
+from MorphSeekLib.protocol.options import RegistrationOptions
+
 from . import dependencies, models, quality
 from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineError
 from .messages import sentence
-from .parameters import Fit
-from .registration import Run, prepare
+from .parameters import MAX_STEPS, Fit
+from .registration import Request, Run, prepare
 from .scene import Image, InputError, RegistrationNodes, _, put_into_folder
 from .steps import Steps
 from .views import SliceViews
@@ -206,24 +208,19 @@ class RegisterPanel(VTKObservationMixin):
         self._status(_("Reading the volumes ..."))
         slicer.app.processEvents()
         try:
-            job = prepare(
-                p.fixedVolume,
-                p.movingVolume,
-                model=p.model,
-                steps=steps,
-                align=p.alignment.value,
-                device=p.device,
-                threads=self.ui.threadsSpinBox.value or None,
+            request = Request(
+                RegistrationOptions(steps, p.alignment.value, stop_early, p.inverse, p.fit.options(p.fitBy)),
+                p.model,
+                p.device,
+                self.ui.threadsSpinBox.value or None,
                 initial_transform_node=p.initialTransform,
                 fixed_labels_node=p.fixedLabels,
                 moving_labels_node=p.movingLabels,
-                inverse=p.inverse,
-                stop_early=stop_early,
-                refinement=p.fit.refinement(p.fitBy),
                 show_steps=p.showSteps,
                 state=state,
                 into=into,
             )
+            job = prepare(p.fixedVolume, p.movingVolume, request)
             if state is None or self._steps is None or not self._steps.count:
                 self._drop_steps()
                 self._steps = Steps(p.fixedVolume, p.movingVolume)
@@ -398,7 +395,7 @@ class RegisterPanel(VTKObservationMixin):
         self.ui.cardLabel.text = models.describe(model) if model is not None else _("No model is installed.")
         if model is not None and self._parameters is not None:
             if self._parameters.model != model.name and "preprocessing" in model.card:
-                self._parameters.steps = min(8, max(1, model.card["preprocessing"].get("steps", 2)))
+                self._parameters.steps = min(MAX_STEPS, max(1, model.card["preprocessing"].get("steps", 2)))
             self._parameters.model = model.name
         self._update()
 

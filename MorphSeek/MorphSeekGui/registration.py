@@ -11,18 +11,32 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import slicer
+
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.settings import from_dict, to_dict
 
 from . import scene
 from .engine_client import EngineCancelled, EngineClient, EngineError, shared_client
 from .messages import sentence
 from .scene import InputError, RegistrationNodes, _
 
-__all__ = ["InputError", "Job", "Outcome", "RegistrationNodes", "Run", "prepare", "register", "register_batch"]
+__all__ = [
+    "InputError",
+    "Job",
+    "Outcome",
+    "RegistrationNodes",
+    "Request",
+    "Run",
+    "prepare",
+    "register",
+    "register_batch",
+]
 
 
 @dataclass
@@ -132,157 +146,152 @@ class Run:
             self.job.discard()
 
 
-def prepare(
-    fixed_node,
-    moving_node,
-    *,
-    model: str = "brain-mr",
-    steps: int | None = None,
-    align: str | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    initial_transform_node=None,
-    fixed_labels_node=None,
-    moving_labels_node=None,
-    inverse: bool = False,
-    stop_early: bool = False,
-    refinement: dict | None = None,
-    show_steps: bool = False,
-    state: dict | None = None,
-    into: dict | None = None,
-) -> Job:
-    """Read the nodes and write what the worker needs; the scene is not touched. Arguments as :func:`register`, and:
+@dataclass(frozen=True)
+class Request:
+    """What a registration is asked for, but for its two volumes.
 
-    Args:
+    Attributes:
+        options: the engine's choices: steps, align, stop_early, inverse, fit.
+        model: name of a bundled model or path of a model file.
+        device: "auto", "cpu" or "cuda:N".
+        threads: how many of the processor's threads to compute with; None takes all.
+        initial_transform_node: any transform node under which the moving volume lies (or would lie) roughly right.
+        fixed_labels_node, moving_labels_node: label maps (matched by value) or segmentations (matched by segment
+            name); with both, the report tells Dice before and after; the moving ones are warped too.
         show_steps: the worker hands over the warped image after each step.
+        state: of an earlier result with the same volumes and model: ``options.steps`` more are taken from there.
+        into: nodes that take the results instead of new ones, by their name in :class:`scene.RegistrationNodes`.
+    """
+
+    options: RegistrationOptions = field(default_factory=RegistrationOptions)
+    model: str = "brain-mr"
+    device: str = "auto"
+    threads: int | None = None
+    initial_transform_node: slicer.vtkMRMLTransformNode | None = None
+    fixed_labels_node: slicer.vtkMRMLNode | None = None
+    moving_labels_node: slicer.vtkMRMLNode | None = None
+    show_steps: bool = False
+    state: dict | None = None
+    into: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **choices) -> Request:
+        """Return the request with some choices, each the name of an attribute here or of the engine's options.
+
+        Raises:
+            InputError: a choice that there is not, or a value that the engine would refuse.
+        """
+        engine = {f.name for f in fields(RegistrationOptions)}
+        own = {name: value for name, value in choices.items() if name not in engine}
+        unknown = sorted(set(own) - {f.name for f in fields(cls)})
+        if unknown:
+            known = sorted(engine | {f.name for f in fields(cls)} - {"options"})
+            raise InputError(
+                _("A registration has no choice '{name}'; choose among {known}.").format(
+                    name=unknown[0], known=", ".join(known)
+                )
+            )
+        try:
+            options = from_dict(RegistrationOptions, {n: v for n, v in choices.items() if n in engine}, "options")
+        except MorphSeekError as refused:
+            raise InputError(str(refused)) from refused
+        return cls(**({"options": options} | own))
+
+
+def prepare(fixed_node, moving_node, request: Request) -> Job:
+    """Read the nodes and write what the worker needs; the scene is not touched.
 
     Raises:
         InputError: a node cannot be used.
     """
-    _check_outputs(into or {}, fixed_node, moving_node, initial_transform_node)
+    initial_node = request.initial_transform_node
+    _check_outputs(request.into, fixed_node, moving_node, initial_node)
     fixed = scene.read_volume(fixed_node)
     # a moving volume that already hangs under its initial transform is not moved by it a second time
-    space = initial_transform_node if _is_ancestor(initial_transform_node, moving_node) else None
+    space = initial_node if _is_ancestor(initial_node, moving_node) else None
     moving = scene.read_volume(moving_node, space)
     moving_to_space = scene.matrix_to_space(moving_node, space)
-    fixed_labels, moving_labels = scene.read_label_pair(fixed_labels_node, fixed_node, moving_labels_node, moving_node)
+    labels = scene.read_label_pair(request.fixed_labels_node, fixed_node, request.moving_labels_node, moving_node)
     warnings = [
-        {"code": "overlapping-segments", "message": labels.warning}
-        for labels in (fixed_labels, moving_labels)
-        if labels is not None and labels.warning
+        {"code": "overlapping-segments", "message": one.warning} for one in labels if one is not None and one.warning
     ]
-    initial = None if initial_transform_node is None else scene.read_transform(initial_transform_node, fixed)
+    initial = None if initial_node is None else scene.read_transform(initial_node, fixed)
     places = [fixed.affine, moving.affine]
-    if state is not None and not np.allclose(places, state["places"], atol=1e-4):
-        raise InputError(_("A volume has moved since the last step; press Register to start anew."))
+    if request.state is not None and not np.allclose(places, request.state["places"], atol=1e-4):
+        raise InputError(_("A volume has moved since the last step; press Register to start again."))
 
     folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)
     try:
-        path = Path(folder.name)
-
-        def save(image: scene.Image | None, name: str) -> dict | None:
-            return None if image is None else scene.save_image(image, path / f"{name}.npy")
-
-        def labels_on(labels: scene.Labels | None, image: scene.Image) -> scene.Image | None:
-            return None if labels is None else scene.Image(labels.array, image.affine)
-
-        if isinstance(initial, np.ndarray):
-            initial = {"matrix": initial.tolist()}
-        elif initial is not None:
-            initial = {"displacement": save(initial, "initial")}
-        params = {
-            "fixed": save(fixed, "fixed") | scene.file_of(fixed_node),
-            "moving": save(moving, "moving") | scene.file_of(moving_node),
-            "fixed_labels": save(labels_on(fixed_labels, fixed), "fixed-labels"),
-            "moving_labels": save(labels_on(moving_labels, moving), "moving-labels"),
-            "model": model,
-            "device": device,
-            "threads": threads,
-            "options": {
-                "steps": steps,
-                "align": align,
-                "inverse": inverse,
-                "stop_early": stop_early,
-                "fit": refinement or {},
-            },
-            "initial": initial,
-            "show_steps": show_steps,
-            "state": None if state is None else _write_state(state, path),
-            "output": str(path / "out"),
-        }
-        (path / "out").mkdir()
+        params = _write(Path(folder.name), request, (fixed, moving), labels, initial)
+        params["fixed"] |= scene.file_of(fixed_node)
+        params["moving"] |= scene.file_of(moving_node)
     except BaseException:
         folder.cleanup()
         raise
-    return Job(params, fixed_node, moving_node, moving_to_space, moving_labels, into or {}, places, folder, warnings)
+    return Job(params, fixed_node, moving_node, moving_to_space, labels[1], request.into, places, folder, warnings)
+
+
+def _write(
+    path: Path,
+    request: Request,
+    images: tuple[scene.Image, scene.Image],
+    labels: tuple[scene.Labels | None, scene.Labels | None],
+    initial: np.ndarray | scene.Image | None,
+) -> dict:
+    """Write the arrays into a folder; return the parameters of the worker's "register"."""
+
+    def save(image: scene.Image | None, name: str) -> dict | None:
+        return None if image is None else scene.save_image(image, path / f"{name}.npy")
+
+    def labels_on(own: scene.Labels | None, image: scene.Image) -> scene.Image | None:
+        return None if own is None else scene.Image(own.array, image.affine)
+
+    if isinstance(initial, np.ndarray):
+        start = {"matrix": initial.tolist()}
+    else:
+        start = None if initial is None else {"displacement": save(initial, "initial")}
+    (path / "out").mkdir()
+    return {
+        "fixed": save(images[0], "fixed"),
+        "moving": save(images[1], "moving"),
+        "fixed_labels": save(labels_on(labels[0], images[0]), "fixed-labels"),
+        "moving_labels": save(labels_on(labels[1], images[1]), "moving-labels"),
+        "model": request.model,
+        "device": request.device,
+        "threads": request.threads,
+        "options": to_dict(request.options),
+        "initial": start,
+        "show_steps": request.show_steps,
+        "state": None if request.state is None else _write_state(request.state, path),
+        "output": str(path / "out"),
+    }
 
 
 def register(
     fixed_node,
     moving_node,
     *,
-    model: str = "brain-mr",
-    steps: int | None = None,
-    align: str | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    initial_transform_node=None,
-    fixed_labels_node=None,
-    moving_labels_node=None,
-    inverse: bool = False,
-    stop_early: bool = False,
-    refinement: dict | None = None,
-    state: dict | None = None,
-    into: dict | None = None,
     client: EngineClient | None = None,
     on_progress: Callable[[dict], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    **choices,
 ) -> RegistrationNodes:
     """Register the moving volume to the fixed one. Waits for the end; see the module's text for a panel's way.
 
     Args:
         fixed_node, moving_node: scalar volumes of the scene, where they stand in the world (linear parent transforms
             count, non-linear ones are refused).
-        model: name of a bundled checkpoint or path of one.
-        steps: refinement steps; None takes the model's.
-        align: "none", "center", "rigid" or "affine" before the network; None takes the model's.
-        device: "auto", "cpu" or "cuda:N".
-        threads: how many of the processor's threads to compute with; None takes all.
-        initial_transform_node: any transform node under which the moving volume lies (or would lie) roughly right.
-        fixed_labels_node, moving_labels_node: label maps (matched by value) or segmentations (matched by segment
-            name); with both, the report tells Dice before and after; the moving ones are warped too.
-        inverse: also compute the inverse transform.
-        stop_early: stop at a step that no longer brings the images closer.
-        refinement: fits this pair without labels after the steps, which is slower and more exact: "iterations" on the
-            model's grid, "fine_iterations" on the image's own, "similarity" ("lncc", or "mind" for two modalities) and
-            the engine's other RefinementSettings; None for none.
-        state: of an earlier result with the same volumes and model: ``steps`` more are taken from there.
-        into: nodes that take the results instead of new ones, by their name in :class:`scene.RegistrationNodes`.
         client: the engine to use; None uses the application's own, which stays alive for the next registration.
         on_progress: called with dicts (phase, step, steps, fraction, message, metrics).
         cancelled: asked ten times a second; True cancels.
+        choices: by name, see :class:`Request` and the engine's RegistrationOptions: model, device, steps, align,
+            stop_early, inverse, fit (a dict: iterations, fine_iterations, similarity, ...), state, into, ...
 
     Raises:
-        InputError: a node cannot be used; nothing was started.
+        InputError: a node or a choice cannot be used; nothing was started.
         EngineCancelled, EngineDied, EngineError: no node was made.
     """
-    job = prepare(
-        fixed_node,
-        moving_node,
-        model=model,
-        steps=steps,
-        align=align,
-        device=device,
-        threads=threads,
-        initial_transform_node=initial_transform_node,
-        fixed_labels_node=fixed_labels_node,
-        moving_labels_node=moving_labels_node,
-        inverse=inverse,
-        stop_early=stop_early,
-        refinement=refinement,
-        state=state,
-        into=into,
-    )
+    job = prepare(fixed_node, moving_node, Request.of(**choices))
     try:
         result = (client or shared_client()).call("register", job.params, on_progress, cancelled)
         return job.finish(result)

@@ -1,13 +1,8 @@
 """A training run as Slicer sees it: a folder, and the process that works in it and may outlive Slicer.
 
-The folder is the whole contract with the engine (MorphSeekLib/app/runs.py, `morphseek train FOLDER`). Nothing is
-remembered but what lies in it, so that a run is found again after Slicer, or the computer, was restarted:
-
-- run.json says what is wanted, status.json where it stands, *.safetensors.jsonl are the curves, log.txt the log;
-- "lock" is held by the process as long as it lives. That, and not its number, says whether it runs: numbers are given
-  out again, a lock is freed by the system however its holder ends;
-- a file "stop" asks it to stop, on every system and without a signal; it keeps what it needs to go on;
-- a file "keep" lets it go on when its standard input, which Slicer holds, is closed: by Slicer's end or crash.
+The folder is the whole contract with the engine (:mod:`MorphSeekLib.protocol.run_folder`). Nothing is remembered but
+what lies in it, so that a run is found again after Slicer, or the computer, was restarted. The lock, and not the
+process's number, says whether it runs: numbers are given out again, a lock is freed however its holder ends.
 
 Neither slicer nor qt is imported.
 """
@@ -26,15 +21,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from MorphSeekLib.protocol.run_folder import (
+    KEEP,
+    LOG,
+    SETTINGS,
+    STAGES,
+    STATUS,
+    STOP,
+    curves_file,
+    holder,
+    is_locked,
+    read_json,
+)
+
 from .engine_client import default_python, last_words, process_of_its_own
 from .faults import Fault, FaultError
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    import msvcrt
-
-STAGES = ("warmup", "finetune")
 _START_SECONDS = 90.0  # a process that holds no lock after so long (torch is slow to import) is not coming
 
 
@@ -84,7 +86,7 @@ class TrainingRun:
         self._process: subprocess.Popen | None = None
         self._started = 0.0
         self._log_begin = 0  # of what the process that was started last wrote into log.txt
-        self._curves = {stage: _Lines(self.folder / f"{stage}.safetensors.jsonl") for stage in STAGES}
+        self._curves = {stage: _Lines(curves_file(self.folder, stage)) for stage in STAGES}
 
     @property
     def name(self) -> str:
@@ -93,7 +95,7 @@ class TrainingRun:
 
     def settings(self) -> dict:
         """run.json; empty if it cannot be read."""
-        return _read_json(self.folder / "run.json")
+        return read_json(self.folder / SETTINGS)
 
     # ------------------------------------------------------------------------------------------------- the process
 
@@ -118,11 +120,11 @@ class TrainingRun:
         if self.is_running():
             raise RunError(Fault.RUN_ALREADY, name=self.name)
         self.keep(keep)
-        for name in ("stop", "status.json"):
+        for name in (STOP, STATUS):
             (self.folder / name).unlink(missing_ok=True)
         command = list(command or [str(python or default_python()), "-m", "MorphSeekLib.app.cli"])
         try:
-            with open(self.folder / "log.txt", "ab") as log:
+            with open(self.folder / LOG, "ab") as log:
                 self._log_begin = log.tell()
                 self._process = subprocess.Popen(
                     [*command, "train", str(self.folder), "--while-open"],
@@ -140,18 +142,18 @@ class TrainingRun:
     def keep(self, on: bool) -> None:
         """Whether the training goes on without Slicer; may be changed while it runs."""
         if on:
-            (self.folder / "keep").touch()
+            (self.folder / KEEP).touch()
         else:
-            (self.folder / "keep").unlink(missing_ok=True)
+            (self.folder / KEEP).unlink(missing_ok=True)
 
     @property
     def kept(self) -> bool:
         """See :meth:`keep`."""
-        return (self.folder / "keep").exists()
+        return (self.folder / KEEP).exists()
 
     def stop(self) -> None:
         """Ask it to stop after the iteration under way; it keeps its state."""
-        (self.folder / "stop").touch()
+        (self.folder / STOP).touch()
 
     def kill(self) -> None:
         """End its process at once; it resumes from the last state it saved.
@@ -159,10 +161,10 @@ class TrainingRun:
         Raises:
             RunError: it runs on another computer.
         """
-        holder = _read_json(self.folder / "lock") if self.is_running() else {}
-        if holder and holder.get("host") != socket.gethostname():
-            raise RunError(Fault.RUN_ELSEWHERE, host=holder.get("host"))
-        number = holder.get("pid")
+        held = holder(self.folder) if self.is_running() else {}
+        if held and held.get("host") != socket.gethostname():
+            raise RunError(Fault.RUN_ELSEWHERE, host=held.get("host"))
+        number = held.get("pid")
         if number is None and self._process is not None and self._process.poll() is None:
             number = self._process.pid
         if number is None:
@@ -194,25 +196,18 @@ class TrainingRun:
 
     def is_running(self) -> bool:
         """Whether a process holds the run's lock."""
-        path = self.folder / "lock"
-        if not path.is_file():
-            return False
-        try:
-            with open(path, "r+", encoding="utf-8") as file:
-                return not _try_lock(file)
-        except OSError:
-            return False
+        return is_locked(self.folder)
 
     # --------------------------------------------------------------------------------------------- what it left
 
     def status(self) -> RunStatus:
         """Where it stands, from the folder and, if this Slicer started it, from its process."""
         running = self.is_running()
-        values = _read_json(self.folder / "status.json")
+        values = read_json(self.folder / STATUS)
         known = {name: values[name] for name in RunStatus.__dataclass_fields__ if name in values}
         status = RunStatus(**({"state": "new"} | known))
         if running:
-            status.state = "stopping" if (self.folder / "stop").exists() else "running"
+            status.state = "stopping" if (self.folder / STOP).exists() else "running"
             return status
         code = self._process.poll() if self._process is not None else None
         if status.state in ("stopped", "failed", "done"):
@@ -233,14 +228,14 @@ class TrainingRun:
     def log(self, lines: int = 40, begin: int = 0) -> list[str]:
         """Return the end of its log, not further back than the byte ``begin``."""
         try:
-            with open(self.folder / "log.txt", "rb") as file:
+            with open(self.folder / LOG, "rb") as file:
                 file.seek(max(begin, file.seek(0, os.SEEK_END) - 200 * lines))
                 return file.read().decode("utf-8", "replace").splitlines()[-lines:]
         except OSError:
             return []
 
     def _begun(self) -> bool:
-        return (self.folder / "log.txt").exists()
+        return (self.folder / LOG).exists()
 
 
 def create_run(root: Path | str, settings: dict) -> TrainingRun:
@@ -260,7 +255,7 @@ def create_run(root: Path | str, settings: dict) -> TrainingRun:
         folder = folder.with_name(f"{time.strftime('%Y-%m-%d')}-{stem}-{number}")
     try:
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     except OSError as problem:
         raise RunError(Fault.RUN_FOLDER, folder=folder, reason=problem.strerror) from problem
     return TrainingRun(folder)
@@ -295,24 +290,3 @@ class _Lines:
         self._offset += len(whole)
         self.rows += rows
         return self.rows
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _try_lock(file) -> bool:
-    """As MorphSeekLib/app/runs.py locks it; but shared, so that two who ask do not disturb each other."""
-    try:
-        if os.name == "nt":
-            file.seek(1 << 20)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

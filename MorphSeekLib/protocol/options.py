@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from .startup import check_alignment, check_steps
 
 FitSimilarity = Literal["lncc", "mse", "mind"]
+FitPreset = Literal["no", "model", "image"]
 FIT_SIMILARITIES: tuple[str, ...] = get_args(FitSimilarity)
 MAX_ITERATIONS = 1000
 
@@ -51,6 +52,17 @@ class FitOptions:
             raise ValueError("latent_share must be between 0 and 1")
         if min(self.stride, self.fine_stride) < 1:
             raise ValueError("stride and fine_stride must be at least 1")
+
+    @classmethod
+    def preset(cls, name: FitPreset, similarity: FitSimilarity = "lncc") -> FitOptions:
+        """Return one of the fits that were measured in the main table (Testing/benchmarks/results/main-table).
+
+        Args:
+            name: "no"; "model", on the model's grid; "image", then on the image's own grid too.
+            similarity: see the attribute.
+        """
+        iterations, fine = {"no": (0, 0), "model": (60, 0), "image": (60, 20)}[name]
+        return cls(iterations, fine, similarity=similarity)
 
     @property
     def total(self) -> int:

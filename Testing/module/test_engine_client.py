@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from MorphSeekGui import engine_client
+from MorphSeekGui import engine_client, engine_root
 from MorphSeekGui.engine_client import EngineCancelled, EngineClient, EngineDied, EngineError, last_words
 
 WORKER = [sys.executable, str(Path(__file__).with_name("echo_worker.py"))]
@@ -227,5 +227,5 @@ def test_it_imports_neither_slicer_nor_torch():
 
 
 def test_the_engine_is_found_beside_the_module():
-    assert (engine_client.engine_root() / "MorphSeekLib" / "space" / "geometry.py").is_file()
+    assert (engine_root() / "MorphSeekLib" / "space" / "geometry.py").is_file()
     assert Path(engine_client.default_python()).name.lower().startswith("python")

@@ -48,7 +48,7 @@ def test_pictures_and_licence_are_there():
 
 def test_the_installed_module_finds_the_engine_beside_itself(tmp_path):
     laid = install(tmp_path)
-    code = "from MorphSeekGui.engine_client import engine_root; print(engine_root())"
+    code = "from MorphSeekGui import engine_root; print(engine_root())"
     found = subprocess.run([sys.executable, "-c", code], cwd=laid, check=True, capture_output=True, text=True).stdout
     assert Path(found.strip()) == laid.resolve()
     code = "from MorphSeekLib.protocol.startup import find; print(find('brain-mr'), find('hippocampus', 'recipe'))"

@@ -178,7 +178,7 @@ def test_errors_leave_the_scene_as_it_was(register, pair, mrml, tmp_path, monkey
 
 def test_a_volume_that_left_meanwhile_is_told(client, pair, mrml):
     _world, fixed, moving = pair
-    job = registration.prepare(fixed, moving, model="trusting")
+    job = registration.prepare(fixed, moving, registration.Request(model="trusting"))
     result = client.call("register", job.params)
     mrml.RemoveNode(moving)
     with pytest.raises(InputError, match="'M' has left the scene"):

@@ -92,7 +92,7 @@ def test_cancel_in_the_midst_of_a_run(application, client, model, mrml, monkeypa
             model=model,
             device="cpu",
             align="affine",
-            refinement={"iterations": 1000, "fine_iterations": 1000},
+            fit={"iterations": 1000, "fine_iterations": 1000},
             client=client,
             on_progress=lambda p: phases.append(p["phase"]),
             cancelled=lambda: "align" in phases,
