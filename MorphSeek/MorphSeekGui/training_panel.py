@@ -6,6 +6,7 @@ Slicer started looks the same here as one's own. A timer looks into the folder w
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,12 +22,13 @@ from .engine_client import EngineCancelled, EngineClient, EngineError
 from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
-from .training_curves import CHARTS, TrainingCurves, has_curve
+from .training_curves import CHARTS, TrainingCurves, fit, has_curve, shows_all
 from .training_run import STAGES, RunError, RunStatus, TrainingRun, create_run, find_runs
+from .widgets import SWITCH_STYLE, FolderButton, fit_height
 
 TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
 _POLL_MS = 1000
-_WIDEST_REMARK = 260  # pixels; a longer one is in its tool tip
+_WIDEST_REMARK = 90  # pixels; a longer one is in its tool tip
 
 # settings that a network needs to train well from scratch, where they are not its defaults
 _RECIPES = {
@@ -87,26 +89,36 @@ class TrainingPanel:
         self._scene_cases: list[tuple[str, str]] = []  # node IDs
         self._report: dict | None = None  # of the check, while it is true of what is chosen
         self._timer, self._check_timer = qt.QTimer(self.widget), qt.QTimer(self.widget)
+        self._folder = FolderButton(self.ui.casesFolder, on_choice=self._forget_check)
         self._timer.setInterval(_POLL_MS)
         self._check_timer.setInterval(50)
         self._connect()
         self.ui.checkProgress.visible = False
         self.ui.casesTable.visible = False
         self.ui.plotButton.enabled = False
-        header = self.ui.casesTable.horizontalHeader()
-        header.setStretchLastSection(True)
-        self.ui.casesTable.verticalHeader().visible = False
-        self.ui.casesTable.verticalHeader().defaultSectionSize = 24
+        self.ui.plotButton.styleSheet = SWITCH_STYLE
+        self._set_up_cases_table()
         self.ui.figuresText.visible = False
         self._show_source()
         self._show_stages()
+
+    def _set_up_cases_table(self) -> None:
+        """All columns fit into the panel: the case's name, often a long path, takes what the others leave."""
+        table = self.ui.casesTable
+        table.verticalHeader().visible = False
+        table.verticalHeader().defaultSectionSize = 24
+        table.setWordWrap(False)
+        header = table.horizontalHeader()
+        header.setMinimumSectionSize(30)
+        modes = qt.QHeaderView.Stretch, qt.QHeaderView.Interactive, *[qt.QHeaderView.ResizeToContents] * 3
+        for column, mode in enumerate(modes):
+            header.setSectionResizeMode(column, mode)
 
     def _connect(self) -> None:
         ui = self.ui
         self._timer.connect("timeout()", self.refresh)
         self._check_timer.connect("timeout()", self._go_on_checking)
         ui.sourceBox.connect("currentIndexChanged(int)", self._show_source)
-        ui.casesFolder.connect("directoryChanged(QString)", self._forget_check)
         ui.caseVolume.connect("currentNodeChanged(vtkMRMLNode*)", self._show_scene_buttons)
         ui.caseLabels.connect("currentNodeChanged(vtkMRMLNode*)", self._show_scene_buttons)
         ui.sceneCases.connect("currentRowChanged(int)", self._show_scene_buttons)
@@ -234,10 +246,10 @@ class TrainingPanel:
                 self._export = export_cases(cases, Path(self._exported.name), self._export_warnings.append)
                 self.ui.checkProgress.maximum = len(cases)
                 self._say(_("Copying the cases from the scene"))
-            elif self.ui.casesFolder.directory in ("", "."):
+            elif not self._folder.folder:
                 raise InputError(_("Choose the folder with the cases first."))
             else:
-                self._ask_engine(self.ui.casesFolder.directory)
+                self._ask_engine(self._folder.folder)
         except (InputError, EngineError, OSError) as problem:
             self._end_check()
             self._drop_export()
@@ -336,20 +348,24 @@ class TrainingPanel:
         self._report = report
         table = self.ui.casesTable
         table.setRowCount(len(report["cases"]))
+        names = distinct_names([case["name"] for case in report["cases"]])
         for row, case in enumerate(report["cases"]):
             remarks = " ".join(case["problems"] + case["warnings"]) or _("good")
             labels = ", ".join(map(str, case["labels"]))
-            texts = [case["name"], remarks, labels, _by(case["shape"]), _by(case["spacing"])]
-            for column, text in enumerate(texts):
+            count = str(len(case["labels"]))
+            texts = [names[row], remarks, count, _by(case["shape"]), _by(case["spacing"])]
+            tips = [case["name"], remarks, labels, *texts[3:]]
+            for column, (text, tip) in enumerate(zip(texts, tips, strict=True)):
                 item = qt.QTableWidgetItem(text)
-                item.setToolTip(text)
+                item.setToolTip(tip)
                 if case["problems"]:
                     item.setForeground(qt.QBrush(qt.QColor(190, 20, 20)))
                 elif case["warnings"] and column == 1:
                     item.setForeground(qt.QBrush(qt.QColor(160, 95, 0)))
                 table.setItem(row, column, item)
-        table.resizeColumnsToContents()
+        table.resizeColumnToContents(1)
         table.setColumnWidth(1, min(table.columnWidth(1), _WIDEST_REMARK))
+        fit_height(table, 226)
         table.visible = True
         left_out = sum(bool(case["problems"]) for case in report["cases"])
         if report["problems"]:
@@ -470,7 +486,7 @@ class TrainingPanel:
         name = ui.nameEdit.text.strip()
         return {
             "name": name,
-            "dataset": "cases" if self._exported is not None else ui.casesFolder.directory,
+            "dataset": "cases" if self._exported is not None else self._folder.folder,
             "model": str(models_folder() / f"{_file_name(name)}.safetensors"),
             "init": start or None,
             "warmup": warmup if ui.warmupCheck.checked else None,
@@ -628,11 +644,19 @@ class TrainingPanel:
         return (f"{self.run.name}, {titles[stage]}", found[stage]) if stage is not None else ("", [])
 
     def _update_curves(self) -> None:
+        """Draw the latest figures; the axes follow, unless the user has zoomed in on a part."""
         title, rows = self._rows()
+        before = self._curves.chart(self._curve())
+        follow = before is None or shows_all(before)
         if rows:
             self._curves.update(title, rows)
         else:
             self._curves.clear()
+        chart = self._curves.chart(self._curve())
+        if before is None:
+            self._show_chart()  # its first figures have just come
+        elif follow and chart is not None:
+            fit(chart)
 
     def _curve(self) -> str:
         return list(CHARTS)[self.ui.curveBox.currentIndex]
@@ -649,9 +673,13 @@ class TrainingPanel:
 
     def _choose_curve(self, *_args) -> None:
         self._show_curves()
+        self._show_chart()
+
+    def _show_chart(self) -> None:
         chart = self._curves.chart(self._curve())
         if self.ui.plotButton.checked and chart is not None:
             slicer.modules.plots.logic().ShowChartInLayout(chart)
+            fit(chart)
 
 
 def figures_table(held_out: dict) -> str:
@@ -692,6 +720,15 @@ def _sentence(status: RunStatus) -> str:
     if status.state == "running" and status.stage in stages:
         return f"{stages[status.stage]}: {status.message}"
     return status.message
+
+
+def distinct_names(names: list[str], kept: int = 8) -> list[str]:
+    """Shorten paths to what tells them apart: without their common folder, and without a long beginning in common."""
+    prefix = os.path.commonprefix(names)  # noqa: RUF071 - by characters is meant
+    folder = prefix.rfind("/") + 1
+    if len(names) < 2 or len(prefix) - folder <= kept:
+        return [name[folder:] for name in names]
+    return [f"\N{HORIZONTAL ELLIPSIS}{name[len(prefix) - kept // 2 :]}" for name in names]
 
 
 def _by(numbers: list) -> str:

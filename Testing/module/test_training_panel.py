@@ -333,7 +333,7 @@ def test_a_failed_training_says_why(stand_in, panel, files, home):
 def test_curves_go_into_the_plot_view(stand_in, panel, files, home):
     layout = slicer.vtkMRMLLayoutNode()
     slicer.mrmlScene.AddNode(layout)
-    view = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLPlotViewNode", "PlotView")
+    view = stand_in.open_plot_view().node
     run = home / "Trainings" / "2026-01-01-old"
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"name": "Old"}))
