@@ -26,7 +26,7 @@ class WrappedLabels:
 
     def __init__(self, widget) -> None:
         self._labels = [label for label in widget.findChildren(qt.QLabel) if label.wordWrap]
-        self._timer = qt.QTimer(widget)
+        self._timer = qt.QTimer()
         self._timer.setInterval(_FIT_MS)
         self._timer.connect("timeout()", self.fit)
 
