@@ -76,10 +76,12 @@ def test_no_text_widens_the_panel(opened, stand_in):
 
 
 def test_nothing_is_squashed_after_another_module_was_visited(opened, stand_in):
+    opened.holder.resize(700, 600)  # so wide that no text widens it: the panel's height is computed for one width
     opened.holder.setModule(None)
     opened.holder.setModule(opened.module)
-    stand_in.process()
     open_everything(opened)
+    for _ in range(3):
+        stand_in.process()
     for label in wrapped_labels(opened):
         label.setText(LONG)
 
@@ -157,10 +159,11 @@ def test_the_pressed_switch_is_filled(opened, stand_in, training):
     from SlicerStandIn.pythonqt import native
 
     inspect = opened.inspect.ui
+    opened.ui.inspectSection.collapsed = False
     inspect.showSection.enabled = training.ui.plotButton.enabled = True
+    stand_in.process()
     for button in (inspect.blendButton, inspect.jacobianButton, training.ui.plotButton):
         button = native(button)
-        button.resize(100, 24)
         fill = button.palette().color(QtGui.QPalette.ColorRole.Highlight)
         pixels = []
         for on in (False, True):
