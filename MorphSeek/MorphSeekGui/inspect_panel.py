@@ -21,7 +21,7 @@ from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
 from .scene import InputError, RegistrationNodes, _
 from .views import ResultViews
-from .widgets import SWITCH_STYLE, FolderButton, fit_height, spread
+from .widgets import SWITCH_STYLE, FolderButton, fit_height, ink, spread
 
 UI = Path(__file__).resolve().parents[1] / "Resources" / "UI" / "Inspect.ui"
 LIMITS_SETTING, FOLDER_SETTING = "MorphSeek/Limits", "MorphSeek/ExportFolder"
@@ -275,7 +275,7 @@ class InspectPanel(VTKObservationMixin):
     def _say(self, text: str, problem: bool = True) -> None:
         self.ui.messageLabel.text = text
         self.ui.messageLabel.visible = bool(text)
-        self.ui.messageLabel.styleSheet = "color: #d32f2f" if problem else ""
+        self.ui.messageLabel.styleSheet = f"color: {ink(self.widget, 'bad')}" if problem else ""
 
     # ------------------------------------------------------------------------------------------------------------- show
 

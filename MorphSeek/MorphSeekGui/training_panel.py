@@ -24,7 +24,7 @@ from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
 from .training_curves import CHARTS, TrainingCurves, fit, has_curve, shows_all
 from .training_run import STAGES, RunError, RunStatus, TrainingRun, create_run, find_runs
-from .widgets import SWITCH_STYLE, FolderButton, fit_height
+from .widgets import SWITCH_STYLE, FolderButton, fit_height, ink
 
 TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
 _POLL_MS = 1000
@@ -359,9 +359,9 @@ class TrainingPanel:
                 item = qt.QTableWidgetItem(text)
                 item.setToolTip(tip)
                 if case["problems"]:
-                    item.setForeground(qt.QBrush(qt.QColor(190, 20, 20)))
+                    item.setForeground(qt.QBrush(qt.QColor(ink(self.widget, "bad"))))
                 elif case["warnings"] and column == 1:
-                    item.setForeground(qt.QBrush(qt.QColor(160, 95, 0)))
+                    item.setForeground(qt.QBrush(qt.QColor(ink(self.widget, "warning"))))
                 table.setItem(row, column, item)
         table.resizeColumnToContents(1)
         table.setColumnWidth(1, min(table.columnWidth(1), _WIDEST_REMARK))
@@ -390,7 +390,7 @@ class TrainingPanel:
 
     def _say(self, text: str, bad: bool = False) -> None:
         self.ui.casesSummary.text = text
-        self.ui.casesSummary.styleSheet = "color: #be1414" if bad else ""
+        self.ui.casesSummary.styleSheet = f"color: {ink(self.widget, 'bad')}" if bad else ""
 
     # -------------------------------------------------------------------------------------------------- settings
 
@@ -605,7 +605,8 @@ class TrainingPanel:
         ui.progressBar.value = round(1000 * status.fraction)
         self._say_status(_sentence(status), status.state == "failed")
         self._show_curves()
-        ui.figuresText.text = figures_table(status.held_out) if status.held_out else ""
+        inks = ink(self.widget, "good"), ink(self.widget, "warning")
+        ui.figuresText.text = figures_table(status.held_out, *inks) if status.held_out else ""
         ui.figuresText.visible = bool(status.held_out)
         log = "\n".join(self.run.log())
         if ui.logText.plainText != log:
@@ -625,7 +626,7 @@ class TrainingPanel:
 
     def _say_status(self, text: str, bad: bool = False) -> None:
         self.ui.statusLabel.text = text
-        self.ui.statusLabel.styleSheet = "color: #be1414" if bad else ""
+        self.ui.statusLabel.styleSheet = f"color: {ink(self.widget, 'bad')}" if bad else ""
 
     # ----------------------------------------------------------------------------------------------------- curves
 
@@ -682,8 +683,8 @@ class TrainingPanel:
             fit(chart)
 
 
-def figures_table(held_out: dict) -> str:
-    """The figures before and after, as rich text; what got better is green, what got worse amber."""
+def figures_table(held_out: dict, better_ink: str, worse_ink: str) -> str:
+    """Return the figures before and after as rich text; what got better and what got worse has a color of its own."""
     start, result = held_out.get("start"), held_out["mean"]
     lines = []
     for name, (title, form, better) in _FIGURES.items():
@@ -692,7 +693,7 @@ def figures_table(held_out: dict) -> str:
         values = result.get(f"{name}_aligned"), (start or {}).get(name), result[name]
         aligned, before, after = ("-" if value is None else form.format(value) for value in values)
         if "-" not in (before, after) and before != after:
-            color = "#0a7d32" if (result[name] - start[name]) * better > 0 else "#a05f00"
+            color = better_ink if (result[name] - start[name]) * better > 0 else worse_ink
             after = f'<b style="color: {color}">{after}</b>'
         tip = escape(held_out["definitions"].get(name, ""))
         cells = (aligned, before, after)

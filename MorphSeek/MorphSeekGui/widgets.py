@@ -14,6 +14,14 @@ SWITCH_STYLE = (
     "border: 1px solid palette(shadow); border-radius: 3px; padding: 3px }"
 )
 _FIT_MS = 200
+# color of a text: on a light background, on a dark one
+_INKS = {"bad": ("#be1414", "#ff8a80"), "warning": ("#a05f00", "#f5b83d"), "good": ("#0a7d32", "#6fdc8c")}
+
+
+def ink(widget, name: str) -> str:
+    """Return the color of a "bad", "warning" or "good" text that can be read in a widget's style, light or dark."""
+    dark = widget.palette.color(qt.QPalette.Window).lightness() < 128
+    return _INKS[name][dark]
 
 
 class WrappedLabels:

@@ -155,6 +155,25 @@ def test_the_card_pales_as_a_whole(opened, stand_in, running):
     assert abs(names - texts) < 10
 
 
+@pytest.mark.parametrize("window", ["#efefef", "#353535"])
+def test_messages_can_be_read_in_light_and_dark_styles(opened, window):
+    from SlicerStandIn.pythonqt import native
+
+    widget, ui = native(opened.training.widget), opened.training.ui
+    widget.setPalette(QtGui.QPalette(QtGui.QColor(window)))
+    cases = [checked("a", problems=["Bad."]), checked("b", warnings=["Look."])]
+    opened.training._export_warnings = []
+    opened.training._show_report({"cases": cases, "problems": ["Too few."], "warnings": []})
+    found = [ui.casesTable.item(row, 1).foreground().color() for row in range(2)]
+    found.append(QtGui.QColor(ui.casesSummary.styleSheet.removeprefix("color: ")))
+    for color in found:
+        assert abs(luminance(color) - luminance(QtGui.QColor(window))) > 0.25
+
+
+def luminance(color: QtGui.QColor) -> float:
+    return 0.3 * color.redF() + 0.6 * color.greenF() + 0.1 * color.blueF()
+
+
 def test_the_pressed_switch_is_filled(opened, stand_in, training):
     from SlicerStandIn.pythonqt import native
 
