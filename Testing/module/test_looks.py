@@ -71,7 +71,7 @@ def test_no_text_widens_the_panel(opened, stand_in):
     for box in widgets_of(opened, QtWidgets.QComboBox):
         box.addItem(LONG)
     stand_in.process()
-    assert opened.holder.minimumSizeHint().width() == least
+    assert opened.holder.minimumSizeHint().width() <= least
     assert opened.holder.widget().width() <= opened.holder.viewport().width(), "nothing is cut"
 
 
