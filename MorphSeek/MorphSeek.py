@@ -25,6 +25,7 @@ from MorphSeekGui.engine_client import EngineClient, close_shared_client, shared
 from MorphSeekGui.parameters import MorphSeekParameterNode
 from MorphSeekGui.register_panel import ENGINE_PYTHON, RegisterPanel
 from MorphSeekGui.sample_data import register_sample_data
+from MorphSeekGui.widgets import WrappedLabels
 from slicer.i18n import tr as _
 from slicer.i18n import translate
 from slicer.ScriptedLoadableModule import (
@@ -70,6 +71,7 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ScriptedLoadableModuleWidget.__init__(self, parent)
         VTKObservationMixin.__init__(self)
         self.logic = None
+        self._labels: WrappedLabels | None = None
         self.panels: dict[str, object] = {}
 
     def setup(self) -> None:
@@ -93,6 +95,7 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             switch.connect("toggled(bool)", self._show_training)
             self._show_training(switch.checked)
 
+        self._labels = WrappedLabels(widget)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self._scene_closes)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self._scene_closed)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self._scene_loaded)
@@ -143,15 +146,19 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self._use_parameter_node()
         for panel in self.panels.values():
             panel.enter()
+        self._labels.start()
 
     def exit(self) -> None:
         """The person goes to another module; what runs goes on."""
+        self._labels.stop()
         for panel in self.panels.values():
             panel.exit()
 
     def cleanup(self) -> None:
         """The module is reloaded, or Slicer ends."""
         self.removeObservers()
+        if self._labels is not None:
+            self._labels.stop()
         for panel in self.panels.values():
             panel.cleanup()
         self.panels.clear()

@@ -23,6 +23,7 @@ from .export import Export, prepare
 from .messages import sentence
 from .scene import InputError, RegistrationNodes, _
 from .views import ResultViews
+from .widgets import SWITCH_STYLE, FolderButton, fit_height, ink, spread
 
 UI = Path(__file__).resolve().parents[1] / "Resources" / "UI" / "Inspect.ui"
 LIMITS_SETTING, FOLDER_SETTING = "MorphSeek/Limits", "MorphSeek/ExportFolder"
@@ -121,6 +122,7 @@ class InspectPanel(VTKObservationMixin):
         ui.resultSelector.addAttribute("vtkMRMLTransformNode", scene.REPORT)
         ui.resultSelector.connect("currentNodeChanged(vtkMRMLNode*)", self._choose)
         for name, button in self._layer_buttons.items():
+            button.styleSheet = SWITCH_STYLE
             button.connect("toggled(bool)", lambda on, name=name: self._toggle_layer(name, on))
         ui.opacitySlider.connect("valueChanged(double)", self._fade)
         ui.tileSlider.connect("valueChanged(double)", lambda _value: self._redraw.start())
@@ -136,11 +138,11 @@ class InspectPanel(VTKObservationMixin):
         # the keyboard's arrows go from region to region; a click comes back to the one that is current
         ui.regionsTable.connect("currentCellChanged(int,int,int,int)", lambda row: self._go_to(row))
         ui.regionsTable.connect("cellClicked(int,int)", lambda row: self._go_to(row))
-        ui.folderButton.directory = qt.QSettings().value(FOLDER_SETTING) or str(Path.home())
+        self._folder = FolderButton(ui.folderButton, qt.QSettings().value(FOLDER_SETTING) or str(Path.home()))
         ui.exportButton.connect("clicked(bool)", lambda _on: self._start_export())
         ui.cancelExportButton.connect("clicked(bool)", lambda _on: self._cancel_export())
         for table in (ui.figuresTable, ui.structuresTable, ui.regionsTable):
-            _spread(table, 0 if table is not ui.regionsTable else 4)
+            spread(table, 0 if table is not ui.regionsTable else 4)
         self._show_export(False)
 
     def _choose(self, transform) -> None:
@@ -202,7 +204,7 @@ class InspectPanel(VTKObservationMixin):
             for column, bound in ((2, limits and f"{limits.amber:g}"), (3, limits and f"{limits.red:g}")):
                 _cell(table, row, column, bound or "", right=True, editable=limits is not None)
         table.blockSignals(blocked)
-        _fit_height(table, 450)
+        fit_height(table, 450)
         self._show_verdict(verdict)
 
     def _show_verdict(self, verdict: quality.Verdict) -> None:
@@ -235,7 +237,7 @@ class InspectPanel(VTKObservationMixin):
             _cell(table, row, 0, name)
             for column, value in enumerate(values, 1):
                 _cell(table, row, column, "–" if value is None else f"{value:.3f}", right=True)
-        _fit_height(table)
+        fit_height(table)
         table.visible = bool(rows)
         self.ui.structuresLabel.text = (
             _("Overlap by structure (Dice)") if rows else _("No overlap: labels were not given for both volumes.")
@@ -259,7 +261,7 @@ class InspectPanel(VTKObservationMixin):
                 _cell(table, row, column, str(text), right=True)
         table.setCurrentCell(-1, -1)
         table.blockSignals(blocked)
-        _fit_height(table)
+        fit_height(table)
         table.visible = bool(shown)
         folding = (self._nodes.report.get("folding") or {}) if self._nodes is not None else {}
         count = quality.count_regions(self._nodes.report) if self._nodes is not None else 0
@@ -278,7 +280,7 @@ class InspectPanel(VTKObservationMixin):
     def _say(self, text: str, problem: bool = True) -> None:
         self.ui.messageLabel.text = text
         self.ui.messageLabel.visible = bool(text)
-        self.ui.messageLabel.styleSheet = "color: #d32f2f" if problem else ""
+        self.ui.messageLabel.styleSheet = f"color: {ink(self.widget, 'bad')}" if problem else ""
         if text and problem:
             self._details.offer(text)
         else:
@@ -427,7 +429,7 @@ class InspectPanel(VTKObservationMixin):
         self._export_details.withdraw()
         self._say("")
         try:
-            job = prepare(self._nodes, ui.folderButton.directory, [name for name, box in boxes.items() if box.checked])
+            job = prepare(self._nodes, self._folder.folder, [name for name, box in boxes.items() if box.checked])
         except InputError as problem:
             self._fail_export(problem)
             return
@@ -438,7 +440,7 @@ class InspectPanel(VTKObservationMixin):
             job.discard()
             self._fail_export(problem)
             return
-        qt.QSettings().setValue(FOLDER_SETTING, ui.folderButton.directory)
+        qt.QSettings().setValue(FOLDER_SETTING, self._folder.folder)
         self._export = job, client, request
         self._show_export(True)
         self._poll.start()
@@ -531,21 +533,6 @@ def _cell(table, row: int, column: int, text: str, right: bool = False, editable
     item.setToolTip(tip)
     table.setItem(row, column, item)
     return item
-
-
-def _spread(table, wide: int) -> None:
-    """One column takes the room that is left."""
-    header = table.horizontalHeader()
-    header.setHighlightSections(False)
-    for column in range(table.columnCount):
-        mode = qt.QHeaderView.Stretch if column == wide else qt.QHeaderView.ResizeToContents
-        header.setSectionResizeMode(column, mode)
-
-
-def _fit_height(table, most: int = 300) -> None:
-    """As high as its rows, up to ``most`` pixels: a panel scrolls, so its tables should not."""
-    needed = table.horizontalHeader().sizeHint.height() + table.verticalHeader().length() + 2 * table.frameWidth
-    table.setFixedHeight(min(most, needed + 2))
 
 
 def _longest_mm(volume) -> float:

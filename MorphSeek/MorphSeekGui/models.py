@@ -96,7 +96,8 @@ def describe(model: Model) -> str:
     lines += [(_("Licence"), card.get("licence") or _("not stated"))]
     lines += [(_("File"), str(model.path))] if model.name == str(model.path) else []
     rows = (
-        f"<tr><td style='padding-right:8px;color:gray'>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>"
+        # no color of its own: the label's, which follows the style and pales with the panel while something runs
+        f"<tr><td style='padding-right:8px'>{html.escape(name)}:</td><td>{html.escape(text)}</td></tr>"
         for name, text in lines
         if text
     )

@@ -7,7 +7,6 @@ before the result is there, but for the volume that shows the steps, and that go
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +24,11 @@ from .engine_client import EngineCancelled, EngineError
 from .messages import sentence
 from .parameters import MAX_STEPS, Fit
 from .registration import Request, Run, prepare
+from .remaining_time import RemainingTime
 from .scene import Image, InputError, RegistrationNodes, _, put_into_folder
 from .steps import Steps
 from .views import SliceViews
+from .widgets import FolderButton
 
 POLL_MS = 50
 TYPING_MS = 500
@@ -57,7 +58,8 @@ class RegisterPanel(VTKObservationMixin):
         self._devices: list[dict] = []
         self._run: Run | None = None
         self._hello = None
-        self._started = 0.0
+        self._time: RemainingTime | None = None  # while something runs that nobody has cancelled
+        self._message = ""  # the engine's last
         self._steps: Steps | None = None
         self._what_runs: tuple = ()
         self._before: SliceViews | None = None  # as they were before the run
@@ -86,9 +88,7 @@ class RegisterPanel(VTKObservationMixin):
         ui.deviceSelector.connect("currentIndexChanged(int)", self._choose_device)
         ui.stepSlider.connect("valueChanged(int)", self._show_step)
         folder = slicer.util.settingsValue(MODELS_FOLDER, "")
-        if folder:
-            ui.modelsFolderButton.directory = folder
-        ui.modelsFolderButton.connect("directoryChanged(QString)", self._set_models_folder)
+        self._models_folder = FolderButton(ui.modelsFolderButton, folder, self._set_models_folder)
         ui.enginePythonEdit.currentPath = slicer.util.settingsValue(ENGINE_PYTHON, "")
         # the widget itself is silent about a path that does not exist, and when it is emptied
         line_edit = slicer.util.findChildren(ui.enginePythonEdit, className="QLineEdit")[0]
@@ -144,6 +144,7 @@ class RegisterPanel(VTKObservationMixin):
         """The scene is being closed: a run has no place to go to."""
         if self._run is not None:
             self._run.cancel()
+            self._time = None
             self._ending = _("The scene was closed, so the registration was canceled.")
         self._steps, self._last, self._before = None, None, None
         self.ui.resultWidget.visible = False
@@ -197,6 +198,7 @@ class RegisterPanel(VTKObservationMixin):
         """Give the run up; the scene goes back to what it was as soon as the engine has heard it."""
         if self._run is not None:
             self._run.cancel()
+            self._time = None
             self._ending = _("Cancelled; the scene is as it was.")
             self.ui.cancelButton.enabled = False
             self._status(_("Cancelling ..."))
@@ -230,7 +232,7 @@ class RegisterPanel(VTKObservationMixin):
         except (InputError, EngineError) as problem:
             self._fail(sentence(problem))
             return
-        self._started = time.monotonic()
+        self._time, self._message = RemainingTime(), ""
         self._timer.start()
         self._show_running(True)
 
@@ -241,22 +243,23 @@ class RegisterPanel(VTKObservationMixin):
             self._finish_hello()
         if self._run is not None and self._run.poll():
             self._finish()
+        else:
+            self._say_how_far()
         if self._run is None and self._hello is None:
             self._timer.stop()
 
     def _hear(self, message: dict) -> None:
         fraction = message.get("fraction") or 0.0
         self.ui.progressBar.value = round(1000 * fraction)
-        self._status(" ".join(filter(None, [message.get("message", ""), self._time_left(fraction)])))
+        self._message = message.get("message", "")
+        if self._time is not None:
+            self._time.report(fraction)
+            self._say_how_far()
 
-    def _time_left(self, fraction: float) -> str:
-        elapsed = time.monotonic() - self._started
-        if elapsed < 2 or not 0.1 < fraction < 1:
-            return ""
-        seconds = elapsed * (1 - fraction) / fraction
-        if seconds > 90:
-            return _("(about {n} minutes left)").format(n=round(seconds / 60))
-        return _("(about {n} seconds left)").format(n=max(1, round(seconds)))
+    def _say_how_far(self) -> None:
+        """What the engine does, with the time; said again and again, for the engine may be silent for a minute."""
+        if self._time is not None and self._message:
+            self._status(" ".join(filter(None, [self._message, self._time.text()])))
 
     def _picture(self, step: int, image: Image) -> None:
         """A step is done: show the moving volume as it now lies over the fixed one."""
@@ -271,7 +274,7 @@ class RegisterPanel(VTKObservationMixin):
         self._show_steps()
 
     def _finish(self) -> None:
-        run, self._run = self._run, None
+        run, self._run, self._time = self._run, None, None
         self._show_running(False)
         try:
             nodes = run.finish()

@@ -58,6 +58,32 @@ CHARTS = {
 }
 
 
+def fit(chart) -> None:
+    """Fit the axes of every plot view that shows a chart; Slicer does it when a chart comes, not when it grows."""
+    manager = slicer.app.layoutManager()
+    for view in (manager.plotWidget(n).plotView() for n in range(manager.plotViewCount)):
+        if view.mrmlPlotViewNode().GetPlotChartNodeID() == chart.GetID():
+            view.fitToContent()
+
+
+def shows_all(chart) -> bool:
+    """Whether a chart's axes, as they were last fitted or moved by hand, show all that is in its tables."""
+    for n in range(chart.GetNumberOfPlotSeriesNodes()):
+        series = chart.GetNthPlotSeriesNode(n)
+        if series is None or series.GetTableNode() is None:  # the scene was closed
+            continue
+        table = series.GetTableNode().GetTable()
+        axes = (chart.GetXAxisRange(), series.GetXColumnName()), (chart.GetYAxisRange(), series.GetYColumnName())
+        for (low, high), column in axes:
+            array = table.GetColumnByName(column)
+            if array is not None and array.GetNumberOfValues():
+                least, most = array.GetRange()
+                room = 1e-6 * max(1.0, most - least)
+                if least < low - room or most > high + room:
+                    return False
+    return True
+
+
 def has_curve(name: str, rows: Iterable[dict[str, float]]) -> bool:
     """Whether there is anything to draw in a chart."""
     return any(CHARTS[name][0] in row for row in rows)

@@ -26,14 +26,15 @@ from .messages import fault_sentence, sentence
 from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
-from .training_curves import CHARTS, TrainingCurves, has_curve
+from .training_curves import CHARTS, TrainingCurves, fit, has_curve, shows_all
 from .training_run import STAGES, RunError, RunStatus, TrainingRun, create_run, find_runs
+from .widgets import SWITCH_STYLE, FolderButton, fit_height, ink
 
 TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
 _POLL_MS = 1000
 _ENGINE_MS = 50  # how often the engine is asked what is new while it checks cases
 _MOMENT = 0.05  # seconds of copying, after which the window may answer
-_WIDEST_REMARK = 260  # pixels; a longer one is in its tool tip
+_WIDEST_REMARK = 90  # pixels; a longer one is in its tool tip
 
 # settings that a network needs to train well from scratch, where they are not its defaults
 _RECIPES = {
@@ -96,26 +97,36 @@ class TrainingPanel:
         self._details = CopyDetails(self.ui.copyDetailsButton, logic, _folders)
         self._check_details = CopyDetails(self.ui.copyCheckDetailsButton, logic, _folders)
         self._timer, self._check_timer = qt.QTimer(self.widget), qt.QTimer(self.widget)
+        self._folder = FolderButton(self.ui.casesFolder, on_choice=self._forget_check)
         self._timer.setInterval(_POLL_MS)
         self._check_timer.setInterval(_ENGINE_MS)
         self._connect()
         self.ui.checkProgress.visible = False
         self.ui.casesTable.visible = False
         self.ui.plotButton.enabled = False
-        header = self.ui.casesTable.horizontalHeader()
-        header.setStretchLastSection(True)
-        self.ui.casesTable.verticalHeader().visible = False
-        self.ui.casesTable.verticalHeader().defaultSectionSize = 24
+        self.ui.plotButton.styleSheet = SWITCH_STYLE
+        self._set_up_cases_table()
         self.ui.figuresText.visible = False
         self._show_source()
         self._show_stages()
+
+    def _set_up_cases_table(self) -> None:
+        """All columns fit into the panel: the case's name, often a long path, takes what the others leave."""
+        table = self.ui.casesTable
+        table.verticalHeader().visible = False
+        table.verticalHeader().defaultSectionSize = 24
+        table.setWordWrap(False)
+        header = table.horizontalHeader()
+        header.setMinimumSectionSize(30)
+        modes = qt.QHeaderView.Stretch, qt.QHeaderView.Interactive, *[qt.QHeaderView.ResizeToContents] * 3
+        for column, mode in enumerate(modes):
+            header.setSectionResizeMode(column, mode)
 
     def _connect(self) -> None:
         ui = self.ui
         self._timer.connect("timeout()", self.refresh)
         self._check_timer.connect("timeout()", self._go_on_checking)
         ui.sourceBox.connect("currentIndexChanged(int)", self._show_source)
-        ui.casesFolder.connect("directoryChanged(QString)", self._forget_check)
         ui.caseVolume.connect("currentNodeChanged(vtkMRMLNode*)", self._show_scene_buttons)
         ui.caseLabels.connect("currentNodeChanged(vtkMRMLNode*)", self._show_scene_buttons)
         ui.sceneCases.connect("currentRowChanged(int)", self._show_scene_buttons)
@@ -244,10 +255,10 @@ class TrainingPanel:
                 self.ui.checkProgress.maximum = 1000
                 self._check_timer.setInterval(0)
                 self._say(_("Copying the cases from the scene"))
-            elif self.ui.casesFolder.directory in ("", "."):
+            elif not self._folder.folder:
                 raise InputError(_("Choose the folder with the cases first."))
             else:
-                self._ask_engine(self.ui.casesFolder.directory)
+                self._ask_engine(self._folder.folder)
         except (InputError, EngineError, OSError) as problem:
             self._end_check()
             self._drop_export()
@@ -358,20 +369,24 @@ class TrainingPanel:
         self._report = report
         table = self.ui.casesTable
         table.setRowCount(len(report["cases"]))
+        names = distinct_names([case["name"] for case in report["cases"]])
         for row, case in enumerate(report["cases"]):
             remarks = " ".join(case["problems"] + case["warnings"]) or _("good")
             labels = ", ".join(map(str, case["labels"]))
-            texts = [case["name"], remarks, labels, _by(case["shape"]), _by(case["spacing"])]
-            for column, text in enumerate(texts):
+            count = str(len(case["labels"]))
+            texts = [names[row], remarks, count, _by(case["shape"]), _by(case["spacing"])]
+            tips = [case["name"], remarks, labels, *texts[3:]]
+            for column, (text, tip) in enumerate(zip(texts, tips, strict=True)):
                 item = qt.QTableWidgetItem(text)
-                item.setToolTip(text)
+                item.setToolTip(tip)
                 if case["problems"]:
-                    item.setForeground(qt.QBrush(qt.QColor(190, 20, 20)))
+                    item.setForeground(qt.QBrush(qt.QColor(ink(self.widget, "bad"))))
                 elif case["warnings"] and column == 1:
-                    item.setForeground(qt.QBrush(qt.QColor(160, 95, 0)))
+                    item.setForeground(qt.QBrush(qt.QColor(ink(self.widget, "warning"))))
                 table.setItem(row, column, item)
-        table.resizeColumnsToContents()
+        table.resizeColumnToContents(1)
         table.setColumnWidth(1, min(table.columnWidth(1), _WIDEST_REMARK))
+        fit_height(table, 226)
         table.visible = True
         left_out = sum(bool(case["problems"]) for case in report["cases"])
         if report["problems"]:
@@ -396,7 +411,7 @@ class TrainingPanel:
 
     def _say(self, text: str, bad: bool = False) -> None:
         self.ui.casesSummary.text = text
-        self.ui.casesSummary.styleSheet = "color: #be1414" if bad else ""
+        self.ui.casesSummary.styleSheet = f"color: {ink(self.widget, 'bad')}" if bad else ""
         if bad:
             self._check_details.offer(text, self.logic.client().log)
         else:
@@ -496,7 +511,7 @@ class TrainingPanel:
         name = ui.nameEdit.text.strip()
         return {
             "name": name,
-            "dataset": "cases" if self._exported is not None else ui.casesFolder.directory,
+            "dataset": "cases" if self._exported is not None else self._folder.folder,
             "model": str(models_folder() / f"{_file_name(name)}.safetensors"),
             "init": start or None,
             "warmup": warmup if ui.warmupCheck.checked else None,
@@ -617,7 +632,8 @@ class TrainingPanel:
         ui.progressBar.value = round(1000 * status.fraction)
         self._say_status(_sentence(status), status.state == "failed")
         self._show_curves()
-        ui.figuresText.text = figures_table(status.held_out) if status.held_out else ""
+        inks = ink(self.widget, "good"), ink(self.widget, "warning")
+        ui.figuresText.text = figures_table(status.held_out, *inks) if status.held_out else ""
         ui.figuresText.visible = bool(status.held_out)
         log = "\n".join(self.run.log())
         if ui.logText.plainText != log:
@@ -637,7 +653,7 @@ class TrainingPanel:
 
     def _say_status(self, text: str, bad: bool = False) -> None:
         self.ui.statusLabel.text = text
-        self.ui.statusLabel.styleSheet = "color: #be1414" if bad else ""
+        self.ui.statusLabel.styleSheet = f"color: {ink(self.widget, 'bad')}" if bad else ""
         if bad:
             self._details.offer(text, self.run.log() if self.run is not None else ())
         else:
@@ -660,11 +676,19 @@ class TrainingPanel:
         return (f"{self.run.name}, {titles[stage]}", found[stage]) if stage is not None else ("", [])
 
     def _update_curves(self) -> None:
+        """Draw the latest figures; the axes follow, unless the user has zoomed in on a part."""
         title, rows = self._rows()
+        before = self._curves.chart(self._curve())
+        follow = before is None or shows_all(before)
         if rows:
             self._curves.update(title, rows)
         else:
             self._curves.clear()
+        chart = self._curves.chart(self._curve())
+        if before is None:
+            self._show_chart()  # its first figures have just come
+        elif follow and chart is not None:
+            fit(chart)
 
     def _curve(self) -> str:
         return list(CHARTS)[self.ui.curveBox.currentIndex]
@@ -681,13 +705,17 @@ class TrainingPanel:
 
     def _choose_curve(self, *_args) -> None:
         self._show_curves()
+        self._show_chart()
+
+    def _show_chart(self) -> None:
         chart = self._curves.chart(self._curve())
         if self.ui.plotButton.checked and chart is not None:
             slicer.modules.plots.logic().ShowChartInLayout(chart)
+            fit(chart)
 
 
-def figures_table(held_out: dict) -> str:
-    """The figures before and after, as rich text; what got better is green, what got worse amber."""
+def figures_table(held_out: dict, better_ink: str, worse_ink: str) -> str:
+    """Return the figures before and after as rich text; what got better and what got worse has a color of its own."""
     start, result = held_out.get("start"), held_out["mean"]
     lines = []
     for name, (title, form, better) in _FIGURES.items():
@@ -696,7 +724,7 @@ def figures_table(held_out: dict) -> str:
         values = result.get(f"{name}_aligned"), (start or {}).get(name), result[name]
         aligned, before, after = ("-" if value is None else form.format(value) for value in values)
         if "-" not in (before, after) and before != after:
-            color = "#0a7d32" if (result[name] - start[name]) * better > 0 else "#a05f00"
+            color = better_ink if (result[name] - start[name]) * better > 0 else worse_ink
             after = f'<b style="color: {color}">{after}</b>'
         tip = escape(held_out["definitions"].get(name, ""))
         cells = (aligned, before, after)
@@ -739,6 +767,15 @@ def _sentence(status: RunStatus) -> str:
     if status.state == "running" and status.stage in stages:
         return f"{stages[status.stage]}: {status.message}"
     return status.message
+
+
+def distinct_names(names: list[str], kept: int = 8) -> list[str]:
+    """Shorten paths to what tells them apart: without their common folder, and without a long beginning in common."""
+    prefix = os.path.commonprefix(names)  # noqa: RUF071 - by characters is meant
+    folder = prefix.rfind("/") + 1
+    if len(names) < 2 or len(prefix) - folder <= kept:
+        return [name[folder:] for name in names]
+    return [f"\N{HORIZONTAL ELLIPSIS}{name[len(prefix) - kept // 2 :]}" for name in names]
 
 
 def _by(numbers: list) -> str:

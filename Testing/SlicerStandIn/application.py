@@ -141,8 +141,70 @@ class qMRMLThreeDWidget(QtCore.QObject):
         return self._view
 
 
+class qMRMLPlotView(QtCore.QObject):
+    """One plot view of the layout, without a window: what its axes show.
+
+    Kept from Slicer: the axes are fitted when another chart comes, and by ``fitToContent``, which tells the chart node
+    too. They stay where they are when the chart's table grows.
+    """
+
+    def __init__(self, node, parent) -> None:
+        super().__init__(parent)
+        self.node, self._chart, self.axes = node, None, ((0.0, 1.0), (0.0, 1.0))
+        node.AddObserver(node.PlotChartNodeChangedEvent, self._look)
+
+    def mrmlPlotViewNode(self):
+        return self.node
+
+    def _look(self, *_arguments) -> None:
+        if self.node.GetPlotChartNode() is not self._chart:
+            self._chart = self.node.GetPlotChartNode()
+            self._fit()
+
+    def _fit(self) -> None:
+        """The bounds of all curves; without any the axes stay."""
+        ranges: tuple[list, list] = [], []
+        for n in range(self._chart.GetNumberOfPlotSeriesNodes() if self._chart is not None else 0):
+            series = self._chart.GetNthPlotSeriesNode(n)
+            table = series.GetTableNode().GetTable()
+            columns = [table.GetColumnByName(name) for name in (series.GetXColumnName(), series.GetYColumnName())]
+            if all(column is not None and column.GetNumberOfValues() for column in columns):
+                for found, column in zip(ranges, columns, strict=True):
+                    found.append(column.GetRange())
+        if ranges[0]:
+            self.axes = tuple((min(low for low, _ in r), max(high for _, high in r)) for r in ranges)
+
+    def fitToContent(self) -> None:
+        self._fit()
+        self._tell()
+
+    def zoom(self, x: tuple[float, float]) -> None:
+        """What the user does with the mouse."""
+        self.axes = (x, self.axes[1])
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._chart is not None:
+            self._chart.SetXAxisRange(*self.axes[0])
+            self._chart.SetYAxisRange(*self.axes[1])
+
+
+class qMRMLPlotWidget(QtCore.QObject):
+    """A plot view with its controller."""
+
+    def __init__(self, node, parent) -> None:
+        super().__init__(parent)
+        self.view = qMRMLPlotView(node, self)
+
+    def plotView(self):
+        return self.view
+
+    def mrmlPlotViewNode(self):
+        return self.view.node
+
+
 class qSlicerLayoutManager(QtCore.QObject):
-    """slicer.app.layoutManager(): the slice views that :meth:`Application.open_views` opened."""
+    """slicer.app.layoutManager(): the views that :class:`Application` opened."""
 
     layoutChanged = Signal(int)
 
@@ -150,6 +212,7 @@ class qSlicerLayoutManager(QtCore.QObject):
         super().__init__(parent)
         self.slices: dict[str, qMRMLSliceWidget] = {}
         self.three_d: list[qMRMLThreeDWidget] = []
+        self.plots: list[qMRMLPlotWidget] = []
         self._layout = 4
 
     threeDViewCount = Property(int, lambda self: len(self.three_d))
@@ -163,6 +226,11 @@ class qSlicerLayoutManager(QtCore.QObject):
     def sliceWidget(self, name: str):
         return self.slices.get(name)
 
+    def plotWidget(self, number: int):
+        return self.plots[number] if 0 <= number < len(self.plots) else None
+
+    plotViewCount = Property(int, lambda self: len(self.plots))
+
     def resetSliceViews(self) -> None:
         for widget in self.slices.values():
             widget.view.logic.FitSliceToBackground()
@@ -175,6 +243,54 @@ class qSlicerLayoutManager(QtCore.QObject):
         self.layoutChanged.emit(number)
 
     layout = Property(int, lambda self: self._layout, setLayout)
+
+
+class qSlicerModulePanel(QtWidgets.QScrollArea):
+    """Slicer's module panel: one module at a time, no narrower than the module's widget says.
+
+    Kept from Slicer: the layout item of a module that leaves is taken out and never freed. So the widget belongs to its
+    first item for good, and an item that it gets later is not told when the content changes: the height that it
+    once computed for a width stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._items: list[QtWidgets.QLayoutItem] = []  # never freed
+        self.module: qSlicerScriptedLoadableModule | None = None
+        content = QtWidgets.QWidget()
+        layout = QtWidgets.QVBoxLayout(content)
+        self._help = widgets.ctkCollapsibleButton()
+        self._help.setText("Help & Acknowledgement")
+        self._help.setChecked(False)
+        layout.addWidget(self._help)
+        policy = QtWidgets.QSizePolicy.Policy
+        layout.addItem(QtWidgets.QSpacerItem(0, 0, policy.Minimum, policy.MinimumExpanding))
+        self.setWidget(content)
+        self.setWidgetResizable(True)
+        self.setHorizontalScrollBarPolicy(QtCore.Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self.setAttribute(QtCore.Qt.WidgetAttribute.WA_DontShowOnScreen)
+
+    def setModule(self, module: qSlicerScriptedLoadableModule | None) -> None:
+        """Show a module; None is any other one."""
+        if self.module is not None:
+            old = self.module.widgetRepresentation()
+            old.exit()
+            layout = self.widget().layout()
+            self._items.append(layout.takeAt(layout.indexOf(old)))
+            old.setVisible(False)
+            old.setParent(None)
+        self.module = module
+        if module is not None:
+            new = module.widgetRepresentation()
+            new.layout().setContentsMargins(0, 0, 0, 0)
+            self.widget().layout().insertWidget(1, new, 1)
+            new.setSizePolicy(QtWidgets.QSizePolicy.Policy.Minimum, new.sizePolicy().verticalPolicy())
+            new.setVisible(True)
+            new.enter()
+
+    def minimumSizeHint(self) -> QtCore.QSize:
+        bar = self.verticalScrollBar().sizeHint().width()
+        return QtCore.QSize(self.widget().minimumSizeHint().width() + bar, super().minimumSizeHint().height())
 
 
 class qSlicerScriptedLoadableModule(QtCore.QObject):
@@ -259,6 +375,7 @@ class Application:
         self.world = self.qt.world = offscreen.Application()
         self.qt.layoutManager().slices.clear()
         self.qt.layoutManager().three_d.clear()
+        self.qt.layoutManager().plots.clear()
         # of Slicer's own modules, those that are asked for their logic
         slicer.modules.plots = types.SimpleNamespace(logic=lambda: self.world.logic.GetModuleLogic("Plots"))
         self.qt.testing = True
@@ -278,6 +395,13 @@ class Application:
         view = self.world.three_d_view(size)
         self.qt.layoutManager().three_d.append(qMRMLThreeDWidget(view, self.qt.layoutManager()))
         return view
+
+    def open_plot_view(self) -> qMRMLPlotView:
+        """A plot view, as the layouts with one have it."""
+        node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLPlotViewNode", "PlotView")
+        manager = self.qt.layoutManager()
+        manager.plots.append(qMRMLPlotWidget(node, manager))
+        return manager.plots[-1].view
 
     def load_module(self, path: str | os.PathLike) -> qSlicerScriptedLoadableModule:
         """Load a scripted module's file as Slicer's factory does, and say that the startup is complete."""
@@ -336,6 +460,15 @@ class Application:
                 raise TimeoutError(f"it did not happen within {seconds} seconds")
             self.qt.processEvents(QtCore.QEventLoop.ProcessEventsFlag.AllEvents, 50)
             QtCore.QThread.msleep(5)
+
+    def open_panel(self, module: qSlicerScriptedLoadableModule, width: int = 472, height: int = 900):
+        """A module in Slicer's module panel, without a window on the screen; the panel is as wide as it must be."""
+        panel = qSlicerModulePanel()
+        panel.setModule(module)
+        panel.resize(max(width, panel.minimumSizeHint().width()), height)
+        panel.show()
+        self.process()
+        return panel
 
     def show(self, widget, width: int = 480) -> None:
         """Show a widget as it would stand in Slicer's module panel, without a window on the screen."""

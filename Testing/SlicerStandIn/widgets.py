@@ -13,7 +13,7 @@ import weakref
 
 import shiboken6
 import slicer
-from PySide6.QtCore import Property, QRect, QSize, Qt, QTimer, Signal, Slot
+from PySide6.QtCore import Property, QDir, QRect, QSize, Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QColor, QPainter
 from PySide6.QtWidgets import (
     QAbstractButton,
@@ -279,7 +279,8 @@ class ctkCollapsibleButton(QAbstractButton):
         self._hidden_by_me: list[QWidget] = []
         self.setCheckable(True)
         self.setChecked(True)
-        self.setSizePolicy(QSizePolicy.Policy.MinimumExpanding, QSizePolicy.Policy.Preferred)
+        # no narrower than its content likes to be: a wrapped label that may not shrink widens the whole panel
+        self.setSizePolicy(QSizePolicy.Policy.Minimum, QSizePolicy.Policy.Preferred)
         self.setContentsMargins(0, self._header(), 0, 0)
         self.toggled.connect(self._toggle)
 
@@ -509,28 +510,60 @@ class ctkFittedTextBrowser(QTextBrowser):
         self.updateGeometry()
 
 
-class ctkDirectoryButton(QPushButton):
-    """A button that shows a folder and lets choose another one."""
+class ctkDirectoryButton(QWidget):
+    """A button that shows a folder and lets the user choose another one.
+
+    Habits kept from CTK: there is always a folder, the working directory at first; choosing the one that it has already
+    is only "selected", not "changed"; ``text``, once it is set, is shown instead of the path.
+    """
 
     directoryChanged = Signal(str)
+    directorySelected = Signal(str)
 
     def __init__(self, parent=None) -> None:
         super().__init__(parent)
-        self._directory = ""
-        self.clicked.connect(self.browse)
+        self._directory, self._text = QDir(), None
+        self.button = QPushButton(self)
+        self.button.setMinimumWidth(60)  # CTK elides the path
+        self.button.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        self.button.clicked.connect(self.browse)
+        layout = QHBoxLayout(self)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(self.button)
+        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        self._show()
 
+    @Slot()
     def browse(self) -> None:
-        path = QFileDialog.getExistingDirectory(self, "", self._directory)
+        path = QFileDialog.getExistingDirectory(self, "", self._directory.path())
         if path:
             self._set_directory(path)
 
-    def _set_directory(self, path: str) -> None:
-        if path != self._directory:
-            self._directory = path
-            self.setText(path)
-            self.directoryChanged.emit(path)
+    def resizeEvent(self, event) -> None:
+        super().resizeEvent(event)
+        self._show()
 
-    directory = Property(str, lambda self: self._directory, _set_directory)
+    def _show(self) -> None:
+        text = self._directory.absolutePath() if self._text is None else self._text
+        room = max(40, self.width() - 20)
+        self.button.setText(self.fontMetrics().elidedText(text, Qt.TextElideMode.ElideMiddle, room))
+
+    def _set_directory(self, path: str) -> None:
+        new = QDir(path)
+        if new == self._directory:
+            self.directorySelected.emit(new.absolutePath())
+            return
+        self._directory.setPath(new.absolutePath())
+        self._show()
+        self.directorySelected.emit(new.absolutePath())
+        self.directoryChanged.emit(new.absolutePath())
+
+    def _set_text(self, text: str) -> None:
+        self._text = text
+        self._show()
+
+    directory = Property(str, lambda self: self._directory.path(), _set_directory)
+    text = Property(str, lambda self: self._text or "", _set_text)
 
 
 CTK = {

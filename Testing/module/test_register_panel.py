@@ -104,7 +104,7 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert ui.cancelButton.visible
     assert ui.settingsWidget.enabled is False
     run(stand_in, panel)
-    steps = [text.partition(" (about")[0] for text in said if text.startswith("Step ")]
+    steps = [text.partition(" (")[0] for text in said if text.startswith("Step ")]
     assert steps == ["Step 1 of 2", "Step 2 of 2"]
     assert seen == [0, 1, 2]
     assert ui.settingsWidget.enabled is True

@@ -308,3 +308,87 @@ def test_no_python_but_slicers_own_runs_in_slicers_environment(stand_in):
     assert run(other, slicer.util.startupEnvironment()).returncode == 0
     assert pathlib.Path(default_python()).is_relative_to(slicer.app.slicerHome)
     assert run(default_python()).returncode == 0
+
+
+# ctkCollapsibleButton.cpp, init: QSizePolicy::Minimum; QLabel's policy is Preferred
+def test_a_wrapped_label_in_a_collapsible_button_asks_for_width(qt, ctk, stand_in):
+    button, label = ctk.ctkCollapsibleButton(), qt.QLabel()
+    outer = qt.QWidget()
+    qt.QVBoxLayout(outer).addWidget(button)
+    qt.QVBoxLayout(button).addWidget(label)
+    label.setWordWrap(True)
+    label.text = "short"
+    stand_in.show(outer)
+    short = outer.minimumSizeHint.width()
+    label.text = "word " * 100
+    stand_in.process()
+    assert outer.minimumSizeHint.width() > short + 100
+    label.setSizePolicy(qt.QSizePolicy.Ignored, qt.QSizePolicy.Preferred)
+    stand_in.process()
+    assert outer.minimumSizeHint.width() <= short
+
+
+# ctkDirectoryButton.cpp: Directory is a QDir, "." at first; setDirectory compares QDirs; updateDisplayText
+def test_a_directory_button_has_always_a_directory(ctk, tmp_path, monkeypatch):
+    from SlicerStandIn.pythonqt import native
+
+    monkeypatch.chdir(tmp_path)
+    button, changed, selected = ctk.ctkDirectoryButton(), [], []
+    native(button).resize(2000, 30)
+    button.connect("directoryChanged(QString)", changed.append)
+    button.connect("directorySelected(QString)", selected.append)
+    assert (button.directory, native(button).button.text()) == (".", str(tmp_path))
+    button.directory = str(tmp_path)
+    assert (button.directory, changed, selected) == (".", [], [str(tmp_path)])
+    (tmp_path / "a").mkdir()
+    button.directory = str(tmp_path / "a")
+    assert (button.directory, changed) == (str(tmp_path / "a"), [str(tmp_path / "a")])
+    button.text = "none"
+    button.directory = str(tmp_path)
+    assert native(button).button.text() == "none"
+
+
+# qMRMLPlotView.cxx: RecalculateBounds is called by fitToContent and for a new chart, not from updateWidgetFromMRML
+def test_a_plot_view_does_not_follow_its_table(stand_in, mrml):
+    from MorphSeekGui.training_curves import TrainingCurves
+
+    view, curves = stand_in.open_plot_view(), TrainingCurves(mrml)
+    curves.update("t", [{"iteration": n, "loss": 1.0} for n in (1, 2)])
+    view.node.SetPlotChartNodeID(curves.chart("loss").GetID())
+    assert view.axes[0] == (1.0, 2.0)
+    curves.update("t", [{"iteration": n, "loss": 1.0} for n in (1, 2, 3)])
+    assert view.axes[0] == (1.0, 2.0)
+    view.fitToContent()
+    assert view.axes[0] == curves.chart("loss").GetXAxisRange() == (1.0, 3.0)
+
+
+# qSlicerModulePanel.cxx, removeModule: takeAt without delete; qlayoutitem.cpp: QWidgetItemV2 caches height for width
+def test_the_module_panel_remembers_a_height_after_a_visit(qt, stand_in):
+    from PySide6 import QtWidgets
+    from SlicerStandIn.application import qSlicerModulePanel
+
+    class Panel(QtWidgets.QWidget):
+        enter = exit = lambda self: None
+
+    def heights(visited: bool) -> list[int]:
+        """What the panel gives a module at one width, before and after its text has grown."""
+        widget, label = Panel(), QtWidgets.QLabel("short")
+        label.setWordWrap(True)
+        QtWidgets.QVBoxLayout(widget).addWidget(label)
+        module = type("Module", (), {"widgetRepresentation": lambda self: widget})()
+        panel = qSlicerModulePanel()
+        panel.show()
+        for shown in (module, None, module) if visited else (module,):
+            panel.setModule(shown)
+            stand_in.process()
+        found = []
+        for text in ("short", "word " * 300):
+            label.setText(text)
+            stand_in.process()
+            found.append(panel.widget().layout().itemAt(1).heightForWidth(280))
+        return found
+
+    before, after = heights(visited=False)
+    assert after > before
+    before, after = heights(visited=True)
+    assert after == before

@@ -408,7 +408,7 @@ def test_a_training_that_cannot_start_keeps_the_copied_cases(stand_in, panel, ho
 def test_curves_go_into_the_plot_view(stand_in, panel, files, home):
     layout = slicer.vtkMRMLLayoutNode()
     slicer.mrmlScene.AddNode(layout)
-    view = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLPlotViewNode", "PlotView")
+    view = stand_in.open_plot_view().node
     run = home / "Trainings" / "2026-01-01-old"
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"name": "Old"}))
@@ -448,8 +448,8 @@ def test_figures_say_what_got_better_and_what_worse(stand_in, panel):
 
     start = {"dice": 0.7, "hd95": 3.0, "njd_percent": 0.1, "sdlogj": 0.2}
     mean = {"dice": 0.8, "hd95": 2.0, "njd_percent": 0.2, "sdlogj": 0.2, "dice_aligned": 0.5}
-    text = figures_table({"pairs": 4, "mean": mean, "start": start, "definitions": {"dice": "a < b"}})
-    good, bad = "#0a7d32", "#a05f00"
+    inks = good, bad = "#0a7d32", "#a05f00"
+    text = figures_table({"pairs": 4, "mean": mean, "start": start, "definitions": {"dice": "a < b"}}, *inks)
     rows = text.split("<tr>")[2:]
     assert good in rows[0]
     assert "0.500" in rows[0]
@@ -458,9 +458,10 @@ def test_figures_say_what_got_better_and_what_worse(stand_in, panel):
     assert bad in rows[2]
     assert good not in rows[3]
     assert bad not in rows[3]
-    assert ">-<" in figures_table({"pairs": 4, "mean": mean, "definitions": {}})
+    assert ">-<" in figures_table({"pairs": 4, "mean": mean, "definitions": {}}, *inks)
     assert "Folded cells" not in text, "an earlier version's model has none"
-    text = figures_table({"pairs": 4, "mean": mean | {"folded_percent": 1.25}, "start": start, "definitions": {}})
+    held_out = {"pairs": 4, "mean": mean | {"folded_percent": 1.25}, "start": start, "definitions": {}}
+    text = figures_table(held_out, *inks)
     assert "Folded cells, %</td>" in text
     assert "1.250" in text
 
