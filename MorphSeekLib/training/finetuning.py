@@ -228,7 +228,7 @@ def finetune(
 
 def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
     """Whether a backbone's learned features can stand for the labels of a data set."""
-    count = getattr(model.backbone.settings, "features", 0)
+    count = model.backbone.learned_features
     if not count:
         raise MorphSeekError("loss.features needs a checkpoint whose backbone learns features; set it to 0.")
     name = dataset.path.name

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,8 +142,7 @@ def policy_at(latent: Latent, field: Tensor, settings: PolicyGradientSettings) -
     if settings.place == "field":
         mean = F.avg_pool3d(field, settings.cell, ceil_mode=True)
         return [Gaussian(mean, torch.full_like(mean, math.log(settings.sigma)).detach())]
-    skips = latent.skips if isinstance(latent.skips, (list, tuple)) else []
-    parts = []
+    skips, parts = latent.skips, []
     for level in settings.levels:
         if level >= max(len(skips), 1):  # the finest skip is the pair of images itself
             raise MorphSeekError(
@@ -288,15 +287,7 @@ def next_kl_weight(weight: float, kl: float, target: float, rate: float = 0.1) -
 
 def expand_latent(latent: Latent, count: int) -> Latent:
     """The same skips for ``count`` latents, without copying."""
-
-    def expand(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.expand(count, *value.shape[1:])
-        if isinstance(value, (list, tuple)):
-            return type(value)(expand(v) for v in value)
-        return value
-
-    return Latent(latent.mu, latent.log_sigma, expand(latent.skips))
+    return latent._replace(skips=[skip.expand(count, *skip.shape[1:]) for skip in latent.skips])
 
 
 def widen(cells: Tensor, reach: int) -> Tensor:

@@ -185,8 +185,7 @@ def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
         latent = model.encode(moved, batch.fixed)
         field = model.field(latent, latent.mu).float()
     total = fields.compose(outer, model.displacement(field))
-    learned = model.backbone.learned(latent.skips) if hasattr(model.backbone, "learned") else None
-    return Step(latent, field, total, outer, learned)
+    return Step(latent, field, total, outer, model.backbone.learned(latent.skips))
 
 
 def warmup_loss(
