@@ -27,7 +27,8 @@ from ..protocol.settings import to_dict
 from ..protocol.startup import check_output_file
 from ..space import fields
 from .distributed import World
-from .grpo import Group, PolicyGradientSettings, advantages, next_kl_weight, policy_at, policy_loss, sample_and_score
+from .grpo import Group, advantages, next_kl_weight, policy_loss, sample_group
+from .policies import PolicyGradientSettings, make_policy
 from .rewards import RewardSettings, State, common_labels
 from .trainer import (
     VALIDATION_DEFINITIONS,
@@ -349,29 +350,18 @@ def _step(
     loss, terms = warmup_loss(step, batch, config.loss, kl_weight)
     total = step.total.detach()
     if policy.weight > 0:
-        group = sample_and_score(model, step.latent, step.field, step.total, state, policy, config.reward, generator)
-        if policy.place == "field":
-            field = step.field.detach().requires_grad_()
-            gain = policy_loss(policy_at(step.latent, field, policy), group, policy)
-            (push,) = torch.autograd.grad(policy.weight / parts * gain, field)
-            step.field.register_hook(lambda pull: pull + _limited(push, pull, policy.share, terms))
-        else:
-            gain = policy_loss(policy_at(step.latent, step.field, policy), group, policy)
-            loss = loss + policy.weight * gain
-        terms |= _group_figures(group, advantages(group, policy), step.latent.log_sigma) | {
-            "policy_loss": gain.detach()
-        }
+        pi = make_policy(model, step.latent, step.field, policy)
+        group = sample_group(pi, state, step.total, config.reward, generator)
+        advantage = advantages(group, policy)
+        gain = policy_loss(advantage, pi.log_likelihood(group.samples))
+        loss, ratio = pi.backward(loss, gain, parts)
+        terms |= _group_figures(group, advantage, step.latent.log_sigma) | {"policy_loss": gain.detach()}
+        terms |= {} if ratio is None else {"policy_share": ratio}
         if policy.advance == "greedy":
             total = group.best
-    (loss / parts).backward()
+    else:
+        (loss / parts).backward()
     return terms | {"loss": loss.detach(), "total": total}
-
-
-def _limited(push: Tensor, pull: Tensor, share: float, terms: dict[str, Tensor]) -> Tensor:
-    """The policy's gradient at the field, no longer than ``share`` times the losses' own; how long it was, in terms."""
-    ratio = push.norm() / pull.norm().clamp(min=1e-20)
-    terms["policy_share"] = ratio
-    return push * (share / ratio.clamp(min=1e-20)).clamp(max=1.0)
 
 
 def _group_figures(group: Group, advantage: list[Tensor], log_sigma: Tensor) -> dict[str, Tensor]:

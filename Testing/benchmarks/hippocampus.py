@@ -41,7 +41,7 @@ from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.protocol.settings import load as load_settings
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FIELD_POLICY, FinetuneConfig, finetune
-from MorphSeekLib.training.grpo import PolicyGradientSettings
+from MorphSeekLib.training.policies import PolicyGradientSettings
 from MorphSeekLib.training.trainer import TrainingConfig, warmup
 
 matplotlib.use("Agg")

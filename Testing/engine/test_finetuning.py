@@ -27,7 +27,7 @@ from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import to_dict
 from MorphSeekLib.space.preprocessing import Preprocessing
 from MorphSeekLib.training.finetuning import UPDATES, FinetuneConfig, FinetuneRun, finetune, score
-from MorphSeekLib.training.grpo import PolicyGradientSettings
+from MorphSeekLib.training.policies import PolicyGradientSettings
 from MorphSeekLib.training.rewards import RewardSettings
 from MorphSeekLib.training.trainer import LossSettings, TrainingConfig, WarmupSettings, validate, warmup
 

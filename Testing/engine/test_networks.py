@@ -24,7 +24,8 @@ from MorphSeekLib.space.background import quiet_background
 from MorphSeekLib.space.geometry import Volume
 from MorphSeekLib.space.preprocessing import Preprocessing, working_grid
 from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, finetune
-from MorphSeekLib.training.grpo import PolicyGradientSettings, policy_at, sample_and_score, steps_of
+from MorphSeekLib.training.grpo import sample_group
+from MorphSeekLib.training.policies import POLICIES, PolicyGradientSettings, make_policy
 from MorphSeekLib.training.rewards import RewardSettings, State
 from MorphSeekLib.training.trainer import LossSettings, TrainingConfig, WarmupSettings, warmup
 
@@ -75,16 +76,15 @@ def test_many_latents_are_decoded_as_one_would_be(name):
     with torch.no_grad():
         latent = model.encode(moving, fixed)
         field = model.field(latent, latent.mu)
-        policy = policy_at(latent, field, settings)
         samples = latent.mu + torch.randn(3, *latent.mu.shape[1:])
-        together = steps_of(model, latent, field, policy, [samples], settings)
+        together = make_policy(model, latent, field, settings).displacements([samples])
         single = torch.cat([model.displacement(model.field(latent, z[None])) for z in samples])
     torch.testing.assert_close(together, single, atol=1e-4, rtol=1e-4)
     assert float((single[0] - single[1]).abs().max()) > 1e-6
 
 
 @every_backbone
-@pytest.mark.parametrize("place", ["latent", "field"])
+@pytest.mark.parametrize("place", POLICIES)
 def test_a_group_is_sampled_and_scored_at_both_places(name, place):
     model = model_of(name)
     moving, fixed = pair_of(model)
@@ -95,7 +95,8 @@ def test_a_group_is_sampled_and_scored_at_both_places(name, place):
         latent = model.encode(moving, fixed)
         field = model.field(latent, latent.mu)
         total = model.displacement(field)
-        group = sample_and_score(model, latent, field, total, state, settings, RewardSettings({"dice": 1.0}))
+        policy = make_policy(model, latent, field, settings)
+        group = sample_group(policy, state, total, RewardSettings({"dice": 1.0}))
     assert group.rewards.shape == (3,)
     assert float(group.rewards.std()) > 0
     assert group.best.shape == state.total.shape
