@@ -253,8 +253,8 @@ def warmup(
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
         from ..protocol.settings import load
-        from ..training.trainer import TrainingConfig
-        from ..training.trainer import warmup as run
+        from ..training.warmup import TrainingConfig
+        from ..training.warmup import warmup as run
 
         settings = load(TrainingConfig, config)
         if backbone is not None and backbone != settings.model.backbone:

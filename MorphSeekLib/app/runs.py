@@ -45,7 +45,7 @@ from ..protocol.settings import load, override, to_dict, to_json
 from ..protocol.startup import check_output_file, check_run, find
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
-from ..training.trainer import TrainingConfig, warmup
+from ..training.warmup import TrainingConfig, warmup
 
 WARMUP, FINETUNE = "warmup", "finetune"
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes

@@ -8,15 +8,79 @@ differentiated for the losses. Where the policy acts is :mod:`MorphSeekLib.train
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..networks.policy import RegistrationModel
 from ..space import fields
-from .policies import Policy, PolicyGradientSettings
+from .losses import Batch, LossSettings, advance, warmup_loss
+from .policies import Policy, PolicyGradientSettings, make_policy
 from .rewards import RewardSettings, State, reward_map
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step descends: lambda_policy L_policy + L_warm + lambda_Dice (1 - soft Dice) (METHOD.md, C.7).
+
+    Attributes:
+        losses: weights of L_warm's terms and of soft Dice.
+        policy: lambda_policy and how a group is sampled; weight 0 samples nothing.
+        reward: what a trajectory is rewarded for.
+        kl_weight: beta.
+        parts: how many steps and pairs share an update of the weights; each counts as one of them.
+    """
+
+    losses: LossSettings
+    policy: PolicyGradientSettings
+    reward: RewardSettings
+    kl_weight: float
+    parts: int
+
+
+@dataclass
+class Walk:
+    """A pair on its way through the steps.
+
+    Attributes:
+        state: where it is, for the rewards.
+        batch: what the losses see.
+        generator: of the noise of all its steps.
+    """
+
+    state: State
+    batch: Batch
+    generator: torch.Generator
+
+
+class Learned(NamedTuple):
+    """What a step leads to: the accumulated displacement (1, 3, i, j, k) to go on from, and figures, on the device."""
+
+    total: Tensor
+    figures: dict[str, Tensor]
+
+
+def learn_step(model: RegistrationModel, walk: Walk, objective: Objective) -> Learned:
+    """Take one step of one pair, and add its gradients to those of the weights."""
+    state, settings = walk.state, objective.policy
+    step = advance(model, walk.batch, state.total)  # mu, sigma; phi of the mean; its Phi_t
+    losses, terms = warmup_loss(step, walk.batch, objective.losses, objective.kl_weight)  # L_warm, L_Dice
+    if settings.weight <= 0:
+        (losses / objective.parts).backward()
+        return Learned(step.total.detach(), terms | {"loss": losses.detach()})
+    policy = make_policy(model, step.latent, step.field, settings)  # N(mu, (tau sigma)^2)
+    group = sample_group(policy, state, step.total, objective.reward, walk.generator)  # z_j, Phi_t^(j), R_j
+    advantage = advantages(group, settings)  # A_j
+    gain = policy_loss(advantage, policy.log_likelihood(group.samples))  # -(1/J) sum_j A_j log pi~_j
+    loss, ratio = policy.backward(losses, gain, objective.parts)
+    figures = group_figures(group, advantage) | {"policy_loss": gain.detach()}
+    figures |= {"sigma": step.latent.log_sigma.detach().exp().mean()}
+    figures |= {} if ratio is None else {"policy_share": ratio}
+    total = group.best if settings.advance == "greedy" else step.total.detach()  # Phi_t
+    return Learned(total, terms | figures | {"loss": loss})
 
 
 class Group(NamedTuple):
@@ -110,6 +174,21 @@ def policy_loss(advantage: list[Tensor], log_likelihood: list[Tensor]) -> Tensor
     """L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (METHOD.md, C.5); one A for all cells is the paper's."""
     total = sum((a * log).sum() for a, log in zip(advantage, log_likelihood, strict=True))
     return -total / len(log_likelihood[0])
+
+
+def group_figures(group: Group, advantage: list[Tensor]) -> dict[str, Tensor]:
+    """Return for the curves a group's rewards, and its advantages over trajectories and cells."""
+    spread = group.rewards.std()
+    flat = torch.cat([a.flatten() for a in advantage])
+    return {
+        "advantage_rms": flat.square().mean().sqrt(),
+        "advantage_largest": flat.abs().max(),
+        "reward": group.rewards.mean(),
+        "reward_best": group.rewards.max(),
+        "reward_spread": spread,
+        "groups_without_spread": (spread < 1e-7).float(),
+        "reward_of_mean": group.mean_reward,
+    }
 
 
 def next_kl_weight(weight: float, kl: float, target: float, rate: float = 0.1) -> float:

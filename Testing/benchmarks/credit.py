@@ -26,9 +26,9 @@ from MorphSeekLib.networks.policy import Latent, RegistrationModel
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FinetuneConfig, prepare
 from MorphSeekLib.training.grpo import advantages, policy_loss, sample_group
+from MorphSeekLib.training.losses import Batch, soft_dice
 from MorphSeekLib.training.policies import Gaussian, PolicyGradientSettings, log_likelihood, make_policy
 from MorphSeekLib.training.rewards import RewardSettings, State
-from MorphSeekLib.training.trainer import Batch, soft_dice
 
 BASE = PolicyGradientSettings(antithetic=True, scale="none", s="1", chunk=4)
 FIELD = dataclasses.replace(BASE, place="field")

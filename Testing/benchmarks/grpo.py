@@ -28,9 +28,9 @@ from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel, draw
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FinetuneConfig
 from MorphSeekLib.training.grpo import Group, advantages, policy_loss, sample_group
+from MorphSeekLib.training.losses import Batch, advance, warmup_loss
 from MorphSeekLib.training.policies import PolicyGradientSettings, expand_latent, make_policy
 from MorphSeekLib.training.rewards import State, reward_map
-from MorphSeekLib.training.trainer import Batch, advance, warmup_loss
 
 MODEL = {"encoder": [16, 32, 64, 64], "decoder": [64, 64, 32], "extra": [32, 16], "norm": "instance", "flow_stride": 2}
 CONFIG = FinetuneConfig()

@@ -42,7 +42,7 @@ from MorphSeekLib.protocol.settings import load as load_settings
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FIELD_POLICY, FinetuneConfig, finetune
 from MorphSeekLib.training.policies import PolicyGradientSettings
-from MorphSeekLib.training.trainer import TrainingConfig, warmup
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

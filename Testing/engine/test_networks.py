@@ -25,9 +25,11 @@ from MorphSeekLib.space.geometry import Volume
 from MorphSeekLib.space.preprocessing import Preprocessing, working_grid
 from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, finetune
 from MorphSeekLib.training.grpo import sample_group
+from MorphSeekLib.training.losses import LossSettings
 from MorphSeekLib.training.policies import POLICIES, PolicyGradientSettings, make_policy
 from MorphSeekLib.training.rewards import RewardSettings, State
-from MorphSeekLib.training.trainer import LossSettings, TrainingConfig, WarmupSettings, warmup
+from MorphSeekLib.training.trainer import RunSettings
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
 
@@ -173,7 +175,7 @@ def dataset(tmp_path_factory):
 @every_backbone
 def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
     """Two iterations each; then a pair is registered with what came out, and fitted a little."""
-    run = WarmupSettings(iterations=2, steps=1, validate_every=2)
+    run = RunSettings(iterations=2, steps=1, validate_every=2)
     preprocessing = Preprocessing(spacing=(2.5, 2.5, 2.5), align="none")
     config = TrainingConfig(model=ModelSettings(name, TINY[name]), preprocessing=preprocessing, training=run)
     files = [warmup(dataset, config, tmp_path / "warm.safetensors")]

@@ -30,20 +30,10 @@ from MorphSeekLib.protocol.settings import from_dict, load, to_dict
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.preprocessing import Preprocessing, normalize
 from MorphSeekLib.training.finetuning import FinetuneConfig, finetune
+from MorphSeekLib.training.losses import Batch, LossSettings, Step, advance, feature_loss, soft_dice, warmup_loss
 from MorphSeekLib.training.sac import SACConfig, train_spac
-from MorphSeekLib.training.trainer import (
-    Batch,
-    LossSettings,
-    Step,
-    TrainingConfig,
-    WarmupSettings,
-    advance,
-    feature_loss,
-    seed_for,
-    soft_dice,
-    warmup,
-    warmup_loss,
-)
+from MorphSeekLib.training.trainer import RunSettings, seed_for
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 TINY = ModelSettings(
     backbone_settings={"encoder": (8, 8), "decoder": (8,), "extra": (8,), "norm": "instance", "flow_stride": 2}
@@ -52,7 +42,7 @@ CONFIG = TrainingConfig(
     model=TINY,
     preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5), align="none"),
     loss=LossSettings(regularization=0.5, folding=1.0),
-    training=WarmupSettings(iterations=6, steps=2, validate_every=3, save_every=2),
+    training=RunSettings(iterations=6, steps=2, validate_every=3, save_every=2),
 )
 SYNTHETIC = dataclasses.replace(
     CONFIG,
@@ -191,7 +181,7 @@ def test_it_learns_on_synthetic_pairs(dataset, source, tmp_path):
         SYNTHETIC,
         model=dataclasses.replace(TINY, backbone_settings=TINY.backbone_settings | {"forces": 2}),
         loss=LossSettings(similarity_weight=0.0, dice=1.0, regularization=0.1),
-        training=WarmupSettings(iterations=60, steps=1, learning_rate=1e-2, validate_every=60),
+        training=RunSettings(iterations=60, steps=1, learning_rate=1e-2, validate_every=60),
     )
     run(dataset, config, tmp_path / "m.safetensors")
     model = checkpoint.load(tmp_path / "m.safetensors")[0].eval()

@@ -20,7 +20,7 @@ from MorphSeekGui.training_run import TrainingRun
 from MorphSeekLib.app.runs import RunSettings
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.protocol.settings import from_dict
-from MorphSeekLib.training.trainer import TrainingConfig, warmup
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
 PICTURES = os.environ.get("MORPHSEEK_PICTURES")  # a folder: pictures of the states, to be looked at
