@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .space.geometry import DenseTransform, Grid, Volume
     from .training.finetuning import FinetuneConfig, finetune
     from .training.sac import SACConfig, train_spac
-    from .training.trainer import TrainingConfig, warmup
+    from .training.warmup import TrainingConfig, warmup
 
 __all__ = [
     "Cancelled",
@@ -84,7 +84,7 @@ _MODULES = {
     "space.geometry": ("DenseTransform", "Grid", "Volume"),
     "training.finetuning": ("FinetuneConfig", "finetune"),
     "training.sac": ("SACConfig", "train_spac"),
-    "training.trainer": ("TrainingConfig", "warmup"),
+    "training.warmup": ("TrainingConfig", "warmup"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 # what README's examples imported before the engine had rooms; kept for one release

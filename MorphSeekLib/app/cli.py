@@ -277,8 +277,8 @@ def warmup(
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
         from ..protocol.settings import override
-        from ..training.trainer import TrainingConfig
-        from ..training.trainer import warmup as run
+        from ..training.warmup import TrainingConfig
+        from ..training.warmup import warmup as run
         from .settings_file import load
 
         settings = override(load(TrainingConfig, file), "training", iterations=iterations)

@@ -33,7 +33,7 @@ from ..protocol.settings import override, to_dict, to_json
 from ..protocol.startup import check_output_file, check_run, find
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
-from ..training.trainer import TrainingConfig, warmup
+from ..training.warmup import TrainingConfig, warmup
 from .settings_file import load
 
 WARMUP, FINETUNE = "warmup", "finetune"

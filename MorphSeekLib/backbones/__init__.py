@@ -1,114 +1,24 @@
-"""Registration networks by name, behind one contract.
+"""Registration networks behind one contract, :class:`.backbone.Backbone`. Each file named here registers its own."""
 
-A backbone is an ``nn.Module`` with
+from .backbone import BACKBONES, Backbone, build_backbone, register
+from .corrmlp import CorrMLP
+from .lapirn import LapIRN
+from .nice_trans import NICETrans
+from .spac import SPAC
+from .transmorph import TransMorph
+from .voxelmorph import VoxelMorph
+from .vxm_dense import VxmDense
 
-- ``encode(moving, fixed) -> (skips, top)``: features of a pair of (batch, 1, i, j, k) images; ``top`` is the coarsest,
-  (batch, top_channels, ...), the one that the policy replaces;
-- ``decode(skips, top) -> field``: (batch, 3, i, j, k) in voxels, channel c along axis c;
-- ``top_channels``: int, and ``multiple_of``: int, what every image size must be divisible by.
-
-``skips`` are tensors, or lists and tuples of them, whose first axis is the batch. A siamese backbone also has
-``features(image)`` and ``encode(moving, fixed, fixed_features=None)``, so that T steps encode the fixed image once.
-
-A new backbone is one file and one line in BACKBONES: (settings dataclass, module built from it). ARCHITECTURES are the
-published networks: a backbone with the settings that make it equal to the official code, the code's defects included.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
-
-from ..protocol.errors import MorphSeekError
-from ..protocol.settings import from_dict
-from . import corrmlp, lapirn, nice_trans, spac, transmorph, voxelmorph, vxm_dense
-from .corrmlp import CorrMLP, CorrMLPSettings
-from .lapirn import LapIRN, LapIRNSettings
-from .nice_trans import NICETrans, NICETransSettings
-from .spac import SPAC, SPACSettings
-from .transmorph import TransMorph, TransMorphSettings
-from .voxelmorph import VoxelMorph, VoxelMorphSettings
-from .vxm_dense import VxmDense, VxmDenseSettings
-
-BACKBONES = {
-    "corrmlp": (CorrMLPSettings, CorrMLP),
-    "lapirn": (LapIRNSettings, LapIRN),
-    "nice_trans": (NICETransSettings, NICETrans),
-    "spac": (SPACSettings, SPAC),
-    "transmorph": (TransMorphSettings, TransMorph),
-    "voxelmorph": (VoxelMorphSettings, VoxelMorph),
-    "vxm_dense": (VxmDenseSettings, VxmDense),
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A published network.
-
-    Attributes:
-        backbone: a key of BACKBONES.
-        settings: the backbone's settings under which official weights give the official output.
-        from_official: renames the official code's weights as ours and drops what is none (grids, index tables).
-        source: who published it, and where the code stands.
-        infer: where settings are no part of the name: (weights under our names, the constructor's arguments if the
-            file holds them) -> the settings that they imply.
-    """
-
-    backbone: str
-    settings: Any
-    from_official: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    source: str
-    infer: Callable[[dict[str, Tensor], dict[str, Any]], Any] | None = None
-
-
-VXM = "Balakrishnan et al. 2019, as the TransMorph repository compares with it"
-VXM_DENSE = "Balakrishnan et al. 2019 and Dalca et al. 2019, VoxelMorph's repository, PyTorch"
-CHEN = "Chen et al., Medical Image Analysis 2022, TransMorph's repository"
-MOK = "Mok and Chung, MICCAI 2020, LapIRN's repository"
-MENG = "Meng et al., MICCAI 2023, NICE-Trans's repository"
-MENG_MLP = "Meng et al., CVPR 2024, CorrMLP's repository"
-LUO = "Luo et al. 2021, SPAC's repository"
-
-ARCHITECTURES = {
-    "vxm-1": Architecture("voxelmorph", voxelmorph.VXM1, voxelmorph.from_official, VXM),
-    "vxm-2": Architecture("voxelmorph", voxelmorph.VXM2, voxelmorph.from_official, VXM),
-    "vxm-x2": Architecture("voxelmorph", voxelmorph.VXM_X2, voxelmorph.from_official, VXM),
-    "vxm-huge": Architecture("voxelmorph", voxelmorph.VXM_HUGE, voxelmorph.from_official, VXM),
-    "vxm": Architecture("voxelmorph", voxelmorph.VXM2, voxelmorph.from_official, VXM, voxelmorph.widths_of),
-    "vxm-dense-svf": Architecture("vxm_dense", vxm_dense.OFFICIAL_SVF, vxm_dense.from_official, VXM_DENSE),
-    "vxm-dense-disp": Architecture("vxm_dense", vxm_dense.DISPLACEMENT, vxm_dense.from_official, VXM_DENSE),
-    "vxm-dense": Architecture(
-        "vxm_dense", vxm_dense.OFFICIAL_SVF, vxm_dense.from_official, VXM_DENSE, vxm_dense.settings_of
-    ),
-    "transmorph": Architecture("transmorph", transmorph.BASE, transmorph.from_official, CHEN),
-    "transmorph-tiny": Architecture("transmorph", transmorph.TINY, transmorph.from_official, CHEN),
-    "transmorph-small": Architecture("transmorph", transmorph.SMALL, transmorph.from_official, CHEN),
-    "transmorph-large": Architecture("transmorph", transmorph.LARGE, transmorph.from_official, CHEN),
-    "transmorph-oasis": Architecture("transmorph", transmorph.OASIS, transmorph.from_official, CHEN),
-    "transmorph-oasis-large": Architecture("transmorph", transmorph.OASIS_LARGE, transmorph.from_official, CHEN),
-    "transmorph-diff": Architecture("transmorph", transmorph.DIFFEOMORPHIC, transmorph.from_official_diff, CHEN),
-    "lapirn-disp": Architecture("lapirn", lapirn.DISPLACEMENT, lapirn.from_official, MOK),
-    "lapirn-diff": Architecture("lapirn", lapirn.DIFFEOMORPHIC, lapirn.from_official, MOK),
-    "nice-trans": Architecture("nice_trans", nice_trans.OFFICIAL, nice_trans.from_official, MENG),
-    "corrmlp": Architecture("corrmlp", corrmlp.OFFICIAL, corrmlp.from_official, MENG_MLP),
-    "spac": Architecture("spac", spac.OFFICIAL, spac.from_official, LUO, spac.settings_of),
-}
-
-
-def build_backbone(name: str, settings: dict | None = None) -> nn.Module:
-    """Make a network with fresh weights.
-
-    Args:
-        name: a key of BACKBONES.
-        settings: fields of its settings dataclass; missing ones take their defaults.
-
-    Raises:
-        MorphSeekError: unknown name or setting.
-    """
-    if name not in BACKBONES:
-        raise MorphSeekError(f"There is no backbone '{name}'; choose one of: {', '.join(sorted(BACKBONES))}.")
-    settings_type, module = BACKBONES[name]
-    return module(from_dict(settings_type, settings or {}, f"backbone '{name}'"))
+__all__ = [
+    "BACKBONES",
+    "SPAC",
+    "Backbone",
+    "CorrMLP",
+    "LapIRN",
+    "NICETrans",
+    "TransMorph",
+    "VoxelMorph",
+    "VxmDense",
+    "build_backbone",
+    "register",
+]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..space import fields
+from .backbone import register
 from .memory import run
 from .siamese import ChannelNorm, Expansion, FlowHead, Pyramid, Siamese, double, rename, shared_names
 
@@ -58,12 +59,12 @@ class CorrMLPSettings:
 OFFICIAL = CorrMLPSettings(official_upsampling=True)
 
 
+@register("corrmlp", CorrMLPSettings)
 class CorrMLP(Siamese):
     """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: CorrMLPSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         encoder = [settings.encoder_width * 2**level for level in range(LEVELS)]
         decoder = [settings.decoder_width * 2**level for level in range(LEVELS)]
         self.top_channels = decoder[-1]

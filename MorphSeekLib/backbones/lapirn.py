@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..space import fields
+from .backbone import Backbone, register
 
 SLOPE = 0.2
 
@@ -107,14 +108,14 @@ class Level(nn.Module):
             return F.softsign(self.out(x.to(self.out.weight.dtype))) * self.range_flow
 
 
-class LapIRN(nn.Module):
+@register("lapirn", LapIRNSettings)
+class LapIRN(Backbone):
     """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
     multiple_of = 8
 
     def __init__(self, settings: LapIRNSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self.top_channels = settings.width
         self.levels = nn.ModuleList(Level(inputs, settings) for inputs in (2, 5, 5))
         self.to(memory_format=torch.channels_last_3d)  # on CPUs a third faster in float32, too (results/lapirn.json)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..space import fields
+from .backbone import register
 from .memory import run
 from .siamese import Expansion, FlowHead, Pyramid, Siamese, conv_block, double, rename, shared_names
 from .windows import SwinStage
@@ -56,12 +57,12 @@ class NICETransSettings:
 OFFICIAL = NICETransSettings(official_upsampling=True)
 
 
+@register("nice_trans", NICETransSettings)
 class NICETrans(Siamese):
     """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: NICETransSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         encoder = [settings.encoder_width * 2**level for level in range(LEVELS)]
         decoder = [settings.decoder_width * 2**level for level in range(LEVELS)]
         self.top_channels = decoder[-1]

@@ -7,7 +7,7 @@ fixed image's pyramid does not depend on the moving image, it can be made once f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..protocol.errors import MorphSeekError
 from ..space import fields
+from .backbone import Backbone
 from .memory import run
 
 
@@ -37,40 +38,32 @@ class Pyramid(nn.ModuleList):
         return features
 
 
-def pair_features(
-    features: Callable[[Tensor], list[Tensor]], moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None
-) -> list[Tensor]:
-    """Features of both images, fine to coarse: (batch, 2 channels, ...), the fixed image's first.
-
-    Args:
-        features: of one image.
-        fixed_features: of ``fixed``, where they are known.
-    """
-    if fixed_features is not None:
-        return [torch.cat(both, dim=1) for both in zip(fixed_features, features(moving), strict=True)]
-    # as one batch, which makes small convolutions up to twice as fast
-    both = features(torch.cat([fixed, moving]))
-    return [level.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2) for level in both]
-
-
-class Siamese(nn.Module):
+class Siamese(Backbone):
     """A network whose ``pyramid`` reads each image alone; a subclass says how the coarsest features are ``fused``."""
 
     pyramid: Pyramid
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """What the encoder says of one image, (batch, 1, i, j, k): features from fine to coarse."""
+    @abstractmethod
+    def fused(self, coarsest: Tensor) -> Tensor:
+        """Return the top feature, from the coarsest ones of both images, (batch, fixed and moving channels, ...)."""
+
+    def image_features(self, image: Tensor) -> list[Tensor]:
+        """Return what the encoder finds in one image, (batch, 1, i, j, k): features from fine to coarse."""
         return self.pyramid(image)
 
-    def encode(
-        self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Features of a pair: the skips from fine to coarse, (batch, fixed and moving channels, ...), and the top one.
+    def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the skips from fine to coarse, (batch, fixed and moving channels, ...), and the top feature."""
+        # as one batch, which makes small convolutions up to twice as fast
+        both = self.image_features(torch.cat([fixed, moving]))
+        return self._joined([level.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2) for level in both])
 
-        Args:
-            fixed_features: :meth:`features` of ``fixed``, where they are known.
-        """
-        *skips, coarsest = pair_features(self.features, moving, fixed, fixed_features)
+    def encode_with(self, moving: Tensor, fixed_features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Return what :meth:`encode` does, from the features of the fixed image."""
+        both = zip(fixed_features, self.image_features(moving), strict=True)
+        return self._joined([torch.cat(level, dim=1) for level in both])
+
+    def _joined(self, levels: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        *skips, coarsest = levels
         return skips, self.fused(coarsest)
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..space import fields
+from .backbone import Backbone, register
 
 SLOPE = 0.1
 LOG_VARIANCE = (-10.0, 2.0)
@@ -134,12 +135,12 @@ class Actor(nn.Module):
             return self.out(x.to(self.out.weight.dtype))
 
 
-class SPAC(nn.Module):
+@register("spac", SPACSettings)
+class SPAC(Backbone):
     """See the module's text. Sizes divisible by ``multiple_of`` are taken; one is right, the others are resampled."""
 
     def __init__(self, settings: SPACSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self.top_channels = settings.plan
         self.multiple_of = 2 ** len(settings.encoder)
         self.planner, self.actor = Planner(settings), Actor(settings)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..space import fields
+from .backbone import Backbone, register
 from .memory import run
 from .windows import attention, offset_numbers, pad_to_windows, seam_masks
 
@@ -162,12 +163,12 @@ class ConvBlock(nn.Sequential):
         )
 
 
-class TransMorph(nn.Module):
+@register("transmorph", TransMorphSettings)
+class TransMorph(Backbone):
     """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: TransMorphSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         widths = [settings.channels * 2**stage for stage in range(len(settings.depths))]
         self.top_channels = widths[-1]
         self.multiple_of = PATCH * 2 ** (len(widths) - 1)

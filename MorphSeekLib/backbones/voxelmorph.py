@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..measures.similarity import mind_ssc
 from ..space import fields
+from .backbone import Backbone, register
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,16 @@ class FeatureNet(nn.Module):
         return torch.softmax(self.out(x).float(), dim=1)
 
 
-class VoxelMorph(nn.Module):
+@register("voxelmorph", VoxelMorphSettings)
+class VoxelMorph(Backbone):
     """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: VoxelMorphSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         encoder, norm = settings.encoder, settings.norm
         self.top_channels = encoder[-1]
         self.multiple_of = 2 ** len(encoder)
+        self.learned_features = settings.features
         self.features = FeatureNet(settings.features, settings.feature_width) if settings.features else None
         learned = 6 + 2 * settings.features if settings.features else 0
         widths = [2 + 3 * settings.forces + learned, *encoder]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..protocol.errors import MorphSeekError
 from ..space import fields
+from .backbone import Backbone, register
 from .voxelmorph import ConvBlock
 
 
@@ -62,12 +63,12 @@ OFFICIAL_SVF = VxmDenseSettings(official_defects=True)
 DISPLACEMENT = VxmDenseSettings(squarings=0)
 
 
-class VxmDense(nn.Module):
+@register("vxm_dense", VxmDenseSettings)
+class VxmDense(Backbone):
     """See the module's text. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: VxmDenseSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         encoder = settings.encoder
         self.top_channels = encoder[-1]
         self.multiple_of = 2 ** len(encoder)

@@ -51,8 +51,9 @@ from ..report.page import RegistrationPictures, draw_sheets
 from ..space.geometry import Transform, Volume
 from ..space.preprocessing import Preprocessing, working_grid
 from ..training.finetuning import FinetuneConfig
+from ..training.run_state import state_file
 from ..training.sac import SACConfig
-from ..training.trainer import TrainingConfig, state_file
+from ..training.warmup import TrainingConfig
 from .classical import CLASSICAL
 from .published import PUBLISHED
 from .scoring import Method, measure

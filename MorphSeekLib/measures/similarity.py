@@ -7,7 +7,8 @@ gradients the tests compare with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -176,17 +177,84 @@ def mind_ssc(image: Tensor, radius: int = 2, dilation: int = 2) -> Tensor:
     return torch.exp(-distance / scale.clamp(min=torch.finfo(image.dtype).eps ** 2))
 
 
-def mind_loss(fixed: Tensor, warped: Tensor, radius: int = 2, dilation: int = 2) -> Tensor:
-    """Mean squared difference of the MIND-SSC descriptors of two images (batch, 1, i, j, k); a scalar.
+class Similarity(ABC):
+    """How alike two images are, in two parts: features of each image, and a loss between the features.
 
-    ``radius`` and ``dilation`` as in :func:`mind_ssc`. Raises ValueError when the shapes differ or have more channels.
+    The features of the moving image may be computed once and warped afterwards, as the fit does, or from each warped
+    image again, as :meth:`__call__` does. A new measure is a subclass and a line in :data:`SIMILARITIES`.
+
+    Attributes:
+        padding: what lies beyond the features where they are warped: "zeros", or "border" for the nearest value.
+        counts_voxels: features look at neighbors so many voxels away, so that the features of two images compare only
+            where the images have voxels of one size.
+        across_modalities: the loss does not compare intensities with intensities.
+        fit_weight: what the loss is multiplied by in the fit, so that the same weights of the regularizers suit all.
     """
-    fixed, warped = _pair(fixed, warped)
-    return mse(mind_ssc(fixed, radius, dilation), mind_ssc(warped, radius, dilation))
+
+    padding = "zeros"
+    counts_voxels = False
+    across_modalities = False
+    fit_weight = 1.0
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Return the features of an image (batch, 1, i, j, k): (batch, channels, i, j, k); here the image itself."""
+        return image
+
+    @abstractmethod
+    def compare(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        """Return a scalar from the features of two images: the smaller, the more alike.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+
+    def __call__(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        """Return the loss of two images, both (batch, 1, i, j, k)."""
+        return self.compare(self.prepare(fixed), self.prepare(warped))
 
 
-SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"lncc": lncc, "mse": mse, "mind": mind_loss}
-"""The losses by the names that settings use; each takes (fixed, warped)."""
+class LNCC(Similarity):
+    """:func:`lncc`, for images of the same modality."""
+
+    def compare(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        """Return :func:`lncc`."""
+        return lncc(fixed, warped)
+
+
+class MSE(Similarity):
+    """:func:`mse`, for images of the same modality and the same intensities."""
+
+    def compare(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        """Return :func:`mse`."""
+        return mse(fixed, warped)
+
+
+@dataclass(frozen=True)
+class MIND(Similarity):
+    """Mean squared difference of MIND-SSC descriptors, across modalities; arguments as for :func:`mind_ssc`.
+
+    A descriptor that is computed once and warped costs a third of one computed from every warped image.
+    """
+
+    radius: int = 2
+    dilation: int = 2
+
+    padding = "border"
+    counts_voxels = True
+    across_modalities = True
+    fit_weight = 3.0
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Return :func:`mind_ssc`."""
+        return mind_ssc(image, self.radius, self.dilation)
+
+    def compare(self, fixed: Tensor, warped: Tensor) -> Tensor:
+        """Return the mean squared difference of two descriptors."""
+        return mse(fixed, warped)
+
+
+SIMILARITIES: dict[str, Similarity] = {"lncc": LNCC(), "mse": MSE(), "mind": MIND()}
+"""The similarities by the names that settings use."""
 
 
 class _LNCC(torch.autograd.Function):

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbones import ARCHITECTURES, Architecture, build_backbone
+from ..backbones import build_backbone
+from ..backbones.architectures import ARCHITECTURES, Architecture
 from ..protocol.errors import MorphSeekError
 from ..protocol.settings import to_dict
 from ..protocol.startup import check_output_file
@@ -41,7 +42,7 @@ def import_checkpoint(
 
     Args:
         path: a state dict, bare or under one of WRAPPERS.
-        architecture: a key of :data:`MorphSeekLib.backbones.ARCHITECTURES`.
+        architecture: a key of :data:`MorphSeekLib.backbones.architectures.ARCHITECTURES`.
         out: the .safetensors file to write.
         preprocessing: how images are to reach the network; the default takes one step and [0, 1] intensities on the
             fixed image's own voxels.

@@ -77,7 +77,7 @@ class Latent(NamedTuple):
 
     mu: Tensor
     log_sigma: Tensor
-    skips: Any
+    skips: list[Tensor]
 
 
 class GaussianHead(nn.Module):
@@ -124,15 +124,16 @@ class RegistrationModel(nn.Module):
         backbone, head = (sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head))
         return {"backbone": backbone, "policy_head": head, "policy_head_percent": round(100 * head / backbone, 2)}
 
-    def features(self, fixed: Tensor) -> Any:
+    def features(self, fixed: Tensor) -> list[Tensor] | None:
         """What a siamese backbone sees in the fixed image alone, for :meth:`encode`; None where images are fused."""
-        # asked of the class: an instance may hold a module of that name
-        return self.backbone.features(fixed) if hasattr(type(self.backbone), "features") else None
+        return self.backbone.image_features(fixed)
 
-    def encode(self, moving: Tensor, fixed: Tensor, fixed_features: Any = None) -> Latent:
+    def encode(self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None) -> Latent:
         """The policy's Gaussian for a pair; ``fixed_features``, where known, spare encoding the fixed image again."""
-        known = () if fixed_features is None else (fixed_features,)
-        skips, top = self.backbone.encode(moving, fixed, *known)
+        if fixed_features is None:
+            skips, top = self.backbone.encode(moving, fixed)
+        else:
+            skips, top = self.backbone.encode_with(moving, fixed_features)
         return Latent(*self.head(top), skips)
 
     def field(self, latent: Latent, z: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class RegistrationModel(nn.Module):
         """The decoder's field, read as the settings say."""
         return fields.integrate(field, self.settings.squarings) if self.settings.output == "velocity" else field
 
-    def forward(self, moving: Tensor, fixed: Tensor, fixed_features: Any = None) -> Tensor:
+    def forward(self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None) -> Tensor:
         """One step at tau = 0: the displacement, (batch, 3, i, j, k) voxels; arguments as for :meth:`encode`."""
         latent = self.encode(moving, fixed, fixed_features)
         return self.displacement(self.field(latent, latent.mu))

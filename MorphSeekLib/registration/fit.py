@@ -23,7 +23,7 @@ from torch import Tensor
 from ..io.transforms import rounded
 from ..measures.folds import unfold
 from ..measures.regularizers import diffusion, folding_penalty
-from ..measures.similarity import SIMILARITIES, mind_ssc, mse
+from ..measures.similarity import SIMILARITIES
 from ..networks.devices import network_autocast
 from ..networks.policy import Latent, RegistrationModel, draw
 from ..protocol.job import Job
@@ -86,7 +86,7 @@ class Fit:
             "definition": DEFINITION,
         }
         aligned, similarity = begin.figures[0]["similarity"], after["similarity"]
-        fell = guards.fit_fell(options.similarity, aligned, begin.similarity, similarity)
+        fell = guards.fit_fell(SIMILARITIES[options.similarity], aligned, begin.similarity, similarity)
         return replace(
             begin,
             total=total,
@@ -150,19 +150,19 @@ def pair_objective(
         options: the similarity and the weights.
         seen: where the fixed image lies; True: everywhere.
     """
-    moving_grid, padding = pair.moving.grid, "zeros"
-    if options.similarity == "mind":  # its patches are counted in voxels: both images need voxels of one size
+    similarity, moving_grid = SIMILARITIES[options.similarity], pair.moving.grid
+    if similarity.counts_voxels:
         lattice = covering_grid(moving_grid, world_spacing(grid))
-        moving = resample(Volume(moving[0, 0].cpu(), moving_grid), lattice, job=pair.job).data
-        fixed, moving = mind_ssc(fixed), mind_ssc(moving[None, None].to(fixed))
-        moving_grid, padding = lattice, "border"
+        moving = resample(Volume(moving[0, 0].cpu(), moving_grid), lattice, job=pair.job).data[None, None].to(fixed)
+        moving_grid = lattice
+    features = similarity.prepare(moving)
 
     def moving_at(total: Tensor) -> Tensor:
         pair.job.check()
         points = map_voxels(total, grid, pair.alignment.transform, moving_grid)
-        return seen * fields.sample(moving, points, padding=padding)
+        return seen * fields.sample(features, points, padding=similarity.padding)
 
-    return objective(fixed, moving_at, options)
+    return objective(similarity.prepare(fixed), moving_at, options)
 
 
 def _moved_to(total: Tensor, grid: Grid, other: Grid) -> Tensor:
@@ -190,25 +190,19 @@ def objective(fixed: Tensor, moving_at: Callable[[Tensor], Tensor], settings: Fi
     """Field (1, 3, i, j, k) -> the scalar that the fit lowers; see the module's text.
 
     Args:
-        fixed: (1, 1, i, j, k), intensities in [0, 1]; for "mind" its descriptor, (1, 12, i, j, k).
-        moving_at: field -> the moving image, or its descriptor, warped by it, differentiable. A descriptor that is made
-            once and warped costs a third of one made anew from every warped image.
+        fixed: (1, channels, i, j, k), the fixed image's features as the similarity prepares them.
+        moving_at: field -> the moving image's features, warped by it, differentiable.
     """
-    similarity = _descriptors_apart if settings.similarity == "mind" else SIMILARITIES[settings.similarity]
+    similarity = SIMILARITIES[settings.similarity]
 
     def value(total: Tensor) -> Tensor:
         return (
-            similarity(fixed, moving_at(total))
+            similarity.fit_weight * similarity.compare(fixed, moving_at(total))
             + settings.regularization * diffusion(total)
             + settings.folding * folding_penalty(total)
         )
 
     return value
-
-
-def _descriptors_apart(fixed: Tensor, warped: Tensor) -> Tensor:
-    """Three times their mean squared difference, which weighs against the regularisers about as LNCC does."""
-    return 3 * mse(fixed, warped)
 
 
 def optimize(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..measures.similarity import Similarity
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import Notice
 from ..space.geometry import DenseTransform, Transform
@@ -163,16 +164,16 @@ def no_step_helped(figures: Sequence[dict[str, float]], answer: int, taken: int)
     return [Notice("no-step-helped", words)]
 
 
-def fit_fell(similarity: str, aligned: float, before: float, after: float) -> list[Notice]:
+def fit_fell(similarity: Similarity, aligned: float, before: float, after: float) -> list[Notice]:
     """Whether fitting the pair ended with less similarity than it began with.
 
     Across modalities what is fitted is another measure, so that only a fall below the alignment counts.
 
     Args:
-        similarity: what was fitted, "lncc", "mse" or "mind".
+        similarity: what was fitted.
         aligned, before, after: the judge's figures after the alignment, at the fit's begin and at its end.
     """
-    if after >= aligned and (similarity == "mind" or before - after <= NOTABLE):
+    if after >= aligned and (similarity.across_modalities or before - after <= NOTABLE):
         return []
     words = (
         f"Fitting the pair ended at a similarity of {after:.3f}; it was {before:.3f} before the fit and {aligned:.3f} "

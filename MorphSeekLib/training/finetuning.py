@@ -1,4 +1,4 @@
-"""GRPO fine-tuning on labelled pairs (METHOD.md, section C): the run around :mod:`MorphSeekLib.training.grpo`.
+"""GRPO fine-tuning on labeled pairs (METHOD.md, section C): the run around :mod:`MorphSeekLib.training.grpo`.
 
 Every refinement step of every pair adds lambda_policy L_policy + lambda_warm L_warm + lambda_Dice (1 - soft Dice) to
 the loss of the iteration; with the policy's weight 0 it is the weakly supervised baseline, on the same code.
@@ -7,43 +7,28 @@ the loss of the iteration; with the policy's weight 0 it is the weakly supervise
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..data.datasets import Dataset, PairLoader, PreparedPair, augment, known_sizes, training_pair
+from ..data.datasets import Case, Dataset, PreparedPair, augment, known_sizes
 from ..measures.metrics import label_figures
 from ..networks.devices import place
-from ..networks.model_file import Card, load, read_card, save, sha256, software
+from ..networks.model_file import Card, load, read_card, sha256
 from ..networks.policy import RegistrationModel, draw
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
-from ..protocol.settings import to_dict
-from ..protocol.startup import check_output_file
 from ..space import fields
 from .distributed import World
-from .grpo import Group, PolicyGradientSettings, advantages, next_kl_weight, policy_at, policy_loss, sample_and_score
+from .grpo import Objective, Walk, learn_step, next_kl_weight
+from .losses import Batch, LossSettings
+from .policies import PolicyGradientSettings
 from .rewards import RewardSettings, State, common_labels
-from .trainer import (
-    VALIDATION_DEFINITIONS,
-    Batch,
-    LossSettings,
-    WarmupSettings,
-    advance,
-    check_finite,
-    generator_for,
-    set_learning_rate,
-    state_file,
-    train,
-    validate,
-    validation_pairs,
-    warmup_loss,
-)
+from .run_state import Memory
+from .trainer import RunSettings, Task, Trainer, begin, check_finite, set_learning_rate, training_cases
 
 SILENT_GROUPS = 50
 UPDATES = ("step", "iteration")
@@ -56,12 +41,12 @@ SPREAD_DEFINITION = "standard deviation of Dice over ten latent samples of one p
 
 
 @dataclass(frozen=True)
-class FinetuneRun(WarmupSettings):
-    """The run; see :class:`MorphSeekLib.training.trainer.WarmupSettings`.
+class FinetuneRun(RunSettings):
+    """The run; see :class:`MorphSeekLib.training.trainer.RunSettings`.
 
     Attributes:
         pairs: pairs per iteration (over all processes).
-        labels: use only the first so many labelled training cases; None for all.
+        labels: use only the first so many labeled training cases; None for all.
         folding_limit: the kept weights have the best validation Dice among those with at most this share of folded
             cells (percent).
         augmentation: strength of the random deformations and contrasts of training images; see
@@ -107,6 +92,19 @@ class FinetuneConfig:
     training: FinetuneRun = field(default_factory=FinetuneRun)
 
 
+@dataclass
+class FinetuneMemory(Memory):
+    """Numbers of a fine-tuning that must survive a kill.
+
+    Attributes:
+        kl_weight: beta of the next iteration, which the controller steers.
+        silent_groups: iterations in a row in which the rewards of no group differed.
+    """
+
+    kl_weight: float = 0.0
+    silent_groups: int = 0
+
+
 def finetune(
     dataset: Dataset,
     config: FinetuneConfig,
@@ -117,39 +115,170 @@ def finetune(
     world: World | None = None,
     job: Job = SILENT,
 ) -> Path:
-    """Fine-tune a checkpoint, or go on where a killed run of the same settings stood.
+    """Fine-tune a model, or go on where a killed run of the same settings stood.
 
     Args:
-        dataset: labelled cases of the split "training"; pairs of "registration_val" choose the weights to keep.
+        dataset: labeled cases of the split "training"; pairs of "registration_val" choose the weights to keep.
         config: the settings.
-        init: the checkpoint to start from; its model and preprocessing stay.
-        out: the checkpoint to write; ``out.state``, ``out.log`` and ``out.jsonl`` lie beside it.
+        init: the model to start from; its settings and preprocessing stay.
+        out: the model file to write; what lies beside it meanwhile: see :class:`MorphSeekLib.training.trainer.Trainer`.
         device: where to train.
         world: the processes that share the work; alone by default.
+        job: told of every iteration, and asked before it.
 
     Raises:
         MorphSeekError: unusable data, settings or ``out``, or a run that collapsed (with what to change).
-        Cancelled: the person stopped it; the state is saved.
+        Cancelled: the user stopped it; the state is saved.
     """
-    out, run, world = Path(out), config.training, world or World()
-    device = torch.device(device)
-    check_output_file(out, ".safetensors", [dataset.path, init])
-    if run.pairs % world.size:
-        raise MorphSeekError(f"training.pairs is {run.pairs}; it must be a multiple of the {world.size} processes.")
-    job.report("read", 0.0, "Reading the checkpoint and the training cases")
-    model, card = load(init)
-    model = place(model, device).train()
-    preprocessing = dataclasses.replace(card.preprocessing, steps=run.steps)
-    cases = dataset.split("training", "cases")
-    needs_labels = (
-        config.loss.dice > 0 or config.loss.features > 0 or (config.policy.weight > 0 and config.reward.needs_labels)
-    )
-    if needs_labels:
-        cases = [case for case in cases if case.label is not None]
-    cases = cases[: run.labels] if run.labels is not None else cases
-    if len(cases) < 2:
-        what = "labelled training cases" if needs_labels else "training cases"
-        raise MorphSeekError(f"{dataset.path} offers {len(cases)} {what}; fine-tuning needs at least two.")
+    out = begin(out, dataset, job, init)
+    return Trainer(Finetuning(dataset, config, init, torch.device(device), world), out, job).run()
+
+
+class Finetuning(Task[list[PreparedPair]]):
+    """Some pairs an iteration, shared by all processes, and a GRPO step for each of their steps."""
+
+    config: FinetuneConfig
+    run: FinetuneRun
+    memory: FinetuneMemory
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: FinetuneConfig,
+        init: Path | str,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
+        network, self._base = load(init)
+        preprocessing = dataclasses.replace(self._base.preprocessing, steps=config.training.steps)
+        super().__init__(dataset, config, place(network, device).train(), preprocessing, device, world)
+        if self.run.pairs % self.world.size:
+            raise MorphSeekError(
+                f"training.pairs is {self.run.pairs}; it must be a multiple of the {self.world.size} processes."
+            )
+        self.cases = _usable_cases(dataset, config)
+        if config.loss.features > 0:
+            _check_features(network, dataset)
+        self.memory = FinetuneMemory(kl_weight=config.loss.kl)
+        self._init = init
+        self.origin = {"init": sha256(init), "cases": [str(case.image) for case in self.cases]}
+
+    def batch(self, iteration: int) -> list[PreparedPair]:
+        """Draw this process's pairs of an iteration."""
+        found = []
+        for number in self._numbers(iteration):
+            generator = self.generator("pairs", number)
+            pair = self.pair(generator)
+            found.append(augment(pair, self.run.augmentation, generator) if self.run.augmentation > 0 else pair)
+        return found
+
+    def update(self, iteration: int, batch: list[PreparedPair]) -> dict[str, float]:
+        """Take all steps of this iteration's pairs, and the optimizer steps that they make."""
+        config, run = self.config, self.run
+        rate, kl_weight = set_learning_rate(self.optimizer, run, iteration), self.memory.kl_weight
+        together = run.steps if run.update == "iteration" else 1
+        objective = Objective(config.loss, config.policy, config.reward, kl_weight, together * run.pairs)
+        walks = [
+            Walk(*prepare(pair, config, self.device), self.generator("policy", number))
+            for number, pair in zip(self._numbers(iteration), batch, strict=True)
+        ]
+        figures: list[dict[str, Tensor]] = []
+        norms: list[Tensor] = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for step in range(1, run.steps + 1):
+            for walk in walks:
+                learned = learn_step(self.network, walk, objective)
+                walk.state = walk.state.moved(learned.total)
+                figures.append(learned.figures)
+            if step % together == 0:
+                norms.append(self._descend())
+        metrics = self._means(figures, norms)
+        check_finite([metrics["loss"], metrics["gradient_norm"]], iteration)
+        if run.kl_target is not None:
+            self.memory.kl_weight = next_kl_weight(kl_weight, metrics["kl"], run.kl_target)
+        if config.policy.weight > 0:
+            self._stop_if_collapsed(metrics)
+        return metrics | {"learning_rate": rate, "kl_weight": kl_weight}
+
+    def validate(self, job: Job) -> dict[str, float]:
+        """Return the figures of this process's pairs, and on the first process the spread of a pair's samples."""
+        figures = super().validate(job)
+        if "dice" in figures and self.world.rank == 0:
+            spread = posterior_spread(self.network, self.validation[0](), self.config.policy.tau, self.device)
+            figures |= {} if spread is None else {"posterior_dice_spread": spread}
+        return figures
+
+    def score(self, figures: dict[str, float]) -> float:
+        """Return :func:`score`."""
+        return score(figures, self.run.folding_limit)
+
+    def card(self) -> Card:
+        """Return what the model file says of the fine-tuning."""
+        config, base = self.config, self._base
+        sizes = known_sizes(self.cases) + (base.preprocessing.knows or ())
+        stage = "GRPO fine-tuning" if config.policy.weight > 0 else "weakly supervised"
+        init = read_card(self._init).provenance | {"sha256": self.origin["init"]}
+        name = self.dataset.about.get("name", self.dataset.path.name)
+        return Card(
+            title=config.title or f"{base.title}, fine-tuned on {name}",
+            preprocessing=dataclasses.replace(self.preprocessing, knows=(min(sizes), max(sizes))),
+            provenance=self.provenance(stage, len(self.cases), init=init),
+            results={"definitions": {"posterior_dice_spread": SPREAD_DEFINITION}},
+            licence=base.licence,
+        )
+
+    def _numbers(self, iteration: int) -> range:
+        """Return the numbers of this process's pairs; whatever the processes, a pair has its own."""
+        first = iteration * self.run.pairs
+        return range(first + self.world.rank, first + self.run.pairs, self.world.size)
+
+    def _descend(self) -> Tensor:
+        """Move the weights along the gradients of all processes; return the gradients' norm."""
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.world.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.run.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _means(self, figures: list[dict[str, Tensor]], norms: list[Tensor]) -> dict[str, float]:
+        """Return the means of figures over steps, pairs and processes, and of gradient norms."""
+        names = sorted(figures[0])
+        means = torch.stack([torch.stack([f[name].float() for f in figures]).mean() for name in names])
+        norm = torch.stack(norms).mean().view(1).float()
+        values = torch.cat([self.world.mean(means), norm]).cpu().tolist()  # one transfer for all figures
+        return dict(zip([*names, "gradient_norm"], values, strict=True))
+
+    def _stop_if_collapsed(self, metrics: dict[str, float]) -> None:
+        """End a run that can learn nothing more.
+
+        Raises:
+            MorphSeekError: sigma at its floor, or no spread among the rewards for a long time.
+        """
+        floor = math.exp(self.network.settings.policy.log_sigma_min)
+        if metrics["sigma"] < 1.05 * floor:
+            raise MorphSeekError(
+                f"The policy has collapsed: sigma is at its floor ({metrics['sigma']:.2g}); raise loss.kl, set "
+                "training.kl_target, or lower policy.weight, and start again from the warm-up checkpoint."
+            )
+        silent = self.memory.silent_groups + 1 if metrics["groups_without_spread"] == 1 else 0
+        self.memory.silent_groups = silent
+        if silent >= SILENT_GROUPS:
+            raise MorphSeekError(
+                f"The rewards of a group have not differed for {SILENT_GROUPS} iterations, so there is nothing to "
+                "learn from them; raise policy.tau (or policy.sigma), or choose other rewards."
+            )
+
+
+def _usable_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
+    """Return the training cases that have what losses and rewards need.
+
+    Raises:
+        MorphSeekError: fewer than two, or one without landmarks that a reward needs.
+    """
+    labeled = config.loss.dice > 0 or config.loss.features > 0
+    labeled = labeled or (config.policy.weight > 0 and config.reward.needs_labels)
+    cases = training_cases(dataset, "fine-tuning", labeled, config.training.labels)
     if config.policy.weight > 0 and config.reward.weights.get("landmarks"):
         bare = next((case for case in cases if case.landmarks is None), None)
         if bare is not None:
@@ -157,78 +286,12 @@ def finetune(
                 f"The reward 'landmarks' needs landmarks of every training case, but {bare.image.name} has none; name "
                 f"them in {dataset.path.name}, or leave this reward out."
             )
-    if config.loss.features > 0:
-        _check_features(model, dataset)
-    loader = PairLoader(preprocessing, model.multiple_of, run.centered)
-
-    def pairs_of(iteration: int) -> list[PreparedPair]:
-        """This process's pairs of an iteration."""
-        found = []
-        for index in range(world.rank, run.pairs, world.size):
-            generator = generator_for(run.seed, "pairs", iteration * run.pairs + index)
-            pair = loader(training_pair(cases, dataset.pairing, generator))
-            found.append(augment(pair, run.augmentation, generator) if run.augmentation > 0 else pair)
-        return found
-
-    validation = validation_pairs(dataset, run, loader)[world.rank :: world.size]
-
-    def validate_all(job: Job) -> dict[str, float]:
-        with world.together():
-            figures = validate(model, validation, run.steps, device, job)
-            if "dice" in figures and world.rank == 0:
-                spread = posterior_spread(model, validation[0](), config.policy.tau, device)
-                figures |= {} if spread is None else {"posterior_dice_spread": spread}
-        return world.mean_figures(figures, len(validation))
-
-    optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
-    start = {"init": sha256(init), "cases": [str(c.image) for c in cases]}
-    outcome = train(
-        model,
-        optimizer,
-        run,
-        lambda iteration, pairs, memory: _iterate(model, optimizer, pairs, config, iteration, memory, world, device),
-        pairs_of,
-        validate_all,
-        out,
-        json.dumps(to_dict(config) | start, sort_keys=True),
-        score=lambda figures: score(figures, run.folding_limit),
-        world=world,
-        job=job,
-    )
-    with world.together():
-        if world.rank == 0:
-            sizes = known_sizes(cases) + (card.preprocessing.knows or ())
-            preprocessing = dataclasses.replace(preprocessing, knows=(min(sizes), max(sizes)))
-            card = Card(
-                title=config.title or f"{card.title}, fine-tuned on {dataset.about.get('name', dataset.path.name)}",
-                model=dataclasses.replace(card.model, policy=dataclasses.replace(card.model.policy, s=config.policy.s)),
-                preprocessing=preprocessing,
-                provenance={
-                    "stage": "GRPO fine-tuning" if config.policy.weight > 0 else "weakly supervised",
-                    "data": dataset.about | {"file": dataset.path.name},
-                    "cases": len(cases),
-                    "init": read_card(init).provenance | {"sha256": start["init"]},
-                    "settings": to_dict(config),
-                    "best_iteration": int(outcome.memory.get("best/iteration", run.iterations)),
-                    "seconds": round(outcome.seconds),
-                    "date": time.strftime("%Y-%m-%d"),
-                    "software": software(),
-                },
-                results={
-                    "validation": outcome.figures,
-                    "definitions": VALIDATION_DEFINITIONS | {"posterior_dice_spread": SPREAD_DEFINITION},
-                },
-                licence=config.licence or card.licence,
-            )
-            save(out, model, card)
-            state_file(out).unlink(missing_ok=True)
-    job.report("write", 1.0, f"Wrote {out}")
-    return out
+    return cases
 
 
 def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
     """Whether a backbone's learned features can stand for the labels of a data set."""
-    count = getattr(model.backbone.settings, "features", 0)
+    count = model.backbone.learned_features
     if not count:
         raise MorphSeekError("loss.features needs a checkpoint whose backbone learns features; set it to 0.")
     name = dataset.path.name
@@ -263,52 +326,6 @@ def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, d
     return None if None in values else float(torch.tensor(values).std())
 
 
-def _iterate(
-    model: RegistrationModel,
-    optimizer: torch.optim.Adam,
-    pairs: list[PreparedPair],
-    config: FinetuneConfig,
-    iteration: int,
-    memory: dict[str, float],
-    world: World,
-    device: torch.device,
-) -> dict[str, float]:
-    """All refinement steps of this iteration's pairs, on all processes, and the optimiser steps that they make."""
-    run, policy = config.training, config.policy
-    rate = set_learning_rate(optimizer, run, iteration)
-    kl_weight = memory.setdefault("kl_weight", config.loss.kl)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    begun = []
-    for index, pair in enumerate(pairs):
-        number = iteration * run.pairs + world.rank + index * world.size  # whatever the processes, a pair's own
-        begun.append((*prepare(pair, config, device), generator_for(run.seed, "policy", number)))
-    figures: list[dict[str, Tensor]] = []
-    norms: list[Tensor] = []
-    optimizer.zero_grad(set_to_none=True)
-    together = run.steps if run.update == "iteration" else 1
-    for step in range(1, run.steps + 1):
-        for index, (state, batch, generator) in enumerate(begun):
-            found = _step(model, state, batch, config, kl_weight, together * run.pairs, generator)
-            begun[index] = (state.moved(found.pop("total")), batch, generator)
-            figures.append(found)
-        if step % together == 0:
-            world.sum_gradients(parameters)
-            norms.append(torch.nn.utils.clip_grad_norm_(parameters, run.gradient_clip))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    names = sorted(figures[0])
-    means = torch.stack([torch.stack([f[name].float() for f in figures]).mean() for name in names])
-    norm = torch.stack(norms).mean().view(1).float()
-    values = torch.cat([world.mean(means), norm]).cpu().tolist()  # one transfer for all figures
-    metrics = dict(zip([*names, "gradient_norm"], values, strict=True))
-    check_finite([metrics["loss"], metrics["gradient_norm"]], iteration)
-    if run.kl_target is not None:
-        memory["kl_weight"] = next_kl_weight(kl_weight, metrics["kl"], run.kl_target)
-    if policy.weight > 0:
-        _stop_if_collapsed(metrics, model, memory)
-    return metrics | {"learning_rate": rate, "kl_weight": kl_weight}
-
-
 def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -> tuple[State, Batch]:
     """A pair on the device before its first step: hard labels for the reward, shares of the common for soft Dice."""
     zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=device)
@@ -332,80 +349,3 @@ def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) ->
         batch.fixed_labels = (state.fixed_classes == classes).float()
         batch.moving_labels = (state.moving_classes == classes).float()
     return state, batch
-
-
-def _step(
-    model: RegistrationModel,
-    state: State,
-    batch: Batch,
-    config: FinetuneConfig,
-    kl_weight: float,
-    parts: int,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """One refinement step: its gradient, its figures (on the device), and under "total" the state it leads to."""
-    policy = config.policy
-    step = advance(model, batch, state.total)
-    loss, terms = warmup_loss(step, batch, config.loss, kl_weight)
-    total = step.total.detach()
-    if policy.weight > 0:
-        group = sample_and_score(model, step.latent, step.field, step.total, state, policy, config.reward, generator)
-        if policy.place == "field":
-            field = step.field.detach().requires_grad_()
-            gain = policy_loss(policy_at(step.latent, field, policy), group, policy)
-            (push,) = torch.autograd.grad(policy.weight / parts * gain, field)
-            step.field.register_hook(lambda pull: pull + _limited(push, pull, policy.share, terms))
-        else:
-            gain = policy_loss(policy_at(step.latent, step.field, policy), group, policy)
-            loss = loss + policy.weight * gain
-        terms |= _group_figures(group, advantages(group, policy), step.latent.log_sigma) | {
-            "policy_loss": gain.detach()
-        }
-        if policy.advance == "greedy":
-            total = group.best
-    (loss / parts).backward()
-    return terms | {"loss": loss.detach(), "total": total}
-
-
-def _limited(push: Tensor, pull: Tensor, share: float, terms: dict[str, Tensor]) -> Tensor:
-    """The policy's gradient at the field, no longer than ``share`` times the losses' own; how long it was, in terms."""
-    ratio = push.norm() / pull.norm().clamp(min=1e-20)
-    terms["policy_share"] = ratio
-    return push * (share / ratio.clamp(min=1e-20)).clamp(max=1.0)
-
-
-def _group_figures(group: Group, advantage: list[Tensor], log_sigma: Tensor) -> dict[str, Tensor]:
-    """For the curves: the group's rewards, its advantages (over trajectories and cells), the policy's sigma."""
-    spread = group.rewards.std()
-    flat = torch.cat([a.flatten() for a in advantage])
-    return {
-        "advantage_rms": flat.square().mean().sqrt(),
-        "advantage_largest": flat.abs().max(),
-        "reward": group.rewards.mean(),
-        "reward_best": group.rewards.max(),
-        "reward_spread": spread,
-        "groups_without_spread": (spread < 1e-7).float(),
-        "reward_of_mean": group.mean_reward,
-        "sigma": log_sigma.detach().exp().mean(),
-    }
-
-
-def _stop_if_collapsed(metrics: dict[str, float], model: RegistrationModel, memory: dict[str, float]) -> None:
-    """End a run that can learn nothing more.
-
-    Raises:
-        MorphSeekError: sigma at its floor, or no spread among the rewards for a long time.
-    """
-    floor = math.exp(model.settings.policy.log_sigma_min)
-    if metrics["sigma"] < 1.05 * floor:
-        raise MorphSeekError(
-            f"The policy has collapsed: sigma is at its floor ({metrics['sigma']:.2g}); raise loss.kl, set "
-            "training.kl_target, or lower policy.weight, and start again from the warm-up checkpoint."
-        )
-    silent = memory.get("silent_groups", 0) + 1 if metrics["groups_without_spread"] == 1 else 0
-    memory["silent_groups"] = silent
-    if silent >= SILENT_GROUPS:
-        raise MorphSeekError(
-            f"The rewards of a group have not differed for {SILENT_GROUPS} iterations, so there is nothing to learn "
-            "from them; raise policy.tau (or policy.sigma), or choose other rewards."
-        )

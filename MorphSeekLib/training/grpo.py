@@ -2,112 +2,85 @@
 
 Memory does not grow with the number J of trajectories: they are sampled, decoded and scored in chunks without a graph;
 the log-likelihood of the stored samples is then recomputed on the encoder's graph, and one decode, that of the mean, is
-differentiated for the losses.
-
-The policy may act in two places. "latent" is the paper's: the Gaussian over the encoder's top feature; ``levels`` lets
-it act on finer features too, or instead. "field" is ours: a Gaussian over control points, every few voxels, of the
-field that the decoder makes. There one decode serves all trajectories, and a reward can be credited to the control
-points near which it arose. Wherever it acts, the policy is a list of independent Gaussians; its likelihood is their
-product, and N, whose root LDVN divides by, the number of all their dimensions.
+differentiated for the losses. Where the policy acts is :mod:`MorphSeekLib.training.policies`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..networks.devices import training_autocast
-from ..networks.policy import Latent, RegistrationModel, draw, likelihood_normalizer
-from ..protocol.errors import MorphSeekError
+from ..networks.policy import RegistrationModel
 from ..space import fields
+from .losses import Batch, LossSettings, advance, warmup_loss
+from .policies import Policy, PolicyGradientSettings, make_policy
 from .rewards import RewardSettings, State, reward_map
-
-PLACES = ("latent", "field")
-CREDITS = ("trajectory", "local")
-BASELINES = ("group", "leave_one_out", "mean_rollout")
-SCALES = ("std", "none")
-ADVANCES = ("greedy", "mean")
 
 
 @dataclass(frozen=True)
-class PolicyGradientSettings:
-    """How a group is sampled and what its rewards teach.
+class Objective:
+    """What a step descends: lambda_policy L_policy + L_warm + lambda_Dice (1 - soft Dice) (METHOD.md, C.7).
 
     Attributes:
-        trajectories: J.
-        weight: lambda_policy, of L_policy.
-        share: "field": the policy's gradient at the field is made no longer than so many times that of the losses, so
-            that one weight serves networks whose fields answer to their weights more or less.
-        tau: temperature of the samples, above 0.
-        place: "latent" (the paper) or "field" (control points of the decoder's field, displacement or velocity).
-        levels: "latent": the features that the policy acts on, counted from the coarsest: 0 the paper's top feature,
-            whose head says mu and sigma; 1, 2, ... the encoder's skips, whose own values are the mean.
-        cell: "field": voxels between control points.
-        sigma: standard deviation (times tau) where no head says it: of a control point, in voxels; of a skip, in units
-            of that feature's root mean square.
-        smooth: noise is alike in blocks of so many cells along each axis; 1 for independent noise. The likelihood stays
-            that of independent noise: its gradient is then the reward's, averaged over the blocks (the covariance of
-            the noise preconditions it).
-        credit: "trajectory" (one advantage per trajectory, the paper) or "local" (one per cell of the place's grid).
-        reach: "local": a cell is credited with the rewards of the cells up to so many away from it, too.
-        baseline: what a reward is compared with: "group" (the group's mean), "leave_one_out" (the mean of the others)
-            or "mean_rollout" (the roll-out at tau = 0).
-        scale: "std" divides advantages by the group's spread (over trajectories and, for "local", over cells), "none"
-            keeps the reward's units.
-        antithetic: draw noise in pairs of opposite sign; J must be even.
-        s: normaliser of the log-likelihood, "sqrt_n" (LDVN) or a number.
-        advance: the state of the next step: "greedy" (the best trajectory, the paper) or "mean" (the roll-out at
-            tau = 0, which is what inference does).
-        chunk: trajectories decoded and scored at once; changes speed and memory, not the result.
+        losses: weights of L_warm's terms and of soft Dice.
+        policy: lambda_policy and how a group is sampled; weight 0 samples nothing.
+        reward: what a trajectory is rewarded for.
+        kl_weight: beta.
+        parts: how many steps and pairs share an update of the weights; each counts as one of them.
     """
 
-    trajectories: int = 6
-    weight: float = 1.0
-    share: float = 1.0
-    tau: float = 1.0
-    place: str = "latent"
-    levels: tuple[int, ...] = (0,)
-    cell: int = 4
-    sigma: float = 1.0
-    smooth: int = 1
-    credit: str = "trajectory"
-    reach: int = 0
-    baseline: str = "group"
-    scale: str = "std"
-    antithetic: bool = False
-    s: str = "sqrt_n"
-    advance: str = "greedy"
-    chunk: int = 2
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("place", PLACES), ("credit", CREDITS), ("baseline", BASELINES), ("scale", SCALES), ("advance", ADVANCES)
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is '{getattr(self, name)}'; it must be one of {', '.join(known)}")
-        if self.trajectories < 2:
-            raise ValueError("trajectories must be at least 2: a group of one has nothing to compare with")
-        if self.antithetic and self.trajectories % 2:
-            raise ValueError("antithetic noise needs an even number of trajectories")
-        if min(self.tau, self.sigma, self.share) <= 0:
-            raise ValueError("tau, sigma and share must be above 0")
-        if min(self.cell, self.chunk, self.smooth) < 1:
-            raise ValueError("cell, chunk and smooth must be at least 1")
-        if not self.levels or min(self.levels) < 0 or len(set(self.levels)) < len(self.levels) or self.reach < 0:
-            raise ValueError("levels must name at least one level, each once, from 0; reach must be 0 or more")
-        likelihood_normalizer(self.s, 1)
+    losses: LossSettings
+    policy: PolicyGradientSettings
+    reward: RewardSettings
+    kl_weight: float
+    parts: int
 
 
-class Gaussian(NamedTuple):
-    """A part of the policy: (1, channels, a, b, c) each; the mean carries the gradient."""
+@dataclass
+class Walk:
+    """A pair on its way through the steps.
 
-    mu: Tensor
-    log_sigma: Tensor
+    Attributes:
+        state: where it is, for the rewards.
+        batch: what the losses see.
+        generator: of the noise of all its steps.
+    """
+
+    state: State
+    batch: Batch
+    generator: torch.Generator
+
+
+class Learned(NamedTuple):
+    """What a step leads to: the accumulated displacement (1, 3, i, j, k) to go on from, and figures, on the device."""
+
+    total: Tensor
+    figures: dict[str, Tensor]
+
+
+def learn_step(model: RegistrationModel, walk: Walk, objective: Objective) -> Learned:
+    """Take one step of one pair, and add its gradients to those of the weights."""
+    state, settings = walk.state, objective.policy
+    step = advance(model, walk.batch, state.total)  # mu, sigma; phi of the mean; its Phi_t
+    losses, terms = warmup_loss(step, walk.batch, objective.losses, objective.kl_weight)  # L_warm, L_Dice
+    if settings.weight <= 0:
+        (losses / objective.parts).backward()
+        return Learned(step.total.detach(), terms | {"loss": losses.detach()})
+    policy = make_policy(model, step.latent, step.field, settings)  # N(mu, (tau sigma)^2)
+    group = sample_group(policy, state, step.total, objective.reward, walk.generator)  # z_j, Phi_t^(j), R_j
+    advantage = advantages(group, settings)  # A_j
+    gain = policy_loss(advantage, policy.log_likelihood(group.samples))  # -(1/J) sum_j A_j log pi~_j
+    loss, ratio = policy.backward(losses, gain, objective.parts)
+    figures = group_figures(group, advantage) | {"policy_loss": gain.detach()}
+    figures |= {"sigma": step.latent.log_sigma.detach().exp().mean()}
+    figures |= {} if ratio is None else {"policy_share": ratio}
+    total = group.best if settings.advance == "greedy" else step.total.detach()  # Phi_t
+    return Learned(total, terms | figures | {"loss": loss})
 
 
 class Group(NamedTuple):
@@ -129,87 +102,28 @@ class Group(NamedTuple):
     mean_cells: list[Tensor]
 
 
-def policy_at(latent: Latent, field: Tensor, settings: PolicyGradientSettings) -> list[Gaussian]:
-    """The policy at the settings' place, on the graph.
-
-    Args:
-        latent: of the encoder.
-        field: (1, 3, i, j, k), what the decoder makes of its mean.
-
-    Raises:
-        MorphSeekError: a level that the backbone does not have.
-    """
-    if settings.place == "field":
-        mean = F.avg_pool3d(field, settings.cell, ceil_mode=True)
-        return [Gaussian(mean, torch.full_like(mean, math.log(settings.sigma)).detach())]
-    skips = latent.skips if isinstance(latent.skips, (list, tuple)) else []
-    parts = []
-    for level in settings.levels:
-        if level >= max(len(skips), 1):  # the finest skip is the pair of images itself
-            raise MorphSeekError(
-                f"policy.levels asks for level {level}; this backbone has 0 to {max(len(skips), 1) - 1}."
-            )
-        if level == 0:
-            parts.append(Gaussian(latent.mu, latent.log_sigma))
-        else:
-            mean = skips[-level].float()
-            deviation = settings.sigma * mean.detach().square().mean().sqrt().clamp(min=1e-6)
-            parts.append(Gaussian(mean, deviation.log().expand_as(mean)))
-    return parts
-
-
-def steps_of(
-    model: RegistrationModel,
-    latent: Latent,
-    field: Tensor,
-    policy: list[Gaussian],
-    samples: list[Tensor],
-    settings: PolicyGradientSettings,
-) -> Tensor:
-    """Displacements (J, 3, i, j, k) of the steps that samples (for each part of the policy (J, ...)) stand for."""
-    if settings.place == "field":
-        return model.displacement(field + upsample(samples[0] - policy[0].mu, field.shape[2:]))
-    latent = expand_latent(latent, len(samples[0]))
-    z, skips = latent.mu.expand(len(samples[0]), *latent.mu.shape[1:]), list(latent.skips)
-    for level, sample in zip(settings.levels, samples, strict=True):
-        if level == 0:
-            z = sample
-        else:
-            skips[-level] = sample
-    with training_autocast(z.device):
-        decoded = model.field(latent._replace(skips=skips), z)
-    return model.displacement(decoded.float())
-
-
 @torch.no_grad()
-def sample_and_score(
-    model: RegistrationModel,
-    latent: Latent,
-    field: Tensor,
-    total: Tensor,
-    state: State,
-    settings: PolicyGradientSettings,
-    reward: RewardSettings,
-    generator: torch.Generator | None = None,
+def sample_group(
+    policy: Policy, state: State, total: Tensor, reward: RewardSettings, generator: torch.Generator | None = None
 ) -> Group:
     """Draw J trajectories, decode, compose and reward them in chunks, without a graph.
 
     Args:
-        latent, field: the encoder's Gaussian, and what the decoder makes of its mean.
-        total: (1, 3, i, j, k), the accumulated displacement after the mean's step.
+        policy: of the step.
         state: the pair before the step.
+        total: (1, 3, i, j, k), the accumulated displacement after the mean's step.
+        reward: what a trajectory is rewarded for.
+        generator: of the CPU, for the noise.
     """
-    policy = policy_at(latent, field, settings)
-    drawn = (settings.tau, settings.trajectories, settings.antithetic, settings.smooth, generator)
-    samples = [draw(*part, *drawn) for part in policy]
+    settings, samples = policy.settings, policy.draw(generator)
 
     def in_cells(maps: Tensor) -> list[Tensor]:
-        return [widen(sum_over_cells(maps, part.mu.shape[2:]), settings.reach) for part in policy]
+        return [widen(sum_over_cells(maps, part.mu.shape[2:]), settings.reach) for part in policy.parts]
 
     mean_map = reward_map(state, total, reward)
     rewards, cells, best, best_reward = [], [], None, None
     for chunk in zip(*(s.split(settings.chunk) for s in samples), strict=True):
-        totals = fields.compose(state.total, steps_of(model, latent, field, policy, list(chunk), settings))
+        totals = fields.compose(state.total, policy.displacements(list(chunk)))
         maps = reward_map(state, totals, reward)
         rewards.append(maps.flatten(1).sum(dim=1))
         cells.append(in_cells(maps))
@@ -256,25 +170,25 @@ def _compared(rewards: Tensor, rollout: Tensor, settings: PolicyGradientSettings
     return centred / (spread + epsilon)
 
 
-def log_likelihood_map(policy: Gaussian, samples: Tensor, tau: float, s: float) -> Tensor:
-    """LDVN log-likelihood, summed over channels alone: (J, 1, a, b, c); its sum is METHOD.md's log pi~ (C.4).
-
-    -1/(2s) sum_channels [((z - mu) / (tau sigma))^2 + log(2 pi tau^2 sigma^2)], z detached. s = sqrt(N) keeps the
-    spread of the sum over N independent dimensions at order one, on whichever grid and however credited.
-    """
-    log_sigma = policy.log_sigma + math.log(tau)
-    squared = ((samples.detach() - policy.mu) * (-log_sigma).exp()).square()
-    return -(squared + math.log(2 * math.pi) + 2 * log_sigma).sum(dim=1, keepdim=True) / (2 * s)
-
-
-def policy_loss(policy: list[Gaussian], group: Group, settings: PolicyGradientSettings) -> Tensor:
+def policy_loss(advantage: list[Tensor], log_likelihood: list[Tensor]) -> Tensor:
     """L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (METHOD.md, C.5); one A for all cells is the paper's."""
-    s = likelihood_normalizer(settings.s, sum(part.mu.numel() for part in policy))
-    total = sum(
-        (advantage * log_likelihood_map(part, samples, settings.tau, s)).sum()
-        for part, samples, advantage in zip(policy, group.samples, advantages(group, settings), strict=True)
-    )
-    return -total / len(group.rewards)
+    total = sum((a * log).sum() for a, log in zip(advantage, log_likelihood, strict=True))
+    return -total / len(log_likelihood[0])
+
+
+def group_figures(group: Group, advantage: list[Tensor]) -> dict[str, Tensor]:
+    """Return for the curves a group's rewards, and its advantages over trajectories and cells."""
+    spread = group.rewards.std()
+    flat = torch.cat([a.flatten() for a in advantage])
+    return {
+        "advantage_rms": flat.square().mean().sqrt(),
+        "advantage_largest": flat.abs().max(),
+        "reward": group.rewards.mean(),
+        "reward_best": group.rewards.max(),
+        "reward_spread": spread,
+        "groups_without_spread": (spread < 1e-7).float(),
+        "reward_of_mean": group.mean_reward,
+    }
 
 
 def next_kl_weight(weight: float, kl: float, target: float, rate: float = 0.1) -> float:
@@ -286,27 +200,9 @@ def next_kl_weight(weight: float, kl: float, target: float, rate: float = 0.1) -
     return min(max(weight * (1 + rate * error), 1e-6), 1e3)
 
 
-def expand_latent(latent: Latent, count: int) -> Latent:
-    """The same skips for ``count`` latents, without copying."""
-
-    def expand(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.expand(count, *value.shape[1:])
-        if isinstance(value, (list, tuple)):
-            return type(value)(expand(v) for v in value)
-        return value
-
-    return Latent(latent.mu, latent.log_sigma, expand(latent.skips))
-
-
 def widen(cells: Tensor, reach: int) -> Tensor:
     """(J, 1, a, b, c) -> the same: each cell's sum over the cells up to ``reach`` away along every axis."""
     return F.avg_pool3d(cells, 2 * reach + 1, 1, reach, divisor_override=1) if reach else cells
-
-
-def upsample(control: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Control-point displacements (J, 3, a, b, c), voxels, interpolated to (J, 3, *shape); magnitudes kept."""
-    return F.interpolate(control, size=tuple(shape), mode="trilinear", align_corners=False)
 
 
 def sum_over_cells(maps: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -18,15 +18,13 @@ Defects of the official code, as read in its repository; none is reproduced here
 
 Differences that are choices of the official code are settings with its values as defaults: steps are limited to one
 voxel in training and to three at inference, the target entropy is -16 for 64 numbers, planner and critics learn five
-times slower than the actor. A run that was killed goes on from its state, but fills its replay buffer anew first.
+times slower than the actor. A run that was killed goes on from its state, but fills its replay buffer again first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,42 +37,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.spac import SLOPE, Plan, SPACSettings, conv
-from ..data.datasets import Dataset, PairLoader, PreparedPair, training_pair
+from ..data.datasets import Dataset, PreparedPair
 from ..measures.regularizers import diffusion
 from ..measures.similarity import lncc, multiresolution_lncc
 from ..networks.devices import training_autocast
-from ..networks.model_file import Card, save, software
+from ..networks.model_file import Card
 from ..networks.policy import Latent, ModelSettings, PolicySettings, RegistrationModel, kl_to_standard_normal
-from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict
-from ..protocol.startup import check_output_file
 from ..space import fields
 from ..space.preprocessing import Preprocessing
 from .rewards import State, common_labels
-from .trainer import (
-    VALIDATION_DEFINITIONS,
-    WarmupSettings,
-    check_finite,
-    generator_for,
-    state_file,
-    train,
-    validate,
-    validation_pairs,
-)
+from .run_state import Memory
+from .trainer import RunSettings, Task, Trainer, begin, check_finite, training_cases
 
 REWARDS = ("dice", "lncc")
 
 
 @dataclass(frozen=True)
-class SACRun(WarmupSettings):
-    """The run; see :class:`MorphSeekLib.training.trainer.WarmupSettings`, of which an iteration is an episode here.
+class SACRun(RunSettings):
+    """The run; see :class:`MorphSeekLib.training.trainer.RunSettings`, of which an iteration is an episode here.
 
     Attributes:
         learning_rate: of the actor and the temperature, constant.
         slower: planner and critics learn by this share of it.
         steps: of an episode, and of inference.
-        labels: use only the first so many labelled training cases; None for all.
+        labels: use only the first so many labeled training cases; None for all.
         reward: "dice" (mean over structures, of labels) or "lncc"; a step is rewarded with 100 times its gain.
         goal, bonus: an episode that reaches this value ends with this reward on top.
         max_step: limit of a step in training, voxels of the network's grid.
@@ -313,69 +301,15 @@ def update(
     return dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
 
 
-class Episodes:
-    """Registers pair after pair with drawn plans, keeps the transitions and learns from them."""
+@dataclass
+class SACMemory(Memory):
+    """Numbers of a training that must survive a kill.
 
-    def __init__(self, learner: Learner, optimizer: torch.optim.Adam, run: SACRun, device: torch.device) -> None:
-        self.learner, self.optimizer, self.run, self.device = learner, optimizer, run, device
-        self.transitions: deque[Transition] = deque(maxlen=run.buffer)
-        self.count = 0
+    Attributes:
+        steps: of all episodes so far.
+    """
 
-    def __call__(self, iteration: int, pair: PreparedPair, memory: dict[str, float]) -> dict[str, float]:
-        """One episode, with the updates that fall due in it; figures for the curves."""
-        run, backbone = self.run, self.learner.network.backbone
-        generator = generator_for(run.seed, "policy", iteration)
-        state = self._start(pair)
-        score = first = self._score(state, state.moving)
-        before, losses, gained = backbone.pair(state.moving, state.fixed), [], 0.0
-        for _ in range(run.steps):
-            with torch.no_grad(), training_autocast(self.device):
-                plan = backbone.planner(before)
-                drawn = sample(plan, generator)
-                step = backbone.actor(drawn, plan.features).float().clamp(-run.max_step, run.max_step)
-            state = state.moved(fields.compose(state.total, fields.resize(step, state.fixed.shape[2:])))
-            moved = fields.warp(state.moving, state.total)
-            after, new = backbone.pair(moved, state.fixed), self._score(state, moved)
-            done = new >= run.goal
-            reward = 100 * (new - score) + (run.bonus if done else 0.0)
-            keep = [before.half().cpu(), drawn.cpu(), reward, after.half().cpu(), float(done)]
-            self.transitions.append(Transition(*keep))
-            before, score, gained = after, new, gained + reward
-            losses += self._learn(memory, generator)
-            if done:
-                break
-        self.count += 1
-        means = {name: [row[name] for row in losses if name in row] for row in losses for name in row}
-        figures = {name: sum(values) / len(values) for name, values in means.items()}
-        check_finite([*figures.values(), gained], iteration)
-        temperature = float(self.learner.log_temperature.detach().exp())
-        return figures | {"reward": gained, "score": score, "score_before": first, "temperature": temperature}
-
-    def _start(self, pair: PreparedPair) -> State:
-        labels = [None if v is None else v.to(self.device) for v in (pair.fixed_labels, pair.moving_labels)]
-        zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=self.device)
-        state = State(pair.fixed.to(self.device), pair.moving.to(self.device), zero, *labels)
-        if self.run.reward == "dice":
-            state.labels = common_labels(pair.fixed_labels, pair.moving_labels).to(self.device)
-        return state
-
-    @torch.no_grad()
-    def _score(self, state: State, moved: Tensor) -> float:
-        """Where a pair stands: mean hard Dice, or LNCC."""
-        if self.run.reward == "lncc":
-            return -float(lncc(state.fixed, moved))
-        return float(state.dice(state.warped_classes(state.total)).mean())
-
-    def _learn(self, memory: dict[str, float], generator: torch.Generator) -> list[dict[str, float]]:
-        """An update, where one falls due."""
-        run = self.run
-        taken = memory["steps"] = memory.get("steps", 0) + 1
-        if self.count < run.explore or taken % run.update_every or len(self.transitions) < run.batch:
-            return []
-        with_planner = taken // run.update_every % run.planner_every == 0
-        chosen = torch.randperm(len(self.transitions), generator=generator)[: run.batch].tolist()
-        batch = stack([self.transitions[n] for n in chosen], self.device)
-        return [update(self.learner, self.optimizer, batch, run, with_planner, generator)]
+    steps: int = 0
 
 
 def train_spac(
@@ -386,69 +320,114 @@ def train_spac(
     device: torch.device | str = "cpu",
     job: Job = SILENT,
 ) -> Path:
-    """Train a SPAC checkpoint, or go on where a killed run of the same settings stood.
+    """Train a SPAC model, or go on where a killed run of the same settings stood.
 
     Args:
-        dataset: cases of the split "training", labelled for the reward "dice"; pairs of "registration_val" choose the
+        dataset: cases of the split "training", labeled for the reward "dice"; pairs of "registration_val" choose the
             weights to keep.
         config: the settings.
-        out: the checkpoint to write; ``out.state``, ``out.log`` and ``out.jsonl`` lie beside it.
+        out: the model file to write; what lies beside it meanwhile: see :class:`MorphSeekLib.training.trainer.Trainer`.
         device: where to train.
+        job: told of every iteration, and asked before it.
 
     Raises:
         MorphSeekError: unusable data or settings, or a loss that is not a number.
-        Cancelled: the person stopped it; the state is saved.
+        Cancelled: the user stopped it; the state is saved.
     """
-    out, run, device = Path(out), config.training, torch.device(device)
-    check_output_file(out, ".safetensors", [dataset.path])
-    job.report("read", 0.0, "Reading the training cases")
-    cases = dataset.split("training", "cases")
-    what = "labelled training cases" if run.reward == "dice" else "training cases"
-    if run.reward == "dice":
-        cases = [case for case in cases if case.label is not None]
-    cases = cases[: run.labels] if run.labels is not None else cases
-    if len(cases) < 2:
-        raise MorphSeekError(f"{dataset.path} offers {len(cases)} {what}; this training needs at least two.")
-    torch.manual_seed(run.seed)
-    model = ModelSettings("spac", to_dict(config.network), PolicySettings(mean="linear"))
-    learner = Learner(RegistrationModel(model), run).to(device)
-    optimizer = learner.optimizer(run)
-    preprocessing = dataclasses.replace(config.preprocessing, steps=run.steps)
-    loader = PairLoader(preprocessing, learner.network.multiple_of, run.centered)
-    validation = validation_pairs(dataset, run, loader)
+    out = begin(out, dataset, job)
+    return Trainer(SoftActorCritic(dataset, config, torch.device(device)), out, job).run()
 
-    def pair_of(iteration: int) -> PreparedPair:
-        return loader(training_pair(cases, dataset.pairing, generator_for(run.seed, "pairs", iteration)))
 
-    outcome = train(
-        learner,
-        optimizer,
-        run,
-        Episodes(learner, optimizer, run, device),
-        pair_of,
-        lambda job: validate(learner.network, validation, run.steps, device, job),
-        out,
-        json.dumps(to_dict(config) | {"cases": [str(case.image) for case in cases]}, sort_keys=True),
-        score=lambda figures: figures.get("dice", 0.0),
-        job=job,
-    )
-    card = Card(
-        title=config.title or f"SPAC on {dataset.about.get('name', dataset.path.name)}",
-        preprocessing=preprocessing,
-        provenance={
-            "stage": "soft actor-critic",
-            "data": dataset.about | {"file": dataset.path.name},
-            "cases": len(cases),
-            "settings": to_dict(config),
-            "best_iteration": int(outcome.memory.get("best/iteration", run.iterations)),
-            "seconds": round(outcome.seconds),
-            "date": time.strftime("%Y-%m-%d"),
-            "software": software(),
-        },
-        results={"validation": outcome.figures, "definitions": VALIDATION_DEFINITIONS},
-        licence=config.licence,
-    )
-    save(out, learner.network, card)
-    state_file(out).unlink(missing_ok=True)
-    job.report("write", 1.0, f"Wrote {out}")
-    return out
+class SoftActorCritic(Task[PreparedPair]):
+    """One episode an iteration: registers a pair with drawn plans, keeps the transitions and learns from them."""
+
+    config: SACConfig
+    run: SACRun
+    memory: SACMemory
+    trained: Learner
+
+    def __init__(self, dataset: Dataset, config: SACConfig, device: torch.device) -> None:
+        run = config.training
+        cases = training_cases(dataset, "this training", run.reward == "dice", run.labels)
+        torch.manual_seed(run.seed)
+        network = RegistrationModel(ModelSettings("spac", to_dict(config.network), PolicySettings(mean="linear")))
+        super().__init__(dataset, config, network, dataclasses.replace(config.preprocessing, steps=run.steps), device)
+        self.cases = cases
+        self.memory = SACMemory()
+        self.origin = {"cases": [str(case.image) for case in cases]}
+        self.transitions: deque[Transition] = deque(maxlen=run.buffer)
+        self.episodes = 0
+
+    def learner(self) -> tuple[Learner, torch.optim.Adam]:
+        """Return the network with its critics, and one Adam for all."""
+        learner = Learner(self.network, self.run).to(self.device)
+        return learner, learner.optimizer(self.run)
+
+    def batch(self, iteration: int) -> PreparedPair:
+        """Draw a pair."""
+        return self.pair(self.generator("pairs", iteration))
+
+    def update(self, iteration: int, batch: PreparedPair) -> dict[str, float]:
+        """Take one episode, with the updates that fall due in it."""
+        run, backbone = self.run, self.network.backbone
+        generator = self.generator("policy", iteration)
+        state = self._start(batch)
+        score = first = self._standing(state, state.moving)
+        before, losses, gained = backbone.pair(state.moving, state.fixed), [], 0.0
+        for _ in range(run.steps):
+            with torch.no_grad(), training_autocast(self.device):
+                plan = backbone.planner(before)
+                drawn = sample(plan, generator)
+                step = backbone.actor(drawn, plan.features).float().clamp(-run.max_step, run.max_step)
+            state = state.moved(fields.compose(state.total, fields.resize(step, state.fixed.shape[2:])))
+            moved = fields.warp(state.moving, state.total)
+            after, new = backbone.pair(moved, state.fixed), self._standing(state, moved)
+            done = new >= run.goal
+            reward = 100 * (new - score) + (run.bonus if done else 0.0)
+            keep = [before.half().cpu(), drawn.cpu(), reward, after.half().cpu(), float(done)]
+            self.transitions.append(Transition(*keep))
+            before, score, gained = after, new, gained + reward
+            losses += self._learn(generator)
+            if done:
+                break
+        self.episodes += 1
+        means = {name: [row[name] for row in losses if name in row] for row in losses for name in row}
+        figures = {name: sum(values) / len(values) for name, values in means.items()}
+        check_finite([*figures.values(), gained], iteration)
+        temperature = float(self.trained.log_temperature.detach().exp())
+        return figures | {"reward": gained, "score": score, "score_before": first, "temperature": temperature}
+
+    def card(self) -> Card:
+        """Return what the model file says of the training."""
+        return Card(
+            title=self.config.title or f"SPAC on {self.dataset.about.get('name', self.dataset.path.name)}",
+            preprocessing=self.preprocessing,
+            provenance=self.provenance("soft actor-critic", len(self.cases)),
+        )
+
+    def _start(self, pair: PreparedPair) -> State:
+        labels = [None if v is None else v.to(self.device) for v in (pair.fixed_labels, pair.moving_labels)]
+        zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=self.device)
+        state = State(pair.fixed.to(self.device), pair.moving.to(self.device), zero, *labels)
+        if self.run.reward == "dice":
+            state.labels = common_labels(pair.fixed_labels, pair.moving_labels).to(self.device)
+        return state
+
+    @torch.no_grad()
+    def _standing(self, state: State, moved: Tensor) -> float:
+        """Return where a pair stands: mean hard Dice, or LNCC."""
+        if self.run.reward == "lncc":
+            return -float(lncc(state.fixed, moved))
+        return float(state.dice(state.warped_classes(state.total)).mean())
+
+    def _learn(self, generator: torch.Generator) -> list[dict[str, float]]:
+        """Do an update, where one falls due; return its losses."""
+        run = self.run
+        self.memory.steps += 1
+        taken = self.memory.steps
+        if self.episodes < run.explore or taken % run.update_every or len(self.transitions) < run.batch:
+            return []
+        with_planner = taken // run.update_every % run.planner_every == 0
+        chosen = torch.randperm(len(self.transitions), generator=generator)[: run.batch].tolist()
+        batch = stack([self.transitions[n] for n in chosen], self.device)
+        return [update(self.trained, self.optimizer, batch, run, with_planner, generator)]

@@ -1,8 +1,8 @@
-"""Training: the loop that all runs share, and warm-up (METHOD.md, section B) on images or on synthetic pairs.
+"""Training: the one loop, and what a training must say to run in it.
 
-Every iteration is a pure function of (settings, seed, iteration, weights, optimiser, memory): a run that was killed at
-any moment and is resumed ends with the same weights as one that was not. Fine-tuning is
-:mod:`MorphSeekLib.training.finetuning`.
+A :class:`Task` (warm-up, fine-tuning, SPAC) gives the :class:`Trainer` batches, an update and a validation. Every
+iteration is a pure function of (settings, seed, iteration, weights, optimizer, the task's memory): a training that was
+killed at any moment and is resumed ends with the same weights as one that was not.
 """
 
 from __future__ import annotations
@@ -11,29 +11,23 @@ import dataclasses
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.datasets import Dataset, PairLoader, known_sizes, training_pair
-from ..data.synthesis import LabelMapSource, SynthesisSettings
-from ..io.files import write_atomically
+from ..data.datasets import Case, Dataset, PairLoader, PreparedPair, training_pair
 from ..measures.metrics import LABEL_DEFINITIONS, folding, label_figures, mean
-from ..measures.regularizers import diffusion, folding_penalty
-from ..measures.similarity import SIMILARITIES
-from ..networks.devices import network_autocast, place, training_autocast
-from ..networks.model_file import Card, load, not_finite, read_card, save, sha256, software
-from ..networks.policy import Latent, ModelSettings, RegistrationModel, kl_to_standard_normal, refine
+from ..networks.devices import network_autocast
+from ..networks.model_file import Card, not_finite, save, software
+from ..networks.policy import RegistrationModel, refine
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict
@@ -42,45 +36,18 @@ from ..space import fields
 from ..space.preprocessing import Preprocessing
 from .distributed import World
 from .rewards import landmark_errors
+from .run_state import Memory, load_state, save_state, state_file
 
 Stream = Literal["pairs", "policy", "layers"]
 """What random numbers are for: pairs and how they are changed, samples of a policy, layers that drop at random."""
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    """Weights of the warm-up loss, all per refinement step.
-
-    Attributes:
-        similarity: "lncc", "mse" or "mind".
-        similarity_weight: 0 for synthetic pairs whose contrasts differ.
-        regularization: lambda_reg of the diffusion regulariser, on the accumulated displacement in voxels.
-        folding: weight of the differentiable folding penalty mean(relu(0.05 - det J)).
-        kl: beta, of the mean KL to N(0, I).
-        dice: weight of 1 - soft Dice; needs labels (synthetic pairs have them).
-        features: weight of :func:`feature_loss`, which makes a backbone's learned features those of the labels;
-            fine-tuning only.
-    """
-
-    similarity: str = "lncc"
-    similarity_weight: float = 1.0
-    regularization: float = 1.0
-    folding: float = 0.0
-    kl: float = 1e-3
-    dice: float = 0.0
-    features: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(f"similarity is '{self.similarity}'; it must be one of {', '.join(SIMILARITIES)}")
-
-
-@dataclass(frozen=True)
-class WarmupSettings:
+class RunSettings:
     """The run.
 
     Attributes:
-        iterations: optimiser steps, one pair each.
+        iterations: optimizer steps, one pair each.
         learning_rate: of Adam, falling to a hundredth along a half cosine.
         steps: refinement steps T in training; each is detached from the one before.
         seed: of everything random.
@@ -101,375 +68,260 @@ class WarmupSettings:
     gradient_clip: float = 1.0
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """A whole settings file.
+class Config(Protocol):
+    """What the settings file of every training holds."""
+
+    @property
+    def title(self) -> str:
+        """For the card."""
+
+    @property
+    def licence(self) -> str:
+        """For the card."""
+
+    @property
+    def training(self) -> RunSettings:
+        """The run."""
+
+
+B = TypeVar("B")
+
+
+class Task(ABC, Generic[B]):
+    """What one training does: its batches, its update, its validation, its card.
 
     Attributes:
-        title, licence: for the card.
-        synthesis: present when pairs are made from label maps.
+        dataset, config: what it trains on, and its settings.
+        run: ``config.training``.
+        network: what the model file will hold; on the device.
+        preprocessing: for the card, and of the pairs.
+        device, world: where it runs, and the processes that share the work.
+        loader: prepares pairs; one for training and validation, so that a run keeps one set of cases in memory.
+        validation: functions that prepare this process's pairs of the split registration_val; none without one.
+        trained, optimizer: all that is trained and kept to resume from, and by what.
+        cases: what pairs are drawn from; set by the task.
+        memory: the numbers that must survive a kill.
+        origin: what beside the settings the training depends on; a state of others is refused.
+        keeps_best: whether the weights with the best :meth:`score` are kept; else the last ones are.
     """
 
-    title: str = ""
-    licence: str = ""
-    model: ModelSettings = field(default_factory=ModelSettings)
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    loss: LossSettings = field(default_factory=LossSettings)
-    training: WarmupSettings = field(default_factory=WarmupSettings)
-    synthesis: SynthesisSettings | None = None
-
-
-@dataclass
-class Batch:
-    """What an iteration trains on.
-
-    Attributes:
-        fixed, moving: (1, 1, i, j, k), what the network sees.
-        fixed_target, moving_target: (1, 1, i, j, k), what their similarity is measured on; None: the images themselves.
-        fixed_labels, moving_labels: shares (1, structures, i/b, j/b, k/b) of structures in blocks of b voxels, or None.
-        structures: (structures,) their label values; None for synthetic pairs.
-    """
-
-    fixed: Tensor
-    moving: Tensor
-    fixed_target: Tensor | None = None
-    moving_target: Tensor | None = None
-    fixed_labels: Tensor | None = None
-    moving_labels: Tensor | None = None
-    structures: Tensor | None = None
-
-
-def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Mean over structures of 2 sum(ab) / (sum(a^2) + sum(b^2)); (batch, structures, i, j, k) shares -> scalar."""
-    together = (fixed * warped).sum(dim=(2, 3, 4))
-    apart = fixed.square().sum(dim=(2, 3, 4)) + warped.square().sum(dim=(2, 3, 4))
-    return ((2 * together + epsilon) / (apart + epsilon)).mean()
-
-
-def feature_loss(learned: Tensor, shares: Tensor, structures: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Cross-entropy + (1 - soft Dice) of class-like features against the shares of structures.
-
-    Args:
-        learned: (batch, features, i, j, k), sum 1; feature c stands for label c, all that no structure claims for the
-            background.
-        shares: (batch, structures, i, j, k) of the structures in each voxel.
-        structures: (structures,) label values.
-    """
-    found = learned.float().index_select(1, structures)
-    rest, nothing = (1 - t.sum(dim=1, keepdim=True) for t in (found, shares))
-    entropy = -(nothing * (rest + epsilon).log() + (shares * (found + epsilon).log()).sum(dim=1, keepdim=True)).mean()
-    return entropy + 1 - soft_dice(shares, found)
-
-
-class Step(NamedTuple):
-    """One refinement step on the graph.
-
-    Attributes:
-        latent: the encoder's Gaussian.
-        field: what its mean decodes to.
-        total: the new accumulated displacement; ``outer`` the one before (detached).
-        learned: features of the moved and the fixed image, where the backbone learns some.
-    """
-
-    latent: Latent
-    field: Tensor
-    total: Tensor
-    outer: Tensor
-    learned: tuple[Tensor, Tensor] | None = None
-
-
-def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
-    """Encode the pair as it stands after ``outer`` (1, 3, i, j, k; detached), decode the mean, compose."""
-    moved = fields.warp(batch.moving, outer)
-    with training_autocast(outer.device, outer.shape[2] // model.multiple_of):
-        latent = model.encode(moved, batch.fixed)
-        field = model.field(latent, latent.mu).float()
-    total = fields.compose(outer, model.displacement(field))
-    learned = model.backbone.learned(latent.skips) if hasattr(model.backbone, "learned") else None
-    return Step(latent, field, total, outer, learned)
-
-
-def warmup_loss(
-    step: Step, batch: Batch, weights: LossSettings, kl_weight: float | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_warm of one refinement step (METHOD.md, section B), with soft Dice where labels and a weight are there.
-
-    Args:
-        kl_weight: beta, where a controller rules it; else ``weights.kl``.
-
-    Returns:
-        the loss, and the terms by name (detached, still on the device).
-    """
-    total = step.total
-    terms = {"kl": kl_to_standard_normal(step.latent), "diffusion": diffusion(total)}
-    loss = (weights.kl if kl_weight is None else kl_weight) * terms["kl"] + weights.regularization * terms["diffusion"]
-    if weights.similarity_weight > 0:
-        target, source = batch.fixed_target, batch.moving_target
-        target, source = (batch.fixed, batch.moving) if target is None else (target, source)
-        terms["similarity"] = SIMILARITIES[weights.similarity](target, fields.warp(source, total))
-        loss = loss + weights.similarity_weight * terms["similarity"]
-    if weights.folding > 0:
-        terms["folding_penalty"] = folding_penalty(total)
-        loss = loss + weights.folding * terms["folding_penalty"]
-    if weights.dice > 0 and batch.fixed_labels is not None:
-        # labels may come in blocks of voxels: the block's mean displacement, in blocks
-        block = total.shape[2] // batch.fixed_labels.shape[2]
-        coarse = F.avg_pool3d(total, block) / block if block > 1 else total
-        terms["soft_dice"] = soft_dice(batch.fixed_labels, fields.warp(batch.moving_labels, coarse))
-        loss = loss + weights.dice * (1 - terms["soft_dice"])
-    if weights.features > 0 and step.learned is not None and batch.structures is not None:
-        shares = fields.warp(batch.moving_labels, step.outer), batch.fixed_labels
-        terms["features"] = sum(
-            feature_loss(found, F.avg_pool3d(share, share.shape[2] // found.shape[2]), batch.structures)
-            for found, share in zip(step.learned, shares, strict=True)
-        )
-        loss = loss + weights.features * terms["features"]
-    return loss, {name: value.detach() for name, value in terms.items()}
-
-
-def warmup(
-    dataset: Dataset,
-    config: TrainingConfig,
-    out: Path | str,
-    *,
-    device: torch.device | str = "cpu",
-    init: Path | str | None = None,
-    job: Job = SILENT,
-) -> Path:
-    """Train from scratch or from a checkpoint, or go on where a killed run of the same settings stood.
-
-    While training, ``out.state`` (weights and optimiser, to resume from) and ``out.log`` (TensorBoard) lie beside
-    ``out``; the state goes when the run is done. A cancelled run keeps it.
-
-    Args:
-        dataset: cases of the split "training"; pairs of the split "registration_val" are validated on.
-        config: the settings.
-        out: the checkpoint to write.
-        device: where to train.
-        init: a checkpoint of the same model whose weights to start from.
-        job: told of every iteration, and asked before it.
-
-    Raises:
-        MorphSeekError: unusable data, settings or ``out``, a state of other settings, or a loss that is not a number.
-        Cancelled: the person stopped it; the state is saved.
-    """
-    out = Path(out)
-    check_output_file(out, ".safetensors", [dataset.path, init])
-    run, device = config.training, torch.device(device)
-    job.report("read", 0.0, "Reading the training cases")
-    torch.manual_seed(run.seed)
-    model = place(RegistrationModel(config.model), device)
-    if init is not None:
-        _start_from(init, model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate)
-    loader = PairLoader(config.preprocessing, model.multiple_of, run.centered)
-    batch_of = _batches(dataset, config, loader)
-    validation = validation_pairs(dataset, run, loader)
-    start = {"init": sha256(init) if init is not None else None}
-    outcome = train(
-        model,
-        optimizer,
-        run,
-        lambda iteration, batch, memory: _iterate(model, optimizer, to_device(batch, device), config, iteration),
-        batch_of,
-        lambda job: validate(model, validation, run.steps, device, job),
-        out,
-        json.dumps(to_dict(config) | start, sort_keys=True),
-        job=job,
-    )
-    card = Card(
-        title=config.title or f"{config.model.backbone} warm-up on {dataset.about.get('name', dataset.path.name)}",
-        model=config.model,
-        preprocessing=dataclasses.replace(
-            config.preprocessing,
-            steps=run.steps,
-            knows=known_sizes(
-                dataset.split("training", "cases"), None if config.synthesis is None else config.synthesis.anatomy
-            ),
-        ),
-        provenance={
-            "stage": "warm-up",
-            "data": dataset.about | {"file": dataset.path.name},
-            "cases": len(dataset.cases.get("training", [])),
-            "synthetic": config.synthesis is not None,
-            "init": read_card(init).provenance | start if init is not None else None,
-            "settings": to_dict(config),
-            "seconds": round(outcome.seconds),
-            "date": time.strftime("%Y-%m-%d"),
-            "software": software(),
-        },
-        results={"validation": outcome.figures, "definitions": VALIDATION_DEFINITIONS},
-        licence=config.licence,
-    )
-    save(out, model, card)
-    state_file(out).unlink(missing_ok=True)
-    job.report("write", 1.0, f"Wrote {out}")
-    return out
-
-
-@dataclass
-class Outcome:
-    """What :func:`train` ends with: the figures of the kept weights, seconds spent, the run's memory."""
-
-    figures: dict[str, float]
-    seconds: float
-    memory: dict[str, float]
-
-
-@dataclass
-class Standing:
-    """Where a run stands: all that its coming iterations and its end depend on, beside weights and optimizer.
-
-    Attributes:
-        done: optimizer steps.
-        seconds: spent until the last state.
-        memory: numbers that must survive a kill.
-        best: the weights to keep, where a score chooses them.
-        figures: of the validation of the weights to keep.
-        owed: figures of the last iteration while its validation is not finished; None once it is.
-    """
-
-    done: int = 0
-    seconds: float = 0.0
-    memory: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    figures: dict[str, float] = field(default_factory=dict)
-    owed: dict[str, float] | None = None
-
-
-def train(
-    model: RegistrationModel,
-    optimizer: torch.optim.Adam,
-    run: WarmupSettings,
-    iterate: Callable[[int, Any, dict[str, float]], dict[str, float]],
-    batch_of: Callable[[int], Any],
-    validate: Callable[[Callable[[], None]], dict[str, float]],
-    out: Path,
-    fingerprint: str,
-    *,
-    score: Callable[[dict[str, float]], float] | None = None,
-    world: World | None = None,
-    job: Job = SILENT,
-) -> Outcome:
-    """The loop that every training shares: progress, curves, validation, states to resume from, the best weights.
-
-    Beside ``out`` it keeps ``out.state`` (weights, optimiser, memory), ``out.log`` (TensorBoard) and ``out.jsonl`` (the
-    same figures, a line per iteration). The caller removes the state once it has written the checkpoint.
-
-    Args:
-        iterate: (iteration, batch, memory) -> figures; does the optimiser step. ``memory`` holds numbers that must
-            survive a kill, such as a controller's weight.
-        batch_of: iteration -> batch, a pure function; the next one is made while this one trains.
-        validate: figures of the model as it stands; it is given a function to call often.
-        fingerprint: of all settings; a state of others is refused.
-        score: figures -> how good; the model ends with the best weights. None: with the last.
-        world: the processes that share the work, of which the first writes files; alone by default.
-
-    Raises:
-        MorphSeekError: a state of other settings, or weights that are no numbers any more.
-        Cancelled: the person stopped it; the state is saved.
-    """
-    world = world or World()
-    training = _Training(model, optimizer, run, validate, out, fingerprint, score, world, job)
-    at = training.at
-    try:
-        if at.owed is not None:
-            training.conclude(at.owed)
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(batch_of, min(at.done, run.iterations - 1))
-            while at.done < run.iterations:
-                with world.together():
-                    job.check()
-                    batch = coming.result()
-                coming = ahead.submit(batch_of, min(at.done + 1, run.iterations - 1))
-                torch.manual_seed(seed_for(run.seed, "layers", at.done))  # layers that drop at random draw from there
-                at.owed = iterate(at.done, batch, at.memory)
-                at.done += 1
-                training.conclude(at.owed)
-    except Cancelled:
-        training.keep_state()
-        raise
-    finally:
-        training.close()
-    if at.best:
-        model.load_state_dict(at.best)
-    return Outcome(at.figures, training.seconds(), at.memory)
-
-
-class _Training:
-    """What :func:`train` does around its iterations: validate, keep the best, write curves and states, tell."""
+    keeps_best = True
+    cases: list[Case]
 
     def __init__(
         self,
-        model: RegistrationModel,
-        optimizer: torch.optim.Adam,
-        run: WarmupSettings,
-        validate: Callable[[Callable[[], None]], dict[str, float]],
-        out: Path,
-        fingerprint: str,
-        score: Callable[[dict[str, float]], float] | None,
-        world: World,
-        job: Job,
+        dataset: Dataset,
+        config: Config,
+        network: RegistrationModel,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        world: World | None = None,
     ) -> None:
-        self._model, self._optimizer, self._run, self._validate = model, optimizer, run, validate
-        self._state, self._fingerprint, self._score = state_file(out), fingerprint, score
-        self._world, self._job = world, job
-        self.at = _resume(self._state, fingerprint, model, optimizer)
-        self._log = _Log(out, self.at.done - (self.at.owed is not None)) if world.rank == 0 else None
-        self._started = time.monotonic() - self.at.seconds
+        self.dataset, self.config, self.run, self.network = dataset, config, config.training, network
+        self.preprocessing, self.device, self.world = preprocessing, device, world or World()
+        self.loader = PairLoader(preprocessing, network.multiple_of, self.run.centered)
+        pairs = dataset.pairs.get("registration_val", [])[: self.run.validation_pairs]
+        self.validation: list[Callable[[], PreparedPair]] = [
+            lambda pair=pair: self.loader(pair) for pair in pairs[self.world.rank :: self.world.size]
+        ]
+        self.trained, self.optimizer = self.learner()
+        self.memory = Memory()
+        self.origin: dict[str, Any] = {}
 
-    def seconds(self) -> float:
-        """Spent on the run, by all processes that it was resumed in."""
-        return time.monotonic() - self._started
+    def learner(self) -> tuple[nn.Module, torch.optim.Adam]:
+        """Return all that is trained, and its optimizer."""
+        return self.network, torch.optim.Adam(self.network.parameters(), lr=self.run.learning_rate)
 
-    def conclude(self, metrics: dict[str, float]) -> None:
-        """End an iteration: validate where that is due, log, tell, save. Cancelled in its validation, it can be done
-        again by a resumed run."""
-        at, run = self.at, self._run
-        last = at.done == run.iterations
-        if at.done % run.validate_every == 0 or last:
-            metrics = metrics | {f"validation/{k}": v for k, v in self._look().items()}
-        at.owed = None
-        if self._log is not None:
-            self._log.write(at.done, metrics)
-        left = _clock(self.seconds() / at.done * (run.iterations - at.done))
-        message = f"Iteration {at.done} of {run.iterations}, {left} left"
-        self._job.report("train", at.done / run.iterations, message, at.done, run.iterations, **metrics)
-        if at.done % run.save_every == 0 and not last:
-            with self._world.together():
-                self.keep_state()
+    @abstractmethod
+    def batch(self, iteration: int) -> B:
+        """Return what an iteration trains on: a pure function; called ahead, in a thread of its own."""
 
-    def _look(self) -> dict[str, float]:
-        """Validate the model; its figures. The best weights are kept."""
-        at = self.at
-        _check_weights(self._model, at.done)
-        self._model.eval()
+    @abstractmethod
+    def update(self, iteration: int, batch: B) -> dict[str, float]:
+        """Train on a batch; return the figures for the curves."""
+
+    def validate(self, job: Job) -> dict[str, float]:
+        """Return the figures of the network as it stands, on this process's validation pairs."""
+        return validate(self.network, self.validation, self.run.steps, self.device, job)
+
+    def score(self, figures: dict[str, float]) -> float:
+        """Return how good a validation is."""
+        return figures.get("dice", 0.0)
+
+    @abstractmethod
+    def card(self) -> Card:
+        """Return what the model file says of the training; the trainer adds results, time and software."""
+
+    def provenance(self, stage: str, cases: int, **more: Any) -> dict[str, Any]:
+        """Return a card's provenance, as far as it is known before the training."""
+        about = self.dataset.about | {"file": self.dataset.path.name}
+        return {"stage": stage, "data": about, "cases": cases, **more, "settings": to_dict(self.config)}
+
+    def generator(self, stream: Stream, number: int) -> torch.Generator:
+        """Return the random numbers of an iteration, a pair or an episode."""
+        return torch.Generator().manual_seed(seed_for(self.run.seed, stream, number))
+
+    def pair(self, generator: torch.Generator) -> PreparedPair:
+        """Draw a training pair."""
+        return self.loader(training_pair(self.cases, self.dataset.pairing, generator))
+
+
+def begin(out: Path | str, dataset: Dataset, job: Job, init: Path | str | None = None) -> Path:
+    """Check where a training will write before any work, and tell that it begins.
+
+    Raises:
+        MorphSeekError: ``out`` cannot be written, or is what the training reads.
+    """
+    out = Path(out)
+    check_output_file(out, ".safetensors", [dataset.path, init])
+    job.report("read", 0.0, "Reading the training cases")
+    return out
+
+
+def training_cases(dataset: Dataset, name: str, labeled: bool = False, most: int | None = None) -> list[Case]:
+    """Return the cases of the split "training".
+
+    Args:
+        dataset: whose.
+        name: of the training, for the refusal.
+        labeled: only those with labels.
+        most: only the first so many; None for all.
+
+    Raises:
+        MorphSeekError: fewer than two.
+    """
+    cases = [case for case in dataset.split("training", "cases") if case.label is not None or not labeled][:most]
+    if len(cases) < 2:
+        what = "labelled training cases" if labeled else "training cases"
+        raise MorphSeekError(f"{dataset.path} offers {len(cases)} {what}; {name} needs at least two.")
+    return cases
+
+
+class Trainer:
+    """Runs a task to its end, or goes on where a killed run of the same settings stood.
+
+    While training, it keeps beside ``out``: ``out.state`` (to resume from; removed once the model is written),
+    ``out.log`` (TensorBoard) and ``out.jsonl`` (the same figures, a line an iteration). A cancelled run keeps its
+    state.
+    """
+
+    def __init__(self, task: Task[Any], out: Path, job: Job = SILENT) -> None:
+        self.task, self.out, self.job, self.world = task, out, job, task.world
+        self._fingerprint = json.dumps(to_dict(task.config) | task.origin, sort_keys=True)
+        saved = load_state(state_file(out), self._fingerprint, task.memory, task.trained, task.optimizer)
+        self.state, task.memory = saved
+        self._started = time.monotonic() - self.state.seconds
+        self._log: Curves | None = None
+
+    def run(self) -> Path:
+        """Train, and write the model; return its path.
+
+        Raises:
+            MorphSeekError: weights that are no numbers any more, or what the task refuses.
+            Cancelled: the user stopped it; the state is saved.
+        """
+        if self.world.rank == 0:
+            self._log = Curves(self.out, self.state.done - (self.state.owed is not None))
         try:
-            found = self._validate(self._job)
+            self._iterate()
+        except Cancelled:
+            self._keep_state()
+            raise
         finally:
-            self._model.train()
-        if self._score is None or not found:
-            at.figures = found
-        elif "score" not in at.memory or self._score(found) > at.memory["score"]:
-            at.figures = found
-            at.memory |= {"score": self._score(found), "best/iteration": at.done}
-            at.best = {k: v.detach().cpu().clone() for k, v in self._model.state_dict().items()}
+            if self._log is not None:
+                self._log.close()
+        if self.state.best:
+            self.task.trained.load_state_dict(self.state.best)
+        with self.world.together():
+            if self.world.rank == 0:
+                save(self.out, self.task.network, self._card())
+                state_file(self.out).unlink(missing_ok=True)
+        self.job.report("write", 1.0, f"Wrote {self.out}")
+        return self.out
+
+    def _iterate(self) -> None:
+        """Do all iterations that are not done; the next one's batch is made while this one trains."""
+        task, state, last = self.task, self.state, self.task.run.iterations - 1
+        if state.owed is not None:
+            self._conclude(state.owed)
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(task.batch, min(state.done, last))
+            while state.done <= last:
+                with self.world.together():
+                    self.job.check()
+                    batch = coming.result()
+                coming = ahead.submit(task.batch, min(state.done + 1, last))
+                # layers that drop at random draw from there
+                torch.manual_seed(seed_for(task.run.seed, "layers", state.done))
+                state.owed = task.update(state.done, batch)
+                state.done += 1
+                self._conclude(state.owed)
+
+    def _conclude(self, metrics: dict[str, float]) -> None:
+        """End an iteration: validate where that is due, log, tell, save.
+
+        Cancelled in its validation, it can be done again by a resumed run.
+        """
+        state, run = self.state, self.task.run
+        last = state.done == run.iterations
+        if state.done % run.validate_every == 0 or last:
+            metrics = metrics | {f"validation/{k}": v for k, v in self._validate().items()}
+        state.owed = None
+        if self._log is not None:
+            self._log.write(state.done, metrics)
+        left = _clock(self._seconds() / state.done * (run.iterations - state.done))
+        message = f"Iteration {state.done} of {run.iterations}, {left} left"
+        self.job.report("train", state.done / run.iterations, message, state.done, run.iterations, **metrics)
+        if state.done % run.save_every == 0 and not last:
+            with self.world.together():
+                self._keep_state()
+
+    def _validate(self) -> dict[str, float]:
+        """Return the figures of the weights as they stand, over all processes' pairs; keep the best weights."""
+        task, state = self.task, self.state
+        _check_weights(task.trained, state.done)
+        task.trained.eval()
+        try:
+            with self.world.together():
+                found = task.validate(self.job)
+            found = self.world.mean_figures(found, len(task.validation))
+        finally:
+            task.trained.train()
+        if not (task.keeps_best and found):
+            state.figures = found
+        elif state.score is None or task.score(found) > state.score:
+            state.figures, state.score, state.best_iteration = found, task.score(found), state.done
+            state.best = {k: v.detach().cpu().clone() for k, v in task.trained.state_dict().items()}
         return found
 
-    def keep_state(self) -> None:
+    def _keep_state(self) -> None:
         """Write what a killed run needs to go on; one process does it for all."""
-        if self._world.rank == 0:
-            _check_weights(self._model, self.at.done)
-            self.at.seconds = self.seconds()
-            _save_state(self._state, self._fingerprint, self._model, self._optimizer, self.at)
+        if self.world.rank == 0:
+            task = self.task
+            _check_weights(task.trained, self.state.done)
+            self.state.seconds = self._seconds()
+            where = state_file(self.out)
+            save_state(where, self._fingerprint, self.state, task.memory, task.trained, task.optimizer)
 
-    def close(self) -> None:
-        """Close the curves."""
-        if self._log is not None:
-            self._log.close()
+    def _card(self) -> Card:
+        """Return the task's card with what the training came to."""
+        card, state = self.task.card(), self.state
+        best = {"best_iteration": state.best_iteration or self.task.run.iterations} if self.task.keeps_best else {}
+        spent = {"seconds": round(self._seconds()), "date": time.strftime("%Y-%m-%d"), "software": software()}
+        definitions = VALIDATION_DEFINITIONS | card.results.get("definitions", {})
+        return dataclasses.replace(
+            card,
+            provenance=card.provenance | best | spent,
+            results={"validation": state.figures, "definitions": definitions},
+            licence=self.task.config.licence or card.licence,
+        )
+
+    def _seconds(self) -> float:
+        """Return the time spent on the run, by all processes that it was resumed in."""
+        return time.monotonic() - self._started
 
 
-def _check_weights(model: RegistrationModel, done: int) -> None:
+def _check_weights(model: nn.Module, done: int) -> None:
     """Refuse to validate or keep weights that are no numbers any more.
 
     Raises:
@@ -482,12 +334,7 @@ def _check_weights(model: RegistrationModel, done: int) -> None:
         )
 
 
-def state_file(out: Path) -> Path:
-    """Where an unfinished run of a checkpoint keeps what it needs to go on."""
-    return out.with_name(out.name + ".state")
-
-
-class _Log:
+class Curves:
     """Curves for TensorBoard, and the same figures as JSON lines; what a killed run logged beyond its state is cut."""
 
     def __init__(self, out: Path, written: int) -> None:
@@ -569,31 +416,7 @@ def validate(
     return {name: value for name, value in means.items() if value is not None}
 
 
-def _iterate(
-    model: RegistrationModel, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainingConfig, iteration: int
-) -> dict[str, float]:
-    """One optimiser step over all refinement steps of one pair."""
-    run = config.training
-    rate = set_learning_rate(optimizer, run, iteration)
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros(1, 3, *batch.fixed.shape[2:], device=batch.fixed.device)
-    loss_sum = torch.zeros((), device=batch.fixed.device)
-    for _ in range(run.steps):
-        step = advance(model, batch, total.detach())
-        loss, terms = warmup_loss(step, batch, config.loss)
-        total = step.total
-        (loss / run.steps).backward()
-        loss_sum += loss.detach() / run.steps
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.gradient_clip)
-    # one transfer for all figures, after the work has been queued
-    names = ["loss", "gradient_norm", *terms]
-    values = torch.stack([loss_sum, norm, *terms.values()]).float().cpu().tolist()
-    check_finite(values[:2], iteration)
-    optimizer.step()
-    return dict(zip(names, values, strict=True)) | {"learning_rate": rate}
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, run: WarmupSettings, iteration: int) -> float:
+def set_learning_rate(optimizer: torch.optim.Optimizer, run: RunSettings, iteration: int) -> float:
     """From the settings' rate to a hundredth of it along half a cosine."""
     rate = run.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * iteration / run.iterations)))
     for group in optimizer.param_groups:
@@ -614,60 +437,6 @@ def check_finite(values: list[float], iteration: int) -> None:
         )
 
 
-def _batches(dataset: Dataset, config: TrainingConfig, loader: PairLoader) -> Callable[[int], Batch]:
-    """Iteration -> its batch, a pure function of the seed and the iteration."""
-    seed = config.training.seed
-    cases = dataset.split("training", "cases")
-    if config.synthesis is not None:
-        source = LabelMapSource([_needed(case.label, case) for case in cases], config.preprocessing, config.synthesis)
-
-        def synthetic(iteration: int) -> Batch:
-            pair = source.pair(generator_for(seed, "pairs", iteration))
-            return Batch(**vars(pair))
-
-        return synthetic
-    if len(cases) < 2:
-        raise MorphSeekError(f"{dataset.path} has {len(cases)} training case; warm-up needs at least two.")
-    if config.loss.dice > 0 or config.loss.features > 0:
-        raise MorphSeekError(
-            "Warm-up from images is unsupervised; set loss.dice and loss.features to 0, or fine-tune with labels."
-        )
-
-    def real(iteration: int) -> Batch:
-        pair = loader(training_pair(cases, dataset.pairing, generator_for(seed, "pairs", iteration)))
-        return Batch(pair.fixed, pair.moving)
-
-    return real
-
-
-def validation_pairs(dataset: Dataset, run: WarmupSettings, loader: PairLoader) -> list[Callable[[], Any]]:
-    """Functions that prepare the pairs of the split registration_val; synthetic runs without one use none.
-
-    The training's own loader prepares them, so that a run keeps one set of cases in memory.
-    """
-    pairs = dataset.pairs.get("registration_val", [])[: run.validation_pairs]
-    return [lambda pair=pair: loader(pair) for pair in pairs]
-
-
-def _start_from(init: Path | str, model: RegistrationModel) -> None:
-    """Take over a checkpoint's weights."""
-    source, card = load(init)
-    if card.model != model.settings:
-        raise MorphSeekError(f"{Path(init).name} holds another model than the settings ask for; use its own settings.")
-    model.load_state_dict(source.state_dict())
-
-
-def _needed(path: Path | None, case: Any) -> Path:
-    if path is None:
-        raise MorphSeekError(f"{case.image} has no label map; synthesis needs one for every training case.")
-    return path
-
-
-def generator_for(seed: int, stream: Stream, iteration: int) -> torch.Generator:
-    """The randomness of one iteration."""
-    return torch.Generator().manual_seed(seed_for(seed, stream, iteration))
-
-
 def seed_for(seed: int, stream: Stream, iteration: int) -> int:
     """Return a number for a run's seed, a stream and an iteration that has nothing to do with those of others.
 
@@ -678,59 +447,7 @@ def seed_for(seed: int, stream: Stream, iteration: int) -> int:
     return int(np.random.SeedSequence(seed % 2**63, spawn_key=key).generate_state(1, np.uint32)[0])
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, without waiting for the copies."""
-    values = (getattr(batch, f.name) for f in dataclasses.fields(Batch))
-    return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in values))
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-
-
-_STATE_FORMAT = "2"  # streams of random numbers and what is owed, as they are since then
-
-
-def _save_state(
-    path: Path, fingerprint: str, model: RegistrationModel, optimizer: torch.optim.Adam, at: Standing
-) -> None:
-    """Everything that the iterations after ``at.done`` depend on."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in at.best.items()}
-    for name, parameter in model.named_parameters():
-        tensors |= {f"adam.{k}.{name}": v for k, v in optimizer.state[parameter].items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    standing = {f.name: getattr(at, f.name) for f in dataclasses.fields(Standing) if f.name != "best"}
-    metadata = {"format": _STATE_FORMAT, "settings": fingerprint, "standing": json.dumps(standing)}
-    write_atomically(path, serialize(tensors, metadata))
-
-
-def _resume(path: Path, fingerprint: str, model: RegistrationModel, optimizer: torch.optim.Adam) -> Standing:
-    """Load a state if there is one, into model and optimizer too.
-
-    Raises:
-        MorphSeekError: a damaged state, or one of other settings or another version.
-    """
-    if not path.is_file():
-        return Standing()
-    advice = f"remove {path} to start again, or choose another --out"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("settings") != fingerprint:
-                raise MorphSeekError(f"{path.name} belongs to a run with other settings; {advice}.")
-            if metadata.get("format") != _STATE_FORMAT:
-                raise MorphSeekError(f"{path.name} was written by another version of MorphSeek; {advice}.")
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise MorphSeekError(f"{path.name} cannot be read ({error}); {advice}.") from error
-    model.load_state_dict({k: stored[f"model.{k}"] for k in model.state_dict()})
-    moments = {}
-    for index, (name, parameter) in enumerate(model.named_parameters()):
-        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in stored]
-        if keys:  # a parameter that no loss has reached yet has no moments
-            moments[index] = {k: stored[f"adam.{k}.{name}"].to(parameter.device) for k in keys}
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    best = {k.removeprefix("best."): v for k, v in stored.items() if k.startswith("best.")}
-    return Standing(**json.loads(metadata["standing"]), best=best)

@@ -25,16 +25,10 @@ from MorphSeekLib.networks.model_file import load, software
 from MorphSeekLib.networks.policy import Latent, RegistrationModel
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FinetuneConfig, prepare
-from MorphSeekLib.training.grpo import (
-    Gaussian,
-    PolicyGradientSettings,
-    policy_at,
-    policy_loss,
-    sample_and_score,
-    steps_of,
-)
+from MorphSeekLib.training.grpo import advantages, policy_loss, sample_group
+from MorphSeekLib.training.losses import Batch, soft_dice
+from MorphSeekLib.training.policies import Gaussian, PolicyGradientSettings, log_likelihood, make_policy
 from MorphSeekLib.training.rewards import RewardSettings, State
-from MorphSeekLib.training.trainer import Batch, soft_dice
 
 BASE = PolicyGradientSettings(antithetic=True, scale="none", s="1", chunk=4)
 FIELD = dataclasses.replace(BASE, place="field")
@@ -73,18 +67,16 @@ def gradients(
         field = model.field(latent, latent.mu)
         total = fields.compose(state.total, model.displacement(field))
         generator = torch.Generator().manual_seed(seed)
-        group = sample_and_score(
-            model, latent, field, total, state, settings, RewardSettings({"dice": 1.0}), generator=generator
-        )
+        policy = make_policy(model, latent, field, settings)
+        group = sample_group(policy, state, total, RewardSettings({"dice": 1.0}), generator)
         if shuffled:
             order = torch.arange(len(group.rewards)).roll(1)
             group = group._replace(rewards=group.rewards[order], cells=[c[order] for c in group.cells])
-        still = policy_at(latent, field, settings)
-    policy = [Gaussian(part.mu.clone().requires_grad_(), part.log_sigma) for part in still]
-    policy_loss(policy, group, settings).backward()
-    learned = torch.cat([part.mu.grad.flatten() for part in policy])
-    means = [part.mu.clone().requires_grad_() for part in still]
-    total = fields.compose(state.total, steps_of(model, latent, field, still, means, settings))
+    parts = [Gaussian(part.mu.clone().requires_grad_(), part.log_sigma) for part in policy.parts]
+    policy_loss(advantages(group, settings), log_likelihood(parts, group.samples, settings)).backward()
+    learned = torch.cat([part.mu.grad.flatten() for part in parts])
+    means = [part.mu.clone().requires_grad_() for part in policy.parts]
+    total = fields.compose(state.total, policy.displacements(means))
     (1 - soft_dice(batch.fixed_labels, fields.warp(batch.moving_labels, total))).backward()
     return learned, torch.cat([m.grad.flatten() for m in means])
 

@@ -27,16 +27,10 @@ from MorphSeekLib.networks.devices import training_autocast
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel, draw
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FinetuneConfig
-from MorphSeekLib.training.grpo import (
-    Group,
-    PolicyGradientSettings,
-    expand_latent,
-    policy_at,
-    policy_loss,
-    sample_and_score,
-)
+from MorphSeekLib.training.grpo import Group, advantages, policy_loss, sample_group
+from MorphSeekLib.training.losses import Batch, advance, warmup_loss
+from MorphSeekLib.training.policies import PolicyGradientSettings, expand_latent, make_policy
 from MorphSeekLib.training.rewards import State, reward_map
-from MorphSeekLib.training.trainer import Batch, advance, warmup_loss
 
 MODEL = {"encoder": [16, 32, 64, 64], "decoder": [64, 64, 32], "extra": [32, 16], "norm": "instance", "flow_stride": 2}
 CONFIG = FinetuneConfig()
@@ -62,8 +56,9 @@ def flat(model: RegistrationModel, state: State, batch: Batch, policy: PolicyGra
         step = advance(model, batch, state.total)
         loss, _ = warmup_loss(step, batch, CONFIG.loss)
         generator = torch.Generator().manual_seed(0)
-        group = sample_and_score(model, step.latent, step.field, step.total, state, policy, CONFIG.reward, generator)
-        (loss + policy_loss(policy_at(step.latent, step.field, policy), group, policy)).backward()
+        acting = make_policy(model, step.latent, step.field, policy)
+        group = sample_group(acting, state, step.total, CONFIG.reward, generator)
+        (loss + policy_loss(advantages(group, policy), acting.log_likelihood(group.samples))).backward()
         state = state.moved(group.best)
 
 
@@ -72,9 +67,9 @@ def graph(model: RegistrationModel, state: State, batch: Batch, policy: PolicyGr
     for _ in range(steps):
         step = advance(model, batch, state.total)
         loss, _ = warmup_loss(step, batch, CONFIG.loss)
-        gaussians = policy_at(step.latent, step.field, policy)
+        acting = make_policy(model, step.latent, step.field, policy)
         generator = torch.Generator().manual_seed(0)
-        samples = draw(*gaussians[0], policy.tau, policy.trajectories, generator=generator).requires_grad_()
+        samples = draw(*acting.parts[0], policy.tau, policy.trajectories, generator=generator).requires_grad_()
         with training_autocast(samples.device):
             field = model.field(expand_latent(step.latent, len(samples)), samples)
         steps_j = model.displacement(field.float())
@@ -84,7 +79,8 @@ def graph(model: RegistrationModel, state: State, batch: Batch, policy: PolicyGr
         best = totals[rewards.argmax()][None].detach()
         group = Group([samples], rewards, [maps], best, rewards.mean(), [maps[:1]])
         # the decodes take part in the backward pass, with weight zero
-        (loss + policy_loss(gaussians, group, policy) + 0 * totals.mean()).backward()
+        gain = policy_loss(advantages(group, policy), acting.log_likelihood(group.samples))
+        (loss + gain + 0 * totals.mean()).backward()
         state = state.moved(group.best)
 
 

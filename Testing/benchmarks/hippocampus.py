@@ -41,8 +41,8 @@ from MorphSeekLib.networks.policy import refine
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FIELD_POLICY, FinetuneConfig, finetune
-from MorphSeekLib.training.grpo import PolicyGradientSettings
-from MorphSeekLib.training.trainer import TrainingConfig, warmup
+from MorphSeekLib.training.policies import PolicyGradientSettings
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -37,7 +37,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout need not be installed
 
-from MorphSeekLib.backbones import ARCHITECTURES
+from MorphSeekLib.backbones.architectures import ARCHITECTURES
 from MorphSeekLib.measures.regularizers import diffusion
 from MorphSeekLib.measures.similarity import lncc
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel

@@ -48,7 +48,7 @@ def official(name: str, shape: tuple[int, int, int], clones: Path) -> Official:
     """The official network of an architecture, with fresh weights.
 
     Args:
-        name: a key of MorphSeekLib.backbones.ARCHITECTURES.
+        name: a key of MorphSeekLib.backbones.architectures.ARCHITECTURES.
         shape: of the images, which these codes must know beforehand.
         clones: the folder that holds the clones.
     """

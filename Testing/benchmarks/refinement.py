@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from MorphSeekLib.benchmark.classical import greedy
-from MorphSeekLib.data.datasets import Pair, load_dataset
+from MorphSeekLib.data.datasets import Pair, PairLoader, load_dataset
 from MorphSeekLib.io.images import read_image, read_labels
 from MorphSeekLib.measures.metrics import dice_per_label, folding
 from MorphSeekLib.networks.loading import LoadedModel, load_model
@@ -34,7 +34,6 @@ from MorphSeekLib.registration.fit import best_of, objective
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Volume, jacobian_volume, resample
-from MorphSeekLib.training.trainer import PairLoader
 
 
 def figures(warped_labels: torch.Tensor, jacobian: torch.Tensor, labels: list[Volume], seconds: float) -> dict:

@@ -26,7 +26,7 @@ from lncc import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout need not be installed
 
-from MorphSeekLib.backbones import ARCHITECTURES
+from MorphSeekLib.backbones.architectures import ARCHITECTURES
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel
 from MorphSeekLib.protocol.settings import to_dict
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from cases import TINY
 
-from MorphSeekLib.backbones import ARCHITECTURES, BACKBONES, build_backbone
+from MorphSeekLib.backbones import BACKBONES, Backbone, build_backbone
+from MorphSeekLib.backbones.architectures import ARCHITECTURES
 from MorphSeekLib.backbones.voxelmorph import VXM1, VXM2, VoxelMorph, VoxelMorphSettings, from_official, structure_force
 from MorphSeekLib.networks.policy import GaussianHead, PolicySettings
 from MorphSeekLib.protocol.errors import MorphSeekError
@@ -116,7 +117,12 @@ def test_contract_at_half_resolution():
     keeps_the_contract(build_backbone("voxelmorph", {"flow_stride": 2, "decoder": [8] * 3, "extra": [8]}))
 
 
-def keeps_the_contract(network: torch.nn.Module) -> None:
+def test_contract_with_learned_features():
+    keeps_the_contract(build_backbone("voxelmorph", {"forces": 1, "features": 3}))
+
+
+def keeps_the_contract(network: Backbone) -> None:
+    assert type(network.settings) is network.settings_type
     shape = [network.multiple_of, 2 * network.multiple_of, network.multiple_of]
     moving, fixed = torch.rand(2, 1, 1, *shape)
     skips, top = network.encode(moving, fixed)
@@ -126,6 +132,25 @@ def keeps_the_contract(network: torch.nn.Module) -> None:
     assert field.dtype == torch.float32
     assert float(field.detach().abs().max()) < 0.1, "a fresh network starts near the identity"
     assert torch.equal(network.decode(skips, top), field), "no chance in the decoder"
+    learned = network.learned(skips)
+    assert network.learned_features == (0 if learned is None else learned[0].shape[1])
+
+
+def test_a_backbone_without_a_decoder_cannot_be_made():
+    class Half(Backbone):
+        def encode(self, moving, fixed):
+            return [moving], fixed
+
+    with pytest.raises(TypeError, match="decode"):
+        Half(None)
+
+
+def test_a_network_that_reads_both_images_together_has_no_features_of_one():
+    network = build_backbone("voxelmorph", TINY["voxelmorph"] | {"forces": 1, "features": 2})
+    image = torch.rand(1, 1, 8, 8, 8)
+    assert network.image_features(image) is None
+    with pytest.raises(NotImplementedError, match="VoxelMorph reads both images together"):
+        network.encode_with(image, [image])
 
 
 def test_half_resolution_flow_means_the_same_motion():

@@ -33,7 +33,8 @@ from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Grid, Volume, apply_affine
 from MorphSeekLib.space.preprocessing import Preprocessing
-from MorphSeekLib.training.trainer import TrainingConfig, WarmupSettings, warmup
+from MorphSeekLib.training.trainer import RunSettings
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 TURNED = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, -1.0]])
 
@@ -177,7 +178,7 @@ def test_a_loader_keeps_no_more_than_its_budget(tmp_path, reads):
 def test_a_training_and_its_validation_share_what_is_kept(tmp_path, reads):
     """Cases 0 and 1 are trained on and validated on; each is read once for both, and once for the sizes on the card."""
     dataset = load_dataset(write_dataset(tmp_path, 2))
-    run = WarmupSettings(iterations=2, steps=1, validate_every=1)
+    run = RunSettings(iterations=2, steps=1, validate_every=1)
     small = ModelSettings(backbone_settings=TINY["voxelmorph"])
     warmup(dataset, TrainingConfig(model=small, training=run), tmp_path / "m.safetensors")
     assert sorted(reads) == ["image_0.nii.gz"] * 2 + ["image_1.nii.gz"] * 2

@@ -27,9 +27,11 @@ from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import to_dict
 from MorphSeekLib.space.preprocessing import Preprocessing
 from MorphSeekLib.training.finetuning import UPDATES, FinetuneConfig, FinetuneRun, finetune, score
-from MorphSeekLib.training.grpo import PolicyGradientSettings
+from MorphSeekLib.training.losses import LossSettings
+from MorphSeekLib.training.policies import PolicyGradientSettings
 from MorphSeekLib.training.rewards import RewardSettings
-from MorphSeekLib.training.trainer import LossSettings, TrainingConfig, WarmupSettings, validate, warmup
+from MorphSeekLib.training.trainer import RunSettings, validate
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 MODEL = ModelSettings(
     backbone_settings={"encoder": (8, 8), "decoder": (8,), "extra": (8,), "norm": "instance", "flow_stride": 2}
@@ -47,7 +49,7 @@ def dataset(tmp_path_factory):
 
 
 def warm(dataset, path, model=MODEL):
-    run = WarmupSettings(iterations=2, steps=1, validate_every=2)
+    run = RunSettings(iterations=2, steps=1, validate_every=2)
     config = TrainingConfig(
         model=model, preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5), align="none"), training=run
     )

@@ -15,19 +15,22 @@ from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel, draw
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.grpo import (
-    Gaussian,
     Group,
-    PolicyGradientSettings,
     advantages,
-    log_likelihood_map,
     next_kl_weight,
-    policy_at,
     policy_loss,
-    sample_and_score,
-    steps_of,
+    sample_group,
     sum_over_cells,
-    upsample,
     widen,
+)
+from MorphSeekLib.training.policies import (
+    Gaussian,
+    LimitedPush,
+    PolicyGradientSettings,
+    log_likelihood,
+    log_likelihood_map,
+    make_policy,
+    upsample,
 )
 from MorphSeekLib.training.rewards import RewardSettings, State, reward_map
 
@@ -66,6 +69,11 @@ def encoded(network: RegistrationModel, moving: torch.Tensor, fixed: torch.Tenso
 def moved(network: RegistrationModel, field: torch.Tensor, pair: State) -> torch.Tensor:
     """The accumulated displacement after the mean's step."""
     return fields.compose(pair.total, network.displacement(field.detach()))
+
+
+def loss_of(policy, scored: Group) -> torch.Tensor:
+    """L_policy of a group."""
+    return policy_loss(advantages(scored, policy.settings), policy.log_likelihood(scored.samples))
 
 
 def test_advantages_are_the_papers():
@@ -134,9 +142,8 @@ def test_policy_gradient_is_the_closed_form():
     options = PolicyGradientSettings(trajectories=3, tau=0.8)
     policy = Gaussian(mu, log_sigma)
     samples, rewards = draw(*policy, options.tau, 3), torch.tensor([0.1, 0.5, 0.2])
-    scored = group(rewards)._replace(samples=[samples])
-    policy_loss([policy], scored, options).backward()
-    [weights] = advantages(scored, options)
+    [weights] = advantages(group(rewards), options)
+    policy_loss([weights], log_likelihood([policy], [samples], options)).backward()
     variance = (0.8 * math.exp(-0.5)) ** 2
     expected = -(weights * (samples - mu.detach()) / variance / math.sqrt(16)).mean(dim=0, keepdim=True)
     torch.testing.assert_close(mu.grad, expected)
@@ -150,8 +157,8 @@ def test_policy_gradient_points_uphill(credit):
     policy = Gaussian(mu, torch.zeros_like(mu))
     samples = draw(*policy, options.tau, options.trajectories, generator=torch.Generator().manual_seed(0))
     cells = -(samples - 1).square()
-    scored = group(cells.flatten(1).sum(dim=1), cells)._replace(samples=[samples])
-    policy_loss([policy], scored, options).backward()
+    advantage = advantages(group(cells.flatten(1).sum(dim=1), cells), options)
+    policy_loss(advantage, log_likelihood([policy], [samples], options)).backward()
     tolerance = 0.5 if credit == "trajectory" else 0.2
     torch.testing.assert_close(mu.grad, torch.full_like(mu, -2.0), atol=tolerance, rtol=0)
 
@@ -178,7 +185,7 @@ def test_chunks_change_nothing(pair, place):
     for chunk in (1, 4):
         options = PolicyGradientSettings(trajectories=4, chunk=chunk, **place)
         seeded = torch.Generator().manual_seed(3)
-        found.append(sample_and_score(network, latent, field, total, pair, options, REWARD, seeded))
+        found.append(sample_group(make_policy(network, latent, field, options), pair, total, REWARD, seeded))
     torch.testing.assert_close(found[0].rewards, found[1].rewards)
     torch.testing.assert_close(found[0].best, found[1].best)
     for cells in found[0].cells:
@@ -194,7 +201,7 @@ def test_rewards_are_those_of_the_composed_fields(pair):
     latent, field = encoded(network, fields.warp(pair.moving, before.total), pair.fixed)
     options = PolicyGradientSettings(trajectories=4)
     after, seeded = moved(network, field, before), torch.Generator().manual_seed(1)
-    scored = sample_and_score(network, latent, field, after, before, options, REWARD, seeded)
+    scored = sample_group(make_policy(network, latent, field, options), before, after, REWARD, seeded)
     with torch.no_grad():
         for sample, reward in zip(scored.samples[0], scored.rewards, strict=True):
             total = fields.compose(before.total, network.displacement(network.field(latent, sample[None])))
@@ -207,8 +214,9 @@ def test_latent_policy_gradient_reaches_encoder_and_heads_only(pair):
     network = model()
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=4)
-    scored = sample_and_score(network, latent, field, moved(network, field, pair), pair, options, REWARD)
-    policy_loss(policy_at(latent, field, options), scored, options).backward()
+    policy = make_policy(network, latent, field, options)
+    scored = sample_group(policy, pair, moved(network, field, pair), REWARD)
+    loss_of(policy, scored).backward()
     reached = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert reached == {n for n, _ in network.named_parameters() if n.startswith(("backbone.down", "head"))}
 
@@ -217,9 +225,10 @@ def test_a_policy_on_finer_features_reaches_the_encoder_only(pair):
     network = model()
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=4, levels=(1,), credit="local", reach=1)
-    scored = sample_and_score(network, latent, field, moved(network, field, pair), pair, options, REWARD)
+    policy = make_policy(network, latent, field, options)
+    scored = sample_group(policy, pair, moved(network, field, pair), REWARD)
     assert scored.samples[0].shape == (4, *latent.skips[-1].shape[1:])
-    policy_loss(policy_at(latent, field, options), scored, options).backward()
+    loss_of(policy, scored).backward()
     reached = {name for name, parameter in network.named_parameters() if parameter.grad is not None}
     assert reached == {n for n, _ in network.named_parameters() if n.startswith("backbone.down.0")}
 
@@ -229,18 +238,18 @@ def test_several_levels_are_one_policy(pair):
     network = model()
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=2, levels=(0, 1), scale="none")
-    policy = policy_at(latent, field, options)
-    scored = sample_and_score(network, latent, field, moved(network, field, pair), pair, options, REWARD)
+    policy = make_policy(network, latent, field, options)
+    scored = sample_group(policy, pair, moved(network, field, pair), REWARD)
     density = sum(
         torch.distributions.Normal(part.mu, part.log_sigma.exp()).log_prob(samples).flatten(1).sum(dim=1)
-        for part, samples in zip(policy, scored.samples, strict=True)
+        for part, samples in zip(policy.parts, scored.samples, strict=True)
     )
-    n = sum(part.mu.numel() for part in policy)
+    n = sum(part.mu.numel() for part in policy.parts)
     weights = scored.rewards - scored.rewards.mean()
     expected = -(weights * density).mean() / math.sqrt(n)
-    torch.testing.assert_close(policy_loss(policy, scored, options), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss_of(policy, scored), expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(MorphSeekError, match="asks for level 2; this backbone has 0 to 1"):
-        policy_at(latent, field, dataclasses.replace(options, levels=(2,)))
+        make_policy(network, latent, field, dataclasses.replace(options, levels=(2,)))
 
 
 def test_a_velocity_policy_acts_on_the_velocity(pair):
@@ -249,12 +258,13 @@ def test_a_velocity_policy_acts_on_the_velocity(pair):
     network.settings = dataclasses.replace(network.settings, output="velocity")
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=2, place="field", cell=4)
-    policy = policy_at(latent, field, options)
-    samples = [policy[0].mu + torch.randn(2, *policy[0].mu.shape[1:], generator=torch.Generator().manual_seed(0))]
+    policy = make_policy(network, latent, field, options)
+    mean = policy.parts[0].mu
+    samples = [mean + torch.randn(2, *mean.shape[1:], generator=torch.Generator().manual_seed(0))]
     with torch.no_grad():
-        steps = steps_of(network, latent, field, policy, samples, options)
+        steps = policy.displacements(samples)
         for sample, step in zip(samples[0], steps, strict=True):
-            velocity = field + upsample(sample[None] - policy[0].mu, field.shape[2:])
+            velocity = field + upsample(sample[None] - mean, field.shape[2:])
             torch.testing.assert_close(step[None], fields.integrate(velocity, 7))
 
 
@@ -280,10 +290,36 @@ def test_field_policy_gradient_reaches_everything_that_makes_the_step(pair):
     network = model()
     latent, field = encoded(network, pair.moving, pair.fixed)
     options = PolicyGradientSettings(trajectories=4, place="field", credit="local")
-    scored = sample_and_score(network, latent, field, moved(network, field, pair), pair, options, REWARD)
-    policy_loss(policy_at(latent, field, options), scored, options).backward()
+    policy = make_policy(network, latent, field, options)
+    scored = sample_group(policy, pair, moved(network, field, pair), REWARD)
+    loss_of(policy, scored).backward()
     missed = {n for n, p in network.named_parameters() if p.grad is None}
     assert missed == {"head.log_sigma.weight", "head.log_sigma.bias"}
+
+
+@pytest.mark.parametrize(("share", "length"), [(0.5, 0.5), (10.0, 4.0)])
+def test_a_push_is_no_longer_than_its_share_of_the_gradient(share, length):
+    gradient, push = torch.zeros(2), torch.zeros(2)
+    gradient[0], push[1] = 3.0, 12.0
+    limited = LimitedPush(push, share)
+    torch.testing.assert_close(limited(gradient), torch.tensor([3.0, 3 * length]))
+    assert float(limited.ratio) == pytest.approx(4.0)
+
+
+def test_the_latent_policy_descends_the_weighted_sum(pair):
+    network = model()
+    latent, field = encoded(network, pair.moving, pair.fixed)
+    options = PolicyGradientSettings(trajectories=4, weight=0.3)
+    policy = make_policy(network, latent, field, options)
+    scored = sample_group(policy, pair, moved(network, field, pair), REWARD)
+    losses, gain = field.square().mean(), loss_of(policy, scored)
+    parameters = [p for p in network.parameters() if p is not network.backbone.flow.bias]
+    expected = torch.autograd.grad((losses + 0.3 * gain) / 2, parameters, retain_graph=True)
+    descended, ratio = policy.backward(losses, gain, 2)
+    assert ratio is None
+    torch.testing.assert_close(descended, (losses + 0.3 * gain).detach())
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_kl_controller_holds_its_target():

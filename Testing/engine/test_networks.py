@@ -24,9 +24,12 @@ from MorphSeekLib.space.background import quiet_background
 from MorphSeekLib.space.geometry import Volume
 from MorphSeekLib.space.preprocessing import Preprocessing, working_grid
 from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, finetune
-from MorphSeekLib.training.grpo import PolicyGradientSettings, policy_at, sample_and_score, steps_of
+from MorphSeekLib.training.grpo import sample_group
+from MorphSeekLib.training.losses import LossSettings
+from MorphSeekLib.training.policies import POLICIES, PolicyGradientSettings, make_policy
 from MorphSeekLib.training.rewards import RewardSettings, State
-from MorphSeekLib.training.trainer import LossSettings, TrainingConfig, WarmupSettings, warmup
+from MorphSeekLib.training.trainer import RunSettings
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
 
@@ -75,16 +78,15 @@ def test_many_latents_are_decoded_as_one_would_be(name):
     with torch.no_grad():
         latent = model.encode(moving, fixed)
         field = model.field(latent, latent.mu)
-        policy = policy_at(latent, field, settings)
         samples = latent.mu + torch.randn(3, *latent.mu.shape[1:])
-        together = steps_of(model, latent, field, policy, [samples], settings)
+        together = make_policy(model, latent, field, settings).displacements([samples])
         single = torch.cat([model.displacement(model.field(latent, z[None])) for z in samples])
     torch.testing.assert_close(together, single, atol=1e-4, rtol=1e-4)
     assert float((single[0] - single[1]).abs().max()) > 1e-6
 
 
 @every_backbone
-@pytest.mark.parametrize("place", ["latent", "field"])
+@pytest.mark.parametrize("place", POLICIES)
 def test_a_group_is_sampled_and_scored_at_both_places(name, place):
     model = model_of(name)
     moving, fixed = pair_of(model)
@@ -95,7 +97,8 @@ def test_a_group_is_sampled_and_scored_at_both_places(name, place):
         latent = model.encode(moving, fixed)
         field = model.field(latent, latent.mu)
         total = model.displacement(field)
-        group = sample_and_score(model, latent, field, total, state, settings, RewardSettings({"dice": 1.0}))
+        policy = make_policy(model, latent, field, settings)
+        group = sample_group(policy, state, total, RewardSettings({"dice": 1.0}))
     assert group.rewards.shape == (3,)
     assert float(group.rewards.std()) > 0
     assert group.best.shape == state.total.shape
@@ -106,13 +109,12 @@ def test_t_steps_encode_the_fixed_image_once_where_the_network_is_siamese(name, 
     model = model_of(name)
     moving, fixed = pair_of(model)
     calls = []
-    network = type(model.backbone)
-    if hasattr(network, "features"):
-        features = network.features
-        monkeypatch.setattr(network, "features", lambda self, image: calls.append(image) or features(self, image))
+    of_image = model.backbone.image_features
+    monkeypatch.setattr(model.backbone, "image_features", lambda image: calls.append(image) or of_image(image))
     with torch.no_grad():
+        siamese = of_image(fixed) is not None
         total = refine(model, lambda u: fields.warp(moving, u), fixed, 3)
-        if calls:
+        if siamese:
             assert len(calls) == 1 + 3
             assert sum(torch.equal(image, fixed) for image in calls) == 1
         again = torch.zeros_like(total)
@@ -173,7 +175,7 @@ def dataset(tmp_path_factory):
 @every_backbone
 def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
     """Two iterations each; then a pair is registered with what came out, and fitted a little."""
-    run = WarmupSettings(iterations=2, steps=1, validate_every=2)
+    run = RunSettings(iterations=2, steps=1, validate_every=2)
     preprocessing = Preprocessing(spacing=(2.5, 2.5, 2.5), align="none")
     config = TrainingConfig(model=ModelSettings(name, TINY[name]), preprocessing=preprocessing, training=run)
     files = [warmup(dataset, config, tmp_path / "warm.safetensors")]

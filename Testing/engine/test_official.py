@@ -11,7 +11,7 @@ import torch
 from test_cli import run
 from test_transmorph import UNUSED
 
-from MorphSeekLib.backbones import ARCHITECTURES
+from MorphSeekLib.backbones.architectures import ARCHITECTURES
 from MorphSeekLib.backbones.lapirn import half_sizes
 from MorphSeekLib.networks import model_file as checkpoint
 from MorphSeekLib.networks.loading import load_model

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from MorphSeekLib.backbones import Backbone
 from MorphSeekLib.networks.policy import (
     GaussianHead,
     Latent,
@@ -72,19 +73,22 @@ def test_a_linear_mean_begins_as_the_feature_itself():
 
 
 def test_refine_encodes_the_fixed_image_of_a_siamese_network_once():
-    class Siamese(torch.nn.Module):
+    class Siamese(Backbone):
         """Two streams that count what they are asked for."""
 
         def __init__(self):
-            super().__init__()
+            super().__init__(None)
             self.seen = []
 
-        def features(self, image):
+        def image_features(self, image):
             self.seen.append(image)
             return [image]
 
-        def encode(self, moving, fixed, fixed_features=None):
-            top = self.features(moving)[0] - (self.features(fixed) if fixed_features is None else fixed_features)[0]
+        def encode(self, moving, fixed):
+            return self.encode_with(moving, self.image_features(fixed))
+
+        def encode_with(self, moving, fixed_features):
+            top = self.image_features(moving)[0] - fixed_features[0]
             return [top], torch.nn.functional.avg_pool3d(top, 4)
 
         def decode(self, skips, top):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from MorphSeekLib.measures.metrics import dice_per_label
-from MorphSeekLib.measures.similarity import lncc, mind_loss
+from MorphSeekLib.measures.similarity import SIMILARITIES
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.rewards import TERMS, RewardSettings, State, reward_map
 
@@ -95,8 +95,8 @@ def test_landmark_gain_is_the_change_of_the_mean_error():
 def test_label_free_terms_are_the_losses():
     before, candidates = smooth(1, 0.5), smooth(2, 1.0, 2)
     pair = state(before)
-    for name, loss in (("lncc", lncc), ("mind", mind_loss)):
-        maps = TERMS[name](pair, candidates)
+    for name in ("lncc", "mind"):
+        loss, maps = SIMILARITIES[name], TERMS[name](pair, candidates)
         for u, map_ in zip(candidates, maps, strict=True):
             gain = loss(pair.fixed, fields.warp(pair.moving, before)) - loss(
                 pair.fixed, fields.warp(pair.moving, u[None])

@@ -50,7 +50,7 @@ def test_the_network_equals_the_official_one(reference, name, grad):
     network = imported(name, official)
     with torch.set_grad_enabled(grad):
         for image in ("fixed", "moving"):
-            coarsest = network.features(official[image])[-1]
+            coarsest = network.image_features(official[image])[-1]
             torch.testing.assert_close(coarsest, official[f"enc_top_{image}"], atol=1e-5, rtol=0)
         skips, top = network.encode(official["moving"], official["fixed"])
         field = network.decode(skips, top)
@@ -96,7 +96,7 @@ def test_fixed_features_may_be_known_and_batches_are_pairs(name):
     moving, fixed = pair_for(network, batch=2)
     with torch.no_grad():
         together = network.decode(*network.encode(moving, fixed))
-        known = network.decode(*network.encode(moving, fixed, network.features(fixed)))
+        known = network.decode(*network.encode_with(moving, network.image_features(fixed)))
         alone = torch.cat(
             [network.decode(*network.encode(m[None], f[None])) for m, f in zip(moving, fixed, strict=True)]
         )
@@ -218,4 +218,4 @@ def test_wrong_settings_are_named(name, settings, words):
 def test_an_image_of_one_cell_is_refused(name):
     network = build_backbone(name, TINY[name])
     with pytest.raises(MorphSeekError, match=f"more than {network.multiple_of} voxels"):
-        network.features(torch.rand(1, 1, *[network.multiple_of] * 3))
+        network.image_features(torch.rand(1, 1, *[network.multiple_of] * 3))

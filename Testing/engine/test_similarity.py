@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from MorphSeekLib.measures import similarity
-from MorphSeekLib.measures.similarity import SIMILARITIES, Judge, lncc, mind_loss, mind_ssc, mse, multiresolution_lncc
+from MorphSeekLib.measures.similarity import MIND, SIMILARITIES, Judge, lncc, mind_ssc, mse, multiresolution_lncc
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "lncc.py"
 
@@ -63,7 +63,7 @@ def assert_equals_definition(fixed: Tensor, warped: Tensor, window: int = 9, tol
         (lambda f, w: lncc(f, w, window=3), "lapirn_ncc_win3", 3e-4),
         (lambda f, w: lncc(f, w, window=7), "lapirn_ncc_win7", 2e-4),
         (multiresolution_lncc, "lapirn_multires_ncc_win7_scale3", 2e-4),
-        (mind_loss, "tm_mind_loss_r2_d2", 2e-6),
+        (MIND(), "tm_mind_loss_r2_d2", 2e-6),
         (mse, "mse", 1e-6),
     ],
 )
@@ -159,7 +159,7 @@ def test_identical_up_to_contrast_is_best(gain, offset):
     fixed, _ = images()
     assert lncc(fixed, gain * fixed, epsilon=1e-9) < -0.9999
     torch.testing.assert_close(mind_ssc(gain * fixed + offset), mind_ssc(fixed), rtol=1e-3, atol=1e-4)
-    assert mind_loss(fixed, -gain * fixed + offset) < 1e-7
+    assert MIND()(fixed, -gain * fixed + offset) < 1e-7
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_identical_up_to_contrast_is_best(gain, offset):
         (lambda f, w: lncc(f, w + 20, window=5, epsilon=1e-2), (5, 4, 6)),
         (lambda f, w: multiresolution_lncc(f, w, window=5, scales=2), (6, 6, 5)),
         (mse, (4, 3, 5)),
-        (lambda f, w: mind_loss(f, w, radius=1, dilation=1), (5, 4, 4)),
+        (MIND(radius=1, dilation=1), (5, 4, 4)),
     ],
 )
 def test_gradient_against_finite_differences(loss, size):
@@ -193,6 +193,9 @@ def test_registry(name):
     assert loss(fixed, warped).shape == ()
     each = [loss(f[None], w[None]) for f, w in zip(fixed, warped, strict=True)]
     torch.testing.assert_close(loss(fixed, warped), sum(each) / 2, rtol=1e-5, atol=1e-7)  # samples are independent
+    features = [loss.prepare(image) for image in (fixed, warped)]
+    assert all(of.shape[2:] == fixed.shape[2:] for of in features), "features can be warped as the image is"
+    assert torch.equal(loss.compare(*features), loss(fixed, warped))
 
 
 @pytest.mark.parametrize("name", SIMILARITIES)
@@ -245,8 +248,8 @@ def test_inference_first_then_training():
     similarity._band.cache_clear()
     fixed, warped = images()
     with torch.inference_mode():
-        values = [lncc(fixed, warped), mind_loss(fixed, warped)]
-    for loss, value in zip((lncc, mind_loss), values, strict=True):
+        values = [lncc(fixed, warped), MIND()(fixed, warped)]
+    for loss, value in zip((lncc, MIND()), values, strict=True):
         torch.testing.assert_close(with_gradient(loss, fixed, warped)[0], value)
     warped.requires_grad_()
     with torch.no_grad():
@@ -256,7 +259,7 @@ def test_inference_first_then_training():
 def test_mind_of_a_constant_image():
     flat = torch.full((1, 1, 8, 8, 8), 0.5)
     assert (mind_ssc(flat) == 1).all()
-    _, gradient = with_gradient(mind_loss, images((8, 8, 8))[0], flat)
+    _, gradient = with_gradient(MIND(), images((8, 8, 8))[0], flat)
     assert torch.isfinite(gradient).all()
 
 

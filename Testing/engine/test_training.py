@@ -31,20 +31,11 @@ from MorphSeekLib.protocol.startup import bundled, find
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.preprocessing import Preprocessing, normalize
 from MorphSeekLib.training.finetuning import FinetuneConfig, finetune
+from MorphSeekLib.training.losses import Batch, LossSettings, Step, advance, feature_loss, soft_dice, warmup_loss
+from MorphSeekLib.training.run_state import Memory
 from MorphSeekLib.training.sac import SACConfig, train_spac
-from MorphSeekLib.training.trainer import (
-    Batch,
-    LossSettings,
-    Step,
-    TrainingConfig,
-    WarmupSettings,
-    advance,
-    feature_loss,
-    seed_for,
-    soft_dice,
-    warmup,
-    warmup_loss,
-)
+from MorphSeekLib.training.trainer import RunSettings, Task, Trainer, seed_for
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 TINY = ModelSettings(
     backbone_settings={"encoder": (8, 8), "decoder": (8,), "extra": (8,), "norm": "instance", "flow_stride": 2}
@@ -53,7 +44,7 @@ CONFIG = TrainingConfig(
     model=TINY,
     preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5), align="none"),
     loss=LossSettings(regularization=0.5, folding=1.0),
-    training=WarmupSettings(iterations=6, steps=2, validate_every=3, save_every=2),
+    training=RunSettings(iterations=6, steps=2, validate_every=3, save_every=2),
 )
 SYNTHETIC = dataclasses.replace(
     CONFIG,
@@ -177,6 +168,50 @@ def test_blocks_dropped_at_random_resume_to_the_same_weights(dataset, tmp_path):
     assert not all(torch.equal(whole[name], other[name]) for name in whole), "something was dropped"
 
 
+@dataclasses.dataclass
+class Count(Memory):
+    """How often the task below was updated, in all processes together."""
+
+    updates: int = 0
+
+
+class Counting(Task[int]):
+    """Trains nothing; its validations are best in the middle."""
+
+    def __init__(self, dataset):
+        network = RegistrationModel(TINY)
+        super().__init__(dataset, CONFIG, network, CONFIG.preprocessing, torch.device("cpu"))
+        self.memory = Count()
+
+    def batch(self, iteration):
+        return iteration
+
+    def update(self, iteration, batch):
+        assert batch == iteration == self.memory.updates
+        self.memory.updates += 1
+        with torch.no_grad():
+            self.network.head.mu.bias.fill_(self.memory.updates)
+        return {"updates": self.memory.updates}
+
+    def validate(self, job):
+        return {"dice": {3: 0.9, 6: 0.4}[self.memory.updates]}
+
+    def card(self):
+        return checkpoint.Card(title="Counted", provenance=self.provenance("counting", 0))
+
+
+def test_a_tasks_memory_and_its_best_weights_survive_a_cancelled_run(dataset, tmp_path):
+    seen, events, out = [], [], tmp_path / "m.safetensors"
+    with pytest.raises(Cancelled):
+        Trainer(Counting(dataset), out, Job(seen.append, lambda: len(seen) > 3)).run()
+    Trainer(Counting(dataset), out, Job(events.append)).run()
+    assert [e.metrics["updates"] for e in events if e.phase == "train"] == [5, 6]
+    model, card = checkpoint.load(out)
+    assert card.provenance["best_iteration"] == 3
+    assert card.results["validation"] == {"dice": 0.9}
+    assert (model.head.mu.bias == 3).all()
+
+
 def test_a_state_of_other_settings_is_refused(dataset, tmp_path):
     done = []
     with pytest.raises(Cancelled):
@@ -192,7 +227,7 @@ def test_it_learns_on_synthetic_pairs(dataset, source, tmp_path):
         SYNTHETIC,
         model=dataclasses.replace(TINY, backbone_settings=TINY.backbone_settings | {"forces": 2}),
         loss=LossSettings(similarity_weight=0.0, dice=1.0, regularization=0.1),
-        training=WarmupSettings(iterations=60, steps=1, learning_rate=1e-2, validate_every=60),
+        training=RunSettings(iterations=60, steps=1, learning_rate=1e-2, validate_every=60),
     )
     run(dataset, config, tmp_path / "m.safetensors")
     model = checkpoint.load(tmp_path / "m.safetensors")[0].eval()

@@ -21,7 +21,7 @@ from MorphSeekGui.training_run import TrainingRun
 from MorphSeekLib.app.runs import RunSettings
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.protocol.settings import from_dict
-from MorphSeekLib.training.trainer import TrainingConfig, warmup
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
 FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher

@@ -14,7 +14,7 @@ from MorphSeekGui.training_run import RunError, TrainingRun, create_run, find_ru
 
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.protocol.settings import from_dict
-from MorphSeekLib.training.trainer import TrainingConfig, warmup
+from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 WARM = {
     "model": {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "flow_stride": 2}},

@@ -1,0 +1,158 @@
+"""The losses of one step (METHOD.md, section B): similarity, regularizers, KL, soft Dice, learned features."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..measures.regularizers import diffusion, folding_penalty
+from ..measures.similarity import SIMILARITIES
+from ..networks.devices import training_autocast
+from ..networks.policy import Latent, RegistrationModel, kl_to_standard_normal
+from ..space import fields
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the warm-up loss, all per refinement step.
+
+    Attributes:
+        similarity: "lncc", "mse" or "mind".
+        similarity_weight: 0 for synthetic pairs whose contrasts differ.
+        regularization: lambda_reg of the diffusion regulariser, on the accumulated displacement in voxels.
+        folding: weight of the differentiable folding penalty mean(relu(0.05 - det J)).
+        kl: beta, of the mean KL to N(0, I).
+        dice: weight of 1 - soft Dice; needs labels (synthetic pairs have them).
+        features: weight of :func:`feature_loss`, which makes a backbone's learned features those of the labels;
+            fine-tuning only.
+    """
+
+    similarity: str = "lncc"
+    similarity_weight: float = 1.0
+    regularization: float = 1.0
+    folding: float = 0.0
+    kl: float = 1e-3
+    dice: float = 0.0
+    features: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"similarity is '{self.similarity}'; it must be one of {', '.join(SIMILARITIES)}")
+
+
+@dataclass
+class Batch:
+    """What an iteration trains on.
+
+    Attributes:
+        fixed, moving: (1, 1, i, j, k), what the network sees.
+        fixed_target, moving_target: (1, 1, i, j, k), what their similarity is measured on; None: the images themselves.
+        fixed_labels, moving_labels: shares (1, structures, i/b, j/b, k/b) of structures in blocks of b voxels, or None.
+        structures: (structures,) their label values; None for synthetic pairs.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    fixed_target: Tensor | None = None
+    moving_target: Tensor | None = None
+    fixed_labels: Tensor | None = None
+    moving_labels: Tensor | None = None
+    structures: Tensor | None = None
+
+
+def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """Mean over structures of 2 sum(ab) / (sum(a^2) + sum(b^2)); (batch, structures, i, j, k) shares -> scalar."""
+    together = (fixed * warped).sum(dim=(2, 3, 4))
+    apart = fixed.square().sum(dim=(2, 3, 4)) + warped.square().sum(dim=(2, 3, 4))
+    return ((2 * together + epsilon) / (apart + epsilon)).mean()
+
+
+def feature_loss(learned: Tensor, shares: Tensor, structures: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """Cross-entropy + (1 - soft Dice) of class-like features against the shares of structures.
+
+    Args:
+        learned: (batch, features, i, j, k), sum 1; feature c stands for label c, all that no structure claims for the
+            background.
+        shares: (batch, structures, i, j, k) of the structures in each voxel.
+        structures: (structures,) label values.
+    """
+    found = learned.float().index_select(1, structures)
+    rest, nothing = (1 - t.sum(dim=1, keepdim=True) for t in (found, shares))
+    entropy = -(nothing * (rest + epsilon).log() + (shares * (found + epsilon).log()).sum(dim=1, keepdim=True)).mean()
+    return entropy + 1 - soft_dice(shares, found)
+
+
+class Step(NamedTuple):
+    """One refinement step on the graph.
+
+    Attributes:
+        latent: the encoder's Gaussian.
+        field: what its mean decodes to.
+        total: the new accumulated displacement; ``outer`` the one before (detached).
+        learned: features of the moved and the fixed image, where the backbone learns some.
+    """
+
+    latent: Latent
+    field: Tensor
+    total: Tensor
+    outer: Tensor
+    learned: tuple[Tensor, Tensor] | None = None
+
+
+def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
+    """Encode the pair as it stands after ``outer`` (1, 3, i, j, k; detached), decode the mean, compose."""
+    moved = fields.warp(batch.moving, outer)
+    with training_autocast(outer.device, outer.shape[2] // model.multiple_of):
+        latent = model.encode(moved, batch.fixed)
+        field = model.field(latent, latent.mu).float()
+    total = fields.compose(outer, model.displacement(field))
+    return Step(latent, field, total, outer, model.backbone.learned(latent.skips))
+
+
+def warmup_loss(
+    step: Step, batch: Batch, weights: LossSettings, kl_weight: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_warm of one refinement step (METHOD.md, section B), with soft Dice where labels and a weight are there.
+
+    Args:
+        kl_weight: beta, where a controller rules it; else ``weights.kl``.
+
+    Returns:
+        the loss, and the terms by name (detached, still on the device).
+    """
+    total = step.total
+    terms = {"kl": kl_to_standard_normal(step.latent), "diffusion": diffusion(total)}
+    loss = (weights.kl if kl_weight is None else kl_weight) * terms["kl"] + weights.regularization * terms["diffusion"]
+    if weights.similarity_weight > 0:
+        target, source = batch.fixed_target, batch.moving_target
+        target, source = (batch.fixed, batch.moving) if target is None else (target, source)
+        terms["similarity"] = SIMILARITIES[weights.similarity](target, fields.warp(source, total))
+        loss = loss + weights.similarity_weight * terms["similarity"]
+    if weights.folding > 0:
+        terms["folding_penalty"] = folding_penalty(total)
+        loss = loss + weights.folding * terms["folding_penalty"]
+    if weights.dice > 0 and batch.fixed_labels is not None:
+        # labels may come in blocks of voxels: the block's mean displacement, in blocks
+        block = total.shape[2] // batch.fixed_labels.shape[2]
+        coarse = F.avg_pool3d(total, block) / block if block > 1 else total
+        terms["soft_dice"] = soft_dice(batch.fixed_labels, fields.warp(batch.moving_labels, coarse))
+        loss = loss + weights.dice * (1 - terms["soft_dice"])
+    if weights.features > 0 and step.learned is not None and batch.structures is not None:
+        shares = fields.warp(batch.moving_labels, step.outer), batch.fixed_labels
+        terms["features"] = sum(
+            feature_loss(found, F.avg_pool3d(share, share.shape[2] // found.shape[2]), batch.structures)
+            for found, share in zip(step.learned, shares, strict=True)
+        )
+        loss = loss + weights.features * terms["features"]
+    return loss, {name: value.detach() for name, value in terms.items()}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, without waiting for the copies."""
+    values = (getattr(batch, f.name) for f in dataclasses.fields(Batch))
+    return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in values))

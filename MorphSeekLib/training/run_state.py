@@ -1,0 +1,124 @@
+"""Where a training stands, as it is kept beside its model while it is under way and read again to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from ..io.files import write_atomically
+from ..protocol.errors import MorphSeekError
+
+FORMAT = "3"
+OLD_FORMAT = "2"
+OLD_NAMES = {"score": "score", "best/iteration": "best_iteration"}
+"""What format 2 kept among the task's numbers, and the attribute of :class:`RunState` that it is now."""
+
+
+@dataclass
+class RunState:
+    """All that a training's coming iterations and its end depend on, beside weights, optimizer and the task's memory.
+
+    Attributes:
+        done: iterations.
+        seconds: spent until the last state.
+        score: of the best validation so far; None before the first, or where the last weights count.
+        best_iteration: after which it was reached.
+        best: the weights then.
+        figures: of the validation of the weights to keep.
+        owed: figures of the last iteration while its validation is not finished; None once it is.
+    """
+
+    done: int = 0
+    seconds: float = 0.0
+    score: float | None = None
+    best_iteration: int | None = None
+    best: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    owed: dict[str, float] | None = None
+
+
+@dataclass
+class Memory:
+    """The numbers of a task that must survive a kill. A task that has some declares them in a subclass."""
+
+
+M = TypeVar("M", bound=Memory)
+
+
+def state_file(out: Path) -> Path:
+    """Return where an unfinished training of a model keeps what it needs to go on."""
+    return out.with_name(out.name + ".state")
+
+
+def save_state(
+    path: Path, fingerprint: str, state: RunState, memory: Memory, model: nn.Module, optimizer: torch.optim.Adam
+) -> None:
+    """Write all that the iterations after ``state.done`` depend on; the file appears whole or not at all.
+
+    Args:
+        path: from :func:`state_file`.
+        fingerprint: of all settings.
+        state, memory: where the training stands, and its task's numbers.
+        model, optimizer: what is trained, and by what.
+    """
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in state.best.items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"adam.{k}.{name}": v for k, v in optimizer.state[parameter].items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    standing = {f.name: getattr(state, f.name) for f in dataclasses.fields(RunState) if f.name != "best"}
+    standing["memory"] = dataclasses.asdict(memory)
+    metadata = {"format": FORMAT, "settings": fingerprint, "standing": json.dumps(standing)}
+    write_atomically(path, serialize(tensors, metadata))
+
+
+def load_state(
+    path: Path, fingerprint: str, memory: M, model: nn.Module, optimizer: torch.optim.Adam
+) -> tuple[RunState, M]:
+    """Load a state if there is one, into model and optimizer too; arguments as for :func:`save_state`.
+
+    Returns:
+        where the training stands, and its task's numbers; a new state and ``memory`` itself without a file.
+
+    Raises:
+        MorphSeekError: a damaged state, or one of other settings or another version.
+    """
+    if not path.is_file():
+        return RunState(), memory
+    advice = f"remove {path} to start again, or choose another --out"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("settings") != fingerprint:
+                raise MorphSeekError(f"{path.name} belongs to a run with other settings; {advice}.")
+            if metadata.get("format") not in (FORMAT, OLD_FORMAT):
+                raise MorphSeekError(f"{path.name} was written by another version of MorphSeek; {advice}.")
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise MorphSeekError(f"{path.name} cannot be read ({error}); {advice}.") from error
+    model.load_state_dict({k: stored[f"model.{k}"] for k in model.state_dict()})
+    moments = {}
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in stored]
+        if keys:  # a parameter that no loss has reached yet has no moments
+            moments[index] = {k: stored[f"adam.{k}.{name}"].to(parameter.device) for k in keys}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    best = {k.removeprefix("best."): v for k, v in stored.items() if k.startswith("best.")}
+    standing = _renamed(json.loads(metadata["standing"]), metadata["format"])
+    memory = dataclasses.replace(memory, **standing.pop("memory"))
+    return RunState(**standing, best=best), memory
+
+
+def _renamed(standing: dict[str, Any], version: str) -> dict[str, Any]:
+    """Return what a state says of where it stands by today's names."""
+    if version == OLD_FORMAT:
+        memory = standing["memory"]
+        standing |= {name: memory.pop(old) for old, name in OLD_NAMES.items() if old in memory}
+    return standing
