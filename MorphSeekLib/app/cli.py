@@ -1,5 +1,5 @@
 """The command line: ``morphseek register | evaluate | check | warmup | finetune | spac | train | import-checkpoint |
-info | doctor | demo | benchmark``.
+info | doctor | demo``.
 """
 
 from __future__ import annotations
@@ -60,8 +60,6 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: OLD_NAMES.get(name, name)},
     help="MorphSeek: learned deformable registration, with a map of where it folds. For research, not for diagnosis.",
 )
-benchmarks = typer.Typer(no_args_is_help=True, help="Train and measure what a paper's table compares; hours to days.")
-app.add_typer(benchmarks, name="benchmark")
 # without markup: a file may be called scan[1].nii
 console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
@@ -500,51 +498,6 @@ def demo(
     for sentence in sentences:
         console.print(sentence, soft_wrap=True)
     console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
-
-
-Data = Annotated[Path, typer.Option(help="The folder that holds the data.")]
-Out = Annotated[Path, typer.Option(help="Folder for the results; made when missing. Runs in it are not done again.")]
-Only = Annotated[str | None, typer.Option(help="Only these runs: TASK/METHOD/ARM, wildcards allowed, parts optional.")]
-Settings = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        help="Other settings: a benchmark's name (a wrong one lists all), or a TOML or JSON file.",
-        show_default="the benchmark's own",
-    ),
-]
-
-
-BENCHMARKS = {
-    "main-table": "The paper's main table on four data sets. The same command resumes; two of it share the runs.",
-    "native-brains": "Whole brains at 1 mm, unaligned, by the bundled model, greedy and SyN.",
-    "oasis": "The paper's table on the original OASIS of Learn2Reg, in the paper's sizes: for a GPU.",
-    "lits": "The paper's table on the original LiTS, in the paper's sizes: for a GPU.",
-    "abdomen-mrct": "The paper's table on Learn2Reg's original Abdomen MR-CT, in the paper's sizes: for a GPU.",
-}
-
-
-def _add_benchmark(name: str, text: str) -> None:
-    """A command that does a benchmark's runs, by its own settings or by others."""
-
-    @benchmarks.command(name, help=text)
-    def command(data: Data, out: Out, only: Only = None, config: Settings = None, device: Device = "auto") -> None:
-        with terminal_job() as job:
-            check_readable(data)
-            check_choices(device=device)
-            check_output_folder(out)
-            file = check_config(config, "benchmark")
-
-            from ..benchmark.main_table import MainTableSettings, main_table, shipped_settings
-            from .settings_file import load
-
-            settings = shipped_settings(name) if file is None else load(MainTableSettings, file)
-            main_table(settings, data, out, only=only, device=device, job=job)
-        console.print(f"Wrote {out / 'table.md'}", soft_wrap=True)
-
-
-for _name, _text in BENCHMARKS.items():
-    _add_benchmark(_name, _text)
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 from .errors import MorphSeekError
 
-Kind = Literal["model", "recipe", "benchmark"]
-"""What comes with MorphSeek beside its code: models, settings of trainings, settings of benchmarks."""
+Kind = Literal["model", "recipe"]
+"""What comes with MorphSeek beside its code: models, and settings of trainings."""
 
-_FOLDERS = {"model": "Models", "recipe": "Training", "benchmark": "Benchmarks"}
+_FOLDERS = {"model": "Models", "recipe": "Training"}
 _OLD_MODELS = "Checkpoints"  # where the bundled models lay before; a path into it opens the model of that name
-_SUFFIXES = {"model": ".safetensors", "recipe": ".toml", "benchmark": ".toml"}
+_SUFFIXES = {"model": ".safetensors", "recipe": ".toml"}
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 MAX_STEPS = 20
 FORMAT = 1

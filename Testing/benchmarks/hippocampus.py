@@ -30,9 +30,9 @@ from typing import Any
 
 import matplotlib
 import torch
+from comparison.table import signed_rank
 
 from MorphSeekLib.app.settings_file import load as load_settings
-from MorphSeekLib.benchmark.table import signed_rank
 from MorphSeekLib.data.datasets import PairLoader, load_dataset
 from MorphSeekLib.measures.metrics import folding, label_figures
 from MorphSeekLib.networks.devices import network_autocast

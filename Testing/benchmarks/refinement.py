@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 import torch
+from comparison.classical import greedy
 
-from MorphSeekLib.benchmark.classical import greedy
 from MorphSeekLib.data.datasets import Pair, PairLoader, load_dataset
 from MorphSeekLib.io.images import read_image, read_labels
 from MorphSeekLib.measures.metrics import dice_per_label, folding

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from cases import blob_image, blob_labels
+from comparison import classical
+from comparison.classical import CLASSICAL
 
-from MorphSeekLib.benchmark import classical
-from MorphSeekLib.benchmark.classical import CLASSICAL
 from MorphSeekLib.io.images import read_image
 from MorphSeekLib.measures.metrics import dice_per_label
 from MorphSeekLib.protocol.errors import MorphSeekError

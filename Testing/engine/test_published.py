@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from comparison.published import OASIS_LABELS, PUBLISHED
 
-from MorphSeekLib.benchmark.published import OASIS_LABELS, PUBLISHED
 from MorphSeekLib.data.cases import check, name_of
 from MorphSeekLib.data.datasets import PairLoader, training_pair
 from MorphSeekLib.io.images import write_image

@@ -23,7 +23,7 @@ INTERFACE = {"slicer", "vtk", "vtkmodules", "qt", "ctk", "mrml", "PySide6", "PyS
 SIMPLEITK_FILES = {"images.py", "dicom.py", "transforms.py", "alignment.py", "page.py"}
 ROOMS = (  # from the ground up
     *("protocol", "space", "io", "measures", "backbones", "networks", "registration"),
-    *("data", "training", "evaluation", "report", "app", "benchmark"),
+    *("data", "training", "evaluation", "report", "app"),
 )
 
 
@@ -113,12 +113,10 @@ def test_no_arrow_between_rooms_runs_up(room):
     below = ROOMS[: ROOMS.index(room)]
     for path in files_of(room):
         for other, name in arrows(path.read_text(encoding="utf-8"), room):
-            if (path.name, other) == ("cli.py", "benchmark"):
-                continue  # the command `morphseek benchmark`
             assert other in (room, "moved") or other in below, f"{room}/{path.name} imports {other}.{name}"
 
 
-@pytest.mark.parametrize("room", ROOMS[:-1])
+@pytest.mark.parametrize("room", ROOMS)
 def test_no_circle_lies_within_a_room(room):
     above: dict[str, set[str]] = {
         path.stem: {name for other, name in arrows(path.read_text(encoding="utf-8"), room) if other == room}
@@ -131,8 +129,8 @@ def test_no_circle_lies_within_a_room(room):
         above = {name: needs for name, needs in above.items() if name not in ground}
 
 
-def test_greedy_and_ants_are_called_from_one_file():
-    refuse([path for path in ENGINE if path.name != "classical.py"], {"ants", "picsl_greedy"})
+def test_greedy_and_ants_are_no_part_of_the_product():
+    refuse(ENGINE + MODULE, {"ants", "picsl_greedy", "benchmarks", "comparison"})
 
 
 def unsafe_loads(path: Path) -> list[str]:

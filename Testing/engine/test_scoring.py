@@ -11,8 +11,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 from cases import blob_grid, blob_image, blob_labels, write_dataset
+from comparison.scoring import DEFINITIONS, measure, peak_memory, score
 
-from MorphSeekLib.benchmark.scoring import DEFINITIONS, measure, peak_memory, score
 from MorphSeekLib.data.datasets import Case, Dataset, Pair, load_dataset
 from MorphSeekLib.io.images import sitk_from_volume, write_image
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError

@@ -92,11 +92,6 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
         (["import-checkpoint", "gone.pt", "--architecture", "vxm-2", *out], "gone.pt does not exist"),
         (["info", "brain-xr"], "no model 'brain-xr'"),
         (["demo", "-o", good], "is a file"),
-        (["benchmark", "main-table", "--data", "gone", "--out", "o"], "gone does not exist"),
-        (
-            ["benchmark", "lits", "--data", data, "--out", str(here / "out"), "--config", "x"],
-            "(main-table, native-brains",
-        ),
     ]
     commands = [arguments for arguments, _ in wanted]
     script = [sys.executable, "-c", COMMANDS, json.dumps(commands), json.dumps(HEAVY)]
@@ -114,7 +109,7 @@ def test_a_path_to_where_models_lay_before_opens_the_model_of_that_name():
         find("/somewhere/Resources/Checkpoints/none.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["model", "recipe", "benchmark"])
+@pytest.mark.parametrize("kind", ["model", "recipe"])
 def test_a_bundled_name_is_found_before_a_file_and_a_path_is_found_as_it_is(kind, tmp_path, monkeypatch):
     name, file = next(iter(bundled(kind).items()))
     monkeypatch.chdir(tmp_path)

@@ -24,9 +24,9 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 from MorphSeekLib.io.images import write_image
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = {"Models": {".safetensors"}, "Training": {".toml"}, "Benchmarks": {".toml"}}
+SHIPPED = {"Models": {".safetensors"}, "Training": {".toml"}}
 UNSHIPPED = {".py", ".pyc"}
-"""In the folders of models, recipes and benchmarks: scripts that made them."""
+"""In the folders of models and recipes: scripts that made them."""
 
 
 def call(*command: object, folder: Path) -> str:
@@ -71,7 +71,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 def checkout_files() -> set[str]:
-    """What must be everywhere: every file of the engine, every model, recipe and benchmark."""
+    """What must be everywhere: every file of the engine, every model and recipe."""
     found = {path for path in (ROOT / "MorphSeekLib").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     for name in SHIPPED:
         found |= {path for path in (ROOT / "Resources" / name).rglob("*") if path.suffix not in UNSHIPPED}
@@ -103,7 +103,7 @@ def test_what_is_shipped_is_found_by_its_kind():
 def test_the_wheel_knows_its_models_and_recipes(installed, tmp_path):
     card = json.loads(call(installed / "morphseek", "info", "brain-mr", "--json", folder=tmp_path))
     assert card["model"]["backbone"] == "voxelmorph"
-    code = "from MorphSeekLib.protocol.startup import bundled; print(*bundled('recipe'), *bundled('benchmark'))"
+    code = "from MorphSeekLib.protocol.startup import bundled; print(*bundled('recipe'))"
     names = call(installed / "python", "-c", code, folder=tmp_path).split()
     assert {"hippocampus", "finetune-paper", "main-table"} <= set(names)
 

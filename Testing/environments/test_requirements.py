@@ -15,7 +15,6 @@ LISTS = sorted(HERE.glob("slicer-python-*.txt"))
 ELSEWHERE = {
     "MorphSeekLib/app/demo.py": {"nilearn"},  # the command that shows it off, with a sentence where it is missing
     "MorphSeekLib/training/distributed.py": {"lightning_fabric"},  # many processes: never started by the panel
-    "MorphSeekLib/benchmark/classical.py": {"ants", "picsl_greedy"},  # what is compared with
     "MorphSeekLib/app/settings_file.py": {"tomli"},  # Python 3.10, which no Slicer has
 }
 """What some files import when it is there, and the panel never needs."""

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import wilcoxon
 
-from ..io.files import write_atomically
-from ..measures.metrics import deviation, mean
-from ..protocol.settings import to_dict
+from MorphSeekLib.io.files import write_atomically
+from MorphSeekLib.measures.metrics import deviation, mean
+from MorphSeekLib.protocol.settings import to_dict
+
 from .classical import CLASSICAL
 from .scoring import DEFINITIONS
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..io.images import write_image
-from ..io.transforms import read_transform
-from ..protocol.errors import MorphSeekError
-from ..space.geometry import DenseTransform, Transform, Volume, dense_from_voxels
+from MorphSeekLib.io.images import write_image
+from MorphSeekLib.io.transforms import read_transform
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.space.geometry import DenseTransform, Transform, Volume, dense_from_voxels
 
 
 def greedy(

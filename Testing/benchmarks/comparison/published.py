@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise, permutations
 from pathlib import Path
 
-from ..data.datasets import Case, Dataset, Pair
-from ..protocol.errors import MorphSeekError
+from MorphSeekLib.data.datasets import Case, Dataset, Pair
+from MorphSeekLib.protocol.errors import MorphSeekError
 
 LEARN2REG = "https://learn2reg.grand-challenge.org/Datasets/"
 NEURITE = "https://github.com/adalca/medical-datasets/blob/master/neurite-oasis.md"

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..data.cases import name_of
-from ..data.datasets import Dataset, Pair, read_pair, scored_pairs
-from ..evaluation.evaluate import check_judged, label_row
-from ..measures.folds import certify
-from ..measures.metrics import LABEL_DEFINITIONS, folding, label_figures
-from ..protocol.job import SILENT, Job
-from ..space.geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
+from MorphSeekLib.data.cases import name_of
+from MorphSeekLib.data.datasets import Dataset, Pair, read_pair, scored_pairs
+from MorphSeekLib.evaluation.evaluate import check_judged, label_row
+from MorphSeekLib.measures.folds import certify
+from MorphSeekLib.measures.metrics import LABEL_DEFINITIONS, folding, label_figures
+from MorphSeekLib.protocol.job import SILENT, Job
+from MorphSeekLib.space.geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
 
 Method = Callable[[Volume, Volume], Transform]
 """(fixed, moving) -> fixed point -> moving point, LPS mm."""

@@ -28,32 +28,33 @@ from typing import Any
 
 import torch
 
-from ..app.runs import seconds_per_iteration, train_stage
-from ..app.settings_file import load
-from ..backbones.spac import SPACSettings
-from ..data.datasets import Dataset, load_dataset
-from ..io.files import write_atomically
-from ..io.images import read_image
-from ..networks.devices import pick_device
-from ..networks.loading import load_model
-from ..networks.model_file import read_card, sha256, software
-from ..networks.policy import ModelSettings
-from ..protocol.errors import InUseError, MorphSeekError
-from ..protocol.job import SILENT, Job
-from ..protocol.options import FitOptions, RegistrationOptions
-from ..protocol.run_folder import locked
-from ..protocol.settings import from_dict, override, to_dict, to_json
-from ..protocol.startup import bundled, find
-from ..registration.alignment import align
-from ..registration.pipeline import register
-from ..registration.result import Registration
-from ..report.page import RegistrationPictures, draw_sheets
-from ..space.geometry import Transform, Volume
-from ..space.preprocessing import Preprocessing, working_grid
-from ..training.finetuning import FinetuneConfig
-from ..training.run_state import state_file
-from ..training.sac import SACConfig
-from ..training.warmup import TrainingConfig
+from MorphSeekLib.app.runs import seconds_per_iteration, train_stage
+from MorphSeekLib.app.settings_file import load
+from MorphSeekLib.backbones.spac import SPACSettings
+from MorphSeekLib.data.datasets import Dataset, load_dataset
+from MorphSeekLib.io.files import write_atomically
+from MorphSeekLib.io.images import read_image
+from MorphSeekLib.networks.devices import pick_device
+from MorphSeekLib.networks.loading import load_model
+from MorphSeekLib.networks.model_file import read_card, sha256, software
+from MorphSeekLib.networks.policy import ModelSettings
+from MorphSeekLib.protocol.errors import InUseError, MorphSeekError
+from MorphSeekLib.protocol.job import SILENT, Job
+from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.protocol.run_folder import locked
+from MorphSeekLib.protocol.settings import from_dict, override, to_dict, to_json
+from MorphSeekLib.protocol.startup import find
+from MorphSeekLib.registration.alignment import align
+from MorphSeekLib.registration.pipeline import register
+from MorphSeekLib.registration.result import Registration
+from MorphSeekLib.report.page import RegistrationPictures, draw_sheets
+from MorphSeekLib.space.geometry import Transform, Volume
+from MorphSeekLib.space.preprocessing import Preprocessing, working_grid
+from MorphSeekLib.training.finetuning import FinetuneConfig
+from MorphSeekLib.training.run_state import state_file
+from MorphSeekLib.training.sac import SACConfig
+from MorphSeekLib.training.warmup import TrainingConfig
+
 from .classical import CLASSICAL
 from .published import PUBLISHED
 from .scoring import Method, measure
@@ -65,6 +66,9 @@ FEWEST = 10
 """Iterations that a budget must allow."""
 
 Config = TrainingConfig | FinetuneConfig | SACConfig
+
+SETTINGS = Path(__file__).resolve().parents[1] / "settings"
+"""A TOML file for each benchmark."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +189,10 @@ def shipped_settings(name: str) -> MainTableSettings:
     Raises:
         MorphSeekError: the file cannot be read.
     """
-    files = bundled("benchmark")
-    if name in files:
-        return load(MainTableSettings, files[name])
-    paper = load(MainTableSettings, find("paper", "benchmark"))
+    file = SETTINGS / f"{name}.toml"
+    if file.is_file():
+        return load(MainTableSettings, file)
+    paper = load(MainTableSettings, SETTINGS / "paper.toml")
     return dataclasses.replace(paper, tasks={name: paper.tasks[name]})
 
 

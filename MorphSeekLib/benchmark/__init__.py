@@ -1,1 +1,0 @@
-"""Benchmarks behind `morphseek benchmark`: the paper's main table and its relatives."""
