@@ -126,7 +126,7 @@ class Task(ABC, Generic[B]):
         ]
         self.trained, self.optimizer = self.learner()
         self.memory = Memory()
-        self.origin: dict[str, Any] = {}
+        self.origin: dict[str, str | list[str] | None] = {}
 
     def learner(self) -> tuple[nn.Module, torch.optim.Adam]:
         """Return all that is trained, and its optimizer."""
@@ -305,9 +305,9 @@ class Trainer:
 
     def _card(self) -> Card:
         """Return the task's card with what the training came to."""
+        spent = {"seconds": round(self._seconds()), "date": time.strftime("%Y-%m-%d"), "software": software()}
         card, state = self.task.card(), self.state
         best = {"best_iteration": state.best_iteration or self.task.run.iterations} if self.task.keeps_best else {}
-        spent = {"seconds": round(self._seconds()), "date": time.strftime("%Y-%m-%d"), "software": software()}
         definitions = VALIDATION_DEFINITIONS | card.results.get("definitions", {})
         return dataclasses.replace(
             card,
