@@ -521,16 +521,18 @@ def grid_transform(displacement: Image, source=None, target=None) -> vtk.vtkObje
     shape = displacement.array.shape[1:]
     affine = FLIP @ displacement.affine
     field = np.empty((*shape[::-1], 3), np.float32)  # (k, j, i, RAS)
-    vectors = [FLIP[a, a] * np.asarray(displacement.array[a], np.float64).T for a in range(3)]
-    if source is not None or target is not None:
-        source = np.eye(4) if source is None else source
-        target = np.eye(4) if target is None else target
+    source = np.eye(4) if source is None else source
+    target = np.eye(4) if target is None else target
+    if np.array_equal(source, target) and np.array_equal(target, np.eye(4)):  # nearly always, and ten times as fast
+        for axis in range(3):
+            np.multiply(displacement.array[axis].T, np.float32(FLIP[axis, axis]), out=field[..., axis])
+    else:
+        vectors = [FLIP[a, a] * np.asarray(displacement.array[a], np.float64).T for a in range(3)]
         # target (p + d) - source p = (target - source) p + target d: the small d is never added to the large p
         shift = _node_points((target - source) @ affine, shape)
-        vectors = [shift[a].T + sum(target[a, b] * vectors[b] for b in range(3)) for a in range(3)]
+        for axis in range(3):
+            field[..., axis] = shift[axis].T + sum(target[axis, b] * vectors[b] for b in range(3))
         affine = source @ affine
-    for axis in range(3):
-        field[..., axis] = vectors[axis]
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     direction = np.eye(4)
     direction[:3, :3] = affine[:3, :3] / spacing
