@@ -26,6 +26,7 @@ _JACOBIAN_COLORS = "MorphSeek Jacobian"
 _DIFFERENCE_COLORS = "MorphSeek difference"
 # a volume change of this factor, either way, has the full colour
 _JACOBIAN_LIMIT = 2.0
+_OBLIQUE = np.array([0.4, 0.6, 0.7]) / np.linalg.norm([0.4, 0.6, 0.7])  # RAS, from the middle to the camera
 
 
 class ResultViews:
@@ -163,7 +164,7 @@ class ResultViews:
         display.SetVisibility2D(True)
         display.SetVisibility3D(in_3d)
         display.EndModify(blocked)
-        self._look_in_3d(in_3d)
+        self._look_in_3d(in_3d, oblique=True)
 
     def folding(self, on: bool, in_3d: bool = True) -> None:
         """Voxels that meet a folded cell of the transform, red: filled in the slices, as a closed surface in 3D."""
@@ -179,11 +180,11 @@ class ResultViews:
         display.SetVisibility(on)
         self._look_in_3d(on and in_3d)
 
-    def _look_in_3d(self, shown: bool) -> None:
+    def _look_in_3d(self, shown: bool, oblique: bool = False) -> None:
         """Turn the 3D views to what is shown there for the first time; later the camera is the user's."""
         if shown and not self._seen_in_3d:
             self._seen_in_3d = True
-            look_at_everything_in_3d()
+            look_at_everything_in_3d(oblique)
 
     def go_to(self, position: tuple[float, float, float]) -> None:
         """Centre all slice views on a point (RAS mm) and put the crosshair there."""
@@ -352,13 +353,25 @@ class SliceViews:
                 node.EndModify(blocked)
 
 
-def look_at_everything_in_3d() -> None:
-    """Turn the cameras of the 3D views to what these show; without it they look at the world's origin."""
+def look_at_everything_in_3d(oblique: bool = False) -> None:
+    """Turn the cameras of the 3D views to what these show; without it they look at the world's origin.
+
+    Args:
+        oblique: from above and the right in front, where an axial plane is more than a line.
+    """
     layout = slicer.app.layoutManager() if hasattr(slicer, "app") else None
     for n in range(layout.threeDViewCount if layout is not None else 0):
         view = layout.threeDWidget(n).threeDView()
         view.resetFocalPoint()
         view.resetCamera()
+    scene = slicer.mrmlScene
+    for n in range(scene.GetNumberOfNodesByClass("vtkMRMLCameraNode") if oblique else 0):
+        node = scene.GetNthNodeByClass(n, "vtkMRMLCameraNode")
+        camera = node.GetCamera()
+        position = np.array(camera.GetFocalPoint()) + camera.GetDistance() * _OBLIQUE
+        node.SetPosition(*position)
+        node.SetViewUp(0.0, 0.0, 1.0)
+        node.ResetClippingRange()
 
 
 def jacobian_colors(scene):

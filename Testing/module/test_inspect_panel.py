@@ -515,6 +515,8 @@ def test_what_is_first_shown_in_3d_is_looked_at(stand_in, panel, ui, nodes, what
     (ui.gridCheckBox if what == "grid" else ui.foldingCheckBox).click()
     stand_in.process()
     assert (three_d.draw() != empty).any(), "it is in the picture"
+    if what == "grid":
+        assert camera.GetDirectionOfProjection()[2] < -0.3, "an axial plane is not seen edge-on"
     camera.SetPosition(1, 2, 3)
     (ui.gridCheckBox if what == "grid" else ui.foldingCheckBox).click()
     (ui.gridCheckBox if what == "grid" else ui.foldingCheckBox).click()
