@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo preview test lint environment environments clean
+.PHONY: setup demo preview test lint docs environment environments clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,demo]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,demo,docs]'
 	touch .venv/ready
 
 demo: setup
@@ -25,6 +25,10 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python Testing/structure.py --check
+
+docs: setup
+	$(BIN)/python -m mkdocs build --strict --quiet --config-file Resources/Docs/mkdocs.yml
 
 # what the panel does in Slicer, done with exactly the packages that Slicer ships and the panel installs
 environment: use-5.12.3

@@ -1,7 +1,7 @@
 """Image similarity as losses: the smaller, the more alike.
 
 Images are (batch, channel, i, j, k) on one grid. Everything is computed in float32 or better whatever autocast says,
-and nothing waits for the device. Definitions are those of the official codes (ENGINE.md section 9), whose values and
+and nothing waits for the device. Definitions are those of the official codes whose values and
 gradients the tests compare with.
 """
 

@@ -1,4 +1,4 @@
-"""The latent Gaussian policy around any backbone (METHOD.md, section A), and refinement in steps (section D).
+"""The latent Gaussian policy around any backbone (Docs/method.md, section A), and refinement in steps (section D).
 
 Two 1x1x1 convolutions read the backbone's top feature f and put a Gaussian in its place:
 mu = tanh(W_mu f) * lambda_scale, log sigma = clip(W_sigma f, sigma_min, sigma_max), z = mu + tau * sigma * noise.
@@ -197,7 +197,7 @@ def draw(
 
 
 def kl_to_standard_normal(latent: Latent) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, I)), the mean over the N dimensions (METHOD.md, section B).
+    """KL(N(mu, sigma^2) || N(0, I)), the mean over the N dimensions (Docs/method.md, section B).
 
     1/2 (mu^2 + sigma^2 - 1 - log sigma^2), so that its weight does not depend on N.
     """
@@ -211,7 +211,7 @@ def refine(
     steps: int,
     on_step: Callable[[int, Tensor, Tensor], bool | None] | None = None,
 ) -> Tensor:
-    """T steps at tau = 0, composed (METHOD.md, section D).
+    """T steps at tau = 0, composed (Docs/method.md, section D).
 
     Args:
         model: in eval mode; called under the caller's grad and autocast settings.

@@ -94,7 +94,7 @@ def warp(image: Tensor, displacement: Tensor, mode: str = "linear", padding: str
 
 
 def compose(outer: Tensor, step: Tensor) -> Tensor:
-    """The field of Phi_t = Phi_{t-1} o phi_t: ``u(x) = step(x) + outer(x + step(x))`` (METHOD.md, Notation).
+    """The field of Phi_t = Phi_{t-1} o phi_t: ``u(x) = step(x) + outer(x + step(x))`` (Docs/method.md, Notation).
 
     Args:
         outer: (batch or 1, 3, i, j, k), the deformation accumulated so far, voxels; beyond its grid its edge value
@@ -109,7 +109,7 @@ def resize(displacement: Tensor, shape: Sequence[int]) -> Tensor:
     """Resample a displacement onto another number of voxels over the same extent, first centre to last centre.
 
     Each channel is multiplied by (new - 1) / (old - 1) of its axis, so that it means the same motion exactly: an affine
-    displacement stays that affine displacement. (Official codes multiply by new / old; see ENGINE.md sections 4-6.)
+    displacement stays that affine displacement. (Official codes multiply by new / old)
 
     Args:
         displacement: (batch, 3, i, j, k), voxels of the old grid.

@@ -1,4 +1,4 @@
-"""GRPO fine-tuning on labeled pairs (METHOD.md, section C): the run around :mod:`MorphSeekLib.training.grpo`.
+"""GRPO fine-tuning on labeled pairs (Docs/method.md, section C): the run around :mod:`MorphSeekLib.training.grpo`.
 
 Every refinement step of every pair adds lambda_policy L_policy + lambda_warm L_warm + lambda_Dice (1 - soft Dice) to
 the loss of the iteration; with the policy's weight 0 it is the weakly supervised baseline, on the same code.

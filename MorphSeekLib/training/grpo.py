@@ -1,4 +1,4 @@
-"""GRPO, one refinement step of one pair (METHOD.md, section C): sample a group, reward it, push the policy.
+"""GRPO, one refinement step of one pair (Docs/method.md, section C): sample a group, reward it, push the policy.
 
 Memory does not grow with the number J of trajectories: they are sampled, decoded and scored in chunks without a graph;
 the log-likelihood of the stored samples is then recomputed on the encoder's graph, and one decode, that of the mean, is
@@ -24,7 +24,7 @@ from .rewards import RewardSettings, State, reward_map
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step descends: lambda_policy L_policy + L_warm + lambda_Dice (1 - soft Dice) (METHOD.md, C.7).
+    """What a step descends: lambda_policy L_policy + L_warm + lambda_Dice (1 - soft Dice) (Docs/method.md, C.7).
 
     Attributes:
         losses: weights of L_warm's terms and of soft Dice.
@@ -141,9 +141,9 @@ def sample_group(
 def advantages(group: Group, settings: PolicyGradientSettings, epsilon: float = 1e-4) -> list[Tensor]:
     """For each part of the policy A of every trajectory, (J, 1, 1, 1, 1), or of each of its cells, (J, 1, a, b, c).
 
-    "group" with "std" is METHOD.md C.3: (R_j - mean R) / (std R + epsilon), std over the J trajectories; with local
-    credit the spread is the root mean square over trajectories and cells, so that cells where nothing happens stay
-    silent instead of being blown up to unit spread.
+    "group" with "std" is the method page's C.3: (R_j - mean R) / (std R + epsilon), std over the J
+    trajectories; with local credit the spread is the root mean square over trajectories and cells, so that
+    cells where nothing happens stay silent instead of being blown up to unit spread.
     """
     if settings.credit == "trajectory":
         whole = _compared(group.rewards.view(-1, 1, 1, 1, 1), group.mean_reward.view(1, 1, 1, 1, 1), settings, epsilon)
@@ -171,7 +171,7 @@ def _compared(rewards: Tensor, rollout: Tensor, settings: PolicyGradientSettings
 
 
 def policy_loss(advantage: list[Tensor], log_likelihood: list[Tensor]) -> Tensor:
-    """L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (METHOD.md, C.5); one A for all cells is the paper's."""
+    """L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (Docs/method.md, C.5); one A for all cells is the paper's."""
     total = sum((a * log).sum() for a, log in zip(advantage, log_likelihood, strict=True))
     return -total / len(log_likelihood[0])
 
@@ -194,7 +194,7 @@ def group_figures(group: Group, advantage: list[Tensor]) -> dict[str, Tensor]:
 def next_kl_weight(weight: float, kl: float, target: float, rate: float = 0.1) -> float:
     """beta of the next iteration: up while KL is above its target, down while below, by at most ``rate``.
 
-    The fixed-prior trust region of METHOD.md, C.7 (after the adaptive controller of Ziegler et al., 2019).
+    The fixed-prior trust region of Docs/method.md, C.7 (after the adaptive controller of Ziegler et al., 2019).
     """
     error = min(max(kl / target - 1, -1.0), 1.0)
     return min(max(weight * (1 + rate * error), 1e-6), 1e3)

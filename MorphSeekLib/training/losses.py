@@ -1,4 +1,4 @@
-"""The losses of one step (METHOD.md, section B): similarity, regularizers, KL, soft Dice, learned features."""
+"""The losses of one step (Docs/method.md, section B): similarity, regularizers, KL, soft Dice, learned features."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
 def warmup_loss(
     step: Step, batch: Batch, weights: LossSettings, kl_weight: float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_warm of one refinement step (METHOD.md, section B), with soft Dice where labels and a weight are there.
+    """L_warm of one refinement step (Docs/method.md, section B), with soft Dice where labels and a weight are there.
 
     Args:
         kl_weight: beta, where a controller rules it; else ``weights.kl``.

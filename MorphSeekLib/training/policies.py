@@ -1,4 +1,4 @@
-"""Where the policy of a step acts: a list of independent Gaussians (METHOD.md, section C), at one of two places.
+"""Where the policy of a step acts: a list of independent Gaussians (Docs/method.md, section C), at one of two places.
 
 "latent" is the paper's: the Gaussian over the encoder's top feature; ``levels`` lets it act on finer features too, or
 instead. "field" is ours: a Gaussian over control points, every few voxels, of the field that the decoder makes. There
@@ -244,7 +244,7 @@ def log_likelihood(parts: list[Gaussian], samples: list[Tensor], settings: Polic
 
 
 def log_likelihood_map(policy: Gaussian, samples: Tensor, tau: float, s: float) -> Tensor:
-    """LDVN log-likelihood, summed over channels alone: (J, 1, a, b, c); its sum is METHOD.md's log pi~ (C.4).
+    """LDVN log-likelihood, summed over channels alone: (J, 1, a, b, c); its sum is the method page's log pi~ (C.4).
 
     -1/(2s) sum_channels [((z - mu) / (tau sigma))^2 + log(2 pi tau^2 sigma^2)], z detached. s = sqrt(N) keeps the
     spread of the sum over N independent dimensions at order one, on whichever grid and however credited.

@@ -1,4 +1,4 @@
-"""Rewards of a deformation, from hard labels and without gradient (METHOD.md, section C.2).
+"""Rewards of a deformation, from hard labels and without gradient (Docs/method.md, section C.2).
 
 Every term is a map over the fixed grid whose sum over the voxels is the term's value, so that one and the same reward
 can credit a whole trajectory (the sum) or each neighbourhood (sums over cells). A run's reward is the weighted sum of

@@ -1,4 +1,4 @@
-"""Warm-up (METHOD.md, section B): training on images without labels, or on synthetic pairs."""
+"""Warm-up (Docs/method.md, section B): training on images without labels, or on synthetic pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model zoo's table: what each published network costs here. Writes Resources/ZOO.md from results/zoo.json.
+"""The model zoo's table: what each published network costs here. Writes Resources/Docs/zoo.md from results/zoo.json.
 
     python Testing/benchmarks/zoo.py [--only NAME ...] [--sizes small full] [--anew]
 
@@ -31,7 +31,7 @@ from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, Registra
 from MorphSeekLib.protocol.settings import to_dict
 
 OUT = Path(__file__).parent / "results" / "zoo.json"
-PAGE = Path(__file__).resolve().parents[2] / "Resources" / "ZOO.md"
+PAGE = Path(__file__).resolve().parents[2] / "Resources" / "Docs" / "zoo.md"
 SIZES = {"small": (64, 64, 64), "full": (160, 192, 224)}
 ANY_WIDTH = ("vxm", "vxm-dense")
 """Names under which files of any width are imported; the networks stand in the table under their own."""
@@ -128,7 +128,7 @@ def available_gb() -> float:
 
 
 def page(content: dict) -> str:
-    """Resources/ZOO.md."""
+    """Resources/Docs/zoo.md."""
     lines = [
         INTRODUCTION.format(**content["machine"]),
         "| architecture | parameters | head | N at 64³ | N at 160×192×224 "

@@ -506,7 +506,7 @@ def test_shipped_settings_load_and_their_networks_can_be_built(path):
 
 @pytest.mark.parametrize("name", ["oasis", "lits", "abdomen-mrct"])
 def test_the_papers_sizes_and_settings(name):
-    """METHOD.md: Adam 1e-4, batch 1, T = 3, J = 6, networks as published; the same losses for all arms of a network."""
+    """Adam 1e-4, batch 1, T = 3, J = 6, networks as published; the same losses for all arms of a network."""
     settings = shipped_settings(name)
     assert list(settings.networks) == [*PAPER_SIZES, "spac"]
     for network, parameters in PAPER_SIZES.items():

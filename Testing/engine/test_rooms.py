@@ -1,4 +1,5 @@
-"""The house rules of DESIGN.md: what each room may import. Read from the source, so that nothing needs to be installed.
+"""The house rules (Docs/architecture.md): what each room may import. Read from the source, so that nothing is
+installed.
 
 - Rooms of the engine lie above each other; a room imports from those below it only, and no circle lies within one.
 - The engine (MorphSeekLib) never imports Slicer or a user interface: it runs on a server.

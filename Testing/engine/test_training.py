@@ -242,7 +242,7 @@ def test_it_learns_on_synthetic_pairs(dataset, source, tmp_path):
 
 
 def test_warmup_loss_is_its_terms(dataset):
-    """The weighted sum of METHOD.md, section B, on a real pair."""
+    """The weighted sum of Docs/method.md, section B, on a real pair."""
     from MorphSeekLib.measures.regularizers import diffusion
     from MorphSeekLib.measures.similarity import lncc
     from MorphSeekLib.networks.policy import kl_to_standard_normal
