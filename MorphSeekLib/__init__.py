@@ -120,7 +120,7 @@ def moved(module: str, name: str) -> Any:
 
 def _add_old_module(name: str) -> None:
     module = types.ModuleType(f"{__name__}.{name}")
-    module.__getattr__ = lambda attribute: moved(name, attribute)
+    module.__getattr__ = lambda attribute: moved(name, attribute)  # type: ignore[method-assign]
     sys.modules[module.__name__] = module
 
 

@@ -175,7 +175,7 @@ def register(
         job.report("load", 0.01, "Loading the model")
         loaded_model = load_model(model, device)
         loaded = time.perf_counter()
-        result = run(*images, loaded_model, options, job.part(0.01, 0.95), labels=tuple(labels), start=initial)
+        result = run(*images, loaded_model, options, job.part(0.01, 0.95), labels=(labels[0], labels[1]), start=initial)
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
         job.report("write", 0.95, "Writing the results")
         names = {"fixed": shown(fixed), "moving": shown(moving)}

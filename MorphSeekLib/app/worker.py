@@ -147,7 +147,7 @@ class Worker:
         loaded = time.perf_counter()
         job = self._job(number, on_picture if _get(params, "show_steps", bool, False) else None)
         result = register(
-            fixed, moving, model, options, job.part(0.01, 0.95), labels=tuple(labels), start=state or initial
+            fixed, moving, model, options, job.part(0.01, 0.95), labels=(labels[0], labels[1]), start=state or initial
         )
         job.report("write", 0.95, "Handing over the results")
         registered = time.perf_counter()

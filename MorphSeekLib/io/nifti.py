@@ -168,6 +168,8 @@ def set_codes(path: Path, codes: tuple[int, int]) -> None:
     """Change the form codes of a NIfTI file that is not compressed."""
     with open(path, "r+b") as file:
         header = _parse(file.read(_LENGTH))
+        if header is None:
+            raise ValueError(f"{path} is not a NIfTI file")
         file.seek(252)
         file.write(struct.pack(header.order + "2h", *codes))
 

@@ -102,7 +102,7 @@ def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
         raise MorphSeekError(f"{path} is a folder; give a transform file.")
     if path.name.lower().endswith(_FIELDS):
         field = read_sitk(path, components=3)
-        transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
+        transform: sitk.Transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
     else:
         transform = _read_itk(path)
     if transform.GetDimension() != 3:

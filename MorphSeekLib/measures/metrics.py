@@ -127,7 +127,7 @@ def label_figures(
     fixed_labels: Tensor,
     warped_labels: Tensor,
     moving_labels: Tensor,
-    spacing: Sequence[float] | None = None,
+    spacing: Sequence[float] | np.ndarray | None = None,
     labels: Iterable[int] | None = None,
 ) -> LabelFigures:
     """Judge the labels of a pair; see :class:`LabelFigures`.
@@ -195,7 +195,7 @@ def dice_per_label(
 def hd95_per_label(
     fixed_labels: Tensor,
     warped_labels: Tensor,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing: Sequence[float] | np.ndarray = (1.0, 1.0, 1.0),
     labels: Iterable[int] | None = None,
     moving_labels: Tensor | None = None,
 ) -> dict[int, float]:

@@ -21,7 +21,7 @@ def try_lock(file: IO, shared: bool = False) -> bool:
     try:
         if os.name == "nt":
             file.seek(1 << 20)  # beyond the text: on Windows nobody else can read what is locked
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:

@@ -30,13 +30,13 @@ def from_dict(settings_type: type[T], values: dict[str, Any], where: str = "sett
     if not isinstance(values, dict):
         raise MorphSeekError(f"{where} must be a table of settings, not {type(values).__name__}.")
     hints = typing.get_type_hints(settings_type)
-    known = {field.name: field for field in dataclasses.fields(settings_type)}
+    known = {field.name: field for field in dataclasses.fields(settings_type)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise MorphSeekError(f"{where} has no setting '{unknown[0]}'; known settings: {', '.join(known)}.")
     try:
         given = {k: _convert(hints[k], v, f"{where}.{k}", _default(known[k], base)) for k, v in values.items()}
-        return settings_type(**given) if base is None else dataclasses.replace(base, **given)
+        return settings_type(**given) if base is None else dataclasses.replace(base, **given)  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
         raise MorphSeekError(f"{where}: {error}") from error
 
@@ -68,7 +68,8 @@ def override(settings: T, table: str, **values: Any) -> T:
     """
     given = {name: value for name, value in values.items() if value is not None}
     try:
-        return dataclasses.replace(settings, **{table: dataclasses.replace(getattr(settings, table), **given)})
+        changed = dataclasses.replace(getattr(settings, table), **given)
+        return dataclasses.replace(settings, **{table: changed})  # type: ignore[type-var]
     except ValueError as error:
         raise MorphSeekError(f"{table}: {error}") from error
 
@@ -85,7 +86,7 @@ def _default(field: dataclasses.Field, base: Any) -> Any:
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     """``value`` as the type hint says, or MorphSeekError."""
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where, default)
+        return from_dict(typing.cast("type[Any]", hint), value, where, default)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:

@@ -28,7 +28,7 @@ FLAT = 0.02  # of the range
 NOTABLE = 0.005  # of similarity or Dice: smaller losses are not worth a sentence
 
 
-def check_finite(values: Transform | Tensor | float, what: str) -> None:
+def check_finite(values: Transform | Tensor | float | list[float], what: str) -> None:
     """Refuse a matrix, a field or a figure that is not made of finite numbers.
 
     Raises:

@@ -187,8 +187,8 @@ class Pair:
     def prepare(self) -> None:
         """Make the intensities that the network takes, and the judge of what it answers."""
         self.fixed_intensities, self.moving_intensities = self.intensities_on(self.grid)
-        foreground = Volume(foreground_of(quiet_background(self.fixed.data)).to(torch.uint8), self.fixed.grid)
-        foreground = resample(foreground, self.grid, mode="nearest", job=self.job).data.bool()
+        shown = Volume(foreground_of(quiet_background(self.fixed.data)).to(torch.uint8), self.fixed.grid)
+        foreground = resample(shown, self.grid, mode="nearest", job=self.job).data.bool()
         # what one image does not see must not count as black there: a stretch of thin slices would be taken for a gain
         self.seen = self._inside(self.fixed.grid, np.eye(4))
         by_both = self.seen & self._inside(self.moving.grid, self.alignment.transform)

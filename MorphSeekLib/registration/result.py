@@ -91,7 +91,7 @@ def deliver(
         certificate = certify(transform, fixed.grid, alignment.mirrored, job)
         least = Volume(folded_voxels(certificate.folded, transform.grid, fixed.grid), fixed.grid)
         dice = None
-        if labels[0] is not None and labels[1] is not None:
+        if labels[0] is not None and labels[1] is not None and warped_labels is not None:
             job.report("metrics", 0.55, "Measuring the overlap of the labels")
             dice = _dice(labels[0], labels[1], warped_labels, alignment.transform, job)
 
@@ -235,10 +235,10 @@ def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed:
     points = apply_affine(fixed.affine, index)
     mapped = transform.map_points(points)
     inside = apply_affine(np.linalg.inv(moving.affine), mapped)
-    inside = ((inside >= 0) & (inside <= np.array(moving.shape) - 1)).all(axis=1)
-    if not inside.any():
+    lands = ((inside >= 0) & (inside <= np.array(moving.shape) - 1)).all(axis=1)
+    if not lands.any():
         return {"residual_mm": None}
-    error = np.linalg.norm(inverse.map_points(mapped[inside]) - points[inside], axis=1)
+    error = np.linalg.norm(inverse.map_points(mapped[lands]) - points[lands], axis=1)
     return {
         "residual_mm": {
             "mean": float(error.mean()),

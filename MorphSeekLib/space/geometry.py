@@ -101,7 +101,11 @@ class Grid:
 
     @classmethod
     def from_parts(
-        cls, shape: Sequence[int], spacing: Sequence[float], direction: np.ndarray, origin: Sequence[float]
+        cls,
+        shape: Sequence[int] | np.ndarray,
+        spacing: Sequence[float] | np.ndarray,
+        direction: np.ndarray,
+        origin: Sequence[float] | np.ndarray,
     ) -> Grid:
         """From ITK's parts: spacing (mm), direction (3, 3) and origin (LPS mm)."""
         affine = np.eye(4)
@@ -309,7 +313,7 @@ def orientation_matrix(code: str) -> np.ndarray:
 
 def covering_grid(
     covered: Grid,
-    spacing: Sequence[float] | None = None,
+    spacing: Sequence[float] | np.ndarray | None = None,
     orientation: str | np.ndarray = "RAS",
     multiple_of: int = 1,
     at_least: Sequence[int] | None = None,
@@ -356,7 +360,7 @@ def reordered(volume: Volume, grid: Grid) -> Volume | None:
     return dataclasses.replace(volume, data=volume.data.permute(order).flip(backward).contiguous(), grid=grid)
 
 
-def smooth_for_spacing(volume: Volume, spacing: Sequence[float] | float) -> Volume:
+def smooth_for_spacing(volume: Volume, spacing: Sequence[float] | np.ndarray | float) -> Volume:
     """Blur a volume so that sampling it every ``spacing`` mm does not alias (Gaussian; FWHM grows to the new voxel).
 
     Args:
