@@ -34,6 +34,7 @@ TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
 _POLL_MS = 1000
 _ENGINE_MS = 50  # how often the engine is asked what is new while it checks cases
 _MOMENT = 0.05  # seconds of copying, after which the window may answer
+_LISTED = 6  # labels that the summary names
 _WIDEST_REMARK = 90  # pixels; a longer one is in its tool tip
 
 # settings that a network needs to train well from scratch, where they are not its defaults
@@ -400,8 +401,11 @@ class TrainingPanel:
                 training=report["training"],
                 validation=report["validation_pairs"],
                 test=report["test_pairs"],
-                labels=", ".join(names) or _("none"),
+                labels=", ".join(names[:_LISTED]) or _("none"),
             )
+            if len(names) > _LISTED:
+                text += " " + _("And {count} more; the tool tip has them all.").format(count=len(names) - _LISTED)
+            self.ui.casesSummary.toolTip = ", ".join(names)
             if left_out:
                 text += " " + _("Left out because of problems: {count}.").format(count=left_out)
             self._say(" ".join([text, *self._export_warnings, *report["warnings"]]))
