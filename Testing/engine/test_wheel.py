@@ -105,7 +105,7 @@ def test_the_wheel_knows_its_models_and_recipes(installed, tmp_path):
     assert card["model"]["backbone"] == "voxelmorph"
     code = "from MorphSeekLib.protocol.startup import bundled; print(*bundled('recipe'))"
     names = call(installed / "python", "-c", code, folder=tmp_path).split()
-    assert {"hippocampus", "finetune-paper", "main-table"} <= set(names)
+    assert {"hippocampus", "finetune-paper"} <= set(names)
 
 
 def test_the_wheel_registers(installed, tmp_path):

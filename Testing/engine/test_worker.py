@@ -222,8 +222,8 @@ def test_cancel_ends_the_job_and_the_worker_lives(client, request_of):
 
 def test_a_request_that_waits_is_cancelled_at_once(client, request_of):
     """The one under way goes on: a panel that asks no more must not end another panel's registration."""
-    running = client.send("register", request_of | {"refinement": LONGEST})
-    while client.lines.get(timeout=300).get("params", {}).get("phase") != "refine":  # the limit only ends a hang
+    running = client.send("register", request_of | {"options": {"fit": LONGEST}})
+    while client.lines.get(timeout=300).get("params", {}).get("phase") != "fit":  # the limit only ends a hang
         pass
     waiting = client.send("hello")
     client.write(json.dumps({"jsonrpc": "2.0", "method": "cancel", "params": {"id": waiting}}))

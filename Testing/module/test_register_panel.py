@@ -261,7 +261,8 @@ def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, pa
 @pytest.fixture
 def package():
     """Puts the package's modules back that other tests have imported."""
-    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "MorphSeekGui"}
+    packages = ("MorphSeekGui", "MorphSeekLib")
+    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
     yield
     sys.modules.update(kept)
 
