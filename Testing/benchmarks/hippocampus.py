@@ -5,8 +5,8 @@
 
 EXPERIMENT is one of those below: "gain" is the question itself (does GRPO add anything?), "labels" the label-efficiency
 curve, all others are ablations of the paper's form. A run that is done is not done again, so the same command resumes;
-``--part 1/2`` and ``--part 2/2``, started together, share the runs. When no run is missing any more, the table
-(EXPERIMENT.md), all figures (EXPERIMENT.json) and the plot (EXPERIMENT.png) are written to ``--out``.
+``--part 1/2`` and ``--part 2/2``, started together, share the runs (a lock each, in RUNS/locks). When no run is missing
+any more, the table (EXPERIMENT.md), all figures (EXPERIMENT.json) and the plot (EXPERIMENT.png) go to ``--out``.
 
 Every run is ``finetune`` from the same unsupervised warm-up of the plain VoxelMorph (hippocampus.toml without forces);
 its last weights count. Figures are means over the pairs of "registration_test" on the working grid, T steps as trained:
@@ -24,20 +24,22 @@ import hashlib
 import json
 import math
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+from comparison.runner import do_all, do_once
 from comparison.table import signed_rank
 
 from MorphSeekLib.app.settings_file import load as load_settings
 from MorphSeekLib.data.datasets import PairLoader, load_dataset
+from MorphSeekLib.io.files import write_atomically
 from MorphSeekLib.measures.metrics import folding, label_figures
 from MorphSeekLib.networks.devices import network_autocast
 from MorphSeekLib.networks.model_file import load, read_card, software
 from MorphSeekLib.networks.policy import refine
+from MorphSeekLib.protocol.job import SILENT, Job
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.space import fields
 from MorphSeekLib.training.finetuning import FIELD_POLICY, FinetuneConfig, finetune
@@ -181,25 +183,6 @@ def name_of(arm: Arm, settings: Settings | None = None) -> str:
     return name
 
 
-def initial(dataset: Path, folder: Path, arm: Arm, first: bool) -> Path:
-    """The checkpoint that an arm starts from; the first part trains it, the others wait for it."""
-    out = folder / f"{name_of(arm)}.safetensors"
-    while not out.is_file() and not first:
-        time.sleep(5)
-    if not out.is_file():
-        config = load_settings(TrainingConfig, RECIPE)
-        own = dict(config.model.backbone_settings) | {"forces": 0, "features": 0} | arm.model
-        config = dataclasses.replace(
-            config,
-            training=dataclasses.replace(config.training, iterations=WARM_ITERATIONS if arm.warm else 1),
-            loss=dataclasses.replace(config.loss, regularization=1.0),
-            model=dataclasses.replace(config.model, backbone_settings=own),
-        )
-        print(f"training {out.name}", flush=True)
-        warmup(load_dataset(dataset), config, out)
-    return out
-
-
 @torch.inference_mode()
 def test(dataset: Path, checkpoint: Path, *, zeroed: bool) -> list[dict[str, float]]:
     """A row a test pair; ``zeroed``: with zero in the place of the policy's latent."""
@@ -285,7 +268,106 @@ def _seeds_averaged(results: list[dict], figure: str) -> list[float]:
     ]
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training of an arm, or, without settings, the warm-up (or fresh weights) that arms start from."""
+
+    arm: Arm
+    title: str = ""
+    strength: str = ""
+    seed: int = 0
+    settings: Settings | None = None
+    start: Run | None = None
+
+    @property
+    def name(self) -> str:
+        """Return its files' name, by its settings: experiments that share a run train it once."""
+        return name_of(self.arm, self.settings)
+
+
+def run_list(experiment: str, iterations: int) -> list[Run]:
+    """Return the trainings of an experiment, in their order."""
+    return [
+        Run(arm, title, strength, seed, settings_of(arm, strength, iterations, seed), Run(arm))
+        for title, arm in EXPERIMENTS[experiment].items()
+        for strength in arm.strengths
+        for seed in arm.seeds[: None if strength == arm.strengths[0] else 1]
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The runs of a folder; ``zeroed``: their results also say the Dice with zero in place of the policy's latent."""
+
+    dataset: Path
+    folder: Path
+    zeroed: bool = False
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """Return a training's result; None where it is not done."""
+        file = self.folder / f"{run.name}.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def is_done(self, run: Run) -> bool:
+        """Return whether nothing is left to do for a run."""
+        if run.settings is None:
+            return self._model(run).is_file()
+        result = self.result(run)
+        return result is not None and (not self.zeroed or "dice_zeroed" in result)
+
+    def do(self, run: Run, job: Job = SILENT) -> None:
+        """Do a run unless it is done.
+
+        Raises:
+            InUseError: another process is at work on it.
+        """
+        work = self._warm_up if run.settings is None else self._train
+        do_once(self.folder / "locks" / run.name, lambda: self.is_done(run), lambda: work(run))
+
+    def _model(self, run: Run) -> Path:
+        return self.folder / f"{run.name}.safetensors"
+
+    def _warm_up(self, run: Run) -> None:
+        config = load_settings(TrainingConfig, RECIPE)
+        own = dict(config.model.backbone_settings) | {"forces": 0, "features": 0} | run.arm.model
+        config = dataclasses.replace(
+            config,
+            training=dataclasses.replace(config.training, iterations=WARM_ITERATIONS if run.arm.warm else 1),
+            loss=dataclasses.replace(config.loss, regularization=1.0),
+            model=dataclasses.replace(config.model, backbone_settings=own),
+        )
+        print(f"training {self._model(run).name}", flush=True)
+        warmup(load_dataset(self.dataset), config, self._model(run))
+
+    def _train(self, run: Run) -> None:
+        result = self.result(run)
+        if result is None:
+            print(f"{run.title}, {run.strength}, seed {run.seed}", flush=True)
+            config = config_of(run.settings)
+            model = finetune(load_dataset(self.dataset), config, self._model(run.start), self._model(run))
+            seconds = read_card(model).provenance["seconds"]
+            rows = test(self.dataset, model, zeroed=False)
+            result = {"name": run.title, "strength": run.strength, "seed": run.seed}
+            result |= {"settings": dataclasses.asdict(config), "seconds": seconds, "pairs": rows}
+            self._write(run, result)
+            print({k: round(statistics.fmean(r[k] for r in rows), 4) for k in rows[0]}, f"{seconds:.0f} s", flush=True)
+        if self.zeroed:
+            rows = test(self.dataset, self._model(run), zeroed=True)
+            self._write(run, result | {"dice_zeroed": statistics.fmean(row["dice"] for row in rows)})
+
+    def _write(self, run: Run, result: dict[str, Any]) -> None:
+        write_atomically(self.folder / f"{run.name}.json", (json.dumps(result) + "\n").encode())
+
+
+def with_starts(runs: list[Run]) -> list[Run]:
+    """Return the runs with what they start from, each once, before the first that needs it."""
+    found: list[Run] = []
+    for run in runs:
+        found += [part for part in (run.start, run) if part not in found]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Train what is missing; report when nothing is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
@@ -294,44 +376,17 @@ def main() -> None:
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--out", type=Path, default=ROOT / "Testing/benchmarks/results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     part, parts = (int(n) for n in options.part.split("/"))
     torch.set_num_threads(max(1, torch.get_num_threads() // parts))
-    options.runs.mkdir(parents=True, exist_ok=True)
-    runs = [
-        (arm, strength, seed)
-        for arm, settings in EXPERIMENTS[options.experiment].items()
-        for strength in settings.strengths
-        for seed in settings.seeds[: None if strength == settings.strengths[0] else 1]
-    ]
+    study = Study(options.dataset, options.runs, zeroed=options.experiment == "skips")
+    runs = run_list(options.experiment, options.iterations)
+    do_all(with_starts([run for run in runs[part - 1 :: parts] if not study.is_done(run)]), study.do, SILENT)
     results: dict[tuple[str, str], list[dict]] = {}
-    missing = False
-    for number, (name, strength, seed) in enumerate(runs):
-        arm = EXPERIMENTS[options.experiment][name]
-        settings = settings_of(arm, strength, options.iterations, seed)
-        config = config_of(settings)
-        key = name_of(arm, settings)  # by its settings: experiments that share a run train it once
-        file = options.runs / f"{key}.json"
-        if not file.is_file() and number % parts == part - 1:
-            print(f"run {number + 1} of {len(runs)}: {name}, {strength}, seed {seed}", flush=True)
-            init = initial(options.dataset, options.runs, arm, part == 1)
-            checkpoint = finetune(load_dataset(options.dataset), config, init, options.runs / f"{key}.safetensors")
-            seconds = read_card(checkpoint).provenance["seconds"]
-            rows = test(options.dataset, checkpoint, zeroed=False)
-            content = {"name": name, "strength": strength, "seed": seed, "settings": dataclasses.asdict(config)}
-            file.write_text(json.dumps(content | {"seconds": seconds, "pairs": rows}) + "\n")
-            print({k: round(statistics.fmean(r[k] for r in rows), 4) for k in rows[0]}, f"{seconds:.0f} s", flush=True)
-        if options.experiment == "skips" and file.is_file() and number % parts == part - 1:
-            content = json.loads(file.read_text())
-            if "dice_zeroed" not in content:
-                rows = test(options.dataset, options.runs / f"{key}.safetensors", zeroed=True)
-                content["dice_zeroed"] = statistics.fmean(row["dice"] for row in rows)
-                file.write_text(json.dumps(content) + "\n")
-        if file.is_file():
-            results.setdefault((name, strength), []).append(json.loads(file.read_text()))
-        else:
-            missing = True
-    if not missing:
+    for run in runs:
+        if study.is_done(run):
+            results.setdefault((run.title, run.strength), []).append(study.result(run))
+    if sum(map(len, results.values())) == len(runs):
         report(options.experiment, results, options.out, options.iterations)
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import json
-import sys
-from pathlib import Path
 
+import hippocampus
 import pytest
 
 from MorphSeekLib.protocol.settings import to_dict
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("hippocampus", ROOT / "Testing/benchmarks/hippocampus.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+    return hippocampus
 
 
 def test_every_arm_is_a_run_of_its_own(benchmark):
@@ -60,3 +53,70 @@ def test_settings_round_trip(benchmark):
     settings = benchmark.settings_of(benchmark.Arm(benchmark.FIELD), "weak", 300, 1)
     found = to_dict(benchmark.config_of(settings))
     assert (found["policy"]["place"], found["loss"]["folding"], found["training"]["seed"]) == ("field", 3.0, 1)
+
+
+# ------------------------------------------------------------------ runs: done once, shared, resumed
+
+FIGURES = {"dice": 0.7, "hd95": 2.0, "folded_percent": 0.2, "njd_percent": 0.1, "sdlogj": 0.5}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Trainings and tests that only write down that they were called."""
+    calls = []
+
+    def training(dataset, config, *paths):
+        calls.append(paths[-1].name)
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        paths[-1].write_bytes(b"")
+        return paths[-1]
+
+    card = type("Card", (), {"provenance": {"seconds": 10.0}})
+    monkeypatch.setattr(hippocampus, "load_dataset", lambda path: path)
+    monkeypatch.setattr(hippocampus, "warmup", training)
+    monkeypatch.setattr(hippocampus, "finetune", training)
+    monkeypatch.setattr(hippocampus, "read_card", lambda path: card)
+    monkeypatch.setattr(hippocampus, "test", lambda dataset, model, zeroed: [FIGURES] * 12)
+    return calls
+
+
+def study(tmp_path, experiment, *more):
+    hippocampus.main([experiment, "dataset.json", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path), *more])
+
+
+def test_two_parts_do_every_run_once_and_the_last_reports(trained, tmp_path):
+    study(tmp_path, "kl", "--part", "2/2")
+    assert not (tmp_path / "kl.md").exists()
+    study(tmp_path, "kl", "--part", "1/2")
+    assert len(trained) == len(set(trained)) == 3
+    assert trained[0] == "warm.safetensors"
+    assert (tmp_path / "kl.md").is_file()
+    study(tmp_path, "kl")
+    assert len(trained) == 3
+
+
+def test_a_result_keeps_its_name_and_its_keys(trained, tmp_path):
+    study(tmp_path, "kl")
+    run = hippocampus.run_list("kl", 300)[0]
+    found = json.loads((tmp_path / "runs" / f"{run.name}.json").read_text())
+    assert list(found) == ["name", "strength", "seed", "settings", "seconds", "pairs"]
+    assert run.name.startswith("warm-")
+    assert found["settings"] == json.loads(json.dumps(dataclasses.asdict(hippocampus.config_of(run.settings))))
+
+
+def test_each_start_is_made_by_whoever_needs_it_first(trained, tmp_path):
+    """The second part of "warmup" needs fresh weights that the first does not."""
+    study(tmp_path, "warmup", "--part", "2/2")
+    assert trained[0] == "fresh.safetensors"
+
+
+def test_a_result_of_before_gets_the_dice_at_zero_without_a_training(trained, tmp_path):
+    study(tmp_path, "skips")
+    trained.clear()
+    file = next((tmp_path / "runs").glob("warm-*.json"))
+    found = json.loads(file.read_text())
+    del found["dice_zeroed"]
+    file.write_text(json.dumps(found))
+    study(tmp_path, "skips")
+    assert trained == []
+    assert json.loads(file.read_text())["dice_zeroed"] == pytest.approx(0.7)

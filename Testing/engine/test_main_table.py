@@ -351,7 +351,7 @@ def test_two_processes_share_the_runs(data, tmp_path, monkeypatch):
     config.write_text(json.dumps(values))
     options = ["--data", data, "--out", out, "--config", config, "--device", "cpu"]
     command = [sys.executable, str(SCRIPT), "main-table", *map(str, options)]
-    monkeypatch.setattr("comparison.main_table.time.sleep", lambda _, pause=time.sleep: pause(0.02))
+    monkeypatch.setattr("comparison.runner.time.sleep", lambda _, pause=time.sleep: pause(0.02))
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         while not (out / "runs/blobs/a/warm/lock").is_file() and other.poll() is None:
             time.sleep(0.01)

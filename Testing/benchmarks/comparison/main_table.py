@@ -17,7 +17,6 @@ report (:mod:`.table`) is written anew after every run.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -38,10 +37,9 @@ from MorphSeekLib.networks.devices import pick_device
 from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import read_card, sha256, software
 from MorphSeekLib.networks.policy import ModelSettings
-from MorphSeekLib.protocol.errors import InUseError, MorphSeekError
+from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.job import SILENT, Job
 from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
-from MorphSeekLib.protocol.run_folder import locked
 from MorphSeekLib.protocol.settings import from_dict, override, to_dict, to_json
 from MorphSeekLib.protocol.startup import find
 from MorphSeekLib.registration.alignment import align
@@ -57,6 +55,7 @@ from MorphSeekLib.training.warmup import TrainingConfig
 
 from .classical import CLASSICAL
 from .published import PUBLISHED
+from .runner import do_all, do_once
 from .scoring import Method, measure
 from .table import write_report
 
@@ -275,29 +274,20 @@ def main_table(
     where = pick_device(device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    wanted = run_list(settings, only)
-    left = list(wanted)
     datasets: dict[str, Dataset] = {}
     write_report(settings, out)
-    while left:
-        before = len(left)
-        for run in list(left):
-            number = wanted.index(run)
-            prefix = f"{number + 1}/{len(wanted)} {run.name}: "
-            own = job.part(number / len(wanted), (number + 1) / len(wanted), prefix)
-            if run.start in left:
-                continue
-            if run.task not in datasets:
-                datasets[run.task] = dataset_of(settings.tasks[run.task], data)
-            with contextlib.suppress(InUseError):
-                if _do(settings, run, datasets[run.task], out, where, own):
-                    write_report(settings, out)
-                left.remove(run)
-        if len(left) == before:  # others are at work on all that is left
-            job.report("read", 1 - len(left) / len(wanted), f"Waiting for another process: {left[0].name}")
-            for _ in range(20):
-                job.check()
-                time.sleep(0.5)
+
+    def do(run: Run, own: Job) -> None:
+        if run.task not in datasets:
+            datasets[run.task] = dataset_of(settings.tasks[run.task], data)
+        if do_once(
+            out / "runs" / run.name,
+            lambda: result_of(settings, run, out) is not None,
+            lambda: _do(settings, run, datasets[run.task], out, where, own),
+        ):
+            write_report(settings, out)
+
+    do_all(run_list(settings, only), do, job)
 
 
 def dataset_of(task: Task, data: Path) -> Dataset:
@@ -344,60 +334,49 @@ def _do(
     out: Path,
     device: torch.device,
     job: Job,
-) -> bool:
-    """Do one run if it is not done; whether there was something to do.
-
-    Raises:
-        InUseError: another process is at work on it.
-    """
-    if result_of(settings, run, out) is not None:
-        return False
+) -> None:
+    """Do one run and write its result."""
     folder = out / "runs" / run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, patience=0.0):
-        if result_of(settings, run, out) is not None:
-            return False
-        task = settings.tasks[run.task]
-        training: dict[str, Any] = {}
-        if run.method in settings.networks:
-            path, training = _model(settings, run, dataset, out, device, job)
-            model = load_model(path, str(device))
-            fit = settings.arms[run.arm].refinement or FitOptions()
-            fit = dataclasses.replace(fit, similarity=task.similarity)
-            options = RegistrationOptions(align=task.preprocessing.align, inverse=False, fit=fit)
+    task = settings.tasks[run.task]
+    training: dict[str, Any] = {}
+    if run.method in settings.networks:
+        path, training = _model(settings, run, dataset, out, device, job)
+        model = load_model(path, str(device))
+        fit = settings.arms[run.arm].refinement or FitOptions()
+        fit = dataclasses.replace(fit, similarity=task.similarity)
+        options = RegistrationOptions(align=task.preprocessing.align, inverse=False, fit=fit)
 
-            def method(fixed: Volume, moving: Volume) -> Transform:
-                return register(fixed, moving, model, options).transform
+        def method(fixed: Volume, moving: Volume) -> Transform:
+            return register(fixed, moving, model, options).transform
 
-            pair = dataset.split(TEST)[0]
-            fixed, moving = (read_image(case.image) for case in (pair.fixed, pair.moving))
-            draw(
-                fixed,
-                moving,
-                register(fixed, moving, model, options),
-                out / "pictures",
-                run.name,
-            )
-        else:
-            method = _classical(run.arm, task, settings.threads)
-        rows = measure(
-            dataset,
-            TEST,
-            method,
-            device=str(device),
-            pairs=settings.pairs,
-            job=job.part(0.8, 1.0),
+        pair = dataset.split(TEST)[0]
+        fixed, moving = (read_image(case.image) for case in (pair.fixed, pair.moving))
+        draw(
+            fixed,
+            moving,
+            register(fixed, moving, model, options),
+            out / "pictures",
+            run.name,
         )
-        result = {
-            "settings": settings_of(settings, run),
-            "training": training,
-            "pairs": rows,
-            "device": str(device),
-            "date": time.strftime("%Y-%m-%d"),
-            "software": software(),
-        }
-        write_atomically(folder / "result.json", to_json(result, indent=1).encode())
-    return True
+    else:
+        method = _classical(run.arm, task, settings.threads)
+    rows = measure(
+        dataset,
+        TEST,
+        method,
+        device=str(device),
+        pairs=settings.pairs,
+        job=job.part(0.8, 1.0),
+    )
+    result = {
+        "settings": settings_of(settings, run),
+        "training": training,
+        "pairs": rows,
+        "device": str(device),
+        "date": time.strftime("%Y-%m-%d"),
+        "software": software(),
+    }
+    write_atomically(folder / "result.json", to_json(result, indent=1).encode())
 
 
 def _classical(name: str, task: Task, threads: int) -> Method:
