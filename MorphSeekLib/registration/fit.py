@@ -25,7 +25,7 @@ from ..measures.folds import unfold
 from ..measures.regularizers import diffusion, folding_penalty
 from ..measures.similarity import SIMILARITIES
 from ..networks.devices import network_autocast
-from ..networks.policy import Latent, RegistrationModel, draw
+from ..networks.policy import Latent, RegistrationModel
 from ..protocol.job import Job
 from ..protocol.options import FitOptions
 from ..protocol.settings import to_dict
@@ -265,29 +265,6 @@ def fit(
         correction, rate, iterations, value, start, on_iteration,
         lambda: start.total + F.interpolate(correction, size=tuple(shape), mode="trilinear", align_corners=True),
     )  # fmt: skip
-
-
-@torch.no_grad()
-def best_of(
-    model: RegistrationModel,
-    latent: Latent,
-    outer: Tensor,
-    total: Tensor,
-    value: Objective,
-    count: int,
-    tau: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Refined:
-    """The best by the objective among the network's answer and ``count`` samples of the last step's latent.
-
-    The rival of :func:`optimize` that needs no gradient; arguments as there.
-    """
-    kept = Refined(total, value(total).view(1))
-    for _ in range(count):
-        z = draw(latent.mu, latent.log_sigma, tau, 1, generator=generator)
-        candidate = fields.compose(outer, model.displacement(model.field(latent, z)).float())
-        kept = _better(kept, candidate, value(candidate))
-    return kept
 
 
 def _descend(

@@ -28,9 +28,9 @@ from MorphSeekLib.io.images import read_image, read_labels
 from MorphSeekLib.measures.metrics import dice_per_label, folding
 from MorphSeekLib.networks.loading import LoadedModel, load_model
 from MorphSeekLib.networks.model_file import software
-from MorphSeekLib.networks.policy import refine
+from MorphSeekLib.networks.policy import Latent, RegistrationModel, draw, refine
 from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
-from MorphSeekLib.registration.fit import best_of, objective
+from MorphSeekLib.registration.fit import Objective, Refined, objective
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Volume, jacobian_volume, resample
@@ -66,6 +66,32 @@ def run_greedy(images: list[Volume], labels: list[Volume], threads: int) -> dict
     seconds = time.perf_counter() - begin
     warped = resample(labels[1], images[0].grid, transform, mode="nearest")
     return figures(warped.data, jacobian_volume(transform, images[0].grid).data, labels, seconds)
+
+
+@torch.no_grad()
+def best_of(
+    model: RegistrationModel,
+    latent: Latent,
+    outer: torch.Tensor,
+    total: torch.Tensor,
+    value: Objective,
+    count: int,
+    tau: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Refined:
+    """Return the best by the objective among the network's answer and ``count`` samples of the last step's latent.
+
+    The rival of ``MorphSeekLib.registration.fit.optimize`` that needs no gradient; arguments as there.
+    """
+    objectives = [value(total)]
+    for _ in range(count):
+        z = draw(latent.mu, latent.log_sigma, tau, 1, generator=generator)
+        candidate = fields.compose(outer, model.displacement(model.field(latent, z)).float())
+        found = value(candidate)
+        if found < min(objectives):
+            total = candidate
+        objectives.append(found)
+    return Refined(total, torch.stack(objectives).view(-1))
 
 
 def run_best_of(pair: Pair, loader: PairLoader, model: LoadedModel, count: int) -> dict:

@@ -10,6 +10,7 @@ import torch
 from cases import blob_grid, blob_image, blob_labels
 from hypothesis import given
 from hypothesis import strategies as st
+from refinement import best_of
 from test_registration import random_model
 from typer.testing import CliRunner
 
@@ -19,7 +20,7 @@ from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
-from MorphSeekLib.registration.fit import best_of, objective, optimize
+from MorphSeekLib.registration.fit import objective, optimize
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Grid, covering_grid
