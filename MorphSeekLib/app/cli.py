@@ -328,11 +328,9 @@ def finetune(
         settings = override(settings, "training", steps=steps, labels=labels, iterations=iterations)
         settings = override(settings, "policy", trajectories=trajectories)
         use_threads(threads)
-        world = join(device)
-        where = world.device or pick_device(device)
-        run(
-            load_dataset(dataset), settings, start, out, device=where, world=world, job=job,
-        )  # fmt: skip
+        with join(device) as world:
+            where = world.device or pick_device(device)
+            run(load_dataset(dataset), settings, start, out, device=where, world=world, job=job)
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
 

@@ -14,12 +14,23 @@ from ..protocol.errors import Cancelled, MorphSeekError
 
 
 class World:
-    """The processes of a run. Without Fabric: one, and nothing is exchanged."""
+    """The processes of a run. Without Fabric: one, and nothing is exchanged.
+
+    Used as a context, it ends the connection to the others at its end: a process that is left to end with the
+    connection open can abort while the interpreter closes, whatever it did before.
+    """
 
     def __init__(self, fabric: Any = None) -> None:
         self._fabric = fabric
         self.rank: int = fabric.global_rank if fabric is not None else 0
         self.size: int = fabric.world_size if fabric is not None else 1
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fabric is not None:
+            torch.distributed.destroy_process_group()
 
     @property
     def device(self) -> torch.device | None:
