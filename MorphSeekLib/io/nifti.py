@@ -1,7 +1,8 @@
-"""What a NIfTI header says of itself, as the NIfTI-1 standard has it (https://nifti.nimh.nih.gov).
+"""What a NIfTI header says of itself, as the standards of NIfTI-1 and NIfTI-2 have it (https://nifti.nimh.nih.gov).
 
-ITK reads the voxels; here stands what it passes over in silence: a file that is shorter than its header says, NaN
-(which becomes zero), and two places in space, the qform and the sform, that do not agree.
+ITK reads the voxels, of a NIfTI-2 file by a NIfTI-1 copy; here stands what it passes over in silence: a file that is
+shorter than its header says, NaN (which becomes zero), and two places in space, the qform and the sform, that do not
+agree.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _FLOATS = {16: "f4", 64: "f8"}
 _TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _MM = {1: 1000.0, 3: 0.001}  # by the header's unit of length: meters, micrometers
 _BLOCK = 1 << 22
-_LENGTH = 352  # of a header with what announces extensions
+_LENGTH, _LENGTH_2 = 352, 544  # of a header of either version, with what announces extensions
+_MAGIC_2 = b"n+2\0\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Header:
     """The fields of a NIfTI header that are looked at here.
 
     Attributes:
+        version: of the standard, 1 or 2.
         order: "<" or ">", of its bytes.
         shape: voxels along each axis.
         datatype, bits: of a voxel.
@@ -46,6 +49,7 @@ class Header:
         qform, sform: (4, 4), voxel index -> LPS mm.
     """
 
+    version: int
     order: str
     shape: tuple[int, ...]
     datatype: int
@@ -102,7 +106,7 @@ def read_header(path: Path) -> Header | None:
         EOFError, gzip.BadGzipFile, zlib.error: the file is too short, or wrongly compressed.
     """
     with _opened(path) as file:
-        return _parse(file.read(_LENGTH))
+        return _parse(file.read(_LENGTH_2))
 
 
 def scan(path: Path) -> tuple[Header | None, int, int]:
@@ -113,7 +117,7 @@ def scan(path: Path) -> tuple[Header | None, int, int]:
     """
     nan = infinite = 0
     with _opened(path) as file:
-        header = _parse(file.read(_LENGTH))
+        header = _parse(file.read(_LENGTH_2))
         if header is None:
             return None, 0, 0
         file.seek(header.offset)
@@ -167,7 +171,7 @@ def nearest_rotation(matrix: np.ndarray) -> np.ndarray:
 def set_codes(path: Path, codes: tuple[int, int]) -> None:
     """Change the form codes of a NIfTI file that is not compressed."""
     with open(path, "r+b") as file:
-        header = _parse(file.read(_LENGTH))
+        header = _parse(file.read(_LENGTH_2))
         if header is None:
             raise ValueError(f"{path} is not a NIfTI file")
         file.seek(252)
@@ -186,18 +190,25 @@ def compress(source: Path, target: Path) -> None:
 
 @contextmanager
 def openable(path: Path, without_forms: bool = False) -> Iterator[str]:
-    """Yield a name under which ITK can open a NIfTI file, which goes by the ending and takes it in lower case only.
+    """Yield a name under which ITK can open a NIfTI file.
+
+    ITK goes by the ending, which it takes in lower case only, and reads NIfTI-1 alone.
 
     Args:
         without_forms: a copy with nothing but the size of its voxels, for a file whose place ITK refuses.
     """
     ending = ".nii.gz" if _is_packed(path) else ".nii"
-    if without_forms:
+    header = read_header(path)
+    if without_forms or (header is not None and header.version == 2):
         with tempfile.TemporaryDirectory(prefix="morphseek-") as folder:
             copy = Path(folder) / "image.nii"
             with _opened(path) as file, open(copy, "wb") as sink:
+                if header is not None and header.version == 2:
+                    sink.write(_as_version_1(file.read(_LENGTH_2), header.order))
+                    file.seek(header.offset)
                 shutil.copyfileobj(file, sink, _BLOCK)
-            set_codes(copy, (0, 0))
+            if without_forms:
+                set_codes(copy, (0, 0))
             yield library_name(copy)
     elif path.name.endswith(ending):
         yield library_name(path)
@@ -224,10 +235,6 @@ def check(path: Path, nan: bool) -> tuple[Header | None, int]:
         raise MorphSeekError(
             f"{shown(path)} is damaged or incomplete and cannot be read; copy or export it again."
         ) from None
-    if header is None and _is_nifti_2(path):
-        raise MorphSeekError(
-            f"{shown(path)} is a NIfTI-2 file, which is not read; save it as NIfTI-1, for instance with nibabel."
-        )
     if header is None or len(header.shape) < 3:
         return None, 0
     if infinite or (missing and not nan):
@@ -298,22 +305,32 @@ def _opened(path: Path):
 
 
 def _parse(raw: bytes) -> Header | None:
-    """A header from a file's first bytes; None when they are no NIfTI-1 header."""
+    """A header from a file's first bytes; None when they are no NIfTI header."""
     if len(raw) < _LENGTH:
         raise EOFError
-    order = next((order for order in "<>" if struct.unpack_from(order + "i", raw)[0] == 348), None)
-    if order is None:
-        return None
+    length = {struct.unpack_from(order + "i", raw)[0]: order for order in "<>"}
+    if 348 in length:
+        return _parse_1(raw, length[348])
+    if 540 in length and raw[4:12] == _MAGIC_2:
+        return _parse_1(_as_version_1(raw, length[540]), length[540], raw)
+    return None
+
+
+def _parse_1(raw: bytes, order: str, second: bytes | None = None) -> Header:
+    """A header of NIfTI-1; ``second``: the NIfTI-2 header that it was made from, whose numbers are more precise."""
     dim = struct.unpack_from(order + "8h", raw, 40)
     shape = dim[1 : dim[0] + 1]
     datatype, bits = struct.unpack_from(order + "2h", raw, 70)
     pixdim = struct.unpack_from(order + "8f", raw, 76)
-    (offset,) = struct.unpack_from(order + "f", raw, 108)
+    offset = struct.unpack_from(order + "f", raw, 108)[0]
+    if second is not None:
+        offset = struct.unpack_from(order + "q", second, 168)[0]
     if not 1 <= dim[0] <= 7 or min(shape) < 1 or not 0 <= offset < 2**31:
         raise EOFError
     mm = np.diag([*[_MM.get(raw[123] & 7, 1.0)] * 3, 1.0])
     rows = np.reshape(struct.unpack_from(order + "12f", raw, 280), (3, 4))
     return Header(
+        1 if second is None else 2,
         order,
         shape,
         datatype,
@@ -326,9 +343,38 @@ def _parse(raw: bytes) -> Header | None:
     )
 
 
-def _is_nifti_2(path: Path) -> bool:
-    with _opened(path) as file:
-        return file.read(8)[4:] == b"n+2\0"
+def _as_version_1(raw: bytes, order: str) -> bytes:
+    """A NIfTI-2 header as one of NIfTI-1, 352 bytes: what places and scales the voxels, which follow it at once.
+
+    Raises:
+        EOFError: it is too short, or an axis is longer than NIfTI-1 can say.
+    """
+    if len(raw) < _LENGTH_2:
+        raise EOFError
+
+    def field(format: str, at: int) -> tuple:
+        return struct.unpack_from(order + format, raw, at)
+
+    dim, codes, units = field("8q", 16), field("2i", 344), field("i", 500)[0]
+    if not all(-(2**15) <= n < 2**15 for n in (*dim, *codes)):
+        raise EOFError
+    out = bytearray(_LENGTH)
+    for format, at, values in (
+        ("i", 0, (348,)),
+        ("8h", 40, dim),
+        ("h", 68, (min(max(field("i", 504)[0], 0), 2**15 - 1),)),  # the intent: a vector, a label
+        ("2h", 70, field("2h", 12)),
+        ("8f", 76, field("8d", 104)),
+        ("f", 108, (float(_LENGTH),)),
+        ("2f", 112, field("2d", 176)),
+        ("B", 123, (units & 255,)),
+        ("2h", 252, codes),
+        ("6f", 256, field("6d", 352)),
+        ("12f", 280, field("12d", 400)),
+        ("4s", 344, (b"n+1\0",)),
+    ):
+        struct.pack_into(order + format, out, at, *values)
+    return bytes(out)
 
 
 def _from_quaternion(values: tuple[float, ...], pixdim: tuple[float, ...]) -> np.ndarray:

@@ -247,11 +247,33 @@ def test_the_qform_is_that_of_nibabel(tmp_path, seed):
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_a_nifti_2_file_is_refused_by_its_name(tmp_path, ending):
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_nifti_2_file_is_read_like_its_nifti_1_twin(tmp_path, ending, order):
     """ITK does not know it."""
-    array = np.random.default_rng(0).random((6, 7, 8), dtype=np.float32)
-    nibabel.save(nibabel.Nifti2Image(array, np.eye(4)), tmp_path / f"x{ending}")
-    refused(tmp_path / f"x{ending}", "NIfTI-2", "save it as NIfTI-1")
+    array = np.random.default_rng(0).integers(0, 1000, (6, 7, 8)).astype(order + "i2")
+    affine = nibabel.affines.from_matvec(np.diag([1.5, -2.0, 3.0]), [10, -20, 30])
+    found = []
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        image = kind(array, affine, kind.header_class(endianness=order))
+        image.header.set_slope_inter(0.5, 3)
+        image.set_qform(affine, 1)
+        image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"voxels begin later"))
+        nibabel.save(image, tmp_path / f"{kind.__name__}{ending}")
+        found.append(images.read_image(tmp_path / f"{kind.__name__}{ending}"))
+    first, second = found
+    assert torch.equal(first.data, second.data)
+    assert second.data.std() > 100
+    np.testing.assert_array_equal(first.grid.affine, second.grid.affine)
+    assert first.grid.nifti_codes == second.grid.nifti_codes
+    assert first.dtype == second.dtype
+
+
+def test_a_nifti_2_file_cut_short_is_refused(tmp_path):
+    nibabel.save(nibabel.Nifti2Image(np.ones((6, 7, 8), np.float32), np.eye(4)), tmp_path / "x.nii")
+    whole = (tmp_path / "x.nii").read_bytes()
+    for length in (400, len(whole) - 10):
+        (tmp_path / "x.nii").write_bytes(whole[:length])
+        refused(tmp_path / "x.nii", "damaged or incomplete")
 
 
 @needs_cases
