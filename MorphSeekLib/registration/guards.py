@@ -17,13 +17,14 @@ from ..measures.similarity import Similarity
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import Notice
 from ..space.geometry import DenseTransform, Transform
-from ..space.preprocessing import Preprocessing
+from ..space.preprocessing import Preprocessing, sampled
 
 SAME_SIZE = 1.5  # times smaller or larger than the training images is still what a model knows
 OTHER_WORLD = 5.0  # times: another species, or other units than mm; no two images of one object differ so much either
 LEAST_VOXELS = 200  # of the working grid: fewer show no shape
 LEAST_OVERLAP = 0.1  # of what the fixed image shows
-ONE_VALUE = 0.8  # of what an image shows is of its highest value: a mask
+ONE_VALUE = 0.8  # of what an image shows is of one value: a mask
+ON_FACES = 0.1  # of the voxels of an image's faces
 FLAT = 0.02  # of the range
 NOTABLE = 0.005  # of similarity or Dice: smaller losses are not worth a sentence
 
@@ -107,14 +108,20 @@ def few_values(image: Tensor, name: str) -> list[Notice]:
     """Whether an image shows more than an outline.
 
     No figure tells then which of two results is better inside of it: every measure rises while the inside gets worse.
+    A level that holds a good part of the image's faces is air, or what fills the grid around the field of view.
 
     Args:
-        image: its intensities as the network sees them, from 0 on.
+        image: its intensities as the network sees them, (i, j, k), from 0 on.
         name: what to call it.
     """
-    top = float(image.max())
-    shown, full = (int((image > share * top).sum()) for share in (FLAT, 1 - FLAT))
-    if full < ONE_VALUE * shown:
+    top = float(image.max()) or 1.0
+    faces = torch.cat([image.select(axis, end).flatten() for axis in range(3) for end in (0, -1)])
+    count, around = (
+        torch.bincount((values / (FLAT * top)).round().long().clamp(min=0), minlength=round(1 / FLAT) + 1)
+        for values in (sampled(image), faces)
+    )
+    shown, inside = count[1:], torch.where(around < ON_FACES * len(faces), count, 0)
+    if all(int(levels.max()) < ONE_VALUE * int(levels.sum()) for levels in (shown, inside)):
         return []
     words = (
         f"{name} shows hardly more than one value inside its outline, so that nothing there guides the registration, "

@@ -20,11 +20,12 @@ from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
 from MorphSeekLib.protocol.startup import MAX_STEPS
+from MorphSeekLib.registration.guards import few_values
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.report.results import FILES, write_results
 from MorphSeekLib.space.fields import jacobian_determinant
 from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine, voxel_displacement
-from MorphSeekLib.space.preprocessing import Preprocessing
+from MorphSeekLib.space.preprocessing import Preprocessing, normalize
 
 TILTED = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, -1.0]])  # oblique and left-handed
 
@@ -411,6 +412,18 @@ def test_a_mask_is_named_for_there_is_nothing_inside_to_register_by(pair, model)
         for images in ((fixed, moving), (mask, moving), (moving, mask))
     ]
     assert ["few-values" in c for c in codes] == [False, True, True]
+
+
+@pytest.mark.parametrize("fill", [-300.0, 80.0, 500.0])
+def test_a_mask_is_named_in_a_filled_grid_too(pair, fill):
+    """Where the field of view ends, a scanner's fill begins: darker than air, between air and mask, or brighter."""
+    image = pair[0].data
+    around = (
+        torch.linspace(-1, 1, image.shape[0])[:, None, None] ** 2 + torch.linspace(-1, 1, image.shape[1])[:, None] ** 2
+    )
+    filled = [torch.where(around > 1, fill, data) for data in (255.0 * (image > 45), image)]
+    seen = [normalize(data, Preprocessing()) for data in filled]
+    assert [[notice.code for notice in few_values(image, "It")] for image in seen] == [["few-values"], []]
 
 
 def test_what_covers_a_few_voxels_of_the_working_grid_is_named(pair, tmp_path):

@@ -877,7 +877,8 @@ def write(dress: Dress, heads: Heads, folder: Path, generator: np.random.Generat
     values = stored.astype(np.float64)
     air, white = dress.low, dress.high
     fill = air if dress.fill is None or np.isnan(dress.fill) else air + dress.fill * (white - air)
-    fill = float(_stored(np.array(fill), dress.kind))
+    if not dress.slopes:  # which store values that their type alone cannot
+        fill = float(_stored(np.array(fill), dress.kind))
     suffix = dress.form.lower()
     if dress.writer is not None:
         path = dress.writer(path, stored, grid)
