@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/python Testing/structure.py --check
 
 docs: setup
-	$(BIN)/python -m mkdocs build --strict --quiet --config-file Resources/Docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file Resources/Docs/mkdocs.yml
 
 # what the panel does in Slicer, done with exactly the packages that Slicer ships and the panel installs
 environment: use-5.12.3

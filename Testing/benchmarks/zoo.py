@@ -41,8 +41,8 @@ CHILD = "--child"
 INTRODUCTION = """# Model zoo
 
 The published networks that MorphSeek builds, each with its policy head. `morphseek import-checkpoint official.pt
---architecture NAME --out mine.safetensors` makes a checkpoint of official weights; it gives what the official code
-gives. Made by `Testing/benchmarks/zoo.py`; do not edit.
+--architecture NAME --out mine.safetensors` makes a model of official weights, which gives what the official code gives.
+Written by `Testing/benchmarks/zoo.py`; do not edit.
 
 Seconds: processor time of one forward pass on one core ({device}, torch {torch}), at 64³ the median of three. GB: peak
 resident set of a fresh process. Head: the policy head's share of the backbone's parameters. N: how many numbers the
