@@ -1,11 +1,11 @@
-"""Test-time refinement without labels, beside best-of-J sampling and greedy: Dice, folding and seconds, in one run.
+"""The fit of a pair without labels, compared with best-of-J sampling and greedy: Dice, folding, seconds, in one run.
 
-    python Testing/benchmarks/refinement.py DATASET.json CHECKPOINT [--split registration_test] [--refine 0 30 60+20]
+    python Testing/benchmarks/refinement.py DATASET.json MODEL [--split registration_test] [--fit 0 30 60+20]
         [--best-of 16] [--out FILE]
 
 Every method gets the same pairs and the same threads. MorphSeek: the whole of ``register`` without inverse and labels
-(alignment, network, refinement, warp at full resolution, Jacobian); "60+20" is ``--refine 60 --refine-fine 20``.
-greedy: affine from the image centres, then deformable, both NCC radius 2, 100x50x10, then the warped image. Best of J:
+(alignment, network, fit, warp at full resolution, Jacobian); "60+20" is ``--fit 60 --fit-fine 20``.
+greedy: affine from the image centers, then deformable, both NCC radius 2, 100x50x10, then the warped image. Best of J:
 the label-free objective picks among J samples of the last step's latent. Dice is the mean over labels,
 nearest-neighbour warped; NJD the share of voxels of the fixed grid with a Jacobian determinant <= 0 (the whole
 transform for both); times are medians over the pairs.
@@ -48,9 +48,9 @@ def figures(warped_labels: torch.Tensor, jacobian: torch.Tensor, labels: list[Vo
     }
 
 
-def run_morphseek(images: list[Volume], labels: list[Volume], model: LoadedModel, refine: str) -> dict:
-    """``register --refine K --refine-fine F``, of "K" or "K+F"."""
-    iterations, _, fine = refine.partition("+")
+def run_morphseek(images: list[Volume], labels: list[Volume], model: LoadedModel, fit: str) -> dict:
+    """``register --fit K --fit-fine F``, of "K" or "K+F"."""
+    iterations, _, fine = fit.partition("+")
     settings = FitOptions(iterations=int(iterations), fine_iterations=int(fine or 0))
     begin = time.perf_counter()
     result = register(*images, model, RegistrationOptions(inverse=False, fit=settings))
@@ -124,24 +124,24 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
-    parser.add_argument("checkpoint")
+    parser.add_argument("model")
     parser.add_argument("--split", default="registration_test")
     parser.add_argument("--pairs", type=int, help="only the first so many")
-    parser.add_argument("--refine", nargs="+", default=["0", "30", "60+20"])
+    parser.add_argument("--fit", nargs="+", default=["0", "30", "60+20"])
     parser.add_argument("--best-of", type=int, default=16)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    dataset, model = load_dataset(options.dataset), load_model(options.checkpoint, "cpu")
+    dataset, model = load_dataset(options.dataset), load_model(options.model, "cpu")
     loader = PairLoader(model.card.preprocessing, model.network.multiple_of, centered=True)
     rows: dict[str, list[dict]] = {}
     for pair in dataset.split(options.split)[: options.pairs]:
         images = [read_image(case.image) for case in (pair.fixed, pair.moving)]
         labels = [read_labels(case.label) for case in (pair.fixed, pair.moving)]
-        for refine_by in options.refine:
-            row = run_morphseek(images, labels, model, refine_by)
-            rows.setdefault(f"MorphSeek, refine {refine_by}", []).append(row)
+        for fit in options.fit:
+            row = run_morphseek(images, labels, model, fit)
+            rows.setdefault(f"MorphSeek, fit {fit}", []).append(row)
         rows.setdefault(f"MorphSeek, best of {options.best_of}", []).append(
             run_best_of(pair, loader, model, options.best_of)
         )
