@@ -166,7 +166,7 @@ def _names_due(stored: Stored, coats: list[Coat]) -> set[str]:
         about = images
     # a DICOM slice stands for its folder; of a name that cannot be printed its plain beginning is enough
     names = {name for w in about for name in (w.path.name, w.path.parent.name if w.path.suffix == ".dcm" else "")}
-    return {re.sub(r"[^\x20-\x7e].*", "", name) for name in names} - {"", "in"}
+    return (names | {re.sub(r"[^\x20-\x7e].*", "", name) for name in names}) - {"", "in"}
 
 
 def _wrong_errors(ran: Ran, stored: Stored, coats: list[Coat], heads: Heads, base: Errors) -> list[str]:
