@@ -17,10 +17,9 @@ from pathlib import Path
 import qt
 import slicer
 import slicer.util
-import vtk
 
 from .engine_client import default_python, last_words, process_of_its_own
-from .scene import _
+from .scene import _, hierarchy_items
 
 _POLL_MS = 100
 _PATIENCE = 120.0  # seconds for a Python that is slow to import torch
@@ -175,7 +174,5 @@ def scene_names() -> list[str]:
         names |= {path.name, path.name.partition(".")[0], path.parent.name}
     hierarchy = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSubjectHierarchyNode")
     if hierarchy is not None:
-        items = vtk.vtkIdList()
-        hierarchy.GetItemChildren(hierarchy.GetSceneItemID(), items, True)
-        names |= {hierarchy.GetItemName(items.GetId(n)) for n in range(items.GetNumberOfIds())}
+        names |= {hierarchy.GetItemName(item) for item in hierarchy_items(hierarchy)}
     return sorted(name for name in names if len(name) > 2)

@@ -1,23 +1,22 @@
-"""The models a person can choose from, read without the engine: bundled ones, those of a folder, any file.
+"""The models that a user can choose from: bundled ones, those of a folder, any file.
 
-A checkpoint is a .safetensors file whose header, plain JSON, holds the card; so the list and the cards are there before
+A model is a .safetensors file whose header, plain JSON, holds its card; so the list and the cards are there before
 PyTorch is.
 """
 
 from __future__ import annotations
 
 import html
-import json
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import engine_root
-from .scene import InputError, _
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.startup import bundled, read_header
+
+from .scene import _
 
 DEFAULT = "brain-mr"
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Model:
     Attributes:
         name: what the engine takes: a bundled name, or a path.
         path: its file.
-        card: what it says of itself; empty when it cannot be read, then ``problem`` says why.
+        card: what its file says; empty when it cannot be read, and then ``problem`` says why.
     """
 
     name: str
@@ -42,15 +41,13 @@ class Model:
 
 
 def available(folder: str | Path | None = None, more: Iterable[str] = ()) -> list[Model]:
-    """Bundled models, then those of a person's folder, then files that are in neither.
+    """Return the bundled models, then those of the user's folder, then files that are in neither.
 
     Args:
-        folder: a folder of .safetensors files; None or a folder that is not there: none.
+        folder: a folder of .safetensors files; None or a folder that does not exist: none.
         more: names or paths that must be in the list if they exist.
     """
-    root = engine_root()
-    files = sorted((root / "Resources" / "Models").glob("*.safetensors")) if root is not None else []
-    models = [_model(path.stem, path) for path in files]
+    models = [_model(name, path) for name, path in bundled().items()]
     if folder and Path(folder).is_dir():
         models += [_model(str(path), path) for path in sorted(Path(folder).glob("*.safetensors"))]
     for name in more:
@@ -59,41 +56,14 @@ def available(folder: str | Path | None = None, more: Iterable[str] = ()) -> lis
     return models
 
 
-def read_card(path: str | Path) -> dict:
-    """The card of a checkpoint.
-
-    Raises:
-        InputError: no such file, or not a MorphSeek checkpoint.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            header = json.loads(file.read(length)) if 0 < length <= _LONGEST_HEADER else {}
-        return json.loads(header["__metadata__"]["morphseek"])
-    except OSError as problem:
-        raise InputError(
-            _("The model {path} cannot be read ({reason}); check the path.").format(
-                path=path, reason=problem.strerror or problem
-            )
-        ) from problem
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise InputError(
-            _("{name} is no MorphSeek checkpoint (.safetensors with a card); choose another file.").format(
-                name=path.name
-            )
-        ) from problem
-
-
 def describe(model: Model) -> str:
-    """The card as a few lines of HTML: what it was trained on, its grid, figures, licence."""
+    """Return the card as a few lines of HTML: what it was trained on, its grid, figures, license."""
     if model.problem:
         return f"<p>{html.escape(model.problem)}</p>"
     card = model.card
     lines = [(_("Model"), model.title), (_("Trained on"), _trained_on(card)), (_("Works on"), _grid(card))]
     lines += [(_("Measured"), text) for text in _figures(card)]
-    lines += [(_("Licence"), card.get("licence") or _("not stated"))]
+    lines += [(_("License"), card.get("license") or card.get("licence") or _("not stated"))]
     lines += [(_("File"), str(model.path))] if model.name == str(model.path) else []
     rows = (
         # no color of its own: the label's, which follows the style and pales with the panel while something runs
@@ -106,8 +76,8 @@ def describe(model: Model) -> str:
 
 def _model(name: str, path: Path) -> Model:
     try:
-        return Model(name, path, read_card(path))
-    except InputError as problem:
+        return Model(name, path, read_header(path))
+    except MorphSeekError as problem:
         return Model(name, path, problem=str(problem))
 
 
@@ -116,7 +86,7 @@ def _trained_on(card: dict) -> str:
     data = provenance.get("data")
     name = data.get("name", "") if isinstance(data, dict) else str(data or "")
     parts = [name, _("{n} cases").format(n=provenance["cases"]) if "cases" in provenance else ""]
-    parts += [_("images synthesised from labels") if provenance.get("synthetic") else "", provenance.get("stage", "")]
+    parts += [_("images synthesized from labels") if provenance.get("synthetic") else "", provenance.get("stage", "")]
     return ", ".join(filter(None, map(str, parts))) or _("not stated")
 
 

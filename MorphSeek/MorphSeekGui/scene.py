@@ -358,11 +358,11 @@ def create_nodes(
         )
         nodes.folding.SetReferenceImageGeometryParameterFromVolumeNode(nodes.warped)
         if "warped" not in into:
-            _copy_window(moving, nodes.warped)
+            copy_window(moving, nodes.warped)
         if aligned is not None:
             nodes.aligned = _fill_volume(into.get("aligned") or new.volume("aligned"), aligned)
             if "aligned" not in into:
-                _copy_window(moving, nodes.aligned)
+                copy_window(moving, nodes.aligned)
         if inverse is not None:
             nodes.inverse = _fill_transform(into.get("inverse") or new.transform("inverse"), inverse, moving, fixed)
         if warped_labels is not None:
@@ -458,10 +458,15 @@ def put_into_folder(nodes: RegistrationNodes, members: list) -> None:
 
 def _folder_of(hierarchy, transform) -> int | None:
     """The folder that was made for a transform's registration, if it is still there."""
+    made_for = transform.GetID()
+    return next((i for i in hierarchy_items(hierarchy) if hierarchy.GetItemAttribute(i, REPORT) == made_for), None)
+
+
+def hierarchy_items(hierarchy) -> list[int]:
+    """Return all items of a subject hierarchy."""
     items = vtk.vtkIdList()
     hierarchy.GetItemChildren(hierarchy.GetSceneItemID(), items, True)
-    ids = (items.GetId(n) for n in range(items.GetNumberOfIds()))
-    return next((item for item in ids if hierarchy.GetItemAttribute(item, REPORT) == transform.GetID()), None)
+    return [items.GetId(n) for n in range(items.GetNumberOfIds())]
 
 
 def _remember(nodes: RegistrationNodes) -> None:
@@ -796,8 +801,8 @@ def label_names(labels) -> dict[int, str]:
     return {value: colors.GetColorName(value) for value in range(colors.GetNumberOfColors())}
 
 
-def _copy_window(source, node) -> None:
-    """Same intensities, same window; a source that was never shown leaves the automatic one."""
+def copy_window(source, node) -> None:
+    """Show a volume in the colors and the window of another; one that was never shown leaves them automatic."""
     shown = source.GetDisplayNode()
     if isinstance(shown, slicer.vtkMRMLScalarVolumeDisplayNode):
         display = node.GetDisplayNode()

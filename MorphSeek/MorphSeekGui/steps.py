@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import slicer
 
-from .scene import FLIP, Image, _, free_names, to_vtk
+from .scene import FLIP, Image, _, copy_window, free_names, to_vtk
 
 
 class Steps:
@@ -81,12 +81,7 @@ class Steps:
         add = self._scene.AddNewNodeByClass
         self.volume = add("vtkMRMLScalarVolumeNode", names["volume"])
         self.volume.CreateDefaultDisplayNodes()
-        shown = self._moving.GetDisplayNode()
-        if isinstance(shown, slicer.vtkMRMLScalarVolumeDisplayNode):
-            display = self.volume.GetDisplayNode()
-            display.SetAndObserveColorNodeID(shown.GetColorNodeID())
-            display.AutoWindowLevelOff()
-            display.SetWindowLevel(shown.GetWindow(), shown.GetLevel())
+        copy_window(self._moving, self.volume)
         self.sequence = add("vtkMRMLSequenceNode", names["sequence"])
         self.sequence.SetIndexName(_("step"))
         self.sequence.SetIndexUnit("")

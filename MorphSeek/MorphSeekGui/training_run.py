@@ -263,8 +263,8 @@ def create_run(root: Path | str, settings: dict) -> TrainingRun:
 
 def find_runs(root: Path | str) -> list[TrainingRun]:
     """All runs under ``root``, the newest first."""
-    found = [path.parent for path in Path(root).glob("*/run.json")]
-    return [TrainingRun(f) for f in sorted(found, key=lambda f: (f / "run.json").stat().st_mtime_ns, reverse=True)]
+    found = [path.parent for path in Path(root).glob(f"*/{SETTINGS}")]
+    return [TrainingRun(f) for f in sorted(found, key=lambda f: (f / SETTINGS).stat().st_mtime_ns, reverse=True)]
 
 
 class _Lines:

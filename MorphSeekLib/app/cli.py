@@ -26,6 +26,7 @@ from rich.text import Text
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job
 from ..protocol.options import FitOptions, RegistrationOptions
+from ..protocol.run_folder import KEEP
 from ..protocol.settings import from_dict
 from ..protocol.startup import (
     Kind,
@@ -388,7 +389,7 @@ def train(
             threading.Thread(target=_await_end, args=(sys.stdin.fileno(), alone), daemon=True).start()
         model = run(
             folder,
-            job.until(lambda: stop.is_set() or (alone.is_set() and not (folder / "keep").exists())),
+            job.until(lambda: stop.is_set() or (alone.is_set() and not (folder / KEEP).exists())),
         )
     console.print(f"Wrote {model}", soft_wrap=True)
 

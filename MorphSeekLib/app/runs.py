@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,58 +25,29 @@ from ..io.files import write_atomically
 from ..networks import model_file as checkpoints
 from ..networks.devices import pick_device
 from ..networks.loading import load_model
+from ..networks.policy import ModelSettings
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Event, Job
-from ..protocol.run_folder import SETTINGS, STATUS, STOP, Status, locked
-from ..protocol.settings import override, to_dict, to_json
-from ..protocol.startup import check_output_file, check_run, find
+from ..protocol.options import TrainingOptions
+from ..protocol.run_folder import SETTINGS, STAGES, STATUS, STOP, Stage, Status, locked
+from ..protocol.settings import from_dict, override, to_dict, to_json
+from ..protocol.startup import bundled, check_output_file, check_run, find
+from ..space.preprocessing import Preprocessing
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
 from ..training.warmup import TrainingConfig, warmup
-from .settings_file import load
+from .settings_file import load, read_values
 
-WARMUP, FINETUNE = "warmup", "finetune"
+Configs = dict[Stage, TrainingConfig | FinetuneConfig]
+"""The settings of each stage of a run, in the order of the stages."""
+
+_WARMUP_RATE = 3.0  # times the learning rate of the fine-tuning
+_VALIDATIONS = 10  # of a stage
+_SAVE_EVERY = 25  # iterations
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes
 _FEWEST = 10  # iterations that such a budget must allow
 _STATUS_SECONDS = 0.5
 _FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj")
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """run.json.
-
-    Attributes:
-        name: the model's, for its card.
-        dataset: dataset.json or folder, see :func:`MorphSeekLib.data.cases.find_cases`; relative to the run's folder.
-        model: where the finished checkpoint goes (.safetensors); relative to the run's folder.
-        init: bundled name or file of the checkpoint to start from; None: from scratch.
-        warmup, finetune: the settings of each stage; None leaves it out. With ``init`` the warm-up's model and
-            preprocessing are that checkpoint's.
-        minutes: how long each stage may take, about; None: as many iterations as its settings say.
-        device: auto, cpu or cuda:N.
-        leave_out: names of cases not to use.
-    """
-
-    name: str
-    dataset: str
-    model: str
-    init: str | None = None
-    warmup: TrainingConfig | None = None
-    finetune: FinetuneConfig | None = None
-    minutes: float | None = None
-    device: str = "auto"
-    leave_out: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.warmup is None and self.finetune is None:
-            raise ValueError("there is neither a warmup nor a finetune stage")
-        if self.warmup is None and self.init is None:
-            raise ValueError("fine-tuning needs a checkpoint to start from (init) or a warmup stage before it")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError("minutes must be above 0")
-        if not self.model.endswith(".safetensors"):
-            raise ValueError("model must end with .safetensors")
 
 
 def run(folder: Path | str, job: Job = SILENT) -> Path:
@@ -127,42 +97,103 @@ def run(folder: Path | str, job: Job = SILENT) -> Path:
             tell()
 
 
+def read_run(path: Path) -> tuple[TrainingOptions, Configs]:
+    """Return what a run.json asks for, and the settings of its stages.
+
+    A run.json of MorphSeek 0.1 holds no choices but the settings of each stage as tables, which still count.
+
+    Raises:
+        MorphSeekError: a file that cannot be read, an unknown key or an unusable value.
+    """
+    values = read_values(path)
+    tables = {stage: values.pop(stage) for stage in STAGES if isinstance(values, dict) and stage in values}
+    if not tables:
+        options = from_dict(TrainingOptions, values, path.name)
+        return options, stage_settings(options)
+    given = {stage: table for stage, table in tables.items() if table is not None}
+    options = from_dict(TrainingOptions, {"minutes": None, **values, "stages": list(given)}, path.name)
+    kinds: dict[Stage, type] = {"warmup": TrainingConfig, "finetune": FinetuneConfig}
+    return options, {stage: from_dict(kinds[stage], table, f"{path.name}.{stage}") for stage, table in given.items()}
+
+
+def stage_settings(options: TrainingOptions) -> Configs:
+    """Return the settings of each stage that a run's choices come to.
+
+    Raises:
+        MorphSeekError: a value that a stage refuses.
+    """
+    config: TrainingConfig | FinetuneConfig
+    configs: Configs = {}
+    for stage in (stage for stage in STAGES if stage in options.stages):
+        if stage == "warmup":
+            preprocessing = Preprocessing(spacing=(options.spacing,) * 3, align="center")
+            config = TrainingConfig(model=fresh_network(options.backbone), preprocessing=preprocessing)
+            rate, smoothness = _WARMUP_RATE * options.learning_rate, options.smoothness
+        else:
+            config = FinetuneConfig()
+            config = override(config, "policy", trajectories=options.trajectories, weight=options.policy)
+            weights = {"dice": options.reward_dice, "folding": options.reward_folding}
+            config = override(config, "reward", weights=weights)
+            config = override(config, "loss", dice=options.dice)
+            config = override(config, "training", kl_target=options.kl_target)
+            rate, smoothness = options.learning_rate, options.finetune_smoothness
+        loss = {"similarity": options.similarity, "regularization": smoothness, "folding": options.folding}
+        config = override(config, "loss", **loss)
+        configs[stage] = override(
+            config,
+            "training",
+            iterations=options.iterations,
+            learning_rate=rate,
+            steps=options.steps,
+            seed=options.seed,
+            validate_every=max(1, options.iterations // _VALIDATIONS),
+            save_every=_SAVE_EVERY,
+        )
+    return configs
+
+
+def fresh_network(backbone: str) -> ModelSettings:
+    """Return the settings of a network that is trained from scratch: its recipe's where it has one, else its own."""
+    recipe = bundled("recipe").get(f"scratch-{backbone}")
+    return ModelSettings(backbone) if recipe is None else load(TrainingConfig, recipe).model
+
+
 def _run(folder: Path, status: Status, job: Job) -> None:
-    settings = load(RunSettings, folder / SETTINGS)
-    check_output_file(folder / settings.model)
+    options, configs = read_run(folder / SETTINGS)
+    check_output_file(folder / options.model)
     job.report("read", 0.0, "Looking through the cases")
-    dataset = hold_out(find_cases(folder / settings.dataset), settings.leave_out)
-    device = pick_device(settings.device)
-    start = None if settings.init is None else find(_path(folder, settings.init))
-    stages = [stage for stage in (WARMUP, FINETUNE) if getattr(settings, stage) is not None]
-    labelled = all(c.label is not None for pair in dataset.pairs[TEST] for c in (pair.fixed, pair.moving))
-    share = (0.9 if labelled else 1.0) / len(stages)  # of the whole, for each stage
+    dataset = hold_out(find_cases(folder / options.dataset), options.leave_out)
+    device = pick_device(options.device)
+    start = None if options.init is None else find(_path(folder, options.init))
+    labeled = all(c.label is not None for pair in dataset.pairs[TEST] for c in (pair.fixed, pair.moving))
+    share = (0.9 if labeled else 1.0) / len(configs)  # of the whole, for each stage
 
     current = start
-    for number, stage in enumerate(stages):
+    for number, (stage, config) in enumerate(configs.items()):
         status.stage = stage
         stage_job = job.part(number * share, (number + 1) * share)
         out = folder / f"{stage}.safetensors"
         if not out.is_file():
-            config = _planned(folder, settings, stage, dataset, current, device, stage_job)
-            train_stage(config, dataset, current, out, device, stage_job)
-        if number == 0 and start is None and len(stages) == 2:
+            plan = folder / f"{stage}.json"
+            planned = _planned(plan, config, options.minutes, dataset, current, device, stage_job)
+            train_stage(planned, dataset, current, out, device, stage_job)
+        if number == 0 and start is None and len(configs) == 2:
             start = out  # what GRPO starts from
         current = out
 
     status.stage = "evaluate"
-    if labelled:
+    if labeled:
         figures = {}
         for number, (name, model) in enumerate((("start", start), ("result", current))):
             if model is not None and (name == "result" or model != current):
                 begin, prefix = 0.9 + 0.05 * number, "Before: " if name == "start" else "After: "
                 measuring = job.part(begin, begin + 0.05, prefix)
-                figures[name] = _figures(folder / f"{name}.json", dataset, model, settings.device, measuring)
+                figures[name] = _figures(folder / f"{name}.json", dataset, model, options.device, measuring)
         status.held_out = _held_out(figures)
     model, card = checkpoints.load(current)
-    card = dataclasses.replace(card, title=settings.name, results=card.results | {"held_out": status.held_out})
-    checkpoints.save(folder / settings.model, model, card)
-    status.model = str((folder / settings.model).resolve())
+    card = dataclasses.replace(card, title=options.name, results=card.results | {"held_out": status.held_out})
+    checkpoints.save(folder / options.model, model, card)
+    status.model = str((folder / options.model).resolve())
     job.report("write", 1.0, f"Wrote {status.model}")
 
 
@@ -188,19 +219,23 @@ def train_stage(
 
 
 def _planned(
-    folder: Path, settings: RunSettings, stage: str, dataset: Dataset, init: Path | None, device, job: Job
+    path: Path,
+    config: TrainingConfig | FinetuneConfig,
+    minutes: float | None,
+    dataset: Dataset,
+    init: Path | None,
+    device: torch.device,
+    job: Job,
 ) -> TrainingConfig | FinetuneConfig:
-    """The settings of a stage, decided once and kept in a file, so that a resumed run has the same."""
-    path = folder / f"{stage}.json"
-    config = getattr(settings, stage)
+    """Return the settings of a stage, decided once and kept in a file, so that a resumed run has the same."""
     if path.is_file():
         return load(type(config), path)
-    if stage == WARMUP and init is not None:
+    if isinstance(config, TrainingConfig) and init is not None:
         card = checkpoints.read_card(init)
         config = dataclasses.replace(config, model=card.model, preprocessing=card.preprocessing)
-    if settings.minutes is not None:
+    if minutes is not None:
         seconds = seconds_per_iteration(config, dataset, init, device, job)
-        iterations, validate_every = planned_iterations(settings.minutes, *seconds)
+        iterations, validate_every = planned_iterations(minutes, *seconds)
         config = override(config, "training", iterations=iterations, validate_every=validate_every)
     write_atomically(path, json.dumps(to_dict(config), indent=1).encode())
     return config
@@ -252,7 +287,7 @@ def planned_iterations(minutes: float, iteration: float, validation: float) -> t
         MorphSeekError: the minutes are too short.
     """
     # at most ten validations, and at least one, in a fifth of the time
-    validations = min(10, max(1, int(0.2 * 60 * minutes / max(validation, 1e-6))))
+    validations = min(_VALIDATIONS, max(1, int(0.2 * 60 * minutes / max(validation, 1e-6))))
     iterations = int((60 * minutes - validations * validation) / iteration)
     if iterations < _FEWEST:
         least = (_FEWEST * iteration + validation) / 60

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from .startup import check_alignment, check_steps
+from .run_folder import STAGES, Stage
+from .startup import check_alignment, check_iterations, check_steps
 
 FitSimilarity = Literal["lncc", "mse", "mind"]
 FitPreset = Literal["no", "model", "image"]
@@ -97,3 +98,77 @@ class RegistrationOptions:
             check_steps(self.steps)
         if self.align is not None:
             check_alignment(self.align)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Every choice of a training run; run.json holds it (:mod:`MorphSeekLib.protocol.run_folder`).
+
+    Paths are relative to the run's folder.
+
+    Attributes:
+        name: the model's, for its card.
+        dataset: dataset.json or a folder, see :func:`MorphSeekLib.data.cases.find_cases`.
+        model: the file of the finished model (.safetensors).
+        init: bundled name or file of the model to start from, whose network and working grid are kept; None: from
+            scratch.
+        stages: "warmup", "finetune" or both.
+        backbone: the network; from scratch only.
+        spacing: of the working grid, in mm; from scratch only.
+        minutes: how long each stage may take, about; None: ``iterations``.
+        iterations: of each stage, where ``minutes`` is None.
+        steps: steps T of the network in training.
+        learning_rate: of the fine-tuning; the warm-up's is three times as high.
+        seed: of everything random.
+        similarity: as for :class:`FitOptions`, in both stages.
+        smoothness, finetune_smoothness: weight of the diffusion regularizer in the warm-up and in the fine-tuning.
+        folding: weight of the folding penalty, in both stages.
+        dice: weight of the soft Dice loss of the fine-tuning.
+        policy: weight of the policy's loss (GRPO) of the fine-tuning; 0 samples nothing.
+        trajectories: deformations that are sampled and compared in each step of the fine-tuning.
+        reward_dice, reward_folding: weights of the reward's terms.
+        kl_target: the KL to N(0, I) that the policy is steered to; None keeps the weight of the KL.
+        device: auto, cpu or cuda:N.
+        leave_out: names of cases not to use.
+
+    Raises:
+        ValueError: choices that go together with no training.
+        MorphSeekError: a number of steps or of iterations that there is not.
+    """
+
+    name: str
+    dataset: str
+    model: str
+    init: str | None = None
+    stages: tuple[Stage, ...] = STAGES
+    backbone: str = "voxelmorph"
+    spacing: float = 1.5
+    minutes: float | None = 60.0
+    iterations: int = 800
+    steps: int = 3
+    learning_rate: float = 3e-4
+    seed: int = 0
+    similarity: FitSimilarity = "lncc"
+    smoothness: float = 1.0
+    finetune_smoothness: float = 1.0
+    folding: float = 10.0
+    dice: float = 1.0
+    policy: float = 20.0
+    trajectories: int = 6
+    reward_dice: float = 1.0
+    reward_folding: float = 20.0
+    kl_target: float | None = None
+    device: str = "auto"
+    leave_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("there is neither a warmup nor a finetune stage")
+        if self.init is None and "warmup" not in self.stages:
+            raise ValueError("fine-tuning needs a model to start from (init) or a warmup stage before it")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError("minutes must be above 0")
+        if not self.model.endswith(".safetensors"):
+            raise ValueError("model must end with .safetensors")
+        check_steps(self.steps)
+        check_iterations(self.iterations)

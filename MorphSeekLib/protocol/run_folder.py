@@ -2,7 +2,8 @@
 
 | file in the folder | what it is |
 |---|---|
-| run.json | what is wanted: :class:`MorphSeekLib.app.runs.RunSettings` |
+| run.json | what is wanted: :class:`MorphSeekLib.protocol.options.TrainingOptions` |
+| cases | copies of the cases, where they came from a scene |
 | warmup.json, finetune.json | the settings of each stage as they were used, for `morphseek warmup` or `finetune` |
 | warmup.safetensors, finetune.safetensors | the stages' models, with .jsonl (curves), .log (TensorBoard), .state |
 | start.json, result.json | figures on the held-out pairs, before and after |
@@ -24,13 +25,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .errors import InUseError
 from .lock import try_lock
 
 SETTINGS, STATUS, LOCK, STOP, KEEP, LOG = "run.json", "status.json", "lock", "stop", "keep", "log.txt"
-STAGES = ("warmup", "finetune")
+CASES = "cases"
+Stage = Literal["warmup", "finetune"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import MorphSeekError
+from .run_folder import SETTINGS
 
 Kind = Literal["model", "recipe"]
 """What comes with MorphSeek beside its code: models, and settings of trainings."""
@@ -92,7 +93,7 @@ def read_header(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise MorphSeekError(f"There is no checkpoint file {path}; check the path.")
+        raise MorphSeekError(f"There is no model file {path}; check the path.")
     try:
         header = _safetensors_header(path)
     except (OSError, ValueError) as error:
@@ -103,7 +104,7 @@ def read_header(path: Path | str) -> dict[str, Any]:
     if not isinstance(metadata, dict) or "morphseek" not in metadata:
         raise MorphSeekError(
             f"{path.name} is a .safetensors file of another program: it carries no MorphSeek card. "
-            "Choose a checkpoint that MorphSeek wrote."
+            "Choose a model that MorphSeek wrote."
         )
     try:
         card = json.loads(metadata["morphseek"])
@@ -122,7 +123,7 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
         if head.startswith(_PICKLED):
             raise MorphSeekError(
                 f"{path.name} is a pickled PyTorch file, which MorphSeek does not open because it could run any "
-                "program; use a MorphSeek .safetensors checkpoint."
+                "program; use a MorphSeek model (.safetensors)."
             )
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 0 < length <= _LONGEST_HEADER:
@@ -234,8 +235,8 @@ def check_run(folder: Path | str) -> None:
     Raises:
         MorphSeekError: it has no run.json.
     """
-    if not (Path(folder) / "run.json").is_file():
-        raise MorphSeekError(f"{folder} is not a training run: it has no run.json; choose a folder that Slicer made.")
+    if not (Path(folder) / SETTINGS).is_file():
+        raise MorphSeekError(f"{folder} is not a training run: it has no {SETTINGS}; choose a folder that Slicer made.")
 
 
 def refuse_overwriting(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None]) -> None:
@@ -285,7 +286,7 @@ def check_output_file(
     path = Path(path)
     refuse_overwriting([path], inputs)
     if suffix and path.suffix != suffix:
-        raise MorphSeekError(f"The checkpoint {path.name} must be named with the ending {suffix}.")
+        raise MorphSeekError(f"The model file {path.name} must be named with the ending {suffix}.")
     if path.is_dir():
         raise MorphSeekError(f"{path} cannot be written because a folder has this name; choose another name.")
     _try_to_write(path.parent, path)

@@ -126,7 +126,7 @@ def other_backbone(path):
         (other_backbone, "no backbone 'resnet'"),
         (lambda path: path.write_bytes(b""), "damaged or not"),
         (lambda path: path.write_text("hello, this is text"), "damaged or not"),
-        (lambda path: path.unlink(), "no checkpoint file"),
+        (lambda path: path.unlink(), "no model file"),
     ],
 )
 def test_unusable_files_get_one_sentence(saved, spoil, words):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from cases import write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from MorphSeekLib.app.runs import planned_iterations, run
+from MorphSeekLib.app.runs import planned_iterations, read_run, run
 from MorphSeekLib.networks import model_file as checkpoint
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.run_folder import locked
+from MorphSeekLib.protocol.settings import to_dict
 
 MODEL = {"backbone_settings": {"encoder": [8, 8], "decoder": [8], "extra": [8], "norm": "instance", "flow_stride": 2}}
 WARMUP = {
@@ -176,7 +179,7 @@ def test_minutes_that_are_too_few_are_refused(dataset, whole, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"warmup": None}, "needs a checkpoint to start from"),
+        ({"warmup": None}, "needs a model to start from"),
         ({"warmup": None, "finetune": None}, "neither a warmup nor a finetune"),
         ({"model": "a.pt"}, "must end with .safetensors"),
         ({"minutes": 0}, "minutes must be above 0"),
@@ -192,6 +195,52 @@ def test_bad_settings_are_one_sentence(dataset, tmp_path, changes, words):
         run(folder)
     assert status(folder)["state"] == "failed"
     assert words in status(folder)["message"]
+
+
+OLD_RUNS = (
+    Path(__file__).parent / "old_runs"
+)  # run.json as the panel of MorphSeek 0.1.0 wrote it, before TrainingOptions
+CHOICES = {
+    "defaults": {},
+    "chosen": {
+        "init": "hippocampus-mr",
+        "stages": ["finetune"],
+        "minutes": None,
+        "iterations": 120,
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "seed": 5,
+        "similarity": "mind",
+        "finetune_smoothness": 0.5,
+        "policy": 0.25,
+        "trajectories": 4,
+        "kl_target": 0.7,
+        "device": "cuda:0",
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_runs_choices_come_to_the_settings_that_the_panel_wrote_before(name, tmp_path):
+    """An old run.json still opens, and the same choices come to the same settings today."""
+    options, configs = read_run(OLD_RUNS / f"{name}.json")
+    chosen = {"name": "Liver CT", "dataset": "cases", "model": "models/Liver-CT.safetensors", "leave_out": ["case 7"]}
+    (tmp_path / "run.json").write_text(json.dumps(chosen | CHOICES[name]))
+    today, same = read_run(tmp_path / "run.json")
+    assert same == configs
+    for what in ("name", "dataset", "model", "init", "stages", "minutes", "device", "leave_out"):
+        assert getattr(today, what) == getattr(options, what), what
+
+
+def test_a_run_of_choices_trains(dataset, tmp_path):
+    (tmp_path / "run").mkdir()
+    options = TrainingOptions(
+        "Blobs", str(dataset), "blobs.safetensors", minutes=None, iterations=2, spacing=2.5, steps=1, device="cpu"
+    )
+    (tmp_path / "run" / "run.json").write_text(json.dumps(to_dict(options)))
+    run(tmp_path / "run")
+    card = checkpoint.read_card(tmp_path / "run" / "blobs.safetensors")
+    assert (card.title, card.model.backbone_settings["forces"]) == ("Blobs", 3)
 
 
 def test_no_run_in_a_folder(tmp_path):

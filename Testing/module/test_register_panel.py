@@ -425,7 +425,7 @@ def test_models_of_a_folder_and_a_file_that_is_none(panel, ui, tmp_path, model):
     texts = [ui.modelSelector.itemText(n) for n in range(ui.modelSelector.count)]
     assert texts[-2:] == ["broken", "random"]
     ui.modelSelector.currentIndex = texts.index("broken")
-    assert "broken.safetensors is no MorphSeek checkpoint" in ui.cardLabel.text
+    assert "broken.safetensors is damaged or not a .safetensors file" in ui.cardLabel.text
     assert panel.logic.getParameterNode().model == str(folder / "broken.safetensors")
     assert ui.registerButton.enabled is False
 
