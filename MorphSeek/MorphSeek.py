@@ -1,7 +1,7 @@
-"""MorphSeek in Slicer: the module, its panel, its logic and its self test. Each is thin and delegates.
+"""MorphSeek in Slicer: the module, its panel, its logic and its self test.
 
-The panel is made of sections, each a plain class in MorphSeekGui with a .ui file of its own: Register, Inspect and, if
-switched on, Fine-tune. What they do stands in the logic, which needs no panel:
+The panel has three sections, each a class in MorphSeekGui with a .ui file of its own: Register, Inspect and, where
+switched on, Fine-tune. Registration needs no panel:
 
     from MorphSeek import MorphSeekLogic
 
@@ -11,8 +11,6 @@ switched on, Fine-tune. What they do stands in the logic, which needs no panel:
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -22,9 +20,12 @@ import slicer
 import slicer.util
 from MorphSeekGui import dependencies, registration
 from MorphSeekGui.engine_client import EngineClient, close_shared_client, shared_client
+from MorphSeekGui.inspect_panel import InspectPanel
+from MorphSeekGui.panel import Panel
 from MorphSeekGui.parameters import MorphSeekParameterNode
 from MorphSeekGui.register_panel import ENGINE_PYTHON, RegisterPanel
 from MorphSeekGui.sample_data import register_sample_data
+from MorphSeekGui.training_panel import TrainingPanel
 from MorphSeekGui.widgets import WrappedLabels
 from slicer.i18n import tr as _
 from slicer.i18n import translate
@@ -41,7 +42,7 @@ RESOURCES = Path(__file__).resolve().parent / "Resources"
 
 
 class MorphSeek(ScriptedLoadableModule):
-    """What Slicer's module list says."""
+    """What the list of modules shows."""
 
     def __init__(self, parent) -> None:
         ScriptedLoadableModule.__init__(self, parent)
@@ -50,7 +51,7 @@ class MorphSeek(ScriptedLoadableModule):
         parent.dependencies = ["Sequences"]
         parent.contributors = ["The MorphSeek developers"]
         parent.helpText = _(
-            "Registers two volumes with a learned deformation, refined step by step, and shows where the deformation "
+            "Registers two volumes with a learned deformation, step by step, and shows where the deformation "
             "folds, or proves that it does not. Choose a fixed and a moving volume and press Register. What is "
             "proven holds for linear interpolation: Slicer sets transforms that it reads from files to cubic, which is "
             "another map, so set a transform.h5 that you load to linear; the results in a scene are kept linear by the "
@@ -65,14 +66,14 @@ class MorphSeek(ScriptedLoadableModule):
 
 
 class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
-    """The panel: makes the sections and passes on what Slicer says."""
+    """The panel: makes the sections and passes on what Slicer reports."""
 
     def __init__(self, parent=None) -> None:
         ScriptedLoadableModuleWidget.__init__(self, parent)
         VTKObservationMixin.__init__(self)
         self.logic = None
         self._labels: WrappedLabels | None = None
-        self.panels: dict[str, object] = {}
+        self.panels: dict[str, Panel] = {}
 
     def setup(self) -> None:
         ScriptedLoadableModuleWidget.setup(self)
@@ -81,35 +82,23 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.layout.addWidget(widget)
         self.ui = slicer.util.childWidgetVariables(widget)
         widget.setMRMLScene(slicer.mrmlScene)
-        self.panels["register"] = register_panel = RegisterPanel(self.ui.registerSection, self.logic)
-        inspect_panel = self._make_panel("inspect", "InspectPanel", self.ui.inspectSection)
-        training_panel = self._make_panel("training", "TrainingPanel", self.ui.trainingSection)
+        self.panels["register"] = register = RegisterPanel(self.ui.registerSection, self.logic)
+        self.panels["inspect"] = InspectPanel(self.ui.inspectSection, self.logic)
+        self.panels["training"] = training = TrainingPanel(self.ui.trainingSection, self.logic)
         for panel in self.panels.values():
             panel.setMRMLScene(slicer.mrmlScene)
-        if inspect_panel is not None:
-            register_panel.on_result.append(self._inspect)
-        if training_panel is not None:
-            training_panel.on_checkpoint.append(register_panel.add_model)
-            switch = register_panel.ui.trainingCheckBox
-            switch.checked = slicer.util.settingsValue(TRAINING, False, converter=slicer.util.toBool)
-            switch.connect("toggled(bool)", self._show_training)
-            self._show_training(switch.checked)
+        register.on_result.append(self._inspect)
+        training.on_model.append(register.add_model)
+        switch = register.ui.trainingCheckBox
+        switch.checked = slicer.util.settingsValue(TRAINING, False, converter=slicer.util.toBool)
+        switch.connect("toggled(bool)", self._show_training)
+        self._show_training(switch.checked)
 
         self._labels = WrappedLabels(widget)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self._scene_closes)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self._scene_closed)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self._scene_loaded)
         self._use_parameter_node()
-
-    def _make_panel(self, name: str, class_name: str, section):
-        """A further section, where its file is there."""
-        if importlib.util.find_spec(f"MorphSeekGui.{name}_panel") is None:
-            section.visible = False
-            return None
-        self.panels[name] = getattr(importlib.import_module(f"MorphSeekGui.{name}_panel"), class_name)(
-            section, self.logic
-        )
-        return self.panels[name]
 
     def _inspect(self, nodes) -> None:
         self.ui.inspectSection.collapsed = False
@@ -131,7 +120,7 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._use_parameter_node()
 
     def _scene_loaded(self, _caller, _event) -> None:
-        """Take a fresh parameter node: what the old one read while the scene was loaded, it keeps as nothing."""
+        """Take a new parameter node: the old one keeps what it read before all nodes of the scene were loaded."""
         if self.panels:
             self._use_parameter_node()
 
@@ -142,20 +131,20 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         ScriptedLoadableModuleWidget.onReload(self)
 
     def enter(self) -> None:
-        """The person opens the module."""
+        """Show the module: the user has opened it."""
         self._use_parameter_node()
         for panel in self.panels.values():
             panel.enter()
         self._labels.start()
 
     def exit(self) -> None:
-        """The person goes to another module; what runs goes on."""
+        """Hide the module: the user goes to another one; what runs goes on."""
         self._labels.stop()
         for panel in self.panels.values():
             panel.exit()
 
     def cleanup(self) -> None:
-        """The module is reloaded, or Slicer ends."""
+        """End everything: the module is reloaded, or Slicer ends."""
         self.removeObservers()
         if self._labels is not None:
             self._labels.stop()
@@ -165,13 +154,13 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
 
 class MorphSeekLogic(ScriptedLoadableModuleLogic):
-    """What the module does, for scripts and for the panel; knows no widgets."""
+    """The work of the module, for scripts and for the panel, without widgets."""
 
     def __init__(self) -> None:
         ScriptedLoadableModuleLogic.__init__(self)
 
     def getParameterNode(self) -> MorphSeekParameterNode:
-        """The Register section's state, kept in the scene."""
+        """Return the choices of the section Register, kept in the scene."""
         return MorphSeekParameterNode(super().getParameterNode())
 
     def register(self, fixedNode, movingNode, **options) -> registration.RegistrationNodes:
@@ -206,7 +195,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
         return registration.register_batch(pairs, **{"client": self.client(), **options})
 
     def client(self) -> EngineClient:
-        """The engine's process, started with the first request and alive until Slicer ends."""
+        """Return the process of the engine, started with the first request and alive until Slicer ends."""
         return shared_client(self.engine_python(), self.engine_environment)
 
     def close_engine(self) -> None:
@@ -214,7 +203,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
         close_shared_client()
 
     def engine_python(self) -> str:
-        """The Python that the person chose for the engine; empty for Slicer's own."""
+        """Return the Python that the user chose for the engine; empty for Slicer's own."""
         return slicer.util.settingsValue(ENGINE_PYTHON, "") or ""
 
     def engine_environment(self) -> dict[str, str] | None:
@@ -225,7 +214,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
         return slicer.util.startupEnvironment()
 
     def resource_path(self, name: str) -> str:
-        """A file of the module's Resources."""
+        """Return the path of a file in the Resources of the module."""
         return str(RESOURCES / name)
 
 
@@ -269,7 +258,7 @@ class MorphSeekTest(ScriptedLoadableModuleTest):
 
 
 def _ball(name: str, shift: float):
-    """A volume with two overlapping balls, moved along i by ``shift`` mm."""
+    """Make a volume with two overlapping balls, moved along i by ``shift`` mm."""
     k, j, i = np.mgrid[:40, :44, :48] * 2.0
     first = np.sqrt((i - 46 - shift) ** 2 + (j - 44) ** 2 + (k - 40) ** 2)
     second = np.sqrt((i - 60 - shift) ** 2 + (j - 50) ** 2 + (k - 46) ** 2)

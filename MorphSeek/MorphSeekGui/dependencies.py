@@ -1,4 +1,4 @@
-"""The engine's Python packages inside Slicer: what is missing, and how it is installed once the person agreed.
+"""The engine's Python packages inside Slicer: what is missing, and how it is installed once the user agreed.
 
 PyTorch comes through the PyTorch extension alone, which picks the build for the graphics card. The rest comes through
 slicer.packaging (slicer.util.pip_install before Slicer 5.11), with every package that is installed already held at its
@@ -27,17 +27,17 @@ class InstallError(Exception):
 
 
 class Declined(Exception):
-    """The person does not want it now."""
+    """The user does not want it now."""
 
 
 def requirements() -> list[str]:
-    """The lines of requirements.txt."""
+    """Return the lines of requirements.txt."""
     lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line]
 
 
 def missing() -> list[str]:
-    """Which of them, PyTorch first, are not there; empty when the engine can start."""
+    """Return those that are missing, PyTorch first; empty when the engine can start."""
     importlib.invalidate_caches()
     return [name for name in [f"torch{TORCH}", *requirements()] if not _installed(name)]
 

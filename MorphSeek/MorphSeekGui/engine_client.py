@@ -1,4 +1,4 @@
-"""The engine's process as Slicer sees it: started, spoken to in JSON lines, watched, ended.
+"""The process of the engine as Slicer sees it: started, asked in lines of JSON, watched, ended.
 
 One JSON-RPC 2.0 message a line, requests to the worker's stdin, answers and progress from its stdout; its stderr is a
 free log. Two reader threads only fill a queue: every callback runs in the thread that calls :meth:`EngineClient.poll`
@@ -51,12 +51,12 @@ class EngineDied(EngineError):
 
 
 class EngineCancelled(EngineError):
-    """The request was cancelled by the person."""
+    """The user canceled the request."""
 
 
 @dataclass(eq=False)
 class Request:
-    """A question on its way: poll the client until ``done``, then take ``result`` or raise ``error``."""
+    """A request under way: poll the client until ``done``, then take ``result`` or raise ``error``."""
 
     id: int
     method: str
@@ -67,7 +67,7 @@ class Request:
     cancelled_at: float | None = None
 
     def value(self) -> dict:
-        """The result of a finished request.
+        """Return the result of a finished request.
 
         Raises:
             EngineError: what went wrong instead.
@@ -113,7 +113,7 @@ class EngineClient:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -148,7 +148,7 @@ class EngineClient:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ask the worker to give a request up; it is done, with :class:`EngineCancelled`, when the worker says so, or
+        """Ask the worker to cancel a request; it is done, with :class:`EngineCancelled`, when the worker says so, or
         when its patience is over and the process is ended."""
         if not request.done and request.cancelled_at is None:
             request.cancelled_at = time.monotonic()
@@ -201,7 +201,7 @@ class EngineClient:
 
     def close(self, patience: float = 5.0) -> None:
         """End the process: its stdin is closed, which tells it to leave; after ``patience`` seconds it and its
-        children are killed. Whoever still waits gets :class:`EngineDied`."""
+        children are killed. Requests under way end with :class:`EngineDied`."""
         if self._process is None:
             return
         with contextlib.suppress(OSError):
@@ -214,7 +214,7 @@ class EngineClient:
         self._fail_pending(Fault.ENGINE_CLOSED)
 
     def _take_leave(self) -> None:
-        """After the process has ended: what it still said is heard, and whoever waits for it learns of its end."""
+        """Read the last messages of a process that has ended, and end its requests."""
         if self._process is None:
             return
         for reader in self._readers:
@@ -330,7 +330,7 @@ class EngineClient:
 
 
 def default_python() -> str:
-    """The Python for the engine: PythonSlicer inside Slicer (where sys.executable may be the application itself)."""
+    """Return the Python for the engine: PythonSlicer inside Slicer, where sys.executable may be the application."""
     if Path(sys.executable).stem.lower().startswith("python"):
         return sys.executable
     name = "PythonSlicer.exe" if os.name == "nt" else "PythonSlicer"
@@ -411,7 +411,7 @@ def shared_client(
 
 
 def close_shared_client() -> None:
-    """End the application's engine; the next call of :func:`shared_client` makes a new one."""
+    """End the engine of the application; the next call of :func:`shared_client` starts a new one."""
     global _shared
     if _shared is not None:
         _shared.close()
@@ -429,7 +429,7 @@ def _read(stream, name: str, inbox: queue.SimpleQueue) -> None:
 
 
 def _parse(line: str) -> dict | None:
-    """A JSON-RPC message, or None if the line is something else."""
+    """Return the JSON-RPC message of a line; None if it is something else."""
     try:
         message = json.loads(line)
     except ValueError:

@@ -74,7 +74,7 @@ def prepare(nodes: RegistrationNodes, parent: str | os.PathLike, wanted: Collect
         folder.cleanup()
         if isinstance(problem, OSError):
             raise InputError(
-                _("The results cannot be handed to the engine ({reason}); free some disk space.").format(
+                _("The results cannot be written for the engine ({reason}); free some disk space.").format(
                     reason=problem.strerror
                 )
             ) from problem

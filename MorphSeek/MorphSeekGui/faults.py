@@ -25,7 +25,7 @@ class Fault(Enum):
     )
     ENGINE_CLOSED = "The engine was closed before it had finished."
     ENGINE_SAID_NOTHING = "The engine failed without saying why; please report this."
-    CANCELLED = "Cancelled."
+    CANCELLED = "Canceled."
     RUN_ALREADY = "The training '{name}' is running already."
     RUN_NOT_STARTED = (
         "The training could not be started with '{program}' ({reason}); check that this Python exists and may be run, "

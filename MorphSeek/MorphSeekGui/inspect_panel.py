@@ -1,8 +1,6 @@
-"""The panel's Inspect section: see a registration from all sides, read its figures against limits, go to where it
-folds, export it.
+"""The section Inspect: look at a registration, read its figures against limits, go to where it folds, export it.
 
-What is shown stands in views.py, what is judged in quality.py, what is written in export.py; here are only the widgets
-and what they call.
+The widgets and what they call; views.py shows, quality.py judges, export.py writes.
 """
 
 from __future__ import annotations
@@ -14,20 +12,20 @@ import qt
 import slicer
 import slicer.util
 import vtk
-from slicer.util import VTKObservationMixin
+
+from MorphSeekLib.protocol.verdict import DEFAULT_LIMITS, Folds, Limits, Verdict, folds, judge, shown
 
 from . import quality, scene
-from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
 from .messages import sentence
+from .panel import Panel
 from .scene import InputError, RegistrationNodes, _
 from .views import ResultViews
-from .widgets import SWITCH_STYLE, FolderButton, fit_height, ink, spread
+from .widgets import SWITCH_STYLE, FolderButton, fit_height, spread
 
-UI = Path(__file__).resolve().parents[1] / "Resources" / "UI" / "Inspect.ui"
 LIMITS_SETTING, FOLDER_SETTING = "MorphSeek/Limits", "MorphSeek/ExportFolder"
-# background, text and sign (not everybody tells the colours apart)
+# background, text and sign (not everybody can tell the colors apart)
 _COLORS = {
     "green": ("#1a9850", "#ffffff", "●"),
     "amber": ("#f5b83d", "#000000", "▲"),
@@ -39,21 +37,13 @@ _JACOBIAN_BAR = "stop:0 #542687, stop:0.5 #f7f7f7, stop:1 #e67305"
 _DIFFERENCE_BAR = "stop:0 #7fd4ff, stop:0.25 #1f70d1, stop:0.5 #000000, stop:0.75 #d17a0f, stop:1 #ffe08a"
 
 
-class InspectPanel(VTKObservationMixin):
-    """Made by the module's widget; ``show`` takes a registration's nodes, the selector any that the scene holds.
+class InspectPanel(Panel):
+    """See the module's text; ``show`` takes the nodes of a registration, the selector any that the scene holds."""
 
-    Args:
-        parent: the section that it fills.
-        logic: the module's logic, for its engine.
-    """
+    FILE = "Inspect.ui"
 
     def __init__(self, parent, logic) -> None:
-        VTKObservationMixin.__init__(self)
-        self._logic = logic
-        self.widget = slicer.util.loadUI(str(UI))
-        parent.layout().addWidget(self.widget)
-        self.ui = slicer.util.childWidgetVariables(self.widget)
-        self._scene = None
+        super().__init__(parent, logic)
         self._nodes: RegistrationNodes | None = None
         self._views: ResultViews | None = None
         self._figures: list[quality.Figure] = []
@@ -70,11 +60,11 @@ class InspectPanel(VTKObservationMixin):
             "jacobian": self.ui.jacobianButton,
         }
         self._opacity = {name: _OPACITY.get(name, 1.0) for name in self._layer_buttons}
-        self._flicker = _timer(self._flip)
-        self._redraw = _timer(self._draw_again, _REDRAW_MS, once=True)
-        self._poll = _timer(self._poll_export, _POLL_MS)
-        self._details = CopyDetails(self.ui.copyDetailsButton, logic)
-        self._export_details = CopyDetails(self.ui.copyExportDetailsButton, logic)
+        self._flicker = self.timer(self._flip, 1000)
+        self._redraw = self.timer(self._draw_again, _REDRAW_MS, once=True)
+        self._poll = self.timer(self._poll_export, _POLL_MS)
+        self._message = self.message(self.ui.messageLabel, self.ui.copyDetailsButton)
+        self._export_message = self.message(self.ui.exportLabel, self.ui.copyExportDetailsButton)
         self._set_up()
         self._choose(None)
 
@@ -84,8 +74,7 @@ class InspectPanel(VTKObservationMixin):
         """The scene whose results can be chosen; None at the application's end."""
         self._forget()
         self.removeObservers()
-        self._scene = mrml_scene
-        self.widget.setMRMLScene(mrml_scene)
+        super().setMRMLScene(mrml_scene)
         if mrml_scene is not None:
             self.addObserver(mrml_scene, slicer.vtkMRMLScene.NodeAboutToBeRemovedEvent, self._node_leaves)
             self.addObserver(mrml_scene, slicer.vtkMRMLScene.StartCloseEvent, self._scene_closes)
@@ -93,25 +82,23 @@ class InspectPanel(VTKObservationMixin):
             scene.keep_results_linear(mrml_scene)
 
     def enter(self) -> None:
-        """The person opens the module: parts of a result may have gone meanwhile, or come."""
+        """Look again: parts of a result may have come or gone meanwhile."""
         if self._nodes is None:
             self._choose(self.ui.resultSelector.currentNode())
 
     def exit(self) -> None:
-        """The person goes elsewhere. What the views show stays, but nothing flickers behind another module's panel."""
+        """Stop the flicker, which would go on behind another module; what the views show stays."""
         self.ui.flickerButton.checked = False
 
     def cleanup(self) -> None:
-        """The module is reloaded, or the application ends: the views as they were, no timer, no file half written."""
+        """Restore the views, end the export, and leave no file half written."""
         self._forget()
         self._cancel_export()
         self._end_export()
-        self._details.close()
-        self._export_details.close()
-        self.removeObservers()
+        super().cleanup()
 
     def show(self, nodes: RegistrationNodes) -> None:
-        """Choose a registration that was just made, or made anew in the same nodes."""
+        """Choose a registration that was just made, also where it was made again in the same nodes."""
         self.ui.resultSelector.setCurrentNode(nodes.transform)
         self._look_at(nodes.transform)
 
@@ -134,7 +121,7 @@ class InspectPanel(VTKObservationMixin):
         ui.folding3DCheckBox.connect("toggled(bool)", lambda _on: self._draw_folding())
         ui.restoreButton.connect("clicked(bool)", lambda _on: self._restore())
         ui.figuresTable.connect("cellChanged(int,int)", self._edit_limit)
-        ui.defaultLimitsButton.connect("clicked(bool)", lambda _on: self._set_limits(dict(quality.DEFAULT_LIMITS)))
+        ui.defaultLimitsButton.connect("clicked(bool)", lambda _on: self._set_limits(dict(DEFAULT_LIMITS)))
         # the keyboard's arrows go from region to region; a click comes back to the one that is current
         ui.regionsTable.connect("currentCellChanged(int,int,int,int)", lambda row: self._go_to(row))
         ui.regionsTable.connect("cellClicked(int,int)", lambda row: self._go_to(row))
@@ -187,8 +174,8 @@ class InspectPanel(VTKObservationMixin):
         self._fill_regions()
 
     def _fill_figures(self) -> None:
-        found = quality.folds(self._nodes.report) if self._nodes is not None else None
-        verdict = quality.judge(self._figures, self._limits, found)
+        found = folds(self._nodes.report) if self._nodes is not None else None
+        verdict = judge({figure.key: figure.value for figure in self._figures}, self._limits, found)
         table = self.ui.figuresTable
         blocked = table.blockSignals(True)
         table.setRowCount(len(self._figures))
@@ -205,26 +192,20 @@ class InspectPanel(VTKObservationMixin):
                 _cell(table, row, column, bound or "", right=True, editable=limits is not None)
         table.blockSignals(blocked)
         fit_height(table, 450)
-        self._show_verdict(verdict)
+        self._show_verdict(verdict, found)
 
-    def _show_verdict(self, verdict: quality.Verdict) -> None:
+    def _show_verdict(self, verdict: Verdict, found: Folds | None) -> None:
         label = self.ui.verdictLabel
         label.visible = self._nodes is not None
         if verdict.color is None:
-            label.text = _("Nothing was measured that could be judged.")
+            label.text = quality.headline(None)
             label.styleSheet = ""
             return
         background, text, sign = _COLORS[verdict.color]
-        words = {
-            "green": _("Green: every figure is within its limits."),
-            "amber": _("Amber: have a look before you use it."),
-            "red": _("Red: do not use it without knowing why."),
-        }
-        lines = [f"{sign} {words[verdict.color]}"]
-        if verdict.folds is not None:
-            color, sentence = verdict.folds
-            lines.append(f"{_COLORS[color][2]} {sentence}")
-        label.text = "\n".join([*lines, *verdict.reasons])
+        lines = [f"{sign} {quality.headline(verdict.color)}"]
+        if found is not None:
+            lines.append(f"{_COLORS[verdict.folds][2]} {quality.folds_sentence(found)}")
+        label.text = "\n".join([*lines, *quality.reasons(verdict)])
         label.styleSheet = f"background: {background}; color: {text}; border-radius: 3px; font-weight: bold"
 
     def _fill_structures(self) -> None:
@@ -244,15 +225,14 @@ class InspectPanel(VTKObservationMixin):
         )
 
     def _fill_regions(self) -> None:
-        shown = self._regions
         table = self.ui.regionsTable
         blocked = table.blockSignals(True)
-        table.setRowCount(len(shown))
-        for row, region in enumerate(shown):
+        table.setRowCount(len(self._regions))
+        for row, region in enumerate(self._regions):
             position = ", ".join(f"{mm:.1f}" for mm in region.position)
             texts = (
                 row + 1,
-                quality.volume_form(region.mm3).format(region.mm3),
+                shown("largest_region_mm3", region.mm3),
                 f"{region.voxels:,}",
                 f"{region.determinant:.3f}",
                 position,
@@ -262,7 +242,7 @@ class InspectPanel(VTKObservationMixin):
         table.setCurrentCell(-1, -1)
         table.blockSignals(blocked)
         fit_height(table)
-        table.visible = bool(shown)
+        table.visible = bool(self._regions)
         folding = (self._nodes.report.get("folding") or {}) if self._nodes is not None else {}
         count = quality.count_regions(self._nodes.report) if self._nodes is not None else 0
         if self._nodes is None:
@@ -273,18 +253,17 @@ class InspectPanel(VTKObservationMixin):
             text = _("No folded region was found.")
         else:
             text = _("{n} folded regions, the largest first. Click one to go there.").format(n=count)
-            if count > len(shown):
-                text += " " + _("The {n} smallest are not listed.").format(n=count - len(shown))
+            if count > len(self._regions):
+                text += " " + _("The {n} smallest are not listed.").format(n=count - len(self._regions))
         self.ui.regionsLabel.text = text
 
-    def _say(self, text: str, problem: bool = True) -> None:
-        self.ui.messageLabel.text = text
-        self.ui.messageLabel.visible = bool(text)
-        self.ui.messageLabel.styleSheet = f"color: {ink(self.widget, 'bad')}" if problem else ""
-        if text and problem:
-            self._details.offer(text)
+    def _say(self, problem: str) -> None:
+        """Show an error; "" for none."""
+        if problem:
+            self._message.fail(problem)
         else:
-            self._details.withdraw()
+            self._message.say("")
+        self.ui.messageLabel.visible = bool(problem)
 
     # ------------------------------------------------------------------------------------------------------------- show
 
@@ -401,7 +380,7 @@ class InspectPanel(VTKObservationMixin):
     # ----------------------------------------------------------------------------------------------------------- limits
 
     def _edit_limit(self, row: int, column: int) -> None:
-        """A person typed into the table."""
+        """Take over what the user typed into the table."""
         if column not in (2, 3) or not 0 <= row < len(self._figures):
             return
         figure = self._figures[row]
@@ -415,7 +394,7 @@ class InspectPanel(VTKObservationMixin):
             limits = self._limits  # the table shows what holds
         self._set_limits(limits)
 
-    def _set_limits(self, limits: dict[str, quality.Limits]) -> None:
+    def _set_limits(self, limits: dict[str, Limits]) -> None:
         self._limits = limits
         qt.QSettings().setValue(LIMITS_SETTING, quality.limits_to_text(limits))
         self._fill_figures()
@@ -425,8 +404,7 @@ class InspectPanel(VTKObservationMixin):
     def _start_export(self) -> None:
         ui = self.ui
         boxes = {"report": ui.reportCheckBox, "transform": ui.transformCheckBox, "jacobian": ui.jacobianCheckBox}
-        ui.exportLabel.text = ""
-        self._export_details.withdraw()
+        self._export_message.say("")
         self._say("")
         try:
             job = prepare(self._nodes, self._folder.folder, [name for name, box in boxes.items() if box.checked])
@@ -434,7 +412,7 @@ class InspectPanel(VTKObservationMixin):
             self._fail_export(problem)
             return
         try:
-            client = self._logic.client()
+            client = self.logic.client()
             request = client.request("export", job.params, self._show_progress)
         except EngineError as problem:
             job.discard()
@@ -458,20 +436,17 @@ class InspectPanel(VTKObservationMixin):
         try:
             files = request.value().get("files", [])
         except EngineCancelled:
-            self.ui.exportLabel.text = _("Cancelled; no file was written.")
+            self._export_message.say(_("Canceled; no file was written."))
         except EngineError as problem:
             self._fail_export(problem)
         else:
             opened = job.output / "report.html" if "report.html" in files else job.output
-            self.ui.exportLabel.text = _("Written: {files} in {link}").format(
-                files=escape(", ".join(files)), link=f'<a href="{opened.as_uri()}">{escape(str(opened))}</a>'
-            )
+            link = f'<a href="{opened.as_uri()}">{escape(str(opened))}</a>'
+            self._export_message.say(_("Written: {files} in {link}").format(files=escape(", ".join(files)), link=link))
 
     def _fail_export(self, problem: Exception) -> None:
         details = getattr(problem, "details", "")
-        self.ui.exportLabel.text = escape(sentence(problem))
-        self.ui.exportLabel.toolTip = details
-        self._export_details.offer(sentence(problem), details.splitlines())
+        self._export_message.fail(sentence(problem), details.splitlines(), details)
 
     def _cancel_export(self) -> None:
         if self._export is not None:
@@ -498,22 +473,14 @@ class InspectPanel(VTKObservationMixin):
         if self._nodes is not None and any(node is part for part in vars(self._nodes).values()):
             name = node.GetName()
             self._forget()
-            if not self._scene.IsClosing():
-                self._say(_("'{node}' has left the scene; choose another registration.").format(node=name))
+            if not self.scene.IsClosing():
+                self._say(_("'{node}' was removed from the scene; choose another registration.").format(node=name))
 
     def _scene_closes(self, _caller=None, _event=None) -> None:
         self._forget()
 
     def _scene_was_loaded(self, caller, _event) -> None:
         scene.keep_results_linear(caller)
-
-
-def _timer(function, milliseconds: int = 1000, once: bool = False):
-    timer = qt.QTimer()
-    timer.setInterval(milliseconds)
-    timer.setSingleShot(once)
-    timer.connect("timeout()", function)
-    return timer
 
 
 def _set_silently(widget, value, name: str = "checked") -> None:

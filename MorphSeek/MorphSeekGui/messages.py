@@ -37,7 +37,7 @@ def _translated() -> dict[Fault, str]:
         ),
         Fault.ENGINE_CLOSED: _("The engine was closed before it had finished."),
         Fault.ENGINE_SAID_NOTHING: _("The engine failed without saying why; please report this."),
-        Fault.CANCELLED: _("Cancelled."),
+        Fault.CANCELLED: _("Canceled."),
         Fault.RUN_ALREADY: _("The training '{name}' is running already."),
         Fault.RUN_NOT_STARTED: _(
             "The training could not be started with '{program}' ({reason}); check that this Python exists and may be "

@@ -1,4 +1,4 @@
-"""What the Register section remembers, in the scene's parameter node, so that it is saved with the scene."""
+"""The choices of the section Register, in the parameter node of the scene, so that they are saved with the scene."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Alignment(enum.Enum):
         return {
             Alignment.MODEL: _("As the model says"),
             Alignment.NONE: _("Nothing"),
-            Alignment.CENTER: _("Centres together"),
+            Alignment.CENTER: _("Centers together"),
             Alignment.RIGID: _("Rigid"),
             Alignment.AFFINE: _("Affine"),
         }[self]

@@ -1,7 +1,7 @@
-"""The Register section: choose, press, watch, cancel; one more step; look back at the steps.
+"""The section Register: choose, press, watch, cancel; one more step; look back at the steps.
 
-The engine runs in its own process; a timer asks it what is new, so the window stays live. Nothing is added to the scene
-before the result is there, but for the volume that shows the steps, and that goes again if the run does not end well.
+The engine runs in its own process; a timer asks it what is new, so the window stays live. Until the result is there
+only the volume that shows the steps is added to the scene, and it is removed again if the registration fails.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import qt
 import slicer
 import slicer.util
 import vtk
-from slicer.util import VTKObservationMixin
 
 from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.verdict import folds
 
 from . import dependencies, models, quality
-from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineError
 from .messages import sentence
+from .panel import Panel
 from .parameters import MAX_STEPS, Fit
 from .registration import Request, Run, prepare
 from .remaining_time import RemainingTime
@@ -37,20 +37,17 @@ ENGINE_PYTHON = "MorphSeek/EnginePython"
 THREADS = "MorphSeek/Threads"
 
 
-class RegisterPanel(VTKObservationMixin):
+class RegisterPanel(Panel):
     """See the module's text.
 
     Attributes:
-        widget: the section's top widget.
         on_result: called with the nodes of each registration that succeeded.
     """
 
+    FILE = "Register.ui"
+
     def __init__(self, parent, logic) -> None:
-        VTKObservationMixin.__init__(self)
-        self.logic = logic
-        self.widget = slicer.util.loadUI(logic.resource_path("UI/Register.ui"))
-        parent.layout().addWidget(self.widget)
-        self.ui = slicer.util.childWidgetVariables(self.widget)
+        super().__init__(parent, logic)
         self.on_result: list[Callable[[RegistrationNodes], None]] = []
         self._parameters, self._gui_tag = None, None
         self._models: list[models.Model] = []
@@ -63,20 +60,17 @@ class RegisterPanel(VTKObservationMixin):
         self._steps: Steps | None = None
         self._what_runs: tuple = ()
         self._before: SliceViews | None = None  # as they were before the run
-        self._ending = ""  # what is said when the run has been given up
+        self._ending = ""  # what is said when the run was canceled
         self._last: tuple | None = None  # (what was registered, nodes)
         self._installing = False
         self._after_install: Callable[[], None] | None = None
         self._reason = ""  # why Register cannot be pressed
-        self._timer = qt.QTimer()
-        self._timer.setInterval(POLL_MS)
-        self._timer.connect("timeout()", self._poll)
-        self._details = CopyDetails(self.ui.copyDetailsButton, logic, self._folders)
-        self._python_timer = qt.QTimer()  # starts the engine by another Python, once its path is typed
-        self._python_timer.setSingleShot(True)
-        self._python_timer.setInterval(TYPING_MS)
-        self._python_timer.connect("timeout()", self._ask_devices)
+        self._timer = self.timer(self._poll, POLL_MS)
+        self._python_timer = self.timer(self._ask_devices, TYPING_MS, once=True)  # once the path of a Python is typed
+        self._status = self.message(self.ui.statusLabel, self.ui.copyDetailsButton, self._folders)
+        self._connect()
 
+    def _connect(self) -> None:
         ui = self.ui
         ui.registerButton.connect("clicked(bool)", self.register)
         ui.cancelButton.connect("clicked(bool)", self.cancel)
@@ -101,12 +95,8 @@ class RegisterPanel(VTKObservationMixin):
 
     # --------------------------------------------------------------------------------------- what Slicer and others say
 
-    def setMRMLScene(self, scene) -> None:
-        """The scene that the selectors list."""
-        self.widget.setMRMLScene(scene)
-
     def setParameterNode(self, parameters) -> None:
-        """Show and keep this parameter node; None while a scene is closed."""
+        """Show this parameter node and write the choices into it; None while a scene is closed."""
         if self._parameters is not None:
             self._parameters.disconnectGui(self._gui_tag)
             self.removeObserver(self._parameters, vtk.vtkCommand.ModifiedEvent, self._update)
@@ -118,40 +108,34 @@ class RegisterPanel(VTKObservationMixin):
             self._update()
 
     def enter(self) -> None:
-        """The module is opened: see what is installed, and ask the engine for its devices."""
+        """See what is installed, and ask the engine for its devices."""
         self._update_setup()
         if not self._devices and self._ready():
             self._ask_devices()
 
-    def exit(self) -> None:
-        """Another module is opened; what runs goes on."""
-
     def cleanup(self) -> None:
-        """The panel goes: whatever runs is given up, and the engine ended."""
-        self._timer.stop()
-        self._python_timer.stop()
-        self._details.close()
+        """Cancel what runs, and end the engine."""
         if self._run is not None:
             self._run.cancel()
             self._run.job.discard()
             self._run = None
             self._undo()
         self.setParameterNode(None)
-        self.removeObservers()
+        super().cleanup()
         self.logic.close_engine()
 
     def forget(self) -> None:
-        """The scene is being closed: a run has no place to go to."""
+        """Cancel what runs, because the scene is being closed."""
         if self._run is not None:
             self._run.cancel()
             self._time = None
             self._ending = _("The scene was closed, so the registration was canceled.")
         self._steps, self._last, self._before = None, None, None
         self.ui.resultWidget.visible = False
-        self._status(self._ending if self._run is not None else "")
+        self._status.say(self._ending if self._run is not None else "")
 
     def add_model(self, path) -> None:
-        """List a checkpoint that lies in no folder of models, say one that was just trained."""
+        """List a model that is in no folder of models, say one that was just trained."""
         self._more_models.append(str(path))
         self.refresh_models()
 
@@ -189,25 +173,25 @@ class RegisterPanel(VTKObservationMixin):
             return
         what, nodes = self._last
         if what != self._what():
-            self._fail(_("The inputs were changed since the last registration; press Register to start anew."))
+            self._fail(_("The inputs were changed since the last registration; press Register to start again."))
             return
         names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
         self._start(1, nodes.state, {name: getattr(nodes, name) for name in names})
 
     def cancel(self) -> None:
-        """Give the run up; the scene goes back to what it was as soon as the engine has heard it."""
+        """Cancel the run; the scene is as before as soon as the engine has stopped."""
         if self._run is not None:
             self._run.cancel()
             self._time = None
-            self._ending = _("Cancelled; the scene is as it was.")
+            self._ending = _("Canceled; the scene is as it was.")
             self.ui.cancelButton.enabled = False
-            self._status(_("Cancelling ..."))
+            self._status.say(_("Canceling ..."))
 
     def _start(self, steps: int, state: dict | None, into: dict, stop_early: bool = False) -> None:
         p = self._parameters
         if self._run is not None or p is None:
             return
-        self._status(_("Reading the volumes ..."))
+        self._status.say(_("Reading the volumes ..."))
         slicer.app.processEvents()
         try:
             request = Request(
@@ -257,12 +241,12 @@ class RegisterPanel(VTKObservationMixin):
             self._say_how_far()
 
     def _say_how_far(self) -> None:
-        """What the engine does, with the time; said again and again, for the engine may be silent for a minute."""
+        """Show what the engine does and the time, also while the engine is silent for a minute."""
         if self._time is not None and self._message:
-            self._status(" ".join(filter(None, [self._message, self._time.text()])))
+            self._status.say(" ".join(filter(None, [self._message, self._time.text()])))
 
     def _picture(self, step: int, image: Image) -> None:
-        """A step is done: show the moving volume as it now lies over the fixed one."""
+        """Show the moving volume after a step over the fixed one."""
         if not slicer.mrmlScene.IsNodePresent(self._run.job.fixed):
             return
         first = self._steps.volume is None
@@ -280,7 +264,7 @@ class RegisterPanel(VTKObservationMixin):
             nodes = run.finish()
         except EngineCancelled:
             self._undo()
-            self._status(self._ending)
+            self._status.say(self._ending)
         except (InputError, EngineError) as problem:
             self._undo()
             self._fail(self._ending or sentence(problem), getattr(problem, "details", ""))
@@ -291,7 +275,7 @@ class RegisterPanel(VTKObservationMixin):
             self._last = (self._what_runs, nodes)
             if self._steps is None or not self._steps.count:
                 slicer.util.setSliceViewerLayers(nodes.fixed, nodes.warped, foregroundOpacity=0.5, fit=True)
-            self._status(_summary(nodes.report))
+            self._status.say(_summary(nodes.report))
             self._show_steps()
             rows = nodes.report.get("steps") or []
             answer = next((n for n, row in enumerate(rows) if row.get("answer")), self.ui.stepSlider.maximum)
@@ -302,7 +286,7 @@ class RegisterPanel(VTKObservationMixin):
         self._update()
 
     def _undo(self) -> None:
-        """The scene and the views as before the run."""
+        """Restore the scene and the views as before the run."""
         if self._before is not None:
             self._before.restore()
         if self._steps is not None:
@@ -310,14 +294,14 @@ class RegisterPanel(VTKObservationMixin):
         self._show_steps()
 
     def _drop_steps(self) -> None:
-        """The steps of the last registration belong to the person now; the slider lets go of them."""
+        """Leave the steps of the last registration to the user; the slider shows them no longer."""
         self._steps, self._last = None, None
         self.ui.resultWidget.visible = False
 
     # ----------------------------------------------------------------------------------------------- what it looks like
 
     def _update(self, _caller=None, _event=None) -> None:
-        """What can be pressed, and why not."""
+        """Enable what can be pressed, and say why the rest cannot."""
         p, ui = self._parameters, self.ui
         running = self._run is not None
         model = self._model()
@@ -335,11 +319,11 @@ class RegisterPanel(VTKObservationMixin):
         more = self._last is not None and self._last[1].state is not None and not running
         ui.moreButton.enabled = more and self._last[0] == self._what()
         if not running and not self._installing and self._last is None and ui.statusLabel.text in ("", self._reason):
-            self._status(reason)
+            self._status.say(reason)
         self._reason = reason
 
     def _what(self) -> tuple:
-        """What a further step must find unchanged."""
+        """Return what must be unchanged for one more step."""
         p = self._parameters
         nodes = (p.fixedVolume, p.movingVolume, p.fixedLabels, p.movingLabels, p.initialTransform)
         return (*[node.GetID() if node is not None else None for node in nodes], p.model)
@@ -371,15 +355,9 @@ class RegisterPanel(VTKObservationMixin):
     def _step_text(item: int) -> str:
         return _("aligned") if item == 0 else _("{n} done").format(n=item)
 
-    def _status(self, text: str) -> None:
-        self.ui.statusLabel.text = text
-        self._details.withdraw()
-
     def _fail(self, text: str, details: str = "") -> None:
-        """What went wrong, where the person looks; the details where the curious do."""
-        self._status(text)
-        self.ui.statusLabel.toolTip = details
-        self._details.offer(text, details.splitlines() or self.logic.client().log)
+        """Show what went wrong; the details are in the tool tip and in Slicer's console."""
+        self._status.fail(text, details.splitlines() or self.logic.client().log, details)
         if details:
             print(details)
 
@@ -404,7 +382,7 @@ class RegisterPanel(VTKObservationMixin):
 
     def _browse(self) -> None:
         path = qt.QFileDialog.getOpenFileName(
-            self.widget, _("Choose a checkpoint"), "", _("MorphSeek checkpoints (*.safetensors)")
+            self.widget, _("Choose a model"), "", _("MorphSeek models (*.safetensors)")
         )
         if path:
             self.refresh_models(path)
@@ -424,7 +402,7 @@ class RegisterPanel(VTKObservationMixin):
         self._python_timer.start()
 
     def _say_engine_python(self, path: str) -> str:
-        """Say below the line why a path cannot be taken; return that sentence, "" for one that can."""
+        """Say below the line why a path cannot be used; return that sentence, "" for one that can."""
         if not path:
             problem = ""
         elif not Path(path).exists():
@@ -432,7 +410,7 @@ class RegisterPanel(VTKObservationMixin):
         elif Path(path).is_dir():
             problem = _("{path} is a folder; choose the Python program in it.").format(path=path)
         elif not os.access(path, os.X_OK):
-            problem = _("{path} is not a program that may be run; choose a Python.").format(path=path)
+            problem = _("{path} is not a program that can be run; choose a Python.").format(path=path)
         else:
             problem = ""
         if problem:
@@ -506,7 +484,7 @@ class RegisterPanel(VTKObservationMixin):
             ).format(names=", ".join(missing))
 
     def install(self) -> None:
-        """Ask, then install what is missing, with the log in sight."""
+        """Ask the user, then install what is missing and show the log."""
         missing = dependencies.missing()
         if self._installing:
             return
@@ -519,7 +497,7 @@ class RegisterPanel(VTKObservationMixin):
         self.ui.installLog.visible = True
         self.ui.installLog.clear()
         self._update()
-        self._status(_("Installing ..."))
+        self._status.say(_("Installing ..."))
         dependencies.install(self.ui.installLog.appendPlainText, self._installed)
 
     def _installed(self, problem: Exception | None) -> None:
@@ -528,11 +506,11 @@ class RegisterPanel(VTKObservationMixin):
         self._update_setup()
         then, self._after_install = self._after_install, None
         if isinstance(problem, dependencies.Declined):
-            self._status(_("Nothing was installed. MorphSeek can register as soon as its packages are there."))
+            self._status.say(_("Nothing was installed. MorphSeek can register as soon as its packages are installed."))
         elif problem is not None:
             self._fail(sentence(problem))
         else:
-            self._status(_("All packages are installed."))
+            self._status.say(_("All packages are installed."))
             self.logic.close_engine()
             if then is not None:
                 then()
@@ -542,7 +520,7 @@ class RegisterPanel(VTKObservationMixin):
 
 
 def _summary(report: dict) -> str:
-    """What came out, in a few lines."""
+    """Return the result in a few lines."""
     lines = []
     similarity, dice = report.get("similarity"), report.get("dice")
     if similarity:
@@ -555,9 +533,9 @@ def _summary(report: dict) -> str:
                 before=mean["aligned"], after=mean["warped"], n=len(dice["labels"])
             )
         )
-    found = quality.folds(report)
+    found = folds(report)
     if found is not None:
-        lines.append(found.sentence)
+        lines.append(quality.folds_sentence(found))
     seconds = (report.get("seconds") or {}).get("total")
     if seconds is not None:
         lines.append(_("{n:.1f} s on {device}.").format(n=seconds, device=report.get("device", "?")))

@@ -68,7 +68,8 @@ class Job:
                 if not slicer.mrmlScene.IsNodePresent(node):
                     raise InputError(
                         _(
-                            "'{node}' has left the scene, so its result has no place; load it and register again."
+                            "'{node}' was removed from the scene, so its result cannot be stored; load it and register "
+                            "again."
                         ).format(node=node.GetName())
                     )
             report = result.get("report") or {}
@@ -126,12 +127,12 @@ class Run:
             self._on_progress(message)
 
     def poll(self) -> bool:
-        """Handle what has arrived; whether it is over."""
+        """Handle what has arrived; return whether it is over."""
         self.client.poll()
         return self.request.done
 
     def cancel(self) -> None:
-        """Ask the engine to give up; :meth:`poll` tells when it has."""
+        """Ask the engine to stop; :meth:`poll` tells when it has."""
         self.client.cancel(self.request)
 
     def finish(self) -> RegistrationNodes:
@@ -148,7 +149,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Request:
-    """What a registration is asked for, but for its two volumes.
+    """The choices of a registration, without its two volumes.
 
     Attributes:
         options: the engine's choices: steps, align, stop_early, inverse, fit.
@@ -187,7 +188,7 @@ class Request:
         if unknown:
             known = sorted(engine | {f.name for f in fields(cls)} - {"options"})
             raise InputError(
-                _("A registration has no choice '{name}'; choose among {known}.").format(
+                _("A registration has no option '{name}'; choose one of {known}.").format(
                     name=unknown[0], known=", ".join(known)
                 )
             )

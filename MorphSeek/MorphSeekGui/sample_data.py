@@ -13,7 +13,7 @@ PAIR = {
 
 
 def register_sample_data() -> None:
-    """Add MorphSeek's entry; called when Slicer has started. Nothing is downloaded before the person clicks on it."""
+    """Add MorphSeek's entry; called when Slicer has started. Nothing is downloaded before the user clicks on it."""
     import SampleData
 
     icons = Path(__file__).resolve().parents[1] / "Resources" / "Icons"

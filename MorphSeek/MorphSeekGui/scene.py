@@ -62,8 +62,8 @@ class Labels:
 
     Attributes:
         array: (i, j, k) int32, 0 = background.
-        names: label value -> (segment's name, its RGB colour); empty for a label map volume.
-        color_node_id: the label map volume's colour table, None for a segmentation.
+        names: label value -> (segment's name, its RGB color); empty for a label map volume.
+        color_node_id: the label map volume's color table, None for a segmentation.
         warning: a sentence about what the array could not take over, or "".
     """
 
@@ -150,7 +150,7 @@ def matrix_to_space(node, space=None) -> np.ndarray:
 def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Labels:
     """Labels on the grid of a volume.
 
-    A label map on another grid is resampled (nearest neighbour). The segments of a segmentation get the numbers 1, 2,
+    A label map on another grid is resampled (nearest neighbor). The segments of a segmentation get the numbers 1, 2,
     3, ... in their order unless ``numbers`` says otherwise; where segments overlap, the later one wins, and the labels'
     ``warning`` says so.
 
@@ -330,7 +330,7 @@ def create_nodes(
             references as :func:`load_image` takes them, in the coordinates that were sent.
         fixed, moving: the volume nodes that were sent.
         moving_to_space: (4, 4) RAS, the moving volume's own coordinates -> those it was sent in; None if the same.
-        labels: the moving labels that were sent, for the names and colours of the warped ones.
+        labels: the moving labels that were sent, for the names and colors of the warped ones.
         into: field of :class:`RegistrationNodes` -> node of the scene that takes the result instead of a new one.
     """
     names = ("warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels")
@@ -477,7 +477,7 @@ def _remember(nodes: RegistrationNodes) -> None:
 
 
 def result_nodes(transform) -> RegistrationNodes | None:
-    """The registration that a transform node came from, or None if it is none of ours or not all of it is left. Its
+    """The registration that a transform node came from, or None if it came from none or not all of it is left. Its
     transforms are made linear, see :func:`keep_linear`."""
     if transform is None or transform.GetAttribute(REPORT) is None:
         return None
@@ -577,13 +577,13 @@ def _name(node) -> str:
 def _voxels(node) -> np.ndarray:
     """(i, j, k) voxels of a scalar volume, in its own number type."""
     if node is None or not isinstance(node, slicer.vtkMRMLVolumeNode):
-        raise InputError(_("Choose a fixed and a moving volume; '{node}' is none.").format(node=_name(node)))
+        raise InputError(_("Choose a fixed and a moving volume; '{node}' is not a volume.").format(node=_name(node)))
     image = node.GetImageData()
     components = image.GetNumberOfScalarComponents() if image is not None else 1
     if not isinstance(node, slicer.vtkMRMLScalarVolumeNode) or components != 1:
         raise InputError(
             _(
-                "'{node}' has {n} values in each voxel (a colour, vector or 4D volume); choose a volume with one, for "
+                "'{node}' has {n} values in each voxel (a color, vector or 4D volume); choose a volume with one, for "
                 "instance one frame or channel of it."
             ).format(node=node.GetName(), n=components)
         )

@@ -1,4 +1,4 @@
-"""Labelled volumes of the scene as cases to train on: files that outlive the scene, with a dataset.json."""
+"""Labeled volumes of the scene as cases to train on: files that outlive the scene, with a dataset.json."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _name_of(volume, labels) -> str:
         InputError: one of its nodes left the scene while the cases before it were written.
     """
     if not all(slicer.mrmlScene.IsNodePresent(node) for node in (volume, labels)):
-        raise InputError(_("A case has left the scene; remove it from the list."))
+        raise InputError(_("A case was removed from the scene; remove it from the list, too."))
     return volume.GetName()
 
 

@@ -1,7 +1,7 @@
-"""The Fine-tune section: cases, settings, a training that may outlive Slicer, its curves and what it brought.
+"""The section Fine-tune: cases, choices, a training that may outlive Slicer, its curves, its figures before and after.
 
-The panel holds no state of a training: all of it lies in the run's folder (training_run.py), so that a run that another
-Slicer started looks the same here as one's own. A timer looks into the folder while a process works in it.
+The panel holds no state of a training: all of it is in the run's folder (training_run.py), so a run that another Slicer
+started looks the same here. A timer looks into the folder while a process works in it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from html import escape
 from pathlib import Path
 
 import qt
 import slicer
 import slicer.util
 
+from MorphSeekLib.protocol.options import FIT_SIMILARITIES, TrainingOptions
+from MorphSeekLib.protocol.run_folder import CASES, STAGES
+from MorphSeekLib.protocol.startup import MAX_STEPS
+
 from . import dependencies, models
-from .details import CopyDetails
 from .engine_client import EngineCancelled, EngineClient, EngineError
-from .faults import Fault
-from .messages import fault_sentence, sentence
+from .messages import sentence
+from .panel import Panel
 from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
-from .training_curves import CHARTS, TrainingCurves, fit, has_curve, shows_all
-from .training_run import STAGES, RunError, RunStatus, TrainingRun, create_run, find_runs
-from .widgets import SWITCH_STYLE, FolderButton, fit_height, ink
+from .training_curves import CurveView
+from .training_run import RunError, TrainingRun, create_run, find_runs
+from .training_texts import distinct_names, figures_table, file_name, size_text, status_sentence
+from .widgets import FolderButton, fit_height, ink
 
 TRAININGS_FOLDER = "MorphSeek/TrainingsFolder"
 _POLL_MS = 1000
@@ -37,57 +40,51 @@ _MOMENT = 0.05  # seconds of copying, after which the window may answer
 _LISTED = 6  # labels that the summary names
 _WIDEST_REMARK = 90  # pixels; a longer one is in its tool tip
 
-# settings that a network needs to train well from scratch, where they are not its defaults
-_RECIPES = {
-    "voxelmorph": {
-        "encoder": [16, 32, 64, 64],
-        "decoder": [64, 64, 32],
-        "extra": [32, 16],
-        "norm": "instance",
-        "flow_stride": 2,
-        "forces": 3,
-    }
+# option -> the box of numbers that chooses it
+_BOXES = {
+    "spacing": "spacingBox",
+    "steps": "stepsBox",
+    "learning_rate": "rateBox",
+    "seed": "seedBox",
+    "smoothness": "smoothnessBox",
+    "folding": "foldingBox",
 }
-_FIGURES = {
-    "dice": (_("Dice"), "{:.3f}", 1),
-    "hd95": (_("HD95, mm"), "{:.2f}", -1),
-    "folded_percent": (_("Folded cells, %"), "{:.3f}", -1),
-    "njd_percent": (_("NJD, % (central differences)"), "{:.3f}", -1),
-    "sdlogj": (_("SDlogJ"), "{:.3f}", -1),
+_FINETUNE_BOXES = {
+    "finetune_smoothness": "smoothnessFinetuneBox",
+    "dice": "diceBox",
+    "policy": "policyBox",
+    "trajectories": "trajectoriesBox",
+    "reward_dice": "rewardDiceBox",
+    "reward_folding": "rewardFoldingBox",
 }
 
 
 def trainings_folder() -> Path:
-    """Where the runs' folders are kept."""
+    """Return where the folders of the runs are kept."""
     return Path(slicer.util.settingsValue(TRAININGS_FOLDER, "") or Path.home() / "MorphSeek" / "Trainings")
 
 
 def models_folder() -> Path:
-    """Where finished models go."""
+    """Return where finished models go."""
     return Path(slicer.util.settingsValue(MODELS_FOLDER, "") or Path.home() / "MorphSeek" / "Models")
 
 
-class TrainingPanel:
+class TrainingPanel(Panel):
     """See the module's text.
 
     Attributes:
-        widget: the section's content.
-        on_checkpoint: functions called with the path of a checkpoint when a training has made one.
+        on_model: functions called with the path of a model when a training has made one.
     """
 
+    FILE = "Training.ui"
+
     def __init__(self, parent, logic) -> None:
-        self.logic = logic
-        self.parent = parent
-        self.widget = slicer.util.loadUI(str(Path(__file__).resolve().parents[1] / "Resources/UI/Training.ui"))
-        parent.layout().addWidget(self.widget)
-        self.ui = slicer.util.childWidgetVariables(self.widget)
-        self.on_checkpoint: list[Callable[[Path], None]] = []
+        super().__init__(parent, logic)
+        self.on_model: list[Callable[[Path], None]] = []
         self.run: TrainingRun | None = None
         self._runs: list[TrainingRun] = []
         self._alive = False
-        self._curves: TrainingCurves | None = None
-        self._layout_before = 0
-        self._scene = None
+        self._curves = CurveView(self.ui.curveBox, self.ui.plotButton, self._figures)
         self._client: EngineClient | None = None
         self._hello = None
         self._request = None
@@ -95,24 +92,33 @@ class TrainingPanel:
         self._exported: tempfile.TemporaryDirectory | None = None
         self._scene_cases: list[tuple[str, str]] = []  # node IDs
         self._report: dict | None = None  # of the check, while it is true of what is chosen
-        self._details = CopyDetails(self.ui.copyDetailsButton, logic, _folders)
-        self._check_details = CopyDetails(self.ui.copyCheckDetailsButton, logic, _folders)
-        self._timer, self._check_timer = qt.QTimer(self.widget), qt.QTimer(self.widget)
+        self._status = self.message(self.ui.statusLabel, self.ui.copyDetailsButton, _folders)
+        self._checked = self.message(self.ui.casesSummary, self.ui.copyCheckDetailsButton, _folders)
+        self._timer = self.timer(self.refresh, _POLL_MS)
+        self._check_timer = self.timer(self._go_on_checking, _ENGINE_MS)
         self._folder = FolderButton(self.ui.casesFolder, on_choice=self._forget_check)
-        self._timer.setInterval(_POLL_MS)
-        self._check_timer.setInterval(_ENGINE_MS)
+        self._show_options()
         self._connect()
         self.ui.checkProgress.visible = False
         self.ui.casesTable.visible = False
-        self.ui.plotButton.enabled = False
-        self.ui.plotButton.styleSheet = SWITCH_STYLE
         self._set_up_cases_table()
         self.ui.figuresText.visible = False
         self._show_source()
         self._show_stages()
 
+    def _show_options(self) -> None:
+        """Show the defaults of the engine in the boxes."""
+        ui = self.ui
+        ui.stepsBox.maximum = MAX_STEPS
+        for name, box in (_BOXES | _FINETUNE_BOXES).items():
+            getattr(ui, box).value = getattr(TrainingOptions, name)
+        for name in FIT_SIMILARITIES:
+            ui.similarityBox.addItem(name)
+        ui.similarityBox.setCurrentText(TrainingOptions.similarity)
+        self._show_budget()
+
     def _set_up_cases_table(self) -> None:
-        """All columns fit into the panel: the case's name, often a long path, takes what the others leave."""
+        """Fit all columns into the panel: the name of the case, often a long path, takes what the others leave."""
         table = self.ui.casesTable
         table.verticalHeader().visible = False
         table.verticalHeader().defaultSectionSize = 24
@@ -125,8 +131,6 @@ class TrainingPanel:
 
     def _connect(self) -> None:
         ui = self.ui
-        self._timer.connect("timeout()", self.refresh)
-        self._check_timer.connect("timeout()", self._go_on_checking)
         ui.sourceBox.connect("currentIndexChanged(int)", self._show_source)
         ui.caseVolume.connect("currentNodeChanged(vtkMRMLNode*)", self._show_scene_buttons)
         ui.caseLabels.connect("currentNodeChanged(vtkMRMLNode*)", self._show_scene_buttons)
@@ -146,48 +150,38 @@ class TrainingPanel:
         ui.stopButton.connect("clicked(bool)", self.stop)
         ui.resumeButton.connect("clicked(bool)", self.resume)
         ui.folderButton.connect("clicked(bool)", self.open_folder)
-        ui.curveBox.connect("currentIndexChanged(int)", self._choose_curve)
-        ui.plotButton.connect("toggled(bool)", self.plot)
 
     # -------------------------------------------------------------------------------------- what the module calls
 
     def setMRMLScene(self, scene) -> None:
-        """The scene that nodes are taken from and plots are put into."""
-        self._scene = scene
-        self.widget.setMRMLScene(scene)
-        self._curves = TrainingCurves(scene) if scene is not None else None
+        """Take the nodes from this scene, and put the plots into it."""
+        super().setMRMLScene(scene)
+        self._curves.use_scene(scene)
 
     def enter(self) -> None:
-        """Show what there is to start from, and what runs."""
+        """Show the models to start from, and the runs."""
         self._fill_start_box()
         self.find_runs()
 
-    def exit(self) -> None:
-        """The training goes on, and is looked after, while the person is elsewhere."""
-
     def cleanup(self) -> None:
-        """Let go of everything: a training goes on if it was asked to, and else stops and keeps its state."""
-        self._timer.stop()
-        self._check_timer.stop()
+        """End everything; a training goes on if it was asked to, and else stops and keeps its state."""
+        super().cleanup()
         self._end_check()
-        self._details.close()
-        self._check_details.close()
         self._drop_export()
         for run in self._runs:
             run.release()
         self._runs = []
         self.run = None
-        if self._curves is not None:
-            self._curves.remove()
+        self._curves.remove()
 
     # ---------------------------------------------------------------------------------------------------- cases
 
     def add_case(self, *_args) -> None:
-        """The chosen volume and labels become a case."""
+        """Add the chosen volume and labels as a case."""
         self._add_cases([(self.ui.caseVolume.currentNode(), self.ui.caseLabels.currentNode())])
 
     def add_matching(self, *_args) -> None:
-        """Every volume with labels of its name becomes a case."""
+        """Add every volume with labels of its name as a case."""
         labels = slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
         labels += slicer.util.getNodesByClass("vtkMRMLLabelMapVolumeNode")
         volumes = [
@@ -197,7 +191,7 @@ class TrainingPanel:
         ]
         found = matching_cases(volumes, labels)
         if not found:
-            self._say(_("No volume has labels of its name; choose a volume and its labels and press Add."), bad=True)
+            self._fail_check(_("No volume has labels of its name; choose a volume and its labels and press Add."))
             return
         self._add_cases(found)
 
@@ -230,10 +224,10 @@ class TrainingPanel:
     # ---------------------------------------------------------------------------------------------------- check
 
     def check(self, *_args) -> None:
-        """Check the cases; pressed again meanwhile, give it up."""
+        """Check the cases; pressed again meanwhile, cancel it."""
         if self._checking():
             self._end_check()
-            self._say(_("The check was cancelled."))
+            self._checked.say(_("The check was canceled."))
             return
         self._forget_check()
         self._export_warnings = []
@@ -242,10 +236,10 @@ class TrainingPanel:
         self.ui.checkProgress.visible = True
         try:
             if self.ui.sourceBox.currentIndex == 1:
-                cases = [tuple(self._scene.GetNodeByID(i) for i in ids) for ids in self._scene_cases]
+                cases = [tuple(self.scene.GetNodeByID(i) for i in ids) for ids in self._scene_cases]
                 if not cases or any(None in case for case in cases):
                     raise InputError(
-                        _("A case has left the scene; remove it from the list.")
+                        _("A case was removed from the scene; remove it from the list, too.")
                         if cases
                         else _("The list has no case yet; choose a volume and its labels and press Add.")
                     )
@@ -255,7 +249,7 @@ class TrainingPanel:
                 self._export = export_cases(cases, Path(self._exported.name), self._export_warnings.append)
                 self.ui.checkProgress.maximum = 1000
                 self._check_timer.setInterval(0)
-                self._say(_("Copying the cases from the scene"))
+                self._checked.say(_("Copying the cases from the scene"))
             elif not self._folder.folder:
                 raise InputError(_("Choose the folder with the cases first."))
             else:
@@ -263,7 +257,7 @@ class TrainingPanel:
         except (InputError, EngineError, OSError) as problem:
             self._end_check()
             self._drop_export()
-            self._say(sentence(problem), bad=True)
+            self._fail_check(sentence(problem))
             return
         self._check_timer.start()
 
@@ -273,7 +267,9 @@ class TrainingPanel:
         if client is not self._client or self._hello is None or self._hello.error is not None:
             self._hello = None  # a client of another engine than before has other answers
         self._client = client
-        self._say(_("Waiting for the engine, which is still at work") if client.busy else _("Starting the engine"))
+        self._checked.say(
+            _("Waiting for the engine, which is still at work") if client.busy else _("Starting the engine")
+        )
         if self._hello is None:
             self._hello = client.request("hello")
         self._check_timer.setInterval(_ENGINE_MS)
@@ -281,10 +277,10 @@ class TrainingPanel:
         self._request = self._client.request("check", params, self._on_check_progress)
 
     def _python(self) -> str | None:
-        """The Python that runs the engine, None for Slicer's own.
+        """Return the Python that runs the engine, None for Slicer's own.
 
         Raises:
-            InputError: that has no engine yet.
+            InputError: the engine is not installed in it yet.
         """
         python = self.logic.engine_python() or None
         if python is None and dependencies.missing():
@@ -294,7 +290,7 @@ class TrainingPanel:
     def _on_check_progress(self, progress: dict) -> None:
         self.ui.checkProgress.maximum = max(1, progress["steps"])
         self.ui.checkProgress.value = progress["step"]
-        self._say(progress["message"])
+        self._checked.say(progress["message"])
 
     def _go_on_checking(self) -> None:
         try:
@@ -311,7 +307,7 @@ class TrainingPanel:
         except (InputError, EngineError, OSError) as problem:
             self._end_check()
             self._drop_export()
-            self._say(sentence(problem), bad=True)
+            self._fail_check(sentence(problem))
             return
         self._end_check()
         self._offer(self.ui.backboneBox, self._hello.result.get("backbones", []))
@@ -324,13 +320,13 @@ class TrainingPanel:
         for copied in self._export:
             if time.monotonic() > until:
                 self.ui.checkProgress.value = round(1000 * copied.share)
-                self._say(_("Copying {name}").format(name=copied.name))
+                self._checked.say(_("Copying {name}").format(name=copied.name))
                 return True
         self._export = None
         return False
 
     def _offer(self, box, names: list[str]) -> None:
-        """Put what the engine has into a box; what was chosen stays."""
+        """Add what the engine has to a box; what was chosen stays chosen."""
         chosen = box.currentText
         for name in names:
             if box.findText(name) < 0:
@@ -351,13 +347,13 @@ class TrainingPanel:
         self.ui.checkProgress.visible = False
 
     def _forget_check(self, *_args) -> None:
-        """What was checked is not what is chosen any more."""
+        """Drop the findings: what was checked is not what is chosen any more."""
         if self._checking():
             self._end_check()
         self._drop_export()
         self._report = None
         self.ui.casesTable.visible = False
-        self._say(_("The cases are checked before a training can start."))
+        self._checked.say(_("The cases are checked before a training can start."))
         self._show_scene_buttons()
         self._show_start()
 
@@ -375,7 +371,7 @@ class TrainingPanel:
             remarks = " ".join(case["problems"] + case["warnings"]) or _("good")
             labels = ", ".join(map(str, case["labels"]))
             count = str(len(case["labels"]))
-            texts = [names[row], remarks, count, _by(case["shape"]), _by(case["spacing"])]
+            texts = [names[row], remarks, count, size_text(case["shape"]), size_text(case["spacing"])]
             tips = [case["name"], remarks, labels, *texts[3:]]
             for column, (text, tip) in enumerate(zip(texts, tips, strict=True)):
                 item = qt.QTableWidgetItem(text)
@@ -391,7 +387,7 @@ class TrainingPanel:
         table.visible = True
         left_out = sum(bool(case["problems"]) for case in report["cases"])
         if report["problems"]:
-            self._say(" ".join(report["problems"]), bad=True)
+            self._fail_check(" ".join(report["problems"]))
         else:
             names = [report["names"].get(str(label), str(label)) for label in report["common"]]
             text = _(
@@ -404,22 +400,17 @@ class TrainingPanel:
                 labels=", ".join(names[:_LISTED]) or _("none"),
             )
             if len(names) > _LISTED:
-                text += " " + _("And {count} more; the tool tip has them all.").format(count=len(names) - _LISTED)
-            self.ui.casesSummary.toolTip = ", ".join(names)
+                text += " " + _("And {count} more; the tool tip lists all.").format(count=len(names) - _LISTED)
             if left_out:
                 text += " " + _("Left out because of problems: {count}.").format(count=left_out)
-            self._say(" ".join([text, *self._export_warnings, *report["warnings"]]))
+            self._checked.say(" ".join([text, *self._export_warnings, *report["warnings"]]))
+            self.ui.casesSummary.toolTip = ", ".join(names)
             if report["spacing"]:
                 self.ui.spacingBox.value = report["spacing"]
         self._show_start()
 
-    def _say(self, text: str, bad: bool = False) -> None:
-        self.ui.casesSummary.text = text
-        self.ui.casesSummary.styleSheet = f"color: {ink(self.widget, 'bad')}" if bad else ""
-        if bad:
-            self._check_details.offer(text, self.logic.client().log)
-        else:
-            self._check_details.withdraw()
+    def _fail_check(self, text: str) -> None:
+        self._checked.fail(text, self.logic.client().log)
 
     # -------------------------------------------------------------------------------------------------- settings
 
@@ -438,7 +429,7 @@ class TrainingPanel:
         self._show_stages()
 
     def _stages_changed(self, *_args) -> None:
-        """Fine-tuning needs labels in every case, warm-up does not: the check says something else."""
+        """Drop the findings of the check: fine-tuning needs labels in every case, the warm-up does not."""
         self._forget_check()
         self._show_stages()
 
@@ -449,22 +440,15 @@ class TrainingPanel:
         self.ui.warmupCheck.enabled = not from_scratch
         for name in ("backboneBox", "spacingBox"):
             getattr(self.ui, name).enabled = from_scratch
-        finetune = self.ui.finetuneCheck.checked
-        for name in (
-            "trajectoriesBox",
-            "smoothnessFinetuneBox",
-            "diceBox",
-            "policyBox",
-            "rewardDiceBox",
-            "rewardFoldingBox",
-            "klBox",
-        ):
-            getattr(self.ui, name).enabled = finetune
+        for name in (*_FINETUNE_BOXES.values(), "klBox"):
+            getattr(self.ui, name).enabled = self.ui.finetuneCheck.checked
         self._show_start()
 
     def _show_budget(self, *_args) -> None:
-        in_minutes = self.ui.budgetUnit.currentIndex == 0
-        self.ui.budgetBox.value = 60 if in_minutes else 800
+        self.ui.budgetBox.value = TrainingOptions.minutes if self._in_minutes() else TrainingOptions.iterations
+
+    def _in_minutes(self) -> bool:
+        return self.ui.budgetUnit.currentIndex == 0
 
     def _show_start(self, *_args) -> None:
         reason = self._why_not()
@@ -482,74 +466,50 @@ class TrainingPanel:
             return _("Choose a stage.")
         return ""
 
-    def settings(self) -> dict:
-        """run.json, as MorphSeekLib/app/runs.py: RunSettings reads it."""
+    def options(self) -> TrainingOptions:
+        """Return what is chosen."""
         ui = self.ui
-        in_minutes = ui.budgetUnit.currentIndex == 0
-        iterations = 800 if in_minutes else int(ui.budgetBox.value)
-        run = {
-            "iterations": iterations,
-            "steps": ui.stepsBox.value,
-            "seed": ui.seedBox.value,
-            "validate_every": max(1, iterations // 10),
-            "save_every": 25,
-        }
-        rate = ui.rateBox.value
-        loss = {
-            "similarity": ui.similarityBox.currentText,
-            "regularization": ui.smoothnessBox.value,
-            "folding": ui.foldingBox.value,
-        }
-        start = ui.startBox.currentData
-        warmup = {"loss": loss, "training": run | {"learning_rate": 3 * rate}}
-        if not start:
-            backbone = ui.backboneBox.currentText
-            warmup["model"] = {"backbone": backbone, "backbone_settings": _RECIPES.get(backbone, {})}
-            warmup["preprocessing"] = {"spacing": [ui.spacingBox.value] * 3, "align": "center"}
-        finetune = {
-            "loss": loss | {"regularization": ui.smoothnessFinetuneBox.value, "dice": ui.diceBox.value},
-            "policy": {"trajectories": ui.trajectoriesBox.value, "weight": ui.policyBox.value},
-            "reward": {"weights": {"dice": ui.rewardDiceBox.value, "folding": ui.rewardFoldingBox.value}},
-            "training": run | {"learning_rate": rate} | ({"kl_target": ui.klBox.value} if ui.klBox.value else {}),
-        }
-        name = ui.nameEdit.text.strip()
-        return {
-            "name": name,
-            "dataset": "cases" if self._exported is not None else self._folder.folder,
-            "model": str(models_folder() / f"{_file_name(name)}.safetensors"),
-            "init": start or None,
-            "warmup": warmup if ui.warmupCheck.checked else None,
-            "finetune": finetune if ui.finetuneCheck.checked else None,
-            "minutes": ui.budgetBox.value if in_minutes else None,
-            "device": ui.deviceBox.currentText.strip() or "auto",
-            "leave_out": [case["name"] for case in self._report["cases"] if case["problems"]],
-        }
+        name, budget = ui.nameEdit.text.strip(), ui.budgetBox.value
+        stages = {"warmup": ui.warmupCheck, "finetune": ui.finetuneCheck}
+        return TrainingOptions(
+            name=name,
+            dataset=CASES if self._exported is not None else self._folder.folder,
+            model=str(models_folder() / f"{file_name(name)}.safetensors"),
+            init=ui.startBox.currentData or None,
+            stages=tuple(stage for stage in STAGES if stages[stage].checked),
+            backbone=ui.backboneBox.currentText,
+            minutes=budget if self._in_minutes() else None,
+            iterations=TrainingOptions.iterations if self._in_minutes() else int(budget),
+            similarity=ui.similarityBox.currentText,
+            kl_target=ui.klBox.value or None,
+            device=ui.deviceBox.currentText.strip() or TrainingOptions.device,
+            leave_out=tuple(case["name"] for case in self._report["cases"] if case["problems"]),
+            **{option: getattr(ui, box).value for option, box in (_BOXES | _FINETUNE_BOXES).items()},
+        )
 
     # ---------------------------------------------------------------------------------------------------- the run
 
     def start(self, *_args) -> None:
-        """Make a run of what is chosen, and start it."""
-        settings = self.settings()
-        if Path(settings["model"]).exists():
-            self._say_status(
-                _("There is a model named '{name}' already; choose another name.").format(name=settings["name"]), True
-            )
+        """Create a run of what is chosen, and start it."""
+        options = self.options()
+        if Path(options.model).exists():
+            self._fail(_("There is a model named '{name}' already; choose another name.").format(name=options.name))
             return
         try:
-            run = create_run(trainings_folder(), settings)
+            run = create_run(trainings_folder(), options)
         except RunError as problem:
-            self._say_status(sentence(problem), True)
+            self._fail(sentence(problem))
             return
         try:
             if self._exported is not None:
                 Path(self._exported.name).chmod(0o755)
-                os.replace(self._exported.name, run.folder / "cases")  # beside it, so that nothing is copied
+                os.replace(self._exported.name, run.folder / CASES)  # beside it, so that nothing is copied
             run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
         except (InputError, RunError, OSError) as problem:
-            if (run.folder / "cases").exists():
-                os.replace(run.folder / "cases", self._exported.name)
+            if (run.folder / CASES).exists():
+                os.replace(run.folder / CASES, self._exported.name)
             shutil.rmtree(run.folder, ignore_errors=True)
-            self._say_status(sentence(problem), True)
+            self._fail(sentence(problem))
             return
         self._runs.insert(0, run)
         self._list_runs(run)
@@ -566,23 +526,23 @@ class TrainingPanel:
             else:
                 self.run.stop()
         except (InputError, RunError, OSError) as problem:
-            self._say_status(sentence(problem), True)
+            self._fail(sentence(problem))
             return
         self.refresh()
 
     def resume(self, *_args) -> None:
-        """Go on where the run stood."""
+        """Go on where the run stopped."""
         if self.run is None:
             return
         try:
             self.run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
         except (InputError, RunError, OSError) as problem:
-            self._say_status(sentence(problem), True)
+            self._fail(sentence(problem))
             return
         self.refresh()
 
     def open_folder(self, *_args) -> None:
-        """The run's folder, in the file manager."""
+        """Open the folder of the run in the file manager."""
         qt.QDesktopServices.openUrl(qt.QUrl.fromLocalFile(str(self.run.folder)))
 
     def find_runs(self) -> None:
@@ -634,8 +594,11 @@ class TrainingPanel:
         ui.resumeButton.enabled = status.resumable
         ui.folderButton.enabled = True
         ui.progressBar.value = round(1000 * status.fraction)
-        self._say_status(_sentence(status), status.state == "failed")
-        self._show_curves()
+        if status.state == "failed":
+            self._fail(status_sentence(status))
+        else:
+            self._status.say(status_sentence(status))
+        self._curves.refresh()
         inks = ink(self.widget, "good"), ink(self.widget, "warning")
         ui.figuresText.text = figures_table(status.held_out, *inks) if status.held_out else ""
         ui.figuresText.visible = bool(status.held_out)
@@ -651,140 +614,21 @@ class TrainingPanel:
                 if not slicer.util.settingsValue(MODELS_FOLDER, ""):  # so that it is found there from now on
                     qt.QSettings().setValue(MODELS_FOLDER, str(Path(status.model).parent))
                 self._fill_start_box()
-                for listener in self.on_checkpoint:
+                for listener in self.on_model:
                     listener(Path(status.model))
         self._alive = status.alive
 
-    def _say_status(self, text: str, bad: bool = False) -> None:
-        self.ui.statusLabel.text = text
-        self.ui.statusLabel.styleSheet = f"color: {ink(self.widget, 'bad')}" if bad else ""
-        if bad:
-            self._details.offer(text, self.run.log() if self.run is not None else ())
-        else:
-            self._details.withdraw()
+    def _fail(self, text: str) -> None:
+        self._status.fail(text, self.run.log() if self.run is not None else ())
 
-    # ----------------------------------------------------------------------------------------------------- curves
-
-    def _show_curves(self) -> None:
-        """Whether there is something to plot; and, where the plot is shown, the latest figures in it."""
-        rows = self._rows()[1]
-        self.ui.plotButton.enabled = self.ui.plotButton.checked or has_curve(self._curve(), rows)
-        if self.ui.plotButton.checked:
-            self._update_curves()
-
-    def _rows(self) -> tuple[str, list[dict[str, float]]]:
-        """Title and figures of the last stage that has any."""
+    def _figures(self) -> tuple[str, list[dict[str, float]]]:
+        """Return the title and the figures of the last stage that has any."""
         titles = {"warmup": _("warm-up"), "finetune": _("fine-tuning")}
         found = {stage: self.run.curves(stage) for stage in STAGES} if self.run is not None else {}
         stage = next((stage for stage in reversed(STAGES) if found.get(stage)), None)
         return (f"{self.run.name}, {titles[stage]}", found[stage]) if stage is not None else ("", [])
 
-    def _update_curves(self) -> None:
-        """Draw the latest figures; the axes follow, unless the user has zoomed in on a part."""
-        title, rows = self._rows()
-        before = self._curves.chart(self._curve())
-        follow = before is None or shows_all(before)
-        if rows:
-            self._curves.update(title, rows)
-        else:
-            self._curves.clear()
-        chart = self._curves.chart(self._curve())
-        if before is None:
-            self._show_chart()  # its first figures have just come
-        elif follow and chart is not None:
-            fit(chart)
-
-    def _curve(self) -> str:
-        return list(CHARTS)[self.ui.curveBox.currentIndex]
-
-    def plot(self, on: bool) -> None:
-        """The chosen curve in a layout with a plot view, live; off, the charts go and the layout is as before."""
-        if on:
-            self._layout_before = slicer.app.layoutManager().layout
-            self._choose_curve()
-        else:
-            self._curves.remove()
-            slicer.app.layoutManager().setLayout(self._layout_before)
-            self._show_curves()
-
-    def _choose_curve(self, *_args) -> None:
-        self._show_curves()
-        self._show_chart()
-
-    def _show_chart(self) -> None:
-        chart = self._curves.chart(self._curve())
-        if self.ui.plotButton.checked and chart is not None:
-            slicer.modules.plots.logic().ShowChartInLayout(chart)
-            fit(chart)
-
-
-def figures_table(held_out: dict, better_ink: str, worse_ink: str) -> str:
-    """Return the figures before and after as rich text; what got better and what got worse has a color of its own."""
-    start, result = held_out.get("start"), held_out["mean"]
-    lines = []
-    for name, (title, form, better) in _FIGURES.items():
-        if name not in result:  # a model of an earlier version has no folded cells
-            continue
-        values = result.get(f"{name}_aligned"), (start or {}).get(name), result[name]
-        aligned, before, after = ("-" if value is None else form.format(value) for value in values)
-        if "-" not in (before, after) and before != after:
-            color = better_ink if (result[name] - start[name]) * better > 0 else worse_ink
-            after = f'<b style="color: {color}">{after}</b>'
-        tip = escape(held_out["definitions"].get(name, ""))
-        cells = (aligned, before, after)
-        lines.append(
-            f'<tr><td title="{tip}">{title}</td>' + "".join(f'<td align="right">{cell}</td>' for cell in cells)
-        )
-    head = [_("{count} held-out pairs").format(count=held_out["pairs"]), _("aligned"), _("before"), _("after")]
-    return (
-        '<table cellpadding="3"><tr>'
-        + "".join(f"<th>{h}</th>" for h in head)
-        + "</tr>"
-        + "</tr>".join(lines)
-        + "</tr></table>"
-    )
-
 
 def _folders() -> dict[str, str]:
     names = {"models": MODELS_FOLDER, "trainings": TRAININGS_FOLDER}
     return {what: slicer.util.settingsValue(name, "") for what, name in names.items()}
-
-
-def _sentence(status: RunStatus) -> str:
-    if status.state == "stopping":
-        return _("Stopping: the iteration under way is finished first. {message}").format(message=status.message)
-    if status.state == "done":
-        return _("Done. The model '{name}' is in the list of models.").format(name=Path(status.model).stem)
-    if status.state == "failed" and not status.message:
-        if status.last_words:
-            return fault_sentence(Fault.RUN_NOT_BEGUN, reason=status.last_words)
-        return fault_sentence(Fault.RUN_NOT_BEGUN_SILENTLY)
-    states = {
-        "new": _("Not started yet."),
-        "starting": _("Starting the engine"),
-        "stopped": _("Stopped; it can be resumed."),
-        "interrupted": _("It was interrupted; Resume goes on from the last state it saved."),
-    }
-    if status.state in states:
-        return states[status.state]
-    stages = {"warmup": _("Warm-up"), "finetune": _("Fine-tuning"), "evaluate": _("Figures")}
-    if status.state == "running" and status.stage in stages:
-        return f"{stages[status.stage]}: {status.message}"
-    return status.message
-
-
-def distinct_names(names: list[str], kept: int = 8) -> list[str]:
-    """Shorten paths to what tells them apart: without their common folder, and without a long beginning in common."""
-    prefix = os.path.commonprefix(names)  # noqa: RUF071 - by characters is meant
-    folder = prefix.rfind("/") + 1
-    if len(names) < 2 or len(prefix) - folder <= kept:
-        return [name[folder:] for name in names]
-    return [f"\N{HORIZONTAL ELLIPSIS}{name[len(prefix) - kept // 2 :]}" for name in names]
-
-
-def _by(numbers: list) -> str:
-    return " x ".join(f"{n:g}" for n in numbers)
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "model"

@@ -1,8 +1,8 @@
 """A training run as Slicer sees it: a folder, and the process that works in it and may outlive Slicer.
 
-The folder is the whole contract with the engine (:mod:`MorphSeekLib.protocol.run_folder`). Nothing is remembered but
-what lies in it, so that a run is found again after Slicer, or the computer, was restarted. The lock, and not the
-process's number, says whether it runs: numbers are given out again, a lock is freed however its holder ends.
+The folder is the whole contract with the engine (:mod:`MorphSeekLib.protocol.run_folder`). Nothing else is remembered,
+so a run is found again after Slicer or the computer was restarted. The lock, not the number of the process, says
+whether it runs: numbers are used again, and a lock is freed however its holder ends.
 
 Neither slicer nor qt is imported.
 """
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.run_folder import (
     KEEP,
     LOG,
@@ -33,11 +34,12 @@ from MorphSeekLib.protocol.run_folder import (
     is_locked,
     read_json,
 )
+from MorphSeekLib.protocol.settings import to_dict
 
 from .engine_client import default_python, last_words, process_of_its_own
 from .faults import Fault, FaultError
 
-_START_SECONDS = 90.0  # a process that holds no lock after so long (torch is slow to import) is not coming
+_START_SECONDS = 90.0  # after which a process that holds no lock has failed; torch is slow to import
 
 
 class RunError(FaultError):
@@ -54,9 +56,9 @@ class RunStatus:
         stage: "warmup", "finetune", "evaluate" or "".
         fraction: share that is done, 0 to 1.
         message: the engine's sentence for the user; "" when its process did not get that far.
-        last_words: of its log, of a process that ended before it could write where it stands.
+        last_words: the end of the log of a process that ended before it could write its status.
         held_out: figures before and after on the held-out pairs, when done.
-        model: the finished checkpoint, when done.
+        model: the file of the finished model, when done.
     """
 
     state: str
@@ -74,7 +76,7 @@ class RunStatus:
 
     @property
     def resumable(self) -> bool:
-        """Whether starting it (again) makes sense."""
+        """Whether it can be started or resumed."""
         return self.state in ("new", "stopped", "interrupted", "failed")
 
 
@@ -90,11 +92,11 @@ class TrainingRun:
 
     @property
     def name(self) -> str:
-        """The model's name."""
+        """The name of the model."""
         return self.settings().get("name") or self.folder.name
 
     def settings(self) -> dict:
-        """run.json; empty if it cannot be read."""
+        """Return run.json; empty if it cannot be read."""
         return read_json(self.folder / SETTINGS)
 
     # ------------------------------------------------------------------------------------------------- the process
@@ -106,7 +108,7 @@ class TrainingRun:
         command: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it, or go on where it was stopped.
+        """Start it, or resume it.
 
         Args:
             keep: let it go on when Slicer is closed; see :meth:`keep`.
@@ -140,7 +142,7 @@ class TrainingRun:
         self._started = time.monotonic()
 
     def keep(self, on: bool) -> None:
-        """Whether the training goes on without Slicer; may be changed while it runs."""
+        """Choose whether the training goes on without Slicer; may be changed while it runs."""
         if on:
             (self.folder / KEEP).touch()
         else:
@@ -184,11 +186,11 @@ class TrainingRun:
                 self._process.wait(5.0)
 
     def release(self) -> None:
-        """Slicer lets go of it: it goes on if it is kept, and stops by itself if not."""
+        """Let it go on without this Slicer if it is kept; else it stops."""
         if self._process is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
-            # whoever goes on is not ours to wait for any more; without this, Python warns when it forgets it
+            # nobody waits for a process that goes on; without this, Python warns when the object is deleted
             self._process.returncode = self._process.poll() or 0
             self._process = None
         if self.is_running() and not self.kept:
@@ -201,7 +203,7 @@ class TrainingRun:
     # --------------------------------------------------------------------------------------------- what it left
 
     def status(self) -> RunStatus:
-        """Where it stands, from the folder and, if this Slicer started it, from its process."""
+        """Return where it stands, by its folder and, if this Slicer started it, by its process."""
         running = self.is_running()
         values = read_json(self.folder / STATUS)
         known = {name: values[name] for name in RunStatus.__dataclass_fields__ if name in values}
@@ -222,7 +224,7 @@ class TrainingRun:
         return status
 
     def curves(self, stage: str) -> list[dict[str, float]]:
-        """A row of figures per iteration; what was read before is not read again."""
+        """Return a row of figures per iteration; what was read before is not read again."""
         return self._curves[stage].read()
 
     def log(self, lines: int = 40, begin: int = 0) -> list[str]:
@@ -238,31 +240,31 @@ class TrainingRun:
         return (self.folder / LOG).exists()
 
 
-def create_run(root: Path | str, settings: dict) -> TrainingRun:
-    """A new run's folder under ``root``, named after the model, with its run.json.
+def create_run(root: Path | str, options: TrainingOptions) -> TrainingRun:
+    """Create the folder of a run under ``root``, named after the model, with its run.json.
 
     Args:
         root: where runs are kept; made when missing.
-        settings: run.json, see MorphSeekLib/app/runs.py: RunSettings.
+        options: what to train.
 
     Raises:
         RunError: the folder cannot be written.
     """
-    stem = re.sub(r"[^\w.-]+", "-", settings["name"]).strip("-.") or "training"
+    stem = re.sub(r"[^\w.-]+", "-", options.name).strip("-.") or "training"
     folder, number = Path(root) / f"{time.strftime('%Y-%m-%d')}-{stem}", 1
     while folder.exists():
         number += 1
         folder = folder.with_name(f"{time.strftime('%Y-%m-%d')}-{stem}-{number}")
     try:
         folder.mkdir(parents=True)
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        (folder / SETTINGS).write_text(json.dumps(to_dict(options), indent=1), encoding="utf-8")
     except OSError as problem:
         raise RunError(Fault.RUN_FOLDER, folder=folder, reason=problem.strerror) from problem
     return TrainingRun(folder)
 
 
 def find_runs(root: Path | str) -> list[TrainingRun]:
-    """All runs under ``root``, the newest first."""
+    """Return all runs under ``root``, the newest first."""
     found = [path.parent for path in Path(root).glob(f"*/{SETTINGS}")]
     return [TrainingRun(f) for f in sorted(found, key=lambda f: (f / SETTINGS).stat().st_mtime_ns, reverse=True)]
 
@@ -285,7 +287,7 @@ class _Lines:
         whole = new[: new.rfind(b"\n") + 1]  # the last line may be half written
         rows = [json.loads(line) for line in whole.splitlines()]
         if rows and self.rows and rows[0]["iteration"] != self.rows[-1]["iteration"] + 1:
-            self.rows, self._offset = [], 0  # written anew meanwhile
+            self.rows, self._offset = [], 0  # written again meanwhile
             return self.read()
         self._offset += len(whole)
         self.rows += rows

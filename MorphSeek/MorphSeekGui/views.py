@@ -24,7 +24,7 @@ from .scene import FLIP, Image, InputError, RegistrationNodes, _, grid_transform
 
 _JACOBIAN_COLORS = "MorphSeek Jacobian"
 _DIFFERENCE_COLORS = "MorphSeek difference"
-# a volume change of this factor, either way, has the full colour
+# a volume change of this factor, either way, has the full color
 _JACOBIAN_LIMIT = 2.0
 _OBLIQUE = np.array([0.4, 0.6, 0.7]) / np.linalg.norm([0.4, 0.6, 0.7])  # RAS, from the middle to the camera
 
@@ -63,7 +63,7 @@ class ResultViews:
             self._show_layers()
 
     def fade(self, opacity: float) -> None:
-        """Another opacity for the layer that is seen, without making it anew."""
+        """Change the opacity of the layer that is seen, without making it again."""
         if self._front:
             name = list(self._front)[-1]
             self._front[name] = (self._front[name][0], opacity)
@@ -79,7 +79,7 @@ class ResultViews:
         def board() -> np.ndarray:
             spacing = self.nodes.warped.GetSpacing()[::-1]  # (k, j, i)
             tile = tuple(max(1, round(tile_mm / mm)) for mm in spacing)
-            return comparison.checkerboard(self._grey(self.nodes.fixed), self._grey(self.nodes.warped), tile)
+            return comparison.checkerboard(self._gray(self.nodes.fixed), self._gray(self.nodes.warped), tile)
 
         if not on:
             self._switch("checkerboard", None)
@@ -90,7 +90,7 @@ class ResultViews:
         self._switch("checkerboard", picture, opacity)
 
     def difference(self, on: bool, before: bool = False, opacity: float = 1.0) -> None:
-        """Moving minus fixed volume in grey values: black where equal, orange where the moving one is brighter, blue
+        """Moving minus fixed volume in gray values: black where equal, orange where the moving one is brighter, blue
         where the fixed one is. Both stages are shown on one scale.
 
         Args:
@@ -108,11 +108,11 @@ class ResultViews:
             raise InputError(
                 _("The volume before the deformation is not in the scene; register again to compare with it.")
             )
-        fixed = self._grey(self.nodes.fixed)
+        fixed = self._gray(self.nodes.fixed)
         stage = self.nodes.aligned if before else self.nodes.warped
-        values = self._grey(stage) - fixed
+        values = self._gray(stage) - fixed
         limit = comparison.difference_limit(
-            values if before or self.nodes.aligned is None else self._grey(self.nodes.aligned) - fixed
+            values if before or self.nodes.aligned is None else self._gray(self.nodes.aligned) - fixed
         )
         title = _("{name} (difference before)") if before else _("{name} (difference after)")
         colors = difference_colors(self._scene).GetID()
@@ -121,7 +121,7 @@ class ResultViews:
     def jacobian(self, on: bool, opacity: float = 0.6) -> None:
         """The Jacobian determinant, by central differences, over the fixed volume: purple where volume shrinks (from
         fixed to moving), white where it stays, orange where it grows, even in the logarithm; half and double have the
-        full colour."""
+        full color."""
         if on:
             display = self.nodes.jacobian.GetDisplayNode()
             display.SetAndObserveColorNodeID(jacobian_colors(self._scene).GetID())
@@ -187,7 +187,7 @@ class ResultViews:
             look_at_everything_in_3d(oblique)
 
     def go_to(self, position: tuple[float, float, float]) -> None:
-        """Centre all slice views on a point (RAS mm) and put the crosshair there."""
+        """Center all slice views on a point (RAS mm) and put the crosshair there."""
         slicer.vtkMRMLSliceNode.JumpAllSlices(self._scene, *position, slicer.vtkMRMLSliceNode.CenteredJumpSlice)
         crosshair = self._scene.GetFirstNodeByClass("vtkMRMLCrosshairNode")
         if crosshair is not None:
@@ -240,8 +240,8 @@ class ResultViews:
                 before.show(composite)
                 del self._shown[key]
 
-    def _grey(self, volume) -> np.ndarray:
-        """(k, j, i) grey values from 0 to 1, as the volume is shown."""
+    def _gray(self, volume) -> np.ndarray:
+        """(k, j, i) gray values from 0 to 1, as the volume is shown."""
         if volume.GetImageData().GetDimensions() != self.nodes.warped.GetImageData().GetDimensions():
             raise InputError(
                 _("'{node}' has changed its size since it was registered; register again.").format(
@@ -252,10 +252,10 @@ class ResultViews:
             volume.CreateDefaultDisplayNodes()
         display = volume.GetDisplayNode()
         window = (display.GetWindowLevelMin(), display.GetWindowLevelMax())
-        return comparison.grey(slicer.util.arrayFromVolume(volume), window)
+        return comparison.gray(slicer.util.arrayFromVolume(volume), window)
 
     def _picture(self, name: str, title: str, make: Callable[[], np.ndarray], window, color_node_id: str):
-        """A volume for display only, on the fixed grid; made once and filled anew."""
+        """A volume for display only, on the fixed grid; made once and filled again."""
         values = make()
         node = self._pictures.get(name)
         if node is None or not self._scene.IsNodePresent(node):
@@ -309,7 +309,7 @@ class Layers:
         )
 
     def same_volumes(self, other: Layers) -> bool:
-        """Whether the background and the foreground are the same; a person may have faded or labelled them."""
+        """Return whether the background and the foreground are the same; the user may have faded or labeled them."""
         return (self.background, self.foreground) == (other.background, other.foreground)
 
     def show(self, composite) -> None:
@@ -375,7 +375,7 @@ def look_at_everything_in_3d(oblique: bool = False) -> None:
 
 
 def jacobian_colors(scene):
-    """The colour table for Jacobian determinants from 0 to 2, made once in a scene: as steep in log J as it is even,
+    """The color table for Jacobian determinants from 0 to 2, made once in a scene: as steep in log J as it is even,
     so that halving and doubling a volume look equally strong. Purple, white, orange: red is left to folding."""
     values = np.linspace(0.0, _JACOBIAN_LIMIT, 256)
     steps = np.clip(np.log(np.maximum(values, 1e-6)) / np.log(_JACOBIAN_LIMIT), -1.0, 1.0)
@@ -385,7 +385,7 @@ def jacobian_colors(scene):
 
 
 def difference_colors(scene):
-    """The colour table for differences, made once in a scene: dark in the middle as a subtraction image is, blue below
+    """The color table for differences, made once in a scene: dark in the middle as a subtraction image is, blue below
     and orange above, ever brighter."""
     stops = ((0.50, 0.83, 1.0), (0.12, 0.44, 0.82), (0.0, 0.0, 0.0), (0.82, 0.48, 0.06), (1.0, 0.88, 0.54))
     where = np.linspace(0, 1, 256)
@@ -413,7 +413,7 @@ def composites(scene) -> list:
 
 
 def _first_slice(scene):
-    """The red slice's node, which is the axial one unless the person turned it; None without slice views."""
+    """The red slice's node, which is the axial one unless the user turned it; None without slice views."""
     return scene.GetFirstNode("Red", "vtkMRMLSliceNode") or scene.GetFirstNodeByClass("vtkMRMLSliceNode")
 
 
@@ -432,8 +432,8 @@ def _grid_twin(scene, nodes: RegistrationNodes):
     display = twin.GetDisplayNode()
     display.SetSaveWithScene(False)
     colors = vtk.vtkColorTransferFunction()
-    for millimetres, color in ((0.0, (0.35, 0.80, 0.95)), (4.0, (0.95, 0.95, 0.45)), (12.0, (1.0, 0.60, 0.15))):
-        colors.AddRGBPoint(millimetres, *color)
+    for millimeters, color in ((0.0, (0.35, 0.80, 0.95)), (4.0, (0.95, 0.95, 0.45)), (12.0, (1.0, 0.60, 0.15))):
+        colors.AddRGBPoint(millimeters, *color)
     display.SetColorMap(colors)
     display.GetColorNode().SetSaveWithScene(False)
     return twin

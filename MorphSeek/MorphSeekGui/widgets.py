@@ -8,7 +8,7 @@ import qt
 
 from .scene import _
 
-# a switch that is on must be told from its neighbours at a glance, in light and dark styles
+# a switch that is on must be told from its neighbors at a glance, in light and dark styles
 SWITCH_STYLE = (
     "QPushButton:checked { background-color: palette(highlight); color: palette(highlighted-text); "
     "border: 1px solid palette(shadow); border-radius: 3px; padding: 3px }"

@@ -1,10 +1,10 @@
-"""The ways a job ends early: a sentence for the person, or the person's own wish."""
+"""The ways in which a job ends early: an error that the user can fix, or the user's own wish."""
 
 
 class MorphSeekError(Exception):
-    """Something a person can mend; its text is one sentence that says what is wrong and what to do.
+    """Something that the user can fix; its text is one sentence that says what is wrong and what to do.
 
-    The command line prints it and exits with code 2; the worker hands it to Slicer as it is.
+    The command line prints it and exits with code 2; the worker passes it on to Slicer.
     """
 
 
@@ -13,4 +13,4 @@ class InUseError(MorphSeekError):
 
 
 class Cancelled(Exception):
-    """The person pressed Cancel."""
+    """The user canceled the job."""

@@ -1,13 +1,14 @@
 """The report of one registration: report.json for programs and report.html for people.
 
-The page stands alone: pictures are embedded, nothing is fetched, no script runs. Pictures are cut along the world's
-axes whatever the fixed grid's orientation, in true proportions and in radiological convention (the patient's right is
-on the left). Slices are cut first and drawn then, so the time does not grow with the volume.
+The page needs no other file: pictures are embedded, nothing is fetched, no script runs. Pictures are cut along the axes
+of the world whatever the orientation of the fixed grid, in true proportions and in radiological convention (the right
+side of the patient is on the left). Slices are cut before they are drawn, so the time does not grow with the volume.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -30,6 +31,7 @@ from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
 from ..io.files import write_atomically
+from ..protocol.verdict import DEFAULT_LIMITS, HEADLINES, figures, folds, judge
 from ..space import geometry
 from ..space.geometry import DenseTransform, Grid, Volume
 from ..space.preprocessing import sampled
@@ -121,7 +123,7 @@ def write_report(folder: Path, report: dict[str, Any], pictures: RegistrationPic
     Raises:
         MorphSeekError: a file cannot be written.
     """
-    report = _plain(report)
+    report = _plain(report | {"verdict": verdict_values(report)})
     page = render_page(report, draw_sheets(pictures))
     path = Path(folder) / "report.html"
     write_atomically(path, page.encode("utf-8"))
@@ -145,35 +147,31 @@ def render_page(report: dict[str, Any], sheets: list[Sheet]) -> str:
 
     environment.filters["name"] = lambda path: str(path or "?").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     template = environment.get_template("page.html.j2")
-    return template.render(report=report, sheets=sheets, number=number, verdict=verdict(report), facts=_facts)
+    return template.render(report=report, sheets=sheets, number=number, verdict=said(report), facts=_facts)
 
 
-def verdict(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the figures say in words: ("better" | "worse" | "same" | "good" | "look", sentence) each."""
-    found = []
-    before, after = (_find(report, f"dice.mean.{key}") for key in ("aligned", "warped"))
-    if before is not None and after is not None:
-        word = "same" if abs(after - before) < 0.005 else "better" if after > before else "worse"
-        sentence = {"same": "Overlap unchanged", "better": "Overlap improved", "worse": "Overlap got WORSE"}[word]
-        found.append((word, sentence))
-    else:
-        found.append(("same", "No labels to measure overlap: judge the match by eye"))
-    cells = _find(report, "folding.cells")
-    if cells is not None:
-        found.append(_fold_verdict(cells))
-    return found
+def said(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the verdict by the default limits in words: (color, sentence) each; "none" for what has no color."""
+    found = folds(report)
+    verdict = judge(figures(report), DEFAULT_LIMITS, found)
+    lines: list[tuple[str, str]] = [(verdict.color or "none", HEADLINES[verdict.color])]
+    if found is not None:
+        lines.append((verdict.folds or "none", found.sentence))
+    lines += [(beyond.color, beyond.sentence()) for beyond in verdict.beyond]
+    if figures(report)["dice"] is None:
+        lines.append(("none", "No labels to measure overlap: judge the match by eye."))
+    return lines
 
 
-def _fold_verdict(cells: dict[str, Any]) -> tuple[str, str]:
-    """What the count of :class:`MorphSeekLib.measures.folds.FoldCount` says in words."""
-    outside = cells["folded_outside"] + cells["undecided_outside"]
-    if cells["folded"]:
-        return "look", f"{cells['folded']:,} of {cells['cells']:,} cells fold (red)"
-    if cells["undecided"]:
-        return "look", f"No fold was found, but {cells['undecided']:,} cells could not be proven"
-    if outside:
-        return "good", f"No fold in the fixed image: proven (beyond its edge {outside:,} cells are not)"
-    return "good", "No fold: proven"
+def verdict_values(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the verdict by the default limits as report.json holds it."""
+    found = folds(report)
+    verdict = judge(figures(report), DEFAULT_LIMITS, found)
+    return {
+        "color": verdict.color,
+        "folds": None if found is None else found.finding.name.lower().replace("_", "-"),
+        "beyond": [dataclasses.asdict(beyond) for beyond in verdict.beyond],
+    }
 
 
 def draw_sheets(pictures: RegistrationPictures) -> list[Sheet]:
@@ -200,7 +198,7 @@ def draw_sheets(pictures: RegistrationPictures) -> list[Sheet]:
         ),
         Sheet(
             "What did the deformation do?",
-            "Difference: moving minus fixed, each scaled to its own grey window, both on one scale; it says little "
+            "Difference: moving minus fixed, each scaled to its own gray window, both on one scale; it says little "
             "where the two images have different contrast. Deformation grid: squares of "
             f"{scene.grid_step:g} mm on the aligned moving image, warped with it; the affine part is left out. Local "
             "volume change: Jacobian determinant of fixed to moving, alignment included; red = the transform folds in "
@@ -371,7 +369,7 @@ class _Scene:
     def slice_grid(self, plane: Plane, point: np.ndarray) -> Grid:
         """The pixels of a slice through a point: (right, down, 1), square, over the whole view.
 
-        One pixel's centre is the point: where the fixed grid lies along the world's axes the pixels are its voxels.
+        One pixel's center is the point: where the fixed grid lies along the world's axes the pixels are its voxels.
         """
         right, down = np.array(plane.right), np.array(plane.down)
         first, size = np.array(point, dtype=np.float64), []
@@ -432,9 +430,9 @@ class _Scene:
         panel.contour(ndimage.gaussian_filter(fixed, 0.7), levels, color, width)
 
     def _difference(self, panel: _Panel, moving: Volume) -> None:
-        moving_grey = _scaled(_cut(moving, panel.grid), self.moving_window)
-        fixed_grey = _scaled(_cut(self.pictures.fixed, panel.grid), self.fixed_window)
-        panel.show(moving_grey - fixed_grey, _DIFFERENCE, -self.difference_limit, self.difference_limit)
+        moving_gray = _scaled(_cut(moving, panel.grid), self.moving_window)
+        fixed_gray = _scaled(_cut(self.pictures.fixed, panel.grid), self.fixed_window)
+        panel.show(moving_gray - fixed_gray, _DIFFERENCE, -self.difference_limit, self.difference_limit)
 
     def _folds(self, panel: _Panel) -> None:
         folded = _cut(self.pictures.folding, panel.grid, "nearest") > 0
@@ -497,7 +495,7 @@ class _Scene:
         return buffer.getvalue()
 
     def _scales(self) -> dict[Callable, tuple[Any, tuple[str, str, str]]]:
-        """Colours and what stands below their ends and middle, of the columns that have a scale."""
+        """Colors and what stands below their ends and middle, of the columns that have a scale."""
         difference = (_DIFFERENCE, ("fixed\nbrighter", "equal", "moving\nbrighter"))
         limit = f"{self.volume_limit:g}"
         return {
@@ -528,7 +526,7 @@ def _subsample(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _window(*volumes: Volume) -> tuple[tuple[float, float], list[float]]:
-    """Grey window that shows the foreground's contrast, and two levels: background | tissue | brighter tissue."""
+    """Gray window that shows the foreground's contrast, and two levels: background | tissue | brighter tissue."""
     values = np.concatenate([_subsample(volume)[0] for volume in volumes])
     first, last = np.percentile(values, [0.1, 99.9])
     if last > first:  # metal and other specks would take the whole histogram
@@ -554,7 +552,7 @@ def _otsu_levels(image: sitk.Image) -> tuple[float, ...]:
 
 
 def _scaled(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Grey values from 0 to 1."""
+    """Gray values from 0 to 1."""
     return np.clip((values - window[0]) / (window[1] - window[0]), 0, 1)
 
 

@@ -25,7 +25,7 @@ FILES = {
     "inverse.h5": "ITK transform, moving point to fixed point",
     "jacobian.nii.gz": "Jacobian determinant of the transform on the fixed grid, by central differences",
     "folding.nii.gz": "1 where a voxel meets a folded cell of the transform",
-    "warped-labels.nii.gz": "the moving labels on the fixed grid, nearest neighbour",
+    "warped-labels.nii.gz": "the moving labels on the fixed grid, nearest neighbor",
     "report.json": "every figure, with its definition",
     "report.html": "the report to look at",
 }
@@ -99,7 +99,7 @@ def export_results(
 
     Args:
         folder: where to; made when missing.
-        wanted: of :data:`EXPORTS`.
+        wanted: some of :data:`EXPORTS`.
         pictures: the volumes and the transform.
         inverse: the inverse transform, written beside the transform, or None.
         report: the figures, as :func:`write_results` returns them.
@@ -114,7 +114,7 @@ def export_results(
     unknown = sorted(set(wanted) - set(EXPORTS))
     if unknown or not wanted:
         named = f"'{', '.join(unknown)}' cannot be exported" if unknown else "Nothing was chosen to be exported"
-        raise MorphSeekError(f"{named}; choose of {', '.join(EXPORTS)}.")
+        raise MorphSeekError(f"{named}; choose from {', '.join(EXPORTS)}.")
     with output_folder(folder, seal="report.json") as part:
         if "transform" in wanted:
             job.report("write", 0.1, "Writing the transform")

@@ -22,6 +22,7 @@ from MorphSeekLib.space import fields, geometry
 from MorphSeekLib.space.geometry import Grid, Volume
 
 CLEAN = {"cells": 8, "folded": 0, "undecided": 0, "folded_outside": 0, "undecided_outside": 0}
+CLEAN |= {"folded_percent": 0.0, "no_fold_proven": True}
 ROTATED = np.array([[math.cos(0.4), -math.sin(0.4), 0], [math.sin(0.4), math.cos(0.4), 0], [0, 0, 1]])
 GRIDS = {
     "plain": Grid.from_parts((30, 34, 28), (3, 3, 3), np.eye(3), (-40, -50, 10)),
@@ -191,26 +192,37 @@ def test_without_folding_labels_or_anything_else(tmp_path):
     assert "Not for diagnosis" in reports.render_page({"fixed": {}, "moving": {}}, [])
 
 
-@pytest.mark.parametrize(
-    ("aligned", "warped", "word"), [(0.5, 0.7, "better"), (0.7, 0.5, "worse"), (0.5, 0.501, "same")]
-)
-def test_verdict_on_overlap(aligned, warped, word):
-    report = {"dice": {"mean": {"aligned": aligned, "warped": warped}}, "folding": {"cells": CLEAN}}
-    assert [kind for kind, _ in reports.verdict(report)] == [word, "good"]
+def test_the_verdict_is_that_of_the_panel():
+    """Overall, of folds, and a line for each figure beyond its limits, by the default limits of the panel."""
+    good = {"dice": {"mean": {"aligned": 0.5, "warped": 0.8}}, "folding": {"cells": CLEAN}}
+    assert reports.said(good) == [
+        ("green", "Green: every figure is within its limits."),
+        ("green", "No fold: proven."),
+    ]
+    worse = good | {"dice": {"mean": {"aligned": 0.8, "warped": 0.75}}}
+    assert reports.said(worse)[0] == ("red", "Red: do not use it without knowing why.")
+    assert reports.said(worse)[2:] == [("red", "Overlap gained over the alignment: -0.050 is below -0.02.")]
+    assert reports.said({"folding": {"cells": CLEAN}})[-1][1].endswith("judge the match by eye.")
+    assert reports.said({})[0] == ("none", "Nothing was measured that could be judged.")
+    assert reports.verdict_values(worse) == {
+        "color": "red",
+        "folds": "proven",
+        "beyond": [{"key": "dice_change", "value": pytest.approx(-0.05), "color": "red", "limit": -0.02}],
+    }
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "words"),
+    ("change", "color", "words"),
     [
-        ({}, "good", "No fold: proven"),
-        ({"folded": 3}, "look", "3 of 8 cells fold"),
-        ({"undecided": 2}, "look", "2 cells could not be proven"),
-        ({"folded_outside": 1}, "good", "beyond its edge 1 cells are not"),
+        ({}, "green", "No fold: proven"),
+        ({"folded": 3, "folded_percent": 37.5}, "red", "3 of 8 cells fold (37.5 %)."),
+        ({"undecided": 2}, "amber", "2 of 8 cells are undecided"),
+        ({"folded_outside": 1}, "green", "1 cells beyond its edge fold or are undecided"),
     ],
 )
-def test_only_what_is_proven_is_called_free_of_folds(change, kind, words):
-    (_, (found, sentence)) = reports.verdict({"folding": {"cells": CLEAN | change}})
-    assert found == kind
+def test_only_what_is_proven_is_called_free_of_folds(change, color, words):
+    found, sentence = reports.said({"folding": {"cells": CLEAN | change}})[1]
+    assert found == color
     assert words in sentence
 
 

@@ -25,8 +25,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "MorphSeek"), str(ROOT / "Testing" / "engi
 from MorphSeekGui.engine_client import EngineClient, process_of_its_own  # noqa: E402
 from MorphSeekGui.training_run import create_run  # noqa: E402
 
+from MorphSeekLib.protocol.options import TrainingOptions  # noqa: E402
+from MorphSeekLib.protocol.run_folder import SETTINGS  # noqa: E402
+
 MODEL = "hippocampus-mr"
-SETTINGS = {"encoder": [8, 8], "decoder": [8], "extra": [8], "norm": "instance", "flow_stride": 2}
+NETWORK = {"encoder": [8, 8], "decoder": [8], "extra": [8], "norm": "instance", "flow_stride": 2}
 STAGE = {"iterations": 5, "steps": 1, "validate_every": 5}  # twice, so ten iterations
 
 
@@ -145,7 +148,7 @@ def check(client: EngineClient, dataset: Path) -> str:
 
 def train(folder: Path, dataset: Path) -> str:
     """Train as the panel does, a warm-up and GRPO, to the figures on the held-out pairs."""
-    warmup = {"model": {"backbone_settings": SETTINGS}, "preprocessing": {"spacing": [2.5] * 3, "align": "center"}}
+    warmup = {"model": {"backbone_settings": NETWORK}, "preprocessing": {"spacing": [2.5] * 3, "align": "center"}}
     settings = {
         "name": "Blobs",
         "dataset": str(dataset),
@@ -154,7 +157,8 @@ def train(folder: Path, dataset: Path) -> str:
         "warmup": warmup | {"training": STAGE},
         "finetune": {"policy": {"trajectories": 2}, "training": STAGE},
     }
-    run = create_run(folder / "runs", settings)
+    run = create_run(folder / "runs", TrainingOptions("Blobs", str(dataset), str(folder / "blobs.safetensors")))
+    (run.folder / SETTINGS).write_text(json.dumps(settings))  # of a network smaller than the panel can choose
     run.start()
     while (status := run.status()).alive:
         time.sleep(0.1)

@@ -237,7 +237,7 @@ def test_limits_are_typed_kept_refused_and_set_back(panel, ui, nodes, stand_in):
     type_into(table, row, 2, "0.7")
     assert table.item(row, 1).text() == "● 0.6"
     type_into(table, row, 3, "nonsense")
-    assert ui.messageLabel.text == "'nonsense' is no number; type one such as 0.5."
+    assert ui.messageLabel.text == "'nonsense' is not a number; type one such as 0.5."
     assert table.item(row, 3).text() == "1"
     type_into(table, row, 3, "0.1")
     assert "Red must not lie below amber" in ui.messageLabel.text
@@ -393,7 +393,7 @@ def test_parts_that_leave_the_scene(panel, ui, nodes, view, stand_in):
     ui.gridCheckBox.click()
     slicer.mrmlScene.RemoveNode(nodes.warped)
     assert layers(view) == before
-    assert ui.messageLabel.text == "'M warped' has left the scene; choose another registration."
+    assert ui.messageLabel.text == "'M warped' was removed from the scene; choose another registration."
     assert not ui.showSection.enabled
     ui.resultSelector.setCurrentNode(None)
     ui.resultSelector.setCurrentNode(nodes.transform)
@@ -474,7 +474,7 @@ def test_export_through_the_real_worker(panel, ui, nodes, stand_in, tmp_path):
     ui.exportButton.click()
     ui.cancelExportButton.click()
     stand_in.wait(lambda: ui.exportButton.enabled)
-    assert ui.exportLabel.text == "Cancelled; no file was written."
+    assert ui.exportLabel.text == "Canceled; no file was written."
     assert not (tmp_path / "M to F 2").exists()
 
 

@@ -221,7 +221,7 @@ def test_the_cases_table_shows_all_columns(opened, stand_in, training):
 
 
 def test_case_names_are_shortened_to_what_tells_them_apart(stand_in):
-    from MorphSeekGui.training_panel import distinct_names
+    from MorphSeekGui.training_texts import distinct_names
 
     assert distinct_names(["a/b/img_0.nii", "a/b/img_1.nii"]) == ["img_0.nii", "img_1.nii"]
     assert distinct_names(["img_0.nii", "img_1.nii"]) == ["img_0.nii", "img_1.nii"]
@@ -279,7 +279,7 @@ def test_the_status_moves_while_the_engine_is_silent(opened, monkeypatch):
         panel.cancel()
         panel._hear({"message": "Refinement step 2 of 2", "fraction": 0.6})
         panel._poll()
-        assert panel.ui.statusLabel.text == "Cancelling ..."
+        assert panel.ui.statusLabel.text == "Canceling ..."
 
 
 def write_rows(run: Path, numbers: range) -> None:

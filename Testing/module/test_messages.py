@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "MorphSeek").rglob("*.py"))
 TRANSLATE = {"_", "tr", "translate"}
 SHOWN = {"text", "toolTip", "title", "placeholderText", "windowTitle"}
-SHOW = {"_say", "_say_status", "_status", "_fail", "setText", "setToolTip", "InputError", "InstallError"}
+SHOW = {"say", "_say", "fail", "_fail", "_fail_check", "setText", "setToolTip", "InputError", "InstallError"}
 SENTENCE = re.compile(r"[A-Za-z']{2,},?( [A-Za-z']{2,},?){2,}")
 NOT_SHOWN = {
     "faults.py": "class Fault",  # codes, translated in messages.py

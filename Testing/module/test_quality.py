@@ -10,7 +10,10 @@ pytest.importorskip("slicer", reason="needs slicer-core (pip install slicer-core
 import slicer.util
 import worlds
 from MorphSeekGui import quality, scene
-from MorphSeekGui.quality import AMBER, DEFAULT_LIMITS, GREEN, RED, Limits, folded_regions, folds, judge, measure
+from MorphSeekGui.quality import folded_regions, measure
+
+from MorphSeekLib.protocol import verdict as rule
+from MorphSeekLib.protocol.verdict import AMBER, DEFAULT_LIMITS, GREEN, RED, Limits, figures, folds, judge
 
 CELLS = {
     "cells": 45_678,
@@ -55,8 +58,21 @@ def report_with(cells: dict | None) -> dict:
     return REPORT | {"folding": folding}
 
 
-def verdict_of(report: dict, limits=DEFAULT_LIMITS) -> quality.Verdict:
-    return judge(measure(report), limits, folds(report))
+def verdict_of(report: dict, limits=DEFAULT_LIMITS) -> rule.Verdict:
+    return judge(figures(report), limits, folds(report))
+
+
+def said_of_folds(report: dict, limits=DEFAULT_LIMITS) -> tuple[str, str]:
+    """The color and the sentence of what is known of folds."""
+    return verdict_of(report, limits).folds, quality.folds_sentence(folds(report))
+
+
+def test_what_slicers_translators_see_are_the_texts_of_the_rule():
+    assert quality.labels() == rule.LABELS
+    assert list(quality.labels()) == list(rule.LABELS)
+    assert quality.headlines() == rule.HEADLINES
+    assert quality.beyond() == rule.BEYOND
+    assert quality.findings() == {finding: finding.value for finding in rule.Finding}
 
 
 def test_regions_come_from_the_report_in_ras():
@@ -82,13 +98,13 @@ def test_a_region_s_place_is_a_folded_voxel_of_the_folding_node(application, mrm
 
 
 def test_figures_are_read_from_the_report_and_missing_ones_left_open():
-    figures = {figure.key: figure for figure in measure(REPORT)}
-    assert figures["folded_percent"].text == "0.5035"
-    assert "Judged is each cell." in figures["folded_percent"].definition
-    assert (figures["folded_cells"].text, figures["undecided_cells"].text) == ("230", "3")
-    assert figures["smallest_proven"].text == "0.0123"
-    assert figures["largest_region_mm3"].value == 40.5
-    assert figures["dice_change"].text == "+0.140"
+    found = {figure.key: figure for figure in measure(REPORT)}
+    assert found["folded_percent"].text == "0.5035"
+    assert "Judged is each cell." in found["folded_percent"].definition
+    assert (found["folded_cells"].text, found["undecided_cells"].text) == ("230", "3")
+    assert found["smallest_proven"].text == "0.0123"
+    assert found["largest_region_mm3"].value == 40.5
+    assert found["dice_change"].text == "+0.140"
     large = REPORT | {"folding": {"regions": [REPORT["folding"]["regions"][0] | {"mm3": 16252.0}]}}
     assert next(f for f in measure(large) if f.key == "largest_region_mm3").text == "16,252"
     assert {figure.text for figure in measure({})} == {"–"}
@@ -96,12 +112,12 @@ def test_figures_are_read_from_the_report_and_missing_ones_left_open():
 
 
 def test_what_papers_print_is_called_central_differences_and_not_judged():
-    figures = {figure.key: figure for figure in measure(REPORT)}
+    found = {figure.key: figure for figure in measure(REPORT)}
     for key, text in (("njd_percent", "0.25"), ("min_jacobian", "-0.4"), ("max_jacobian", "3.2")):
-        assert figures[key].text == text
-        assert "(central differences)" in figures[key].label
-        assert "as papers and Learn2Reg print it" in figures[key].definition
-        assert figures[key].worse == ""
+        assert found[key].text == text
+        assert "(central differences)" in found[key].label
+        assert "as papers and Learn2Reg print it" in found[key].definition
+        assert found[key].worse == ""
 
 
 def test_the_verdict_is_the_worst_color_and_says_why():
@@ -114,30 +130,29 @@ def test_the_verdict_is_the_worst_color_and_says_why():
         "dice": GREEN,
         "dice_change": GREEN,
     }
-    assert verdict.reasons == ["Folded cells, %: 0.5035 is above 0."]
+    assert quality.reasons(verdict) == ["Folded cells, %: 0.5035 is above 0."]
     strict = DEFAULT_LIMITS | {"dice": Limits(0.9, 0.8), "folded_percent": Limits(0.5035, 0.6)}
     verdict = verdict_of(REPORT, strict)
     assert verdict.color == RED
     assert verdict.colors["folded_percent"] == GREEN, "at the limit is not above it"
-    assert verdict.reasons == ["Overlap after (mean Dice): 0.750 is below 0.8."]
+    assert quality.reasons(verdict) == ["Overlap after (mean Dice): 0.750 is below 0.8."]
     assert verdict_of({}).color is None
     assert verdict_of({}).folds is None
 
 
 def test_folded_cells_are_counted_and_colored_by_the_limits():
-    color, sentence = verdict_of(REPORT).folds
-    assert (color, sentence) == (
+    assert said_of_folds(REPORT) == (
         AMBER,
         "230 of 45,678 cells fold (0.503 %). 3 more are undecided: neither a fold nor a proof was found.",
     )
-    assert verdict_of(report_with(CELLS | {"folded_percent": 1.2})).folds[0] == RED
+    assert verdict_of(report_with(CELLS | {"folded_percent": 1.2})).folds == RED
 
 
 def test_only_what_is_proven_is_called_proven():
-    assert verdict_of(report_with(PROVEN)).folds == (GREEN, "No fold: proven.")
+    assert said_of_folds(report_with(PROVEN)) == (GREEN, "No fold: proven.")
     assert verdict_of(report_with(PROVEN)).color == GREEN
-    edge = verdict_of(report_with(PROVEN | {"folded_outside": 1200, "undecided_outside": 34, "no_fold_proven": False}))
-    assert edge.folds == (
+    edge = report_with(PROVEN | {"folded_outside": 1200, "undecided_outside": 34, "no_fold_proven": False})
+    assert said_of_folds(edge) == (
         GREEN,
         "No fold in the fixed volume: proven; 1,234 cells beyond its edge fold or are undecided.",
     )
@@ -145,9 +160,10 @@ def test_only_what_is_proven_is_called_proven():
 
 def test_undecided_cells_are_amber_whatever_the_limits():
     generous = DEFAULT_LIMITS | {"folded_percent": Limits(50, 100)}
-    verdict = verdict_of(report_with(PROVEN | {"undecided": 3, "no_fold_proven": False}), generous)
+    report = report_with(PROVEN | {"undecided": 3, "no_fold_proven": False})
+    verdict = verdict_of(report, generous)
     assert verdict.color == verdict.colors["undecided_cells"] == AMBER
-    assert verdict.folds == (
+    assert said_of_folds(report, generous) == (
         AMBER,
         "No fold was found, but 3 of 45,678 cells are undecided: neither a fold nor a proof was found in them.",
     )
@@ -157,7 +173,7 @@ def test_a_report_of_an_earlier_version_is_never_green_for_folds():
     verdict = verdict_of(report_with(None), DEFAULT_LIMITS | {"folded_percent": Limits(50, 100)})
     assert verdict.color == verdict.colors["folded_percent"] == AMBER
     assert "largest_region_mm3" not in verdict.colors, "its regions are not known"
-    color, sentence = verdict.folds
+    color, sentence = said_of_folds(report_with(None))
     assert color == AMBER
     assert "by central differences only" in sentence
     assert sentence.endswith("register again.")
@@ -168,7 +184,7 @@ def test_limits_are_edited_by_typing_and_refused_in_a_sentence():
     assert quality.edited_limits(folded, Limits(0.1, 1), "amber", " 0,05 ") == Limits(0.05, 1)
     assert quality.edited_limits(dice, Limits(0.7, 0.5), "red", "0.7") == Limits(0.7, 0.7)
     for text in ("much", "", "nan", "inf"):
-        with pytest.raises(ValueError, match="is no number; type one"):
+        with pytest.raises(ValueError, match="is not a number; type one"):
             quality.edited_limits(folded, Limits(0.1, 1), "red", text)
     with pytest.raises(ValueError, match="Red must not lie below amber for 'Folded cells"):
         quality.edited_limits(folded, Limits(0.1, 1), "red", "0.01")

@@ -182,7 +182,7 @@ def test_a_volume_that_left_meanwhile_is_told(client, pair, mrml):
     job = registration.prepare(fixed, moving, registration.Request(model="trusting"))
     result = client.call("register", job.params)
     mrml.RemoveNode(moving)
-    with pytest.raises(InputError, match="'M' has left the scene"):
+    with pytest.raises(InputError, match="'M' was removed from the scene"):
         job.finish(result)
     assert not Path(job.folder.name).exists()
 

@@ -190,7 +190,7 @@ def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair, monkeypatc
     assert ui.statusLabel.text == "Cancelling ..."
     run(stand_in, panel)
     assert scene_state() == before
-    assert ui.statusLabel.text == "Cancelled; the scene is as it was."
+    assert ui.statusLabel.text == "Canceled; the scene is as it was."
     assert ui.registerButton.enabled is True
     assert panel.logic.client().running, "the engine stays for the next run"
 

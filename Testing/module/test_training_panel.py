@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,10 +17,11 @@ import slicer
 import slicer.util
 import worlds
 from cases import blob_grid, blob_image, blob_labels, write_dataset
-from MorphSeekGui.training_run import TrainingRun
+from MorphSeekGui.training_run import TrainingRun, create_run
 
-from MorphSeekLib.app.runs import RunSettings
+from MorphSeekLib.app.runs import read_run
 from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
@@ -114,7 +116,7 @@ def test_shown_in_developer_mode(stand_in, home):
 def test_from_cases_to_a_model_with_figures(stand_in, panel, files, home):
     """The whole way: check, start, watch the curves, get a model with its figures."""
     ui, made = panel.ui, []
-    panel.on_checkpoint.append(made.append)
+    panel.on_model.append(made.append)
     assert not ui.startButton.enabled
     assert ui.startButton.toolTip == "Check the cases first."
     picture(stand_in, panel, "training-empty")
@@ -166,20 +168,27 @@ def test_every_setting_reaches_the_engine(stand_in, panel, files, home):
     assert ui.backboneBox.enabled
     ui.klBox.value, ui.policyBox.value, ui.seedBox.value, ui.trajectoriesBox.value = 0.7, 0.25, 5, 4
     ui.similarityBox.setCurrentText("mind")
-    settings = from_dict(RunSettings, panel.settings())  # the engine's own reading; an unknown key would be refused
-    assert settings.warmup.preprocessing.spacing == (2.0, 2.0, 2.0)
-    assert settings.warmup.model.backbone == "voxelmorph"
-    assert settings.warmup.loss.dice == 0
-    assert (settings.finetune.loss.dice, settings.finetune.loss.regularization) == (1.0, 1.0)
-    assert settings.warmup.loss.regularization == 1.0
-    assert settings.finetune.loss.similarity == "mind"
-    assert settings.finetune.training.kl_target == 0.7
-    assert settings.finetune.policy.weight == 0.25
-    assert settings.finetune.policy.trajectories == 4
-    assert (settings.finetune.training.iterations, settings.finetune.training.seed) == (3, 5)
-    assert settings.minutes is None
+    run = create_run(home / "Trainings", panel.options())
+    options, configs = read_run(run.folder / "run.json")  # the engine's own reading; an unknown key would be refused
+    assert options == panel.options()
+    first, then = configs["warmup"], configs["finetune"]
+    assert first.preprocessing.spacing == (2.0, 2.0, 2.0)
+    assert first.model.backbone == "voxelmorph"
+    assert (first.loss.dice, first.loss.regularization) == (0, 1.0)
+    assert (then.loss.dice, then.loss.regularization, then.loss.similarity) == (1.0, 1.0, "mind")
+    assert (then.policy.weight, then.policy.trajectories) == (0.25, 4)
+    assert (then.training.iterations, then.training.seed, then.training.kl_target) == (3, 5, 0.7)
+    assert options.minutes is None
     ui.budgetUnit.setCurrentIndex(0)
-    assert from_dict(RunSettings, panel.settings()).minutes == 60
+    assert panel.options().minutes == 60
+
+
+def test_the_panel_begins_with_the_defaults_of_the_engine(stand_in, panel, files):
+    check(stand_in, panel, files / "cases")
+    panel.ui.nameEdit.text = "a"
+    options = panel.options()
+    named = TrainingOptions(options.name, options.dataset, options.model)
+    assert options == dataclasses.replace(named, spacing=2.0), "the check suggests the spacing"
 
 
 def test_stop_resume_and_stop_at_once(stand_in, panel, files):
@@ -199,7 +208,7 @@ def test_stop_resume_and_stop_at_once(stand_in, panel, files):
     stand_in.wait(lambda: len(panel.run.curves("finetune")) > done + 1)
     panel.run.kill()
     stand_in.wait(lambda: ui.resumeButton.enabled)
-    assert "It was interrupted" in ui.statusLabel.text
+    assert "The training was interrupted" in ui.statusLabel.text
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -270,7 +279,7 @@ def test_cases_from_the_scene(stand_in, panel, home):
     check(stand_in, panel)
     slicer.mrmlScene.RemoveNode(slicer.util.getNode("case 2"))
     ui.checkButton.click()
-    assert "A case has left the scene" in ui.casesSummary.text
+    assert "A case was removed from the scene" in ui.casesSummary.text
     assert not list(folder.parent.glob(".cases-*"))
 
 
@@ -292,7 +301,7 @@ def test_problems_are_listed_and_left_out(stand_in, panel, files, tmp_path):
     picture(stand_in, panel, "training-problems")
     choose(panel)
     check(stand_in, panel)
-    assert panel.settings()["leave_out"] == ["image_4.nii.gz", "image_5.nii.gz"]
+    assert panel.options().leave_out == ("image_4.nii.gz", "image_5.nii.gz")
     for seed in range(3):
         (bad / f"label_{seed}.nii.gz").unlink()
     check(stand_in, panel)
@@ -307,7 +316,7 @@ def test_a_check_can_be_cancelled(stand_in, panel, files):
     panel.ui.checkButton.click()
     assert panel.ui.checkButton.text == "Cancel"
     panel.ui.checkButton.click()
-    assert panel.ui.casesSummary.text == "The check was cancelled."
+    assert panel.ui.casesSummary.text == "The check was canceled."
     assert not panel.ui.startButton.enabled
     check(stand_in, panel)
     assert "Cases to train on" in panel.ui.casesSummary.text
@@ -365,21 +374,21 @@ def test_cases_of_the_scene_are_copied_in_pieces(stand_in, panel, home, monkeypa
 
     monkeypatch.setattr(nrrd, "_PIECE", 4000)
     monkeypatch.setattr(training_panel, "_MOMENT", 0.0)
-    ui, shown, say = panel.ui, [], panel._say
+    ui, shown, say = panel.ui, [], panel._checked.say
 
-    def watch(text: str, bad: bool = False) -> None:
-        say(text, bad)
+    def watch(text: str) -> None:
+        say(text)
         if text.startswith("Copying case "):
             shown.append(ui.checkProgress.value)
             if len(shown) == 20:
                 ui.checkButton.click()
 
-    panel._say = watch
+    panel._checked.say = watch
     ui.sourceBox.setCurrentIndex(1)
     add_scene_cases()
     ui.addMatching.click()
     check(stand_in, panel)
-    assert ui.casesSummary.text == "The check was cancelled."
+    assert ui.casesSummary.text == "The check was canceled."
     assert len(shown) == 20
     assert sorted(set(shown)) == shown, "every piece is seen"
     assert 0 < shown[-1] < 1000
@@ -444,7 +453,7 @@ def test_curves_go_into_the_plot_view(stand_in, panel, files, home):
 
 
 def test_figures_say_what_got_better_and_what_worse(stand_in, panel):
-    from MorphSeekGui.training_panel import figures_table
+    from MorphSeekGui.training_texts import figures_table
 
     start = {"dice": 0.7, "hd95": 3.0, "njd_percent": 0.1, "sdlogj": 0.2}
     mean = {"dice": 0.8, "hd95": 2.0, "njd_percent": 0.2, "sdlogj": 0.2, "dice_aligned": 0.5}

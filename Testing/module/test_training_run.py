@@ -13,6 +13,7 @@ from cases import write_dataset
 from MorphSeekGui.training_run import RunError, TrainingRun, create_run, find_runs
 
 from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
@@ -38,9 +39,12 @@ def make(files, tmp_path):
     made = []
 
     def make(finetune=ENDLESS, **changes):
-        values = {"name": "My organ", "dataset": str(files[0]), "init": str(files[1]), "model": "m.safetensors"}
-        made.append(create_run(tmp_path / "runs", values | {"device": "cpu", "finetune": finetune} | changes))
-        return made[-1]
+        values = {"name": "My organ", "dataset": str(files[0]), "init": str(files[1]), "model": "m.safetensors"} | changes
+        run = create_run(tmp_path / "runs", from_dict(TrainingOptions, values))
+        values |= {"device": "cpu", "finetune": finetune}  # the settings of a stage, as MorphSeek 0.1.0 wrote them
+        (run.folder / "run.json").write_text(json.dumps(values))
+        made.append(run)
+        return run
 
     yield make
     for run in made:
@@ -201,4 +205,4 @@ def test_folders_get_names_of_their_own(make, tmp_path):
     assert [run.folder for run in find_runs(tmp_path / "runs")] == [second.folder, first.folder]
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="cannot be written"):
-        create_run(tmp_path / "file", {"name": "a"})
+        create_run(tmp_path / "file", TrainingOptions("a", "cases", "a.safetensors"))
