@@ -39,7 +39,8 @@ def make(files, tmp_path):
     made = []
 
     def make(finetune=ENDLESS, **changes):
-        values = {"name": "My organ", "dataset": str(files[0]), "init": str(files[1]), "model": "m.safetensors"} | changes
+        values = {"name": "My organ", "dataset": str(files[0]), "init": str(files[1]), "model": "m.safetensors"}
+        values |= changes
         run = create_run(tmp_path / "runs", from_dict(TrainingOptions, values))
         values |= {"device": "cpu", "finetune": finetune}  # the settings of a stage, as MorphSeek 0.1.0 wrote them
         (run.folder / "run.json").write_text(json.dumps(values))
