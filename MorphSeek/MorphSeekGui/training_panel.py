@@ -28,7 +28,7 @@ from .panel import Panel
 from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
-from .training_curves import CurveView
+from .training_plot import CurveView
 from .training_run import RunError, TrainingRun, create_run, find_runs
 from .training_texts import distinct_names, figures_table, file_name, size_text, status_sentence
 from .widgets import FolderButton, fit_height, ink

@@ -51,7 +51,7 @@ _FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj")
 
 
 def run(folder: Path | str, job: Job = SILENT) -> Path:
-    """Train what a folder's run.json says, from where an earlier process stopped; returns the finished checkpoint.
+    """Train what a folder's run.json says, from where an earlier process stopped; return the finished model.
 
     Args:
         folder: the run's.
@@ -205,7 +205,7 @@ def train_stage(
     device: torch.device | str,
     job: Job = SILENT,
 ) -> None:
-    """The training that the settings are of, from a checkpoint or from scratch, or on from where it stopped.
+    """Run the training that the settings are of, from a model or from scratch, or resume it.
 
     Raises:
         MorphSeekError, Cancelled: as that training.
@@ -299,7 +299,7 @@ def planned_iterations(minutes: float, iteration: float, validation: float) -> t
 
 
 def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) -> dict[str, Any]:
-    """The figures of a checkpoint on the held-out pairs; kept in a file, and read from there when resumed."""
+    """Return the figures of a model on the held-out pairs; kept in a file, and read from there when resumed."""
     if not out.is_file():
         evaluate(dataset, TEST, load_model(str(model), device), out, job=job)
     return json.loads(out.read_text(encoding="utf-8"))

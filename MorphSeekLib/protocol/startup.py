@@ -175,13 +175,13 @@ def check_device(name: str) -> None:
 
 
 def check_steps(steps: int) -> None:
-    """Refuse a number of refinement steps that no registration takes.
+    """Refuse a number of steps that no registration takes.
 
     Raises:
         MorphSeekError: with the range.
     """
     if not 1 <= steps <= MAX_STEPS:
-        raise MorphSeekError(f"{steps} refinement steps were asked for; choose 1 to {MAX_STEPS}.")
+        raise MorphSeekError(f"{steps} steps were asked for; choose 1 to {MAX_STEPS}.")
 
 
 def check_alignment(align: str) -> None:
