@@ -17,10 +17,10 @@ _UI = Path(__file__).resolve().parents[1] / "Resources" / "UI"
 
 
 class Message:
-    """A line that says how the work goes, or, in red and with the button Copy details beside it, what went wrong.
+    """A line for the progress of the work; errors are in red, with the button Copy details beside them.
 
     Args:
-        label: where it stands.
+        label: shows the text.
         details: the button.
     """
 
@@ -53,7 +53,7 @@ class Message:
 
 
 class Panel(VTKObservationMixin):
-    """One section of the module's panel. A subclass names its .ui file and fills it with life.
+    """One section of the module's panel; a subclass names its .ui file and connects the widgets.
 
     Args:
         parent: the collapsible section of the module's panel.

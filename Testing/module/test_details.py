@@ -101,15 +101,15 @@ def test_every_error_of_the_panel_has_the_button(stand_in, module, monkeypatch):
     panels = slicer.modules.MorphSeekWidget.panels
     register, inspect, training = (panels[name] for name in ("register", "inspect", "training"))
     for fail, succeed, button in (
-        (lambda: register._fail("no"), lambda: register._status("yes"), register.ui.copyDetailsButton),
-        (lambda: inspect._say("no"), lambda: inspect._say("yes", False), inspect.ui.copyDetailsButton),
+        (lambda: register._fail("no"), lambda: register._status.say("yes"), register.ui.copyDetailsButton),
+        (lambda: inspect._say("no"), lambda: inspect._say(""), inspect.ui.copyDetailsButton),
         (
             lambda: inspect._fail_export(OSError("no")),
-            lambda: inspect._export_details.withdraw(),
+            lambda: inspect._export_message.say(""),
             inspect.ui.copyExportDetailsButton,
         ),
-        (lambda: training._say("no", True), lambda: training._say("yes"), training.ui.copyCheckDetailsButton),
-        (lambda: training._say_status("no", True), lambda: training._say_status("yes"), training.ui.copyDetailsButton),
+        (lambda: training._fail_check("no"), lambda: training._checked.say("yes"), training.ui.copyCheckDetailsButton),
+        (lambda: training._fail("no"), lambda: training._status.say("yes"), training.ui.copyDetailsButton),
     ):
         assert button.isHidden()
         fail()

@@ -16,9 +16,10 @@ import slicer
 import slicer.util
 import vtk
 import worlds
-from MorphSeekGui import engine_client, models, quality
+from MorphSeekGui import engine_client, models
 from MorphSeekGui.scene import InputError
 
+from MorphSeekLib.protocol.verdict import folds
 from MorphSeekLib.space import geometry
 
 FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
@@ -111,7 +112,7 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert not ui.progressBar.visible
     [nodes] = results
     assert "Similarity" in ui.statusLabel.text
-    assert quality.folds(nodes.report).sentence in ui.statusLabel.text
+    assert folds(nodes.report).sentence in ui.statusLabel.text
     assert nodes.inverse is not None
     assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 1
     composite = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSliceCompositeNode")
@@ -187,7 +188,7 @@ def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair, monkeypatc
     stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 2)
     assert scene_state() != before, "the steps are seen while it runs"
     ui.cancelButton.click()
-    assert ui.statusLabel.text == "Cancelling ..."
+    assert ui.statusLabel.text == "Canceling ..."
     run(stand_in, panel)
     assert scene_state() == before
     assert ui.statusLabel.text == "Canceled; the scene is as it was."
@@ -474,7 +475,7 @@ def test_a_wrong_path_of_the_engines_python_is_said(stand_in, panel, ui, tmp_pat
     for path, problem in (
         (tmp_path / "python", "There is no file"),
         (tmp_path, "is a folder; choose the Python program in it."),
-        (text, "is not a program that may be run"),
+        (text, "is not a program that can be run"),
     ):
         ui.enginePythonEdit.currentPath = str(path)
         assert not ui.enginePythonLabel.isHidden()
