@@ -123,7 +123,7 @@ def write_report(folder: Path, report: dict[str, Any], pictures: RegistrationPic
     Raises:
         MorphSeekError: a file cannot be written.
     """
-    report = _plain(report | {"verdict": verdict_values(report)})
+    report = _plain(report)
     page = render_page(report, draw_sheets(pictures))
     path = Path(folder) / "report.html"
     write_atomically(path, page.encode("utf-8"))

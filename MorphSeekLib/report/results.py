@@ -17,7 +17,7 @@ from ..protocol.startup import refuse_overwriting
 from ..protocol.version import __version__
 from ..registration.result import Registration
 from ..space.geometry import DenseTransform, Volume
-from .page import RegistrationPictures, write_report
+from .page import RegistrationPictures, verdict_values, write_report
 
 FILES = {
     "warped.nii.gz": "the moving image on the fixed grid, one linear interpolation",
@@ -76,6 +76,7 @@ def write_results(
         report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
         report["seconds"]["total"] = round(sum(v for k, v in report["seconds"].items() if k != "total"), 3)
         report |= {"morphseek": __version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "software": software()}
+        report["verdict"] = verdict_values(report)
         report["files"] = sorted({*(file.name for file in part.iterdir()), *_REPORT})
         write_report(
             part,
@@ -128,7 +129,8 @@ def export_results(
         if "report" in wanted:
             job.report("write", 0.6, "Drawing the report")
             written = {*(file.name for file in part.iterdir()), *_REPORT}
-            write_report(part, report | {"files": sorted(written | earlier_files(folder))}, pictures)
+            changes = {"files": sorted(written | earlier_files(folder)), "verdict": verdict_values(report)}
+            write_report(part, report | changes, pictures)
         job.report("write", 0.95, "Moving the files to their place")
         return sorted(path.name for path in part.iterdir())
 

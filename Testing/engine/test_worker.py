@@ -182,7 +182,7 @@ def test_export_refuses_in_a_sentence(client, request_of, tmp_path):
     (tmp_path / "file").write_text("")
     for changes, words in (
         ({"wanted": ["poster"]}, "'poster' cannot be exported"),
-        ({"wanted": []}, "choose of report, transform, jacobian"),
+        ({"wanted": []}, "choose from report, transform, jacobian"),
         ({"output": str(tmp_path / "file")}, "file"),
     ):
         error = client.call("export", export_of(request_of, answer, tmp_path / "new", **changes))["error"]
