@@ -204,8 +204,7 @@ class EngineClient:
         children are killed. Requests under way end with :class:`EngineDied`."""
         if self._process is None:
             return
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        _close_input(self._process)
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -220,8 +219,7 @@ class EngineClient:
         for reader in self._readers:
             reader.join(2.0)
         self.poll()
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        _close_input(self._process)
 
     def _start(self) -> None:
         try:
@@ -246,6 +244,8 @@ class EngineClient:
 
     def _send(self, message: dict) -> None:
         line = json.dumps(message).encode() + b"\n"
+        if self._process is None or self._process.stdin is None:
+            return
         # a worker that is gone shows as the end of its stdout, which poll() reports with its last words
         with contextlib.suppress(OSError, ValueError):
             self._process.stdin.write(line)
@@ -262,11 +262,11 @@ class EngineClient:
             return
         params = message.get("params") or {}
         if message.get("method") == "progress":
-            request = self._pending.get(params.get("id"))
+            request = self._pending.get(params.get("id", 0))
             if request is not None and request.on_progress is not None:
                 request.on_progress(params)
             return
-        request = self._pending.pop(message.get("id"), None)
+        request = self._pending.pop(message.get("id", 0), None)
         if request is None:
             return
         if "error" in message:
@@ -277,9 +277,11 @@ class EngineClient:
 
     def _handle_end(self) -> None:
         """The worker's stdout has ended."""
+        if self._process is None:
+            return
         try:
             code = self._process.wait(2.0)
-        except subprocess.TimeoutExpired:  # it closed its mouth but lives: of no use any more
+        except subprocess.TimeoutExpired:  # stdout was closed but the process is still running: of no use any more
             self._kill()
             code = self._process.wait()
         self._readers[1].join(2.0)
@@ -313,9 +315,9 @@ class EngineClient:
 
     def _kill(self) -> None:
         """End the process and its children, without asking."""
-        if not self.running:
+        if self._process is None or not self.running:
             return
-        if os.name == "nt":
+        if sys.platform == "win32":
             subprocess.run(
                 ["taskkill", "/F", "/T", "/PID", str(self._process.pid)],
                 capture_output=True,
@@ -327,6 +329,13 @@ class EngineClient:
                 os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5.0)
+
+
+def _close_input(process: subprocess.Popen) -> None:
+    """Close a process's standard input, which tells it to leave."""
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
 
 
 def default_python() -> str:
@@ -356,7 +365,7 @@ def process_of_its_own(environment: Mapping[str, str] | None = None) -> dict:
     root = engine_root()
     if root is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-    if os.name == "nt":
+    if sys.platform == "win32":
         flags = subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP
         return {"env": environment, "creationflags": flags}
     return {"env": environment, "start_new_session": True}

@@ -25,7 +25,7 @@ def write_nrrd(image: Image, path: Path) -> Iterator[int]:
     Raises:
         OSError: the file cannot be written.
     """
-    voxels = memoryview(np.ascontiguousarray(image.array.transpose(2, 1, 0))).cast("B")  # i runs fastest
+    voxels = np.ascontiguousarray(image.array.transpose(2, 1, 0)).data.cast("B")  # i runs fastest
     packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP)
     with open(path, "wb") as file:
         file.write(_header(image).encode("ascii"))
@@ -39,8 +39,8 @@ def write_nrrd(image: Image, path: Path) -> Iterator[int]:
 def _header(image: Image) -> str:
     columns = [_vector(image.affine[:3, axis]) for axis in range(3)]
     kind = image.array.dtype
-    names = {"f": {4: "float", 8: "double"}, "i": "int{}", "u": "uint{}", "b": "uint{}"}[kind.kind]
-    name = names[kind.itemsize] if isinstance(names, dict) else names.format(8 * kind.itemsize)
+    floats, integers = {4: "float", 8: "double"}, {"i": "int", "u": "uint", "b": "uint"}
+    name = floats[kind.itemsize] if kind.kind == "f" else f"{integers[kind.kind]}{8 * kind.itemsize}"
     order = sys.byteorder if kind.byteorder in "=|" else {"<": "little", ">": "big"}[kind.byteorder]
     lines = (
         "NRRD0004",

@@ -20,7 +20,8 @@ class RemainingTime:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._started = clock, clock()
-        self._fraction, self._ends = 0.0, None
+        self._fraction = 0.0
+        self._ends: float | None = None
 
     def report(self, fraction: float) -> None:
         """Take in which share of the job is done; a share that was reported before says nothing new."""

@@ -29,7 +29,6 @@ from ..protocol.options import FitOptions, RegistrationOptions
 from ..protocol.run_folder import KEEP
 from ..protocol.settings import from_dict
 from ..protocol.startup import (
-    Kind,
     check_alignment,
     check_device,
     check_iterations,
@@ -49,7 +48,6 @@ from .settings_file import read_values
 if TYPE_CHECKING:
     from ..data.cases import CheckReport
     from ..networks.model_file import Card
-    from ..protocol.options import FitOptions
 
 OLD_NAMES = {"refine": "fit", "refine-fine": "fit-fine", "refine-by": "fit-by"}
 """Options of before -> of now; the old ones still work, hidden, for one release."""
@@ -267,9 +265,7 @@ def warmup(
 ) -> None:
     """Train a backbone with its policy head. Run the same command again to resume a run that was stopped."""
     with terminal_job() as job:
-        check_choices(device=device, threads=threads, iterations=iterations)
-        file = check_config(config, "recipe")
-        start = check_training(dataset, out, file, init)
+        file, start = check_training(dataset, out, config, init, device=device, threads=threads, iterations=iterations)
 
         import dataclasses
 
@@ -288,7 +284,7 @@ def warmup(
         use_threads(threads)
         where = pick_device(device)
         run(load_dataset(dataset), settings, out, device=where, init=start, job=job)
-    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+    print_written(out)
 
 
 @app.command()
@@ -313,9 +309,7 @@ def finetune(
     Under torchrun or SLURM all processes share the work.
     """
     with terminal_job() as job:
-        check_choices(device=device, threads=threads, iterations=iterations)
-        file = check_config(config, "recipe")
-        start = check_training(dataset, out, file, init)
+        file, start = check_training(dataset, out, config, init, device=device, threads=threads, iterations=iterations)
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
@@ -331,8 +325,8 @@ def finetune(
         use_threads(threads)
         with join(device) as world:
             where = world.device or pick_device(device)
-            run(load_dataset(dataset), settings, start, out, device=where, world=world, job=job)
-    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+            run(load_dataset(dataset), settings, start or init, out, device=where, world=world, job=job)
+    print_written(out)
 
 
 @app.command()
@@ -350,9 +344,7 @@ def spac(
     Run the same command again to resume a run that was stopped.
     """
     with terminal_job() as job:
-        check_choices(device=device, threads=threads, iterations=iterations)
-        file = check_config(config, "recipe")
-        check_training(dataset, out, file)
+        file, _ = check_training(dataset, out, config, device=device, threads=threads, iterations=iterations)
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device
@@ -364,7 +356,7 @@ def spac(
         settings = override(load(SACConfig, file), "training", labels=labels, iterations=iterations)
         where = pick_device(device)
         train_spac(load_dataset(dataset), settings, out, device=where, job=job)
-    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+    print_written(out)
 
 
 @app.command()
@@ -559,34 +551,52 @@ def check_choices(
     Raises:
         MorphSeekError: which of them, and what there is.
     """
-    checks = (check_model, model), (check_device, device), (check_threads, threads)
-    checks += (check_steps, steps), (check_alignment, align), (check_iterations, iterations)
-    for check_one, value in checks:
-        if value is not None:
-            check_one(value)
+    if model is not None:
+        check_model(model)
+    if device is not None:
+        check_device(device)
+    if threads is not None:
+        check_threads(threads)
+    if steps is not None:
+        check_steps(steps)
+    if align is not None:
+        check_alignment(align)
+    if iterations is not None:
+        check_iterations(iterations)
 
 
-def check_training(dataset: Path, out: Path, config: Path | None, init: str | None = None) -> Path | None:
-    """Refuse what a training could not begin with; return the file of the model that it starts from.
+def check_training(
+    dataset: Path,
+    out: Path,
+    config: str | None,
+    init: str | None = None,
+    *,
+    device: str,
+    threads: int | None,
+    iterations: int | None,
+) -> tuple[Path | None, Path | None]:
+    """Refuse what a training could not begin with; return the files of its settings and of the model it starts from.
 
     Raises:
-        MorphSeekError: a path or a name that cannot be used.
+        MorphSeekError: a path, a name or a number that cannot be used.
     """
+    check_choices(device=device, threads=threads, iterations=iterations)
+    file = check_config(config)
     check_readable(dataset)
     start = None if init is None else check_model(init)
-    check_output_file(out, ".safetensors", [dataset, config, start])
-    return start
+    check_output_file(out, ".safetensors", [dataset, file, start])
+    return file, start
 
 
-def check_config(config: str | None, kind: Kind) -> Path | None:
-    """Return the file of the settings that a name or a path means; None where none were asked for.
+def check_config(config: str | None) -> Path | None:
+    """Return the file of a training's settings that a name or a path means; None where none were asked for.
 
     Raises:
         MorphSeekError: there is none, or it cannot be read.
     """
     if config is None:
         return None
-    file = find(config, kind)
+    file = find(config, "recipe")
     read_values(file)
     return file
 
@@ -607,6 +617,11 @@ def fit_options(iterations: int, fine_iterations: int, similarity: str) -> FitOp
     """
     values = {"iterations": iterations, "fine_iterations": fine_iterations, "similarity": similarity}
     return from_dict(FitOptions, values, "fit")
+
+
+def print_written(out: Path) -> None:
+    """Say where the model of a training is, and how to look at its curves."""
+    console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
 
 def print_report(report: dict) -> None:

@@ -95,8 +95,8 @@ def _errors(fixed: Volume, found: DenseTransform, truth: DenseTransform) -> tupl
 
     ``found`` leads a template point into the deformed image, ``truth`` from there back: together the identity.
     """
-    index = torch.nonzero(fixed.data > 0)
-    index = index[sampled_places(len(index), 2000)].double().numpy()
+    inside = torch.nonzero(fixed.data > 0)
+    index = inside[sampled_places(len(inside), 2000)].double().numpy()
     points = apply_affine(fixed.grid.affine, index)
     before = np.linalg.norm(truth.map_points(points) - points, axis=1).mean()
     after = np.linalg.norm(truth.map_points(found.map_points(points)) - points, axis=1).mean()

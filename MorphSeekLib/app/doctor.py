@@ -152,8 +152,9 @@ def examine(told: Told | None = None, home: Path | None = None) -> Findings:
     told, home = told or Told(), Path.home() if home is None else home
     redact = Redaction(told.names)
     trainings = home / "MorphSeek" / "Trainings"
-    places = {"models": home / "MorphSeek" / "Models", "trainings": trainings, "temporary files": tempfile.gettempdir()}
-    folders = [_folder(what, Path(path), shorten(path, home)) for what, path in places.items()]
+    temporary = Path(tempfile.gettempdir())
+    places = {"models": home / "MorphSeek" / "Models", "trainings": trainings, "temporary files": temporary}
+    folders = [_folder(what, path, shorten(path, home)) for what, path in places.items()]
     folders += [_folder(what, Path(path), "") for what, path in told.folders.items() if path]
     own = [places["models"], *(Path(path) for path in told.folders.values() if path)]
     engine = _import_problem()
@@ -313,8 +314,8 @@ def _devices() -> Iterator[Device]:
     for device in describe_devices():
         total = None
         if device["name"] != "cpu":
-            total = torch.cuda.get_device_properties(str(device["name"])).total_memory
-        yield Device(str(device["name"]), str(device["label"]), device.get("free_bytes"), total)
+            total = torch.cuda.get_device_properties(device["name"]).total_memory
+        yield Device(device["name"], device["label"], device.get("free_bytes"), total)
 
 
 def _cuda() -> dict[str, str]:

@@ -131,8 +131,11 @@ class Worker:
                     f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
                 )
             labels.append(volume)
-        initial = _initial(_get(params, "initial", dict, None))
-        state = _state(_get(params, "state", dict, None))
+        start: Transform | State | None = None
+        if (given := _get(params, "initial", dict, None)) is not None:
+            start = _transform(given, "initial")
+        if (given := _get(params, "state", dict, None)) is not None:
+            start = _state(given)
 
         pictures = itertools.count()  # a fitted step comes twice, and the client may still read the first
 
@@ -147,7 +150,7 @@ class Worker:
         loaded = time.perf_counter()
         job = self._job(number, on_picture if _get(params, "show_steps", bool, False) else None)
         result = register(
-            fixed, moving, model, options, job.part(0.01, 0.95), labels=(labels[0], labels[1]), start=state or initial
+            fixed, moving, model, options, job.part(0.01, 0.95), labels=(labels[0], labels[1]), start=start
         )
         job.report("write", 0.95, "Handing over the results")
         registered = time.perf_counter()
@@ -176,22 +179,24 @@ class Worker:
         "register" answered with, its ``report``, what is ``wanted`` (results.EXPORTS) and the ``output`` folder."""
         job = self._job(number)
         job.report("read", 0.0, "Reading the results")
-        volumes = [
+        fixed, aligned, warped, jacobian = (
             _volume(_get(params, name, dict), name, torch.float32)
             for name in ("fixed", "aligned", "warped", "jacobian")
-        ]
+        )
         transform, inverse = (
-            _displacement(_get(params, name, dict, None), name) for name in ("displacement", "inverse")
+            None if given is None else _displacement(given, name)
+            for name in ("displacement", "inverse")
+            for given in [_get(params, name, dict, None)]
         )
         if transform is None:
             raise _InvalidParamsError("displacement is missing")
-        report, grid = _get(params, "report", dict), volumes[0].grid
+        report, grid = _get(params, "report", dict), fixed.grid
         folded = certify(transform, grid, report.get("mirrored") is True).folded
         folding = Volume((folded_voxels(folded, transform.grid, grid) <= 0).to(torch.uint8), grid)
         files = export_results(
             _get(params, "output", str),
             _get(params, "wanted", list),
-            RegistrationPictures(*volumes, folding, transform),
+            RegistrationPictures(fixed, aligned, warped, jacobian, folding, transform),
             inverse,
             report,
             job=job,
@@ -347,7 +352,8 @@ def _affine(reference: dict, name: str, key: str = "affine") -> np.ndarray:
 
 def _grid(shape: tuple[int, ...], reference: dict, name: str) -> Grid:
     try:
-        return Grid(shape, _affine(reference, name))
+        i, j, k = shape
+        return Grid((i, j, k), _affine(reference, name))
     except ValueError as error:
         raise _InvalidParamsError(f"{name}: {error}") from error
 
@@ -364,42 +370,36 @@ def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
     if not dtype.is_floating_point:
         values = torch.from_numpy(np.array(array, dtype=np.float64))
         return Volume(label_values(values, f"The segmentation ({name.replace('_', ' ')})"), grid)
-    values = np.ascontiguousarray(array, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
-    values = values if values.flags.writeable else values.copy()
+    own = np.ascontiguousarray(array, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+    own = own if own.flags.writeable else own.copy()
     file = _get(reference, "file", str, None)
     kind = array.dtype.name if array.dtype.kind in "iu" else "float32"
-    return Volume(torch.from_numpy(values), grid, () if file is None else form_notices(file), kind)
+    return Volume(torch.from_numpy(own), grid, () if file is None else form_notices(file), kind)
 
 
-def _initial(reference: dict | None, name: str = "initial") -> Transform | None:
+def _transform(reference: dict, name: str) -> Transform:
     """{"matrix": 4x4} or {"displacement": {"path": .npy (3, i, j, k), "affine": 4x4}}, LPS mm, fixed -> moving."""
-    if reference is None:
-        return None
     if "matrix" in reference:
         return _affine(reference, name, "matrix")
     return _displacement(_get(reference, "displacement", dict), name)
 
 
-def _displacement(reference: dict | None, name: str) -> DenseTransform | None:
-    """A transform from {"path": .npy (3, i, j, k), "affine": 4x4}, LPS mm; None stays None."""
-    if reference is None:
-        return None
+def _displacement(reference: dict, name: str) -> DenseTransform:
+    """A transform from {"path": .npy (3, i, j, k), "affine": 4x4}, LPS mm."""
     array = _array(reference, name, 4)
     if array.shape[0] != 3 or not np.isfinite(array).all():
         raise _InvalidParamsError(f"{name}: the displacement must be (3, i, j, k) finite numbers")
     return DenseTransform(torch.from_numpy(np.array(array, dtype=np.float32)), _grid(array.shape[1:], reference, name))
 
 
-def _state(given: dict | None) -> State | None:
+def _state(given: dict) -> State:
     """What an earlier answer gave as "state"."""
-    if given is None:
-        return None
     total = _array({"path": _get(given, "total", str)}, "state", 4)
     figures = _get(given, "figures", list)
     if total.shape[0] != 3 or not figures:
         raise _InvalidParamsError("state: it is not one that an earlier registration gave")
     values = torch.from_numpy(np.array(total, dtype=np.float32))[None]
-    start = _initial(_get(given, "start", dict), "state")
+    start = _transform(_get(given, "start", dict), "state")
     return State(start, _get(given, "align", str), values, figures)
 
 

@@ -101,6 +101,13 @@ def register(name: str, settings_type: type) -> Callable[[Kind], Kind]:
     return add
 
 
+def start_near_zero(flow: nn.Conv3d) -> None:
+    """Give a fresh last layer weights with which its field is next to nothing."""
+    nn.init.normal_(flow.weight, 0.0, 1e-5)
+    if flow.bias is not None:
+        nn.init.zeros_(flow.bias)
+
+
 def build_backbone(name: str, settings: dict[str, Any] | None = None) -> Backbone:
     """Make a network with fresh weights.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class CorrMLP(Siamese):
             field = field + self.flow[level](x)
         return field
 
-    def _run(self, block: Block, a: Tensor, b: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, a: Tensor, b: Tensor) -> Tensor:
         return run(block, a, b, save=self.settings.checkpointing)
 
 
@@ -240,7 +241,7 @@ def _slabs(a: Tensor) -> list[tuple[int, int]]:
     return [(start, min(rows, a.shape[2] - start)) for start in range(0, a.shape[2], rows)]
 
 
-def _shifts(here: Tensor) -> list[tuple[slice, ...]]:
+def _shifts(here: Tensor) -> list[tuple[slice | EllipsisType, ...]]:
     """Where the 27 neighbours of a slab stand in the slab that is padded by one voxel on all sides."""
     return [
         (..., *(slice(o, o + n) for o, n in zip(offset, here.shape[2:], strict=True)))

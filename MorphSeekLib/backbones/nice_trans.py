@@ -76,13 +76,9 @@ class NICETrans(Siamese):
         self.attend = nn.ModuleList(swin_stage(width, settings) for width in decoder[1:])
         self.expand = nn.ModuleList(Expansion(width) for width in decoder[1:])
         self.flow = nn.ModuleList(FlowHead(width) for width in decoder[:-1])
-        self.affine_head = nn.Sequential(
-            nn.Linear(decoder[-1], decoder[-1] // 2, bias=False),
-            nn.ReLU(),
-            nn.Linear(decoder[-1] // 2, 12, bias=False),
-            nn.Tanh(),
-        )
-        nn.init.normal_(self.affine_head[2].weight, 0.0, 1e-5)
+        narrow, out = nn.Linear(decoder[-1], decoder[-1] // 2, bias=False), nn.Linear(decoder[-1] // 2, 12, bias=False)
+        self.affine_head = nn.Sequential(narrow, nn.ReLU(), out, nn.Tanh())
+        nn.init.normal_(out.weight, 0.0, 1e-5)
 
     def fused(self, coarsest: Tensor) -> Tensor:
         """The top feature, of the coarsest ones of both images."""
@@ -90,8 +86,9 @@ class NICETrans(Siamese):
 
     def affine(self, top: Tensor) -> Tensor:
         """The affine part, (batch, 3, 4), less the identity: :func:`affine_field` makes its displacement."""
+        dtype = next(self.affine_head.parameters()).dtype
         with torch.autocast(top.device.type, enabled=False):
-            return self.affine_head(top.to(self.affine_head[0].weight.dtype).mean(dim=(2, 3, 4))).unflatten(1, (3, 4))
+            return self.affine_head(top.to(dtype).mean(dim=(2, 3, 4))).unflatten(1, (3, 4))
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
         """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid, affine part included."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..protocol.errors import MorphSeekError
 from ..space import fields
-from .backbone import Backbone
+from .backbone import Backbone, start_near_zero
 from .memory import run
 
 
@@ -94,8 +94,7 @@ class FlowHead(nn.Conv3d):
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3, 3, 1, 1)
-        nn.init.normal_(self.weight, 0.0, 1e-5)
-        nn.init.zeros_(self.bias)
+        start_near_zero(self)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the field to a hundredth of itself

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..space import fields
-from .backbone import Backbone, register
+from .backbone import Backbone, register, start_near_zero
 from .memory import run
 from .windows import attention, offset_numbers, pad_to_windows, seam_masks
 
@@ -93,6 +93,9 @@ class WindowAttention(nn.Module):
     code. With a shift the grid is rolled, so that the last window along an axis joins tokens of both ends; a penalty
     of 100 keeps the two sides apart.
     """
+
+    offsets: Tensor
+    seams: Tensor | None
 
     def __init__(self, channels: int, heads: int, window: Sequence[int], shifted: bool) -> None:
         super().__init__()
@@ -196,8 +199,7 @@ class TransMorph(Backbone):
             self.up.append(nn.Sequential(ConvBlock(inputs + skip, width), ConvBlock(width, width)))
             inputs = width
         self.flow = nn.Conv3d(FLOW_WIDTH, 3, 3, padding=1)
-        nn.init.normal_(self.flow.weight, 0.0, 1e-5)
-        nn.init.zeros_(self.flow.bias)
+        start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of a pair: the skips from fine to coarse, and the top feature."""
@@ -207,7 +209,7 @@ class TransMorph(Backbone):
         x = self.patch_norm(self.patch(pair).permute(0, 2, 3, 4, 1))
         for stage, norm, merge in zip(self.stages, self.norms, [*self.merges, None], strict=True):
             x = x.to(norm.weight.dtype)  # the sum that blocks add to is float32 whatever autocast says
-            for block in stage:
+            for block in stage.children():
                 x = run(block, x, save=self.settings.checkpointing)
             skips.append(norm(x).permute(0, 4, 1, 2, 3).contiguous())
             if merge is not None:

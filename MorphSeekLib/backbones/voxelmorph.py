@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..measures.similarity import mind_ssc
 from ..space import fields
-from .backbone import Backbone, register
+from .backbone import Backbone, register, start_near_zero
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,7 @@ class VoxelMorph(Backbone):
             self.extra.append(ConvBlock(inputs, width, 1, "none" if settings.forces else norm))
             inputs = width
         self.flow = nn.Conv3d(inputs, 3, 3, 1, 1)
-        nn.init.normal_(self.flow.weight, 0.0, 1e-5)
-        nn.init.zeros_(self.flow.bias)
+        start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of a pair: the skips from fine to coarse (the raw pair first), and the top feature."""
@@ -163,7 +162,8 @@ class VoxelMorph(Backbone):
         """Of what ``encode`` found, the learned features of moving and fixed, (batch, features, i/2, j/2, k/2) each."""
         if self.features is None:
             return None
-        return F.avg_pool3d(skips[0][:, -2 * self.settings.features :], 2).chunk(2, dim=1)
+        moving, fixed = F.avg_pool3d(skips[0][:, -2 * self.settings.features :], 2).chunk(2, dim=1)
+        return moving, fixed
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
         """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""

@@ -14,6 +14,7 @@ both grids.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ..protocol.errors import MorphSeekError
 from ..space import fields
-from .backbone import Backbone, register
+from .backbone import Backbone, register, start_near_zero
 from .voxelmorph import ConvBlock
 
 
@@ -82,8 +83,7 @@ class VxmDense(Backbone):
             ConvBlock(a, b) for a, b in zip((inputs, *settings.extra), settings.extra, strict=False)
         )
         self.flow = nn.Conv3d(settings.extra[-1] if settings.extra else inputs, 3, 3, padding=1)
-        nn.init.normal_(self.flow.weight, 0.0, 1e-5)
-        nn.init.zeros_(self.flow.bias)
+        start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
         """Features of a pair: the skips from fine to coarse, each before its pooling, and the top feature."""
@@ -114,7 +114,7 @@ class VxmDense(Backbone):
         return resize(fields.integrate(resize(velocity, coarse), self.settings.squarings), shape)
 
 
-def _official_resize(field: Tensor, shape: list[int]) -> Tensor:
+def _official_resize(field: Tensor, shape: Sequence[int]) -> Tensor:
     """:func:`fields.resize` by the official factor, new / old size."""
     factor = field.new_tensor([n / o for n, o in zip(shape, field.shape[2:], strict=True)]).view(1, 3, 1, 1, 1)
     return F.interpolate(field, size=tuple(shape), mode="trilinear", align_corners=True) * factor

@@ -138,6 +138,8 @@ class SwinAttention(nn.Module):
     and nothing is shifted. The bias of such a smaller window of n tokens is that of the first n of a whole one.
     """
 
+    offsets: Tensor
+
     def __init__(self, channels: int, heads: int, window: Sequence[int], shifted: bool) -> None:
         super().__init__()
         self.heads = heads

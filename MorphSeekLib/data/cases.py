@@ -171,7 +171,8 @@ def check(
     if out is not None:
         check_output_file(out, inputs=[dataset.path])
     cases = _all_cases(dataset)
-    rows, seen = [], {}
+    rows: list[CheckedCase] = []
+    seen: dict[str, str] = {}
     for index, case in enumerate(cases):
         job.check()
         name = name_of(case, dataset)
@@ -244,12 +245,12 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
             "needed."
         )
     if missing and dataset.pairing is not None:
-        fixed, moving = paired_sides(cases, dataset.pairing)
-        fixed = _draw(fixed, len(missing))
-        moving = _draw([case for case in moving if not any(case in group for group in fixed)], len(missing))
+        one_side, other_side = paired_sides(cases, dataset.pairing)
+        fixed = _draw(one_side, len(missing))
+        moving = _draw([case for case in other_side if not any(case in group for group in fixed)], len(missing))
         cases = [case for case in cases if not any(case in group for group in fixed + moving)]
         paired_sides(cases, dataset.pairing)  # something must be left to train on
-        pairs |= {split: _across(*groups) for split, *groups in zip(missing, fixed, moving, strict=True)}
+        pairs |= {split: _across(f, m) for split, f, m in zip(missing, fixed, moving, strict=True)}
     elif missing:
         groups = _draw(cases, len(missing))
         cases = [case for case in cases if not any(case in group for group in groups)]
@@ -281,7 +282,7 @@ def _pairs_of(held: list[Case], others: list[Case]) -> list[Pair]:
 
 def name_of(case: Case, dataset: Dataset) -> str:
     """What a case is called: its image's path, relative to the data set where it lies in it."""
-    return _relative(case.image or case.label, dataset)
+    return _relative(case.file, dataset)
 
 
 def _relative(path: Path, dataset: Dataset) -> str:
@@ -296,12 +297,12 @@ def _root(dataset: Dataset) -> Path:
 
 def _all_cases(dataset: Dataset) -> list[Case]:
     """Every case once: to train on, then those of the pairs."""
-    cases = {(case.image or case.label): case for case in dataset.cases.get("training", [])}
+    cases = {case.file: case for case in dataset.cases.get("training", [])}
     for split in (VALIDATION, TEST):
         for pair in dataset.pairs.get(split, []):
             for case in (pair.fixed, pair.moving):
                 if case.label is not None or split == VALIDATION:  # published test pairs often keep their labels secret
-                    cases.setdefault(case.image or case.label, case)
+                    cases.setdefault(case.file, case)
     return list(cases.values())
 
 
@@ -318,7 +319,7 @@ def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str])
         return row
     row.warnings += [notice.message for notice in image.notices]
     row.shape, row.spacing = image.grid.shape, tuple(round(float(s), 3) for s in image.grid.spacing)
-    digest = hashlib.sha256(np.ascontiguousarray(image.data.numpy())).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(image.data.numpy()).data).hexdigest()
     if digest in seen:
         row.problems.append(f"It is the same image as {seen[digest]}, which would count twice; remove one.")
     seen.setdefault(digest, name)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -55,6 +55,18 @@ class Case:
     label: Path | None = None
     landmarks: Path | None = None
     merged: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def file(self) -> Path:
+        """The image's file; the label map's where there is no image."""
+        return given(self.image or self.label)
+
+
+def given(path: Path | None) -> Path:
+    """Return a file that a case was checked to have."""
+    if path is None:
+        raise ValueError("the case lacks a file; check it with scored_pairs or training_cases first")
+    return path
 
 
 @dataclass(frozen=True)
@@ -201,10 +213,10 @@ class _Description:
         return 'write each row as {"image": "images/a.nii.gz", "label": "labels/a.nii.gz"}'
 
     def case(self, row: dict, where: str) -> Case:
-        files = [self.file(row, kind, where) for kind in _CASE]
-        if files[0] is None and files[1] is None:
+        image, label, landmarks = (self.file(row, kind, where) for kind in _CASE)
+        if image is None and label is None:
             self.refuse(f"has a '{where}' that names neither an image nor a label map; {self.example('training')}")
-        return Case(*files)
+        return Case(image, label, landmarks)
 
     def pair(self, row: dict, where: str, known: dict[str, Case]) -> Pair:
         sides = []
@@ -216,7 +228,8 @@ class _Description:
             case = known.get(name) if isinstance(name, str) else None
             if case is not None:  # what the pair itself says goes before what a training row says
                 own = [mine or other for mine, other in zip(own, (case.image, case.label, case.landmarks), strict=True)]
-            sides.append(Case(*own))
+            image, label, landmarks = own
+            sides.append(Case(image, label, landmarks))
         return Pair(*sides)
 
     def file(self, row: dict, key: str, where: str) -> Path | None:
@@ -306,7 +319,7 @@ def paired_sides(cases: Sequence[Case], pairing: tuple[str, str]) -> tuple[list[
     Raises:
         MorphSeekError: a side without cases, or both with the same single one.
     """
-    sides = tuple([c for c in cases if fnmatchcase((c.image or c.label).name, pattern)] for pattern in pairing)
+    sides = tuple([c for c in cases if fnmatchcase(c.file.name, pattern)] for pattern in pairing)
     for side, pattern, found in zip(("fixed", "moving"), pairing, sides, strict=True):
         if not found:
             raise MorphSeekError(
@@ -340,7 +353,7 @@ def read_case_labels(case: Case, image: Volume) -> Volume:
     Raises:
         MorphSeekError: as :func:`MorphSeekLib.io.images.read_labels` and :func:`MorphSeekLib.io.images.check_labels`.
     """
-    labels = _noted(check_labels(read_labels(case.label), image, case.label.name))
+    labels = _noted(check_labels(read_labels(given(case.label)), image, given(case.label).name))
     for value, other in case.merged:
         labels = Volume(labels.data.masked_fill(labels.data == value, other), labels.grid)
     return labels
@@ -368,11 +381,11 @@ def scored_pairs(dataset: Dataset, split: str) -> list[Pair]:
     for number, pair in enumerate(pairs):
         for side, case in (("fixed", pair.fixed), ("moving", pair.moving)):
             if case.image is None or case.label is None:
-                lacks, named = ("a label map", case.image) if case.image is not None else ("an image", case.label)
+                lacks = "an image" if case.image is None else "a label map"
                 raise MorphSeekError(
-                    f"{named.name}, the {side} one of pair {number + 1} of '{split}' in {dataset.path.name}, has no "
-                    f"entry for {lacks}, without which the pair cannot be scored; add a training row that names both, "
-                    f"or '{side}_label' to the pair."
+                    f"{case.file.name}, the {side} one of pair {number + 1} of '{split}' in {dataset.path.name}, has "
+                    f"no entry for {lacks}, without which the pair cannot be scored; add a training row that names "
+                    f"both, or '{side}_label' to the pair."
                 )
     return pairs
 
@@ -385,7 +398,7 @@ def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]
     """
     volumes = []
     for case in (pair.fixed, pair.moving):
-        image = _noted(read_image(case.image))
+        image = _noted(read_image(given(case.image)))
         volumes.append((image, read_case_labels(case, image)))
     return volumes[0], volumes[1]
 
@@ -483,30 +496,24 @@ class PairLoader:
         shift = np.eye(4)
         if self.centered:
             shift[:3, 3] = moving.grid.center - fixed.grid.center
-        labels = [
+        known, carried = (
             None if volume is None else resample(volume, grid, matrix, mode="nearest").data[None, None]
             for volume, matrix in ((fixed_labels, None), (moving_labels, shift))
-        ]
-        points = None, None
+        )
+        still, brought = resample(fixed, grid).data[None, None], resample(moving, grid, shift).data[None, None]
+        prepared = PreparedPair(still, brought, known, carried, grid)
         if fixed_points is not None and moving_points is not None:
             if len(fixed_points) != len(moving_points):
-                names = f"{pair.fixed.landmarks.name} and {pair.moving.landmarks.name}"
+                names = f"{given(pair.fixed.landmarks).name} and {given(pair.moving.landmarks).name}"
                 raise MorphSeekError(
                     f"{names} hold {len(fixed_points)} and {len(moving_points)} landmarks; they must correspond one to "
                     "one."
                 )
             to_index = np.linalg.inv(grid.affine)
-            points = (
-                torch.from_numpy(apply_affine(to_index, fixed_points)).float(),
-                torch.from_numpy(apply_affine(to_index @ np.linalg.inv(shift), moving_points)).float(),
-            )
-        return PreparedPair(
-            resample(fixed, grid).data[None, None],
-            resample(moving, grid, shift).data[None, None],
-            *labels,
-            grid,
-            *points,
-        )
+            back = to_index @ np.linalg.inv(shift)
+            prepared.fixed_points = torch.from_numpy(apply_affine(to_index, fixed_points)).float()
+            prepared.moving_points = torch.from_numpy(apply_affine(back, moving_points)).float()
+        return prepared
 
     def _case(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
         """A case from memory, else from its files; then the oldest ones are dropped, but never this one."""
@@ -545,7 +552,7 @@ def augment(pair: PreparedPair, strength: float, generator: torch.Generator) -> 
     At strength 1 an affine part moves the grid's ends by up to a seventh of it, a smooth part has a standard deviation
     of one voxel at 4 x 4 x 4 nodes, and intensities in [0, 1] are raised to a power of 0.74 to 1.35.
     """
-    changed = {}
+    changed: dict[str, Any] = {}
     for side in ("fixed", "moving"):
         image = getattr(pair, side)
         shape = image.shape[2:]

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..data.datasets import Dataset, Pair, read_pair, scored_pairs
+from ..data.datasets import Dataset, Pair, given, read_pair, scored_pairs
 from ..io.files import write_atomically
 from ..measures.metrics import LABEL_DEFINITIONS, LabelFigures, deviation, judged_labels, label_figures, mean
 from ..networks.loading import LoadedModel
@@ -124,8 +124,8 @@ def check_judged(fixed_labels: Volume, moving_labels: Volume, pair: Pair, datase
             "" if dataset.evaluated is None else f" among those to evaluate ({', '.join(map(str, dataset.evaluated))})"
         )
         raise MorphSeekError(
-            f"{pair.fixed.label.name} and {pair.moving.label.name} have no label in common{some}; check that they use "
-            "the same numbers, or leave this pair out."
+            f"{given(pair.fixed.label).name} and {given(pair.moving.label).name} have no label in common{some}; check "
+            "that they use the same numbers, or leave this pair out."
         )
 
 
@@ -140,6 +140,7 @@ def _figures(
     (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
     check_judged(fixed_labels, moving_labels, pair, dataset)
     result = register(fixed, moving, model, options, job, labels=(fixed_labels, moving_labels))
+    assert result.warped_labels is not None  # labels were given
     found = label_figures(
         fixed_labels.data, result.warped_labels.data, moving_labels.data, fixed.grid.spacing, dataset.evaluated
     )
@@ -150,8 +151,8 @@ def _figures(
     labels = label_row(found, dataset)
     folding, seconds = result.report["folding"], result.report["seconds"]
     return {
-        "fixed": pair.fixed.image.name,
-        "moving": pair.moving.image.name,
+        "fixed": given(pair.fixed.image).name,
+        "moving": given(pair.moving.image).name,
         "dice_before": before["input"],
         "dice_aligned": before["aligned"],
         "dice": labels["dice"],
@@ -211,7 +212,7 @@ def _files(pair: Pair) -> list[list[Any]]:
     """What a row depends on: the files of a pair, their sizes and times of change, and the labels that are merged."""
     found: list[list[Any]] = []
     for case in (pair.fixed, pair.moving):
-        for path in (case.image, case.label):
+        for path in (given(case.image), given(case.label)):
             facts = path.stat()
             found.append([str(path), facts.st_size, facts.st_mtime_ns])
         found.append([list(values) for values in case.merged])

@@ -158,8 +158,11 @@ class _Tally:
         self._judge_waiting()
         counts = self._counts
         count = FoldCount(
-            **counts,
             cells=self.cells,
+            folded=counts["folded"],
+            undecided=counts["undecided"],
+            folded_outside=counts["folded_outside"],
+            undecided_outside=counts["undecided_outside"],
             proven=self.cells - counts["folded"] - counts["undecided"],
             folded_percent=100 * counts["folded"] / max(self.cells, 1),
             smallest_proven=self.smallest * scale if math.isfinite(self.smallest) else math.nan,
@@ -576,7 +579,8 @@ def _decide(coefficients: Tensor) -> _Decided:
         coefficients = _halved(coefficients)
         low = (low + size * _CORNERS[:, None]).view(-1, 3)
         cell = cell.repeat(8)
-    return _Decided(folded, undecided, bound, tuple(torch.cat(column) for column in zip(*parts, strict=True)))
+    cells, lows, sizes, determinants = (torch.cat(column) for column in zip(*parts, strict=True))
+    return _Decided(folded, undecided, bound, (cells, lows, sizes, determinants))
 
 
 def _halved(coefficients: Tensor) -> Tensor:
@@ -658,6 +662,7 @@ def _relax(nodes: Tensor, cells: Tensor) -> None:
     for axis, way in product(range(3), (-1, 1)):
         beside = at.clone()
         beside[:, axis] = (beside[:, axis] + way).clamp(0, shape[axis] - 1)
-        mean += nodes[0][(slice(None), *beside.unbind(1))] / 6
+        there = (slice(None), *beside.unbind(1))
+        mean += nodes[0][there] / 6
     here = (slice(None), *at.unbind(1))
     nodes[0][here] = (nodes[0][here] + mean) / 2

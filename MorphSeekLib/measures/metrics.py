@@ -391,7 +391,7 @@ def _percentile_95(elements: np.ndarray, area: np.ndarray, others: np.ndarray, s
     distance = np.linalg.norm((elements - others[nearest]) * spacing, axis=1)
     order = np.argsort(distance, kind="stable")
     share = np.cumsum(area[order]) / area.sum()
-    return float(distance[order[min(np.searchsorted(share, 0.95), len(order) - 1)]])
+    return float(distance[order[min(int(np.searchsorted(share, 0.95)), len(order) - 1)]])
 
 
 @cache

@@ -8,6 +8,9 @@ a weight means the same at any size.
 from __future__ import annotations
 
 import math
+from functools import reduce
+from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ def diffusion(displacement: Tensor) -> Tensor:
         ValueError: an axis is too short.
     """
     u = _precise(displacement, 2, "Diffusion")
-    return sum(u.diff(dim=axis).square().mean() for axis in (2, 3, 4)) / 3
+    return reduce(add, (u.diff(dim=axis).square().mean() for axis in (2, 3, 4))) / 3
 
 
 def bending(displacement: Tensor) -> Tensor:
@@ -50,8 +53,8 @@ def bending(displacement: Tensor) -> Tensor:
     """
     u = _precise(displacement, 5, "Bending energy")
     first = [_central(u, axis) for axis in (2, 3, 4)]
-    pure = sum(_central(first[a], a + 2).square().mean() for a in range(3))
-    mixed = sum(_central(first[a], b + 2).square().mean() for a, b in ((0, 1), (0, 2), (1, 2)))
+    pure = reduce(add, (_central(first[a], a + 2).square().mean() for a in range(3)))
+    mixed = reduce(add, (_central(first[a], b + 2).square().mean() for a, b in ((0, 1), (0, 2), (1, 2))))
     return pure + 2 * mixed
 
 
@@ -79,7 +82,7 @@ class _FoldingPenalty(torch.autograd.Function):
     """:func:`folding_penalty` of the cells that a cheap bound leaves open, with its gradient written out."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, u: Tensor, margin: float) -> Tensor:
+    def forward(ctx: Any, u: Tensor, margin: float) -> Tensor:
         batch, *cells = (~(fields.determinant_bound(u) > margin)).nonzero(as_tuple=True)
         size = 8 * u.shape[0] * math.prod(n - 1 for n in u.shape[2:])
         p = fields.gather_corners(u, batch, cells).movedim(3, 0)
@@ -101,7 +104,7 @@ class _FoldingPenalty(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, outer: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
         gradient, batch, i, j, k = ctx.saved_tensors
         _, _, *n = ctx.shape
         first = batch * 3 * math.prod(n) + (i * n[1] + j) * n[2] + k  # among all numbers of the field

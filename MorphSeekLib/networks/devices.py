@@ -13,15 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 from torch import nn
 
+from ..backbones.memory import channels_last
 from ..io.images import use_simpleitk_threads
 from ..protocol.errors import MorphSeekError
 from ..protocol.startup import check_device, check_threads
 
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired  # Python 3.10 has none
+
 _ALL_THREADS = torch.get_num_threads()
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -62,9 +69,17 @@ def use_threads(count: int | None = None) -> None:
     use_simpleitk_threads(count)
 
 
-def describe_devices() -> list[dict[str, str | int]]:
-    """Name, label and free memory (bytes, GPUs only) of every device."""
-    devices: list[dict[str, str | int]] = []
+class DeviceEntry(TypedDict):
+    """A device, as the panel lists it; the free memory, bytes, of GPUs only."""
+
+    name: str
+    label: str
+    free_bytes: NotRequired[int]
+
+
+def describe_devices() -> list[DeviceEntry]:
+    """Return every device: the GPUs in their order, then the processor."""
+    devices: list[DeviceEntry] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, _ = torch.cuda.mem_get_info(index)
         devices.append({"name": f"cuda:{index}", "label": torch.cuda.get_device_name(index), "free_bytes": free})
@@ -82,11 +97,10 @@ def network_precision(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def place(model: Model, device: torch.device) -> Model:
     """Move a network to a device, in the memory layout its convolutions are fastest in there."""
-    if network_precision(device) == torch.float32:
-        return model.to(device)
-    return model.to(device, memory_format=torch.channels_last_3d)
+    model = model.to(device)
+    return model if network_precision(device) == torch.float32 else channels_last(model)
 
 
 def network_autocast(device: torch.device) -> torch.autocast:

@@ -99,7 +99,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise MorphSeekError(f"There is no file {path}; check the path.")
     # a best Dice beside the weights is often a NumPy number, under the name that NumPy 1 or 2 gave its maker
     scalar = np.float64(0).__reduce__()[0]
-    numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    numbers: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     numbers += [np.dtype, type(np.dtype("float32")), type(np.dtype("float64"))]
     allowed = torch.serialization.safe_globals(numbers) if torch.__version__ >= "2.6" else nullcontext()
     try:

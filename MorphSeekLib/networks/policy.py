@@ -93,9 +93,10 @@ class GaussianHead(nn.Module):
         with torch.no_grad():
             nn.init.normal_(self.mu.weight, 0.0, 0.0 if linear else 0.01 / math.sqrt(channels))
             self.mu.weight += torch.eye(channels).view_as(self.mu.weight) / (1.0 if linear else settings.lambda_scale)
-            nn.init.zeros_(self.mu.bias)
             nn.init.normal_(self.log_sigma.weight, 0.0, 0.01 / math.sqrt(channels))
-            nn.init.constant_(self.log_sigma.bias, -2.0)
+            for layer, value in ((self.mu, 0.0), (self.log_sigma, -2.0)):
+                if layer.bias is not None:
+                    nn.init.constant_(layer.bias, value)
 
     def forward(self, top: Tensor) -> tuple[Tensor, Tensor]:
         mu = self.mu(top).float()
@@ -134,7 +135,8 @@ class RegistrationModel(nn.Module):
             skips, top = self.backbone.encode(moving, fixed)
         else:
             skips, top = self.backbone.encode_with(moving, fixed_features)
-        return Latent(*self.head(top), skips)
+        mu, log_sigma = self.head(top)
+        return Latent(mu, log_sigma, skips)
 
     def field(self, latent: Latent, z: Tensor) -> Tensor:
         """What the decoder makes of a latent: (batch, 3, i, j, k) voxels, displacement or velocity."""

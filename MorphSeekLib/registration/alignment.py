@@ -95,9 +95,9 @@ def align(
     if initial is not None and kind != "center":
         check_overlap(fixed, moving, initial)
     scale, back = np.diag([unit, unit, unit, 1.0]), np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
-    scans = [_Scan.of(_moved(volume, back), job) for volume in (fixed, moving)]
+    f, m = (_Scan.of(_moved(volume, back), job) for volume in (fixed, moving))
     begin = None if initial is None else back @ initial @ scale
-    return scale @ _climb(*scans, kind, begin, job) @ back
+    return scale @ _climb(f, m, kind, begin, job) @ back
 
 
 def _climb(
@@ -207,8 +207,8 @@ class _Search:
         self.bins = [[_in_bins(image) for image in level] for level in self.levels]
         # random places between the voxels: on the grid itself, interpolation would favour shifts by whole voxels
         random = np.random.default_rng(_SEED)
-        index = np.argwhere(_array(fixed.mask))
-        index = index[random.integers(len(index), size=_SAMPLES)] + random.random((_SAMPLES, 3)) - 0.5
+        inside = np.argwhere(_array(fixed.mask))
+        index = inside[random.integers(len(inside), size=_SAMPLES)] + random.random((_SAMPLES, 3)) - 0.5
         self.points = apply_affine(fixed.grid.affine, index)
 
     def cost(self, matrix: np.ndarray, coarse: bool = False) -> float:
@@ -303,7 +303,7 @@ class _Search:
     def _inside(self, matrix: np.ndarray) -> np.ndarray:
         """(samples,): whether each lands in the moving image's box."""
         index = apply_affine(np.linalg.inv(self.moving.grid.affine) @ matrix, self.points)
-        return ((index >= -0.5) & (index <= np.array(self.moving.grid.shape) - 0.5)).all(axis=1)
+        return np.all((index >= -0.5) & (index <= np.array(self.moving.grid.shape) - 0.5), axis=1)
 
 
 def _in_bins(image: sitk.Image) -> Tensor:
@@ -353,7 +353,8 @@ def _average(volume: Volume, spacing: float) -> Volume:
     data = F.avg_pool3d(data[None, None], block)[0, 0].contiguous()
     to_first = np.diag([*block, 1.0])
     to_first[:3, 3] = (np.array(block) - 1) / 2
-    return Volume(data, Grid(tuple(data.shape), volume.grid.affine @ to_first))
+    i, j, k = data.shape
+    return Volume(data, Grid((i, j, k), volume.grid.affine @ to_first))
 
 
 def _clipped(block: Volume) -> sitk.Image:

@@ -63,7 +63,7 @@ def unknown_sizes(sizes: Sequence[float], preprocessing: Preprocessing) -> tuple
         for name, size, times in zip(("fixed", "moving"), sizes, beyond, strict=True)
         if _times(times) > SAME_SIZE
     ]
-    if unknown:
+    if unknown and preprocessing.knows is not None:
         low, high = preprocessing.knows
         tail = (
             ""

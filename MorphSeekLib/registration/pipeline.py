@@ -8,8 +8,6 @@ the figures.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..io.labels import check_label_values
 from ..measures.metrics import dice_per_label
 from ..networks.devices import memory_advice
@@ -54,21 +52,24 @@ def register(
         MorphSeekError: unusable options, images that do not overlap, not enough memory.
         Cancelled: the job was cancelled.
     """
-    options, state = _resolved(options or RegistrationOptions(), model, start)
+    options, card = options or RegistrationOptions(), model.card.preprocessing
+    steps = NetworkSteps(model.network, options.steps or card.steps, options.stop_early)
+    state = _earlier(start, steps.steps)
     _check_labels(labels)
     clock = Clock()
     with clock("align"):
         pair = Pair(fixed, moving, model, job)
         pair.notices += [notice for volume in labels if volume is not None for notice in volume.notices]
-        if state is None:
-            pair.align(options.align, start, job.part(0.02, 0.3))
+        if isinstance(start, State):
+            pair.go_on_from(start)
         else:
-            pair.go_on_from(state)
+            kind = options.align or (card.align if start is None else "none")
+            pair.align(kind, start, job.part(0.02, 0.3))
     pictures = Pictures(pair, job)
     if state is None:
         with clock("resample"), memory_advice(pair.device):
             pictures.show_aligned()
-    outcome = _deformed(pair, model, options, state, pictures, clock, job)
+    outcome = _deformed(pair, model, options, steps, state, pictures, clock, job)
     return deliver(pair, model, outcome, options, labels, pictures, clock, job.part(0.7, 1.0))
 
 
@@ -76,6 +77,7 @@ def _deformed(
     pair: Pair,
     model: LoadedModel,
     options: RegistrationOptions,
+    steps: NetworkSteps,
     state: State | None,
     pictures: Pictures,
     clock: Clock,
@@ -87,7 +89,6 @@ def _deformed(
         with clock("network"):
             job.report("step", 0.3, "Preparing the images")
             pair.prepare()
-            steps = NetworkSteps(model.network, options.steps, options.stop_early)
             outcome = steps.run(pair, state, pictures.show, job.part(0.3, done))
         if options.fit.total:
             with clock("refinement"):
@@ -95,20 +96,14 @@ def _deformed(
     return outcome
 
 
-def _resolved(
-    options: RegistrationOptions, model: LoadedModel, start: Transform | State | None
-) -> tuple[RegistrationOptions, State | None]:
-    """The options with the model's own where nothing was chosen, and the state to go on from."""
-    card = model.card.preprocessing
-    steps = card.steps if options.steps is None else options.steps
-    own = card.align if start is None or isinstance(start, State) else "none"
-    options = replace(options, steps=steps, align=options.align or own)
+def _earlier(start: Transform | State | None, steps: int) -> State | None:
+    """Return the state to go on from by so many steps; None where the registration begins."""
     if not isinstance(start, State):
-        return options, None
+        return None
     taken = len(start.figures) - 1
     if taken + steps > MAX_STEPS:
         raise MorphSeekError(f"{taken} steps were taken already, and {MAX_STEPS} are the most.")
-    return options, start
+    return start
 
 
 def _check_labels(labels: Labels) -> None:

@@ -59,12 +59,12 @@ def _interpolate(image: Tensor, moved: list[Tensor], start: list, mode: str, pad
         raise ValueError(f"mode is '{mode}'; it must be 'linear' or 'nearest'.")
     # grid_sample wants (x, y, z) = the axes reversed, from -1 to 1 between the outer faces of the first and last voxel
     # (align_corners=False), which is defined for an axis of one voxel too
-    grid = []
+    points = []
     for axis in (2, 1, 0):
         size = image.shape[2 + axis]
         offset = torch.as_tensor((2 * start[axis] + 1) / size - 1, dtype=image.dtype, device=image.device)
-        grid.append(torch.add(offset, moved[axis], alpha=2 / size))
-    grid = torch.stack(grid, dim=-1)
+        points.append(torch.add(offset, moved[axis], alpha=2 / size))
+    grid = torch.stack(points, dim=-1)
     batch = max(image.shape[0], grid.shape[0])
     return F.grid_sample(
         image.expand(batch, -1, -1, -1, -1),
@@ -221,9 +221,10 @@ def least_determinant(displacement: Tensor, below: float = 0.0) -> Tensor:
     _check_axes(displacement)
     u = _precise(displacement)
     if u.is_cuda:  # looking for the cells that need it would wait for the device
-        least = None
-        for at_corner in _at_corners(u):
-            least = at_corner if least is None else torch.minimum(least, at_corner)
+        each = _at_corners(u)
+        least = next(each)
+        for at_corner in each:
+            least = torch.minimum(least, at_corner)
         return least[:, None]
     least = determinant_bound(u)
     needed = ~(least > below + 1e-3)  # NaN included
@@ -245,19 +246,25 @@ def determinant_bound(displacement: Tensor) -> Tensor:
     Returns:
         (batch, i - 1, j - 1, k - 1); at most 1, and above 0 where the cell cannot fold.
     """
-    squares = trace = None
-    for axis in range(3):
-        edge = displacement.diff(dim=2 + axis)
-        square, own = edge.square().sum(dim=1), edge[:, axis]
-        for other in {0, 1, 2} - {axis}:
-            n = square.shape[1 + other] - 1
-            square = torch.maximum(square.narrow(1 + other, 0, n), square.narrow(1 + other, 1, n))
-            own = torch.minimum(own.narrow(1 + other, 0, n), own.narrow(1 + other, 1, n))
-        squares = square if squares is None else squares.add_(square)
-        trace = own if trace is None else trace.add_(own)
+    squares, trace = _edge_bounds(displacement, 0)
+    for axis in (1, 2):
+        square, own = _edge_bounds(displacement, axis)
+        squares.add_(square)
+        trace.add_(own)
     trace.clamp_(min=-1)  # 1 + t + t^2 / 2 is least at -1
     bound = trace.square().mul_(0.5).add_(trace).add_(1).sub_(squares, alpha=0.5)
     return bound.sub_(squares.sqrt().mul_(squares), alpha=3**-1.5)
+
+
+def _edge_bounds(displacement: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return the largest square of each cell's four edges along an axis, and their least share in the trace."""
+    edge = displacement.diff(dim=2 + axis)
+    square, own = edge.square().sum(dim=1), edge[:, axis]
+    for other in {0, 1, 2} - {axis}:
+        n = square.shape[1 + other] - 1
+        square = torch.maximum(square.narrow(1 + other, 0, n), square.narrow(1 + other, 1, n))
+        own = torch.minimum(own.narrow(1 + other, 0, n), own.narrow(1 + other, 1, n))
+    return square, own
 
 
 def gather_corners(displacement: Tensor, batch: Tensor, cells: Sequence[Tensor]) -> Tensor:
@@ -269,7 +276,7 @@ def gather_corners(displacement: Tensor, batch: Tensor, cells: Sequence[Tensor])
     """
     u = displacement
     strides = [u.shape[3] * u.shape[4], u.shape[4], 1]
-    at = sum(index * stride for index, stride in zip(cells, strides, strict=True))
+    at = cells[0] * strides[0] + cells[1] * strides[1] + cells[2]
     steps = torch.tensor([a * strides[0] + b * strides[1] + c for a, b, c in _CORNERS], device=u.device)
     n = len(at)
     flat = u.flatten(2)

@@ -169,8 +169,8 @@ class DenseTransform:
         """Map (n, 3) LPS mm of the fixed space to (n, 3) LPS mm of the moving space."""
         points = np.asarray(points, dtype=np.float64).reshape(-1, 3)
         index = apply_affine(np.linalg.inv(self.grid.affine), points)
-        index = torch.from_numpy(np.ascontiguousarray(index.T)).reshape(1, 3, -1, 1, 1)
-        displacement = fields.sample(self.displacement.double()[None], index, padding="border")
+        places = torch.from_numpy(np.ascontiguousarray(index.T)).reshape(1, 3, -1, 1, 1)
+        displacement = fields.sample(self.displacement.double()[None], places, padding="border")
         return points + displacement.reshape(3, -1).numpy().T
 
     def inverse(
@@ -348,9 +348,9 @@ def reordered(volume: Volume, grid: Grid) -> Volume | None:
     turn = np.rint(np.linalg.inv(grid.direction) @ volume.grid.direction).astype(int)
     if not (np.abs(turn).sum(axis=0) == 1).all() or not (np.abs(turn).sum(axis=1) == 1).all():
         return None
-    order = np.abs(turn).argmax(axis=1).tolist()  # which axis of the volume runs along each of the grid's
+    i, j, k = order = np.abs(turn).argmax(axis=1).tolist()  # which axis of the volume runs along each of the grid's
     backward = [axis for axis in range(3) if turn[axis, order[axis]] < 0]
-    shape = tuple(volume.grid.shape[axis] for axis in order)
+    shape = volume.grid.shape[i], volume.grid.shape[j], volume.grid.shape[k]
     affine = volume.grid.affine[:, [*order, 3]]
     for axis in backward:
         affine[:3, 3] += affine[:3, axis] * (shape[axis] - 1)

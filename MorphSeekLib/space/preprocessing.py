@@ -77,7 +77,8 @@ class Preprocessing:
         """The same on a working grid that is so many times coarser."""
         if self.spacing is None:
             return self
-        return dataclasses.replace(self, spacing=tuple(factor * s for s in self.spacing))
+        i, j, k = self.spacing
+        return dataclasses.replace(self, spacing=(factor * i, factor * j, factor * k))
 
 
 def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) -> Grid:

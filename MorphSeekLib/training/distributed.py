@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,13 +37,12 @@ class World:
         """This process's device, where Fabric chose one."""
         return self._fabric.device if self._fabric is not None else None
 
-    def sum_gradients(self, parameters: list[Tensor]) -> None:
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Add up the gradients of all processes, in one message."""
         if self.size == 1:
             return
-        for p in parameters:  # every process must send the same tensors
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        # every process must send the same tensors
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
         flat = self._fabric.all_reduce(flat, reduce_op="sum")
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = grad.view_as(p).clone()

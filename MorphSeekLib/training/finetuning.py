@@ -283,7 +283,7 @@ def _usable_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
         bare = next((case for case in cases if case.landmarks is None), None)
         if bare is not None:
             raise MorphSeekError(
-                f"The reward 'landmarks' needs landmarks of every training case, but {bare.image.name} has none; name "
+                f"The reward 'landmarks' needs landmarks of every training case, but {bare.file.name} has none; name "
                 f"them in {dataset.path.name}, or leave this reward out."
             )
     return cases
@@ -329,20 +329,16 @@ def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, d
 def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -> tuple[State, Batch]:
     """A pair on the device before its first step: hard labels for the reward, shares of the common for soft Dice."""
     zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=device)
-    to = lambda tensor: None if tensor is None else tensor.to(device, non_blocking=True)  # noqa: E731
-    state = State(
-        to(pair.fixed),
-        to(pair.moving),
-        zero,
-        to(pair.fixed_labels),
-        to(pair.moving_labels),
-        to(pair.fixed_points),
-        to(pair.moving_points),
-        spacing=tuple(float(s) for s in pair.grid.spacing),
-    )
+    i, j, k = pair.grid.spacing.tolist()
+    fixed, moving = (image.to(device, non_blocking=True) for image in (pair.fixed, pair.moving))
+    state = State(fixed, moving, zero, spacing=(i, j, k))
+    for name in ("fixed_labels", "moving_labels", "fixed_points", "moving_points"):
+        if (tensor := getattr(pair, name)) is not None:
+            setattr(state, name, tensor.to(device, non_blocking=True))
     batch = Batch(state.fixed, state.moving)
     if pair.fixed_labels is not None and pair.moving_labels is not None:
-        state.labels = to(common_labels(pair.fixed_labels, pair.moving_labels))  # found on the CPU: no waiting
+        common = common_labels(pair.fixed_labels, pair.moving_labels)  # found on the CPU: no waiting
+        state.labels = common.to(device, non_blocking=True)
     if config.loss.dice > 0 or config.loss.features > 0:
         batch.structures = state.labels
         classes = torch.arange(1, len(state.labels) + 1, device=device).view(1, -1, 1, 1, 1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -121,7 +123,9 @@ def sample_group(
         return [widen(sum_over_cells(maps, part.mu.shape[2:]), settings.reach) for part in policy.parts]
 
     mean_map = reward_map(state, total, reward)
-    rewards, cells, best, best_reward = [], [], None, None
+    rewards: list[Tensor] = []
+    cells: list[list[Tensor]] = []
+    best = best_reward = None
     for chunk in zip(*(s.split(settings.chunk) for s in samples), strict=True):
         totals = fields.compose(state.total, policy.displacements(list(chunk)))
         maps = reward_map(state, totals, reward)
@@ -129,13 +133,15 @@ def sample_group(
         cells.append(in_cells(maps))
         top = rewards[-1].argmax(keepdim=True)  # chosen on the device, without waiting for it
         candidate, candidate_reward = totals[top], rewards[-1][top]
-        if best is None:
+        if best is None or best_reward is None:
             best, best_reward = candidate, candidate_reward
         better = candidate_reward > best_reward
         best = torch.where(better.view(1, 1, 1, 1, 1), candidate, best)
         best_reward = torch.where(better, candidate_reward, best_reward)
-    cells = [torch.cat(part) for part in zip(*cells, strict=True)]
-    return Group(samples, torch.cat(rewards), cells, best, mean_map.sum(), in_cells(mean_map))
+    if best is None:
+        raise ValueError("a group needs at least one trajectory")
+    joined = [torch.cat(part) for part in zip(*cells, strict=True)]
+    return Group(samples, torch.cat(rewards), joined, best, mean_map.sum(), in_cells(mean_map))
 
 
 def advantages(group: Group, settings: PolicyGradientSettings, epsilon: float = 1e-4) -> list[Tensor]:
@@ -172,7 +178,7 @@ def _compared(rewards: Tensor, rollout: Tensor, settings: PolicyGradientSettings
 
 def policy_loss(advantage: list[Tensor], log_likelihood: list[Tensor]) -> Tensor:
     """L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (Docs/method.md, C.5); one A for all cells is the paper's."""
-    total = sum((a * log).sum() for a, log in zip(advantage, log_likelihood, strict=True))
+    total = reduce(add, ((a * log).sum() for a, log in zip(advantage, log_likelihood, strict=True)))
     return -total / len(log_likelihood[0])
 
 

@@ -64,6 +64,13 @@ class Batch:
     moving_labels: Tensor | None = None
     structures: Tensor | None = None
 
+    @property
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """What the similarity of the fixed and the moving image is measured on."""
+        if self.fixed_target is None or self.moving_target is None:
+            return self.fixed, self.moving
+        return self.fixed_target, self.moving_target
+
 
 def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Mean over structures of 2 sum(ab) / (sum(a^2) + sum(b^2)); (batch, structures, i, j, k) shares -> scalar."""
@@ -129,30 +136,36 @@ def warmup_loss(
     terms = {"kl": kl_to_standard_normal(step.latent), "diffusion": diffusion(total)}
     loss = (weights.kl if kl_weight is None else kl_weight) * terms["kl"] + weights.regularization * terms["diffusion"]
     if weights.similarity_weight > 0:
-        target, source = batch.fixed_target, batch.moving_target
-        target, source = (batch.fixed, batch.moving) if target is None else (target, source)
+        target, source = batch.targets
         terms["similarity"] = SIMILARITIES[weights.similarity](target, fields.warp(source, total))
         loss = loss + weights.similarity_weight * terms["similarity"]
     if weights.folding > 0:
         terms["folding_penalty"] = folding_penalty(total)
         loss = loss + weights.folding * terms["folding_penalty"]
-    if weights.dice > 0 and batch.fixed_labels is not None:
+    fixed_shares, moving_shares = batch.fixed_labels, batch.moving_labels
+    if weights.dice > 0 and fixed_shares is not None and moving_shares is not None:
         # labels may come in blocks of voxels: the block's mean displacement, in blocks
-        block = total.shape[2] // batch.fixed_labels.shape[2]
+        block = total.shape[2] // fixed_shares.shape[2]
         coarse = F.avg_pool3d(total, block) / block if block > 1 else total
-        terms["soft_dice"] = soft_dice(batch.fixed_labels, fields.warp(batch.moving_labels, coarse))
+        terms["soft_dice"] = soft_dice(fixed_shares, fields.warp(moving_shares, coarse))
         loss = loss + weights.dice * (1 - terms["soft_dice"])
     if weights.features > 0 and step.learned is not None and batch.structures is not None:
-        shares = fields.warp(batch.moving_labels, step.outer), batch.fixed_labels
-        terms["features"] = sum(
+        assert fixed_shares is not None  # structures come with their shares
+        assert moving_shares is not None
+        moved, known = (
             feature_loss(found, F.avg_pool3d(share, share.shape[2] // found.shape[2]), batch.structures)
-            for found, share in zip(step.learned, shares, strict=True)
+            for found, share in zip(step.learned, (fields.warp(moving_shares, step.outer), fixed_shares), strict=True)
         )
+        terms["features"] = moved + known
         loss = loss + weights.features * terms["features"]
     return loss, {name: value.detach() for name, value in terms.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, without waiting for the copies."""
-    values = (getattr(batch, f.name) for f in dataclasses.fields(Batch))
-    return Batch(*(None if v is None else v.to(device, non_blocking=True) for v in values))
+    """Return the batch on a device, without waiting for the copies."""
+    moved = {
+        f.name: value.to(device, non_blocking=True)
+        for f in dataclasses.fields(Batch)
+        if (value := getattr(batch, f.name)) is not None
+    }
+    return Batch(**moved)

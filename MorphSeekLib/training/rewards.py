@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -49,22 +50,27 @@ class State:
         state.__dict__.pop("dice_before", None)
         return state
 
+    @property
+    def both_labels(self) -> tuple[Tensor, Tensor]:
+        """The fixed and the moving labels; ValueError where one is missing."""
+        if self.fixed_labels is None or self.moving_labels is None:
+            raise ValueError("The reward needs labels on both images.")
+        return self.fixed_labels, self.moving_labels
+
     @cached_property
     def labels(self) -> Tensor:
         """(K,) the labels that both images hold, background left out."""
-        if self.fixed_labels is None or self.moving_labels is None:
-            raise ValueError("The reward needs labels on both images.")
-        return common_labels(self.fixed_labels, self.moving_labels)
+        return common_labels(*self.both_labels)
 
     @cached_property
     def fixed_classes(self) -> Tensor:
         """(1, 1, i, j, k) long: the fixed labels as 1..K in the order of ``labels``, everything else 0."""
-        return _classes(self.fixed_labels, self.labels)
+        return _classes(self.both_labels[0], self.labels)
 
     @cached_property
     def moving_classes(self) -> Tensor:
         """(1, 1, i, j, k) float, for nearest-neighbour warping."""
-        return _classes(self.moving_labels, self.labels).float()
+        return _classes(self.both_labels[1], self.labels).float()
 
     def warped_classes(self, total: Tensor) -> Tensor:
         """(J, 1, i, j, k) long: the moving classes under candidate fields."""
@@ -250,7 +256,7 @@ class RewardSettings:
 @torch.no_grad()
 def reward_map(state: State, total: Tensor, settings: RewardSettings) -> Tensor:
     """The weighted sum of the terms, (J, 1, i, j, k); its sum over the voxels is each trajectory's reward."""
-    return sum(weight * TERMS[name](state, total) for name, weight in settings.weights.items() if weight)
+    return reduce(add, (weight * TERMS[name](state, total) for name, weight in settings.weights.items() if weight))
 
 
 def _classes(labels: Tensor, wanted: Tensor) -> Tensor:

@@ -30,13 +30,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.spac import SLOPE, Plan, SPACSettings, conv
+from ..backbones.memory import channels_last
+from ..backbones.spac import SLOPE, SPAC, Plan, SPACSettings, conv
 from ..data.datasets import Dataset, PreparedPair
 from ..measures.regularizers import diffusion
 from ..measures.similarity import lncc, multiresolution_lncc
@@ -136,7 +137,7 @@ class Critic(nn.Module):
         self.down = nn.ModuleList(conv(a, b, 4, 2) for a, b in zip(widths, settings.encoder, strict=False))
         self.out = conv(widths[-1], settings.plan, settings.coarsest, padding=0)
         self.value = nn.Linear(2 * settings.plan, 1)
-        self.to(memory_format=torch.channels_last_3d)  # as SPAC
+        channels_last(self)
 
     def forward(self, pair: Tensor, plan: Tensor) -> Tensor:
         x = pair
@@ -154,11 +155,16 @@ class Learner(nn.Module):
     def __init__(self, network: RegistrationModel, run: SACRun) -> None:
         super().__init__()
         self.network = network
-        settings = network.backbone.settings
+        settings = self.backbone.settings
         self.critics = nn.ModuleList(Critic(settings) for _ in range(2))
         self.targets = nn.ModuleList(Critic(settings) for _ in range(2)).requires_grad_(False)
         self.targets.load_state_dict(self.critics.state_dict())
         self.log_temperature = nn.Parameter(torch.tensor(math.log(run.temperature)))
+
+    @property
+    def backbone(self) -> SPAC:
+        """The network's backbone, as what it is."""
+        return cast(SPAC, self.network.backbone)
 
     def optimizer(self, run: SACRun) -> torch.optim.Adam:
         """One Adam for all; a parameter without a gradient is not touched by a step."""
@@ -219,18 +225,19 @@ def log_density(plan: Plan, drawn: Tensor) -> Tensor:
 
 def kl(plan: Plan) -> Tensor:
     """Mean over the plan's numbers of KL(N(mean, variance) || N(0, 1))."""
-    return kl_to_standard_normal(Latent(plan.mean, 0.5 * plan.log_variance, None))
+    return kl_to_standard_normal(Latent(plan.mean, 0.5 * plan.log_variance, []))
 
 
 def critic_loss(learner: Learner, batch: Batch, run: SACRun, generator: torch.Generator | None = None) -> Tensor:
     """Mean squared distance of both critics to r + gamma (1 - done) (min Q'(s', a') - alpha log pi(a'|s'))."""
     with torch.no_grad():
-        plan = learner.network.backbone.planner(batch.after)
+        plan = learner.backbone.planner(batch.after)
         drawn = sample(plan, generator)
         value = torch.minimum(*(target(batch.after, drawn) for target in learner.targets))
         value = value - learner.log_temperature.exp() * log_density(plan, drawn)
         goal = batch.reward + run.discount * (1 - batch.done) * value
-    return sum(F.mse_loss(critic(batch.before, batch.plan), goal) for critic in learner.critics)
+    first, second = (F.mse_loss(critic(batch.before, batch.plan), goal) for critic in learner.critics)
+    return first + second
 
 
 def planner_loss(
@@ -238,7 +245,7 @@ def planner_loss(
 ) -> tuple[Tensor, Tensor]:
     """alpha log pi(a|s) - min Q(s, a) + weight KL for the planner, and the temperature's loss, which raises alpha while
     the entropy is below its target."""
-    plan = learner.network.backbone.planner(batch.before)
+    plan = learner.backbone.planner(batch.before)
     drawn = sample(plan, generator)
     density = log_density(plan, drawn)
     value = torch.minimum(*(critic(batch.before, drawn) for critic in learner.critics))
@@ -248,7 +255,7 @@ def planner_loss(
 
 def registration_loss(learner: Learner, batch: Batch, run: SACRun, generator: torch.Generator | None = None) -> Tensor:
     """Similarity of the fixed image and the moving one after one more step, and the step's smoothness."""
-    backbone = learner.network.backbone
+    backbone = learner.backbone
     plan = backbone.planner(batch.before)
     step = backbone.actor(sample(plan, generator), plan.features).float()
     fixed, moving = batch.before.split(1, dim=1)
@@ -276,7 +283,7 @@ def update(
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
     """Critics, planner and temperature where it is their turn, actor, targets; the losses by name."""
-    backbone, clip = learner.network.backbone, run.gradient_clip
+    backbone, clip = learner.backbone, run.gradient_clip
     losses = {}
     precision = partial(training_autocast, batch.before.device, backbone.settings.coarsest[0])
 
@@ -369,7 +376,7 @@ class SoftActorCritic(Task[PreparedPair]):
 
     def update(self, iteration: int, batch: PreparedPair) -> dict[str, float]:
         """Take one episode, with the updates that fall due in it."""
-        run, backbone = self.run, self.network.backbone
+        run, backbone = self.run, self.trained.backbone
         generator = self.generator("policy", iteration)
         state = self._start(batch)
         score = first = self._standing(state, state.moving)
@@ -384,8 +391,8 @@ class SoftActorCritic(Task[PreparedPair]):
             after, new = backbone.pair(moved, state.fixed), self._standing(state, moved)
             done = new >= run.goal
             reward = 100 * (new - score) + (run.bonus if done else 0.0)
-            keep = [before.half().cpu(), drawn.cpu(), reward, after.half().cpu(), float(done)]
-            self.transitions.append(Transition(*keep))
+            step_taken = Transition(before.half().cpu(), drawn.cpu(), reward, after.half().cpu(), float(done))
+            self.transitions.append(step_taken)
             before, score, gained = after, new, gained + reward
             losses += self._learn(generator)
             if done:
@@ -408,8 +415,8 @@ class SoftActorCritic(Task[PreparedPair]):
     def _start(self, pair: PreparedPair) -> State:
         labels = [None if v is None else v.to(self.device) for v in (pair.fixed_labels, pair.moving_labels)]
         zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=self.device)
-        state = State(pair.fixed.to(self.device), pair.moving.to(self.device), zero, *labels)
-        if self.run.reward == "dice":
+        state = State(pair.fixed.to(self.device), pair.moving.to(self.device), zero, labels[0], labels[1])
+        if self.run.reward == "dice" and pair.fixed_labels is not None and pair.moving_labels is not None:
             state.labels = common_labels(pair.fixed_labels, pair.moving_labels).to(self.device)
         return state
 

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
@@ -122,7 +123,7 @@ class Task(ABC, Generic[B]):
         self.loader = PairLoader(preprocessing, network.multiple_of, self.run.centered)
         pairs = dataset.pairs.get("registration_val", [])[: self.run.validation_pairs]
         self.validation: list[Callable[[], PreparedPair]] = [
-            lambda pair=pair: self.loader(pair) for pair in pairs[self.world.rank :: self.world.size]
+            partial(self.loader, pair) for pair in pairs[self.world.rank :: self.world.size]
         ]
         self.trained, self.optimizer = self.learner()
         self.memory = Memory()
@@ -389,14 +390,14 @@ def validate(
         pair = make()
         fixed, moving = pair.fixed.to(device), pair.moving.to(device)
         with torch.inference_mode(), network_autocast(device):
-            total = refine(model, lambda u, moving=moving: fields.warp(moving, u), fixed, steps).cpu()
+            total = refine(model, partial(fields.warp, moving), fixed, steps).cpu()
         if not bool(torch.isfinite(total).all()):
             raise MorphSeekError(
                 "The training has become unstable: the model's displacement is not a number; lower "
                 "training.learning_rate and start again."
             )
         figures = folding(total)
-        row = {
+        row: dict[str, float | None] = {
             "folded_percent": 100 * float((fields.least_determinant(total) <= 0).float().mean()),
             "njd_percent": figures.njd_percent,
             "sdlogj": figures.sdlogj,
