@@ -256,9 +256,10 @@ def structures(
         report: the figures of the engine.
         names: what the labels are called, see :func:`MorphSeekGui.scene.label_names`; else their numbers are shown.
     """
-    rows = []
+    rows: list[tuple[str, float | None, float | None, float | None]] = []
     for label, dice in ((report.get("dice") or {}).get("labels") or {}).items():
         name = (names or {}).get(int(label))
         shown = f"{name} ({label})" if name and name not in ("(none)", label) else str(label)
-        rows.append((shown, *(number(dice.get(stage)) for stage in ("input", "aligned", "warped"))))
+        before, aligned, after = (number(dice.get(stage)) for stage in ("input", "aligned", "warped"))
+        rows.append((shown, before, aligned, after))
     return rows

@@ -16,6 +16,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ class TrainingRun:
         self._process: subprocess.Popen | None = None
         self._started = 0.0
         self._log_begin = 0  # of what the process that was started last wrote into log.txt
-        self._curves = {stage: _Lines(curves_file(self.folder, stage)) for stage in STAGES}
+        self._curves: dict[str, _Lines] = {stage: _Lines(curves_file(self.folder, stage)) for stage in STAGES}
 
     @property
     def name(self) -> str:
@@ -171,7 +172,7 @@ class TrainingRun:
             number = self._process.pid
         if number is None:
             return
-        if os.name == "nt":
+        if sys.platform == "win32":
             subprocess.run(
                 ["taskkill", "/F", "/T", "/PID", str(number)],
                 capture_output=True,
@@ -188,8 +189,9 @@ class TrainingRun:
     def release(self) -> None:
         """Let it go on without this Slicer if it is kept; else it stops."""
         if self._process is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
+            if self._process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
             # nobody waits for a process that goes on; without this, Python warns when the object is deleted
             self._process.returncode = self._process.poll() or 0
             self._process = None
@@ -273,7 +275,8 @@ class _Lines:
     """A growing file of JSON lines, read bit by bit; a resumed run writes again what it had beyond its state."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows, self._offset = path, [], 0
+        self.path, self._offset = path, 0
+        self.rows: list[dict[str, float]] = []
 
     def read(self) -> list[dict[str, float]]:
         try:

@@ -190,9 +190,9 @@ def _run(folder: Path, status: Status, job: Job) -> None:
                 measuring = job.part(begin, begin + 0.05, prefix)
                 figures[name] = _figures(folder / f"{name}.json", dataset, model, options.device, measuring)
         status.held_out = _held_out(figures)
-    model, card = checkpoints.load(current)
+    network, card = checkpoints.load(out)
     card = dataclasses.replace(card, title=options.name, results=card.results | {"held_out": status.held_out})
-    checkpoints.save(folder / options.model, model, card)
+    checkpoints.save(folder / options.model, network, card)
     status.model = str((folder / options.model).resolve())
     job.report("write", 1.0, f"Wrote {status.model}")
 
@@ -210,12 +210,14 @@ def train_stage(
     Raises:
         MorphSeekError, Cancelled: as that training.
     """
-    common = {"out": out, "device": device, "job": job}
     if isinstance(config, SACConfig):
-        train_spac(dataset, config, **common)
+        train_spac(dataset, config, out, device=device, job=job)
+    elif isinstance(config, TrainingConfig):
+        warmup(dataset, config, out, device=device, init=init, job=job)
+    elif init is None:
+        raise MorphSeekError("Fine-tuning needs a model to start from.")
     else:
-        train = warmup if isinstance(config, TrainingConfig) else finetune
-        train(dataset, config, init=init, **common)
+        finetune(dataset, config, init, out, device=device, job=job)
 
 
 def _planned(
