@@ -165,12 +165,15 @@ def _check_stack(places: np.ndarray, cosines: np.ndarray, name: str, slices: str
         )
     sideways = np.linalg.norm(steps - heights[:, None] * normal, axis=1)
     if np.abs(heights / np.median(heights) - 1).max() > 0.1 or sideways.max() > 0.02 * np.median(heights):
-        raise MorphSeekError(
-            f"{name} holds DICOM {slices} that are no regular block ({slices} missing, unevenly spaced, or a tilted "
-            "gantry); load it in Slicer with acquisition geometry regularization on, and give the volume saved from "
-            "there."
-        )
+        raise MorphSeekError(_irregular(name, slices))
     return order
+
+
+def _irregular(name: str, slices: str) -> str:
+    return (
+        f"{name} holds DICOM {slices} that are no regular block ({slices} missing, unevenly spaced, or a tilted "
+        "gantry); load it in Slicer with acquisition geometry regularization on, and give the volume saved from there."
+    )
 
 
 def _unplaced(name: str, slices: str) -> str:
@@ -216,6 +219,12 @@ def _read_frames(path: Path, name: str) -> sitk.Image:
     except (TypeError, ValueError):
         raise MorphSeekError(_unplaced(name, "frames")) from None
     order = _check_stack(places, cosines, name, "frames", "acquisitions that nothing in the file tells apart")
+    apart = float(np.linalg.norm(places[order[-1]] - places[order[0]])) / (count - 1)
+    stated = _numbers(values("PixelMeasuresSequence", "SpacingBetweenSlices"), 0.0)
+    number = _numbers(values("FrameContentSequence", "InStackPositionNumber"), 0.0)[order]
+    numbered = len(set(number.tolist())) == count
+    if 0 < 1.5 * stated.max() < apart or (numbered and np.abs(np.diff(number)).max() > 1):
+        raise MorphSeekError(_irregular(name, "frames"))
     if spacings.shape[1:] != (2,) or np.abs(spacings - spacings[0]).max() > 1e-3 * spacings.min():
         raise MorphSeekError(f"{name} holds DICOM frames with pixels of different sizes; give a series of equal ones.")
     slopes = _numbers(values("PixelValueTransformationSequence", "RescaleSlope"), 1.0)
@@ -223,10 +232,9 @@ def _read_frames(path: Path, name: str) -> sitk.Image:
     block = _scaled(_stored_values(path, data, per_frame, shared), slopes, intercepts)[order]
     image = sitk.GetImageFromArray(block)
     row, column = cosines[0, :3], cosines[0, 3:]
-    first, last = places[order[0]], places[order[-1]]
-    image.SetSpacing((spacings[0, 1], spacings[0, 0], float(np.linalg.norm(last - first)) / (count - 1)))
+    image.SetSpacing((spacings[0, 1], spacings[0, 0], apart))
     image.SetDirection(np.column_stack([row, column, np.cross(row, column)]).ravel().tolist())
-    image.SetOrigin(first.tolist())
+    image.SetOrigin(places[order[0]].tolist())
     return image
 
 

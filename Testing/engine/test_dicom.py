@@ -267,6 +267,11 @@ def turned(frame: Dataset) -> Dataset:
     ("frames", "words"),
     [
         ([frame_of(k) for k in (0, 1, 2, 4, 5, 6)], ["no regular block", "missing"]),
+        ([frame_of(2 * k) for k in range(6)], ["no regular block", "missing"]),  # evenly, but by their numbers
+        (
+            [frame_of(k, PixelMeasuresSequence_SpacingBetweenSlices=1.0) for k in range(6)],
+            ["no regular block", "missing"],
+        ),
         ([frame_of(k, (0.0, 0.3, 2.0)) for k in range(6)], ["tilted"]),
         ([frame_of(k % 3) for k in range(6)], ["at one place"]),
         ([frame_of(k % 3, FrameContentSequence_StackID=str(k // 3)) for k in range(6)], ["2 stacks"]),
