@@ -1,4 +1,4 @@
-"""The moving volume after each refinement step: shown as it comes, and a Sequence to scrub through afterwards."""
+"""The moving volume after each step: shown as it comes, and a Sequence to scrub through afterwards."""
 
 from __future__ import annotations
 

@@ -434,7 +434,7 @@ def import_checkpoint(
             "high": high, "align": align, "steps": steps,
         }  # fmt: skip
         given = {name: value for name, value in options.items() if value is not None}
-        preprocessing = from_dict(Preprocessing, given, "the checkpoint's preprocessing")
+        preprocessing = from_dict(Preprocessing, given, "the model's preprocessing")
         run(file, architecture, out, preprocessing=preprocessing, title=title, licence=license_)
     console.print(f"Wrote {out}", soft_wrap=True)
 

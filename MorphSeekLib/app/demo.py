@@ -2,7 +2,7 @@
 
 Fixed is the MNI152 T1 template that ships inside the package nilearn. Moving is Colin27, another real head, where
 Debian's package mricron-data is on the machine; else the template itself under a known random deformation and a
-contrast change, so that the true error in millimetres can be told.
+contrast change, so that the true error in millimeters can be told.
 """
 
 from __future__ import annotations

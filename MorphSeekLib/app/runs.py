@@ -22,7 +22,7 @@ from ..data.cases import TEST, find_cases, hold_out
 from ..data.datasets import Dataset
 from ..evaluation.evaluate import DEFINITIONS, evaluate
 from ..io.files import write_atomically
-from ..networks import model_file as checkpoints
+from ..networks import model_file
 from ..networks.devices import pick_device
 from ..networks.loading import load_model
 from ..networks.policy import ModelSettings
@@ -190,9 +190,9 @@ def _run(folder: Path, status: Status, job: Job) -> None:
                 measuring = job.part(begin, begin + 0.05, prefix)
                 figures[name] = _figures(folder / f"{name}.json", dataset, model, options.device, measuring)
         status.held_out = _held_out(figures)
-    network, card = checkpoints.load(out)
+    network, card = model_file.load(out)
     card = dataclasses.replace(card, title=options.name, results=card.results | {"held_out": status.held_out})
-    checkpoints.save(folder / options.model, network, card)
+    model_file.save(folder / options.model, network, card)
     status.model = str((folder / options.model).resolve())
     job.report("write", 1.0, f"Wrote {status.model}")
 
@@ -233,7 +233,7 @@ def _planned(
     if path.is_file():
         return load(type(config), path)
     if isinstance(config, TrainingConfig) and init is not None:
-        card = checkpoints.read_card(init)
+        card = model_file.read_card(init)
         config = dataclasses.replace(config, model=card.model, preprocessing=card.preprocessing)
     if minutes is not None:
         seconds = seconds_per_iteration(config, dataset, init, device, job)

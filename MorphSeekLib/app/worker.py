@@ -4,7 +4,7 @@
 
 Requests: hello, load, info, register, check, export, shutdown. Notifications out: progress. Notification in: cancel.
 Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
-``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A checkpoint is
+``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A model is
 loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever the libraries
 print goes to stderr, so that stdout holds the protocol alone.
 """
@@ -56,7 +56,7 @@ CANCELLATION = {"code": CANCELLED, "message": "cancelled"}
 
 
 class _InvalidParamsError(Exception):
-    """The client asked wrongly; a mistake of its programmer, not of the person."""
+    """The client asked wrongly; a mistake of its programmer, not of the user."""
 
 
 class Worker:
@@ -101,12 +101,12 @@ class Worker:
         }
 
     def load(self, number: Any, params: dict) -> dict:
-        """Load a checkpoint ahead of the first registration."""
+        """Load a model ahead of the first registration."""
         model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
         return {"card": to_dict(model.card), "device": str(model.device)}
 
     def info(self, number: Any, params: dict) -> dict:
-        """A checkpoint's card."""
+        """Return a model's card."""
         return {"card": to_dict(read_card(find(_get(params, "model", str))))}
 
     def register(self, number: Any, params: dict) -> dict:
@@ -175,7 +175,7 @@ class Worker:
         return answer
 
     def export(self, number: Any, params: dict) -> dict:
-        """Files of a registration that was done before, into a folder of the person's. Takes the references that
+        """Files of a registration that was done before, into a folder of the user's. Takes the references that
         "register" answered with, its ``report``, what is ``wanted`` (results.EXPORTS) and the ``output`` folder."""
         job = self._job(number)
         job.report("read", 0.0, "Reading the results")

@@ -1,6 +1,6 @@
 """CorrMLP: local correlations and MLPs in windows of several sizes, coarse to fine (Meng et al., CVPR 2024).
 
-At each level a block correlates the fixed image's features with the warped moving ones' over the 27 neighbours and
+At each level a block correlates the fixed image's features with the warped moving ones' over the 27 neighbors and
 mixes the result in windows of 3, 5 and 7 voxels; a second block joins it with what the coarser level found. The top
 feature is the coarsest block's result.
 
@@ -186,7 +186,7 @@ class ChannelAttention(nn.Module):
 
 
 def with_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """(a, correlation, b) along the channels; the correlation is that of each voxel of a with 27 neighbours in b.
+    """(a, correlation, b) along the channels; the correlation is that of each voxel of a with 27 neighbors in b.
 
     Args:
         a, b: (batch, channels, i, j, k), of one type.
@@ -201,7 +201,7 @@ def with_correlation(a: Tensor, b: Tensor) -> Tensor:
 class _Correlation(torch.autograd.Function):
     """By hand: autograd would keep 27 products and make 27 padded copies of the gradient, and take six times as long.
 
-    The volume is taken in slabs along its first axis, so that all 27 neighbours of one come from the cache.
+    The volume is taken in slabs along its first axis, so that all 27 neighbors of one come from the cache.
     """
 
     @staticmethod
@@ -242,7 +242,7 @@ def _slabs(a: Tensor) -> list[tuple[int, int]]:
 
 
 def _shifts(here: Tensor) -> list[tuple[slice | EllipsisType, ...]]:
-    """Where the 27 neighbours of a slab stand in the slab that is padded by one voxel on all sides."""
+    """Where the 27 neighbors of a slab stand in the slab that is padded by one voxel on all sides."""
     return [
         (..., *(slice(o, o + n) for o, n in zip(offset, here.shape[2:], strict=True)))
         for offset in product(range(3), repeat=3)

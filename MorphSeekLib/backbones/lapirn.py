@@ -7,7 +7,7 @@ top feature, and decoding is the rest of the pyramid.
 
 Inside, as in the official code, a field holds for each axis the share of the image's half size, so that a level hands
 it on unchanged; what :meth:`LapIRN.decode` returns is in voxels. Between levels it is interpolated as images are (half
-a voxel's convention, not first centre to last centre): the next level sees the image warped by what it gets, so this
+a voxel's convention, not first center to last center): the next level sees the image warped by what it gets, so this
 is part of the network and no error. The official training goes level by level; here all levels train together.
 """
 

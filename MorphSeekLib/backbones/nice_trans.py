@@ -109,7 +109,7 @@ def affine_field(parameters: Tensor, shape: Sequence[int]) -> Tensor:
     """Dense displacement of an affine map.
 
     Args:
-        parameters: (batch, 3, 4): a point p of the grid, -1 to 1 from the first centre to the last and the last axis
+        parameters: (batch, 3, 4): a point p of the grid, -1 to 1 from the first center to the last and the last axis
             first, moves by ``parameters @ (p, 1)``.
         shape: the grid's size (i, j, k).
 

@@ -2,7 +2,7 @@
 
 Both read each image alone into a pyramid of features and decode from coarse to fine: a level doubles the field, warps
 the moving image's features by it, compares them with the fixed image's, and adds what is left to the field. Since the
-fixed image's pyramid does not depend on the moving image, it can be made once for all steps of a refinement.
+fixed image's pyramid does not depend on the moving image, it can be made once for all steps.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ the plan is the top feature, a single cell, so that steps at tau = 0 are the off
 learning that trains planner and actor is :mod:`MorphSeekLib.training.sac`.
 
 The planner's last convolution spans its whole coarsest grid: a network is made for one size. Images of other sizes are
-resampled to it and the step back, first centre to last centre, which keeps its meaning exactly.
+resampled to it and the step back, first center to last center, which keeps its meaning exactly.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Plan(NamedTuple):
 def conv(
     inputs: int, outputs: int, kernel: int | tuple[int, int, int] = 3, stride: int = 1, padding: int = 1
 ) -> nn.Conv3d:
-    """Convolution without bias, initialised after He et al. (2015), so that signals keep their size on the way.
+    """Convolution without bias, initialized after He et al. (2015), so that signals keep their size on the way.
 
-    With the official code's initialisation, PyTorch's own, a plan loses its say within the many layers.
+    With the official code's initialization, PyTorch's own, a plan loses its say within the many layers.
     """
     layer = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(layer.weight, SLOPE)

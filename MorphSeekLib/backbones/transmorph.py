@@ -120,7 +120,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Attention and a two-layer perceptron, each on normalised tokens and added to them."""
+    """Attention and a two-layer perceptron, each on normalized tokens and added to them."""
 
     def __init__(self, channels: int, heads: int, window: Sequence[int], shifted: bool, drop: float) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """VoxelMorph: the strided U-Net of Balakrishnan et al. (2019) in the form the TransMorph repository compares with.
 
-Four (or more) stride-2 convolutions down; on the way up a convolution, nearest-neighbour upsampling and the skip of
+Four (or more) stride-2 convolutions down; on the way up a convolution, nearest-neighbor upsampling and the skip of
 that resolution, the last skip being the raw pair of images; then convolutions at the output's resolution and a flow
 head. The defaults are "vxm-2"; ``VXM1`` and the others are widths alone.
 
@@ -8,7 +8,7 @@ Five settings are ours: ``norm = "instance"``, which learns far faster from scra
 at half resolution and doubles the field exactly, for a third of the time; and ``forces``, which hands the network,
 beside the images, the direction in which a small step would make their structure more alike, at several scales.
 Structure is MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it. The
-forces enter a second time before the last convolutions, which are then not normalised: how strong a force is says how
+forces enter a second time before the last convolutions, which are then not normalized: how strong a force is says how
 far there is to go, and InstanceNorm would wipe that out, so that steps would never grow smaller. ``features`` adds
 class-like features that a small U-Net, one for both images, learns with the rest, and forces of the same kind between
 them: with labels to learn from it finds what tells structures apart, where MIND-SSC knows edges alone. ``skip_gains``

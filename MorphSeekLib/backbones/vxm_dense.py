@@ -1,11 +1,11 @@
 """VxmDense: VoxelMorph as its authors' PyTorch package has it (Balakrishnan et al. 2019; Dalca et al. 2019).
 
 A U-Net whose every resolution has a convolution of its own, followed by max-pooling on the way down and by
-nearest-neighbour upsampling on the way up, then convolutions at full resolution and a flow head. Most of its work is
+nearest-neighbor upsampling on the way up, then convolutions at full resolution and a flow head. Most of its work is
 done at full resolution, unlike that of the strided network in :mod:`.voxelmorph`. The field is a stationary velocity,
 integrated at half resolution (SVF, the defaults), or the displacement itself (DISPLACEMENT).
 
-The official code halves the field's values where it halves its grid of n voxels from first centre to last; but n - 1
+The official code halves the field's values where it halves its grid of n voxels from first center to last; but n - 1
 steps become n / 2 - 1, so that what is integrated is (n - 1) / (n - 2) times the motion that the network asked for.
 ``official_defects`` (OFFICIAL_SVF) repeats it, for weights that were trained so; without it the motion is the same on
 both grids.

@@ -166,7 +166,7 @@ def check(
 
     Raises:
         MorphSeekError: ``out`` cannot be written.
-        Cancelled: the person stopped it.
+        Cancelled: the user stopped it.
     """
     if out is not None:
         check_output_file(out, inputs=[dataset.path])
@@ -188,9 +188,9 @@ def check(
         for path in dataset.orphans
     ]
     good = [row for row in rows if not row.problems]
-    labelled = [row for row in good if row.labels]
-    report.labels = dict(sorted(Counter(label for row in labelled for label in row.labels).items()))
-    _compare(report, labelled, labels, dataset.pairing)
+    labeled = [row for row in good if row.labels]
+    report.labels = dict(sorted(Counter(label for row in labeled for label in row.labels).items()))
+    _compare(report, labeled, labels, dataset.pairing)
     _check_spacings(good)
     if good:
         report.spacing = _suggest_spacing(good)
@@ -227,7 +227,7 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     """
     unwanted = set(leave_out)
     cases = [case for case in dataset.cases.get("training", []) if name_of(case, dataset) not in unwanted]
-    labelled = any(case.label is not None for case in cases)
+    labeled = any(case.label is not None for case in cases)
     pairs: dict[str, list[Pair]] = {}
     for split in (VALIDATION, TEST):
         pairs[split] = [
@@ -254,7 +254,7 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     elif missing:
         groups = _draw(cases, len(missing))
         cases = [case for case in cases if not any(case in group for group in groups)]
-        partners = [case for case in cases if case.label is not None or not labelled]
+        partners = [case for case in cases if case.label is not None or not labeled]
         pairs |= {split: _pairs_of(group, partners) for split, group in zip(missing, groups, strict=True)}
     elif dataset.pairing is not None:
         paired_sides(cases, dataset.pairing)
@@ -338,21 +338,21 @@ def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str])
 
 
 def _compare(
-    report: CheckReport, labelled: list[CheckedCase], needs_labels: bool, pairing: tuple[str, str] | None
+    report: CheckReport, labeled: list[CheckedCase], needs_labels: bool, pairing: tuple[str, str] | None
 ) -> None:
     """Labels in common, and who lacks which; the sides of a pairing may have labels of their own."""
-    if not labelled:
+    if not labeled:
         return
-    groups = [labelled]
+    groups = [labeled]
     if pairing is not None:
-        named = [(PurePosixPath(row.name).name, row) for row in labelled]
+        named = [(PurePosixPath(row.name).name, row) for row in labeled]
         groups = [[row for name, row in named if fnmatchcase(name, pattern)] for pattern in dict.fromkeys(pairing)]
         for name, row in named:
             if not any(fnmatchcase(name, pattern) for pattern in pairing):
                 row.warnings.append("It is on neither side of the data set's pairing, so no training pair has it.")
     for group in groups:
         _compare_side(report, group, needs_labels)
-    rest = [set(row.labels) for row in labelled if not row.problems]
+    rest = [set(row.labels) for row in labeled if not row.problems]
     report.common = tuple(sorted(set.intersection(*rest))) if rest else ()
     report.labels = dict(sorted(Counter(label for values in rest for label in values).items()))
     if needs_labels and not report.common:

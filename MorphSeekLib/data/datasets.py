@@ -324,10 +324,10 @@ def paired_sides(cases: Sequence[Case], pairing: tuple[str, str]) -> tuple[list[
         if not found:
             raise MorphSeekError(
                 f"None of {len(cases)} training cases is named '{pattern}', as the data set's pairing wants the {side} "
-                "one of a pair; mend the pairing, or add such cases."
+                "one of a pair; correct the pairing, or add such cases."
             )
     if len(sides[0]) == 1 and sides[0] == sides[1]:
-        raise MorphSeekError(f"{pairing[0]} and {pairing[1]} match one and the same training case; mend the pairing.")
+        raise MorphSeekError(f"{pairing[0]} and {pairing[1]} match the same training case; correct the pairing.")
     return sides
 
 
@@ -461,7 +461,7 @@ class PreparedPair:
     """A pair on the fixed case's working grid, as a training or validation step takes it.
 
     Attributes:
-        fixed, moving: (1, 1, i, j, k), normalised.
+        fixed, moving: (1, 1, i, j, k), normalized.
         fixed_labels, moving_labels: (1, 1, i, j, k) int32, or None.
         grid: the working grid.
         fixed_points, moving_points: (n, 3) landmarks in voxels of the working grid, or None.
@@ -558,8 +558,8 @@ def augment(pair: PreparedPair, strength: float, generator: torch.Generator) -> 
         shape = image.shape[2:]
         uniform = lambda *size: 2 * torch.rand(*size, generator=generator) - 1  # noqa: E731
         matrix, shift = 0.15 * strength * uniform(3, 3), 0.05 * strength * uniform(3) * torch.tensor(shape)
-        centre = (torch.tensor(shape).view(3, 1, 1, 1) - 1) / 2
-        bent = torch.einsum("ab,bijk->aijk", matrix, fields.identity(shape)[0] - centre) + shift.view(3, 1, 1, 1)
+        center = (torch.tensor(shape).view(3, 1, 1, 1) - 1) / 2
+        bent = torch.einsum("ab,bijk->aijk", matrix, fields.identity(shape)[0] - center) + shift.view(3, 1, 1, 1)
         nodes = strength * torch.randn(1, 3, 4, 4, 4, generator=generator)
         bent = bent[None] + F.interpolate(nodes, size=tuple(shape), mode="trilinear", align_corners=True)
         gamma = math.exp(0.3 * strength * float(uniform(1)))

@@ -35,12 +35,12 @@ class SynthesisSettings:
     """Ranges are uniform unless said otherwise.
 
     Attributes:
-        anatomy: labels of the organ itself: it is centred, its moments are matched between cases (a crude affine
+        anatomy: labels of the organ itself: it is centered, its moments are matched between cases (a crude affine
             alignment), and its labels are scored.
         unscored: labels of the anatomy that are not scored (such as cerebrospinal fluid).
         groups: labels of one tissue; half of the random contrasts give a group one intensity, which then varies little
             within it.
-        typical: the usual intensity of each group, 0..1 (white over grey matter in T1); empty for none.
+        typical: the usual intensity of each group, 0..1 (white over gray matter in T1); empty for none.
         typical_share: share of pairs in which both images have the typical contrast, a little varied.
         scored: how many structures one pair is scored on, drawn with odds of the square root of their volumes.
         same_case: share of pairs whose two images show the same case under two deformations, so that every structure

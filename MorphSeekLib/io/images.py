@@ -343,7 +343,7 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
         (nearest), with a notice that says how many labeled voxels lay outside.
 
     Raises:
-        MorphSeekError: no labelled voxel lies in the image.
+        MorphSeekError: no labeled voxel lies in the image.
     """
     grid = image.grid
     if labels.grid.same_as(grid):
@@ -357,9 +357,9 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
             "were taken for those of the image."
         )
         return dataclasses.replace(labels, grid=grid, notices=(*labels.notices, Notice("labels-place", text)))
-    labelled = labels.data.nonzero().T.double()
+    labeled = labels.data.nonzero().T.double()
     to_image = torch.from_numpy(np.linalg.inv(grid.affine) @ labels.grid.affine)
-    index = to_image[:3, :3] @ labelled + to_image[:3, 3:]
+    index = to_image[:3, :3] @ labeled + to_image[:3, 3:]
     limit = torch.tensor(grid.shape).view(3, 1) - 0.5
     inside = ((index >= -0.5) & (index <= limit)).all(dim=0)
     if not bool(inside.any()):

@@ -28,7 +28,7 @@ _SLAB_POINTS = 1_000_000  # mapped at once
 def rounded(transform: DenseTransform) -> DenseTransform:
     """The transform as :func:`write_transform` writes it.
 
-    Displacements become multiples of a power of two: 1/4096 mm, or finer where the nodes lie less than a millimetre
+    Displacements become multiples of a power of two: 1/4096 mm, or finer where the nodes lie less than a millimeter
     apart, so that the error stays under 1/8192 of their distance in an image of any size.
     """
     nodes = min(1.0, float(transform.grid.spacing.min()))
@@ -43,7 +43,7 @@ def write_transform(transform: DenseTransform, path: str | os.PathLike) -> None:
     The layout is that of ITK's HDF5TransformIO; float32, shuffled and deflated, which ITK reads but never writes (its
     own files hold uncompressed doubles and are about four times as large). SimpleITK and Slicer read it. Between the
     nodes SimpleITK interpolates linearly, as :class:`DenseTransform` does; Slicer sets the transforms it reads from
-    files to cubic, which differs by some hundredths of a millimetre where the field bends strongly.
+    files to cubic, which differs by some hundredths of a millimeter where the field bends strongly.
 
     Args:
         transform: fixed point -> moving point, LPS mm.

@@ -1,4 +1,4 @@
-"""Regularisers of displacement fields, as losses.
+"""Regularizers of displacement fields, as losses.
 
 Displacements are (batch, 3, i, j, k) in voxels of their own grid, channels in the order of the axes. Everything is
 computed in float32 or better whatever autocast says. Every mean runs over samples, components and voxels alike, so that

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# The patches that MIND-SSC compares lie at the six face neighbours of a voxel, here as steps along (i, j, k) ...
-_NEIGHBOURS = ((-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 1), (0, 1, 0), (1, 0, 0))
+# The patches that MIND-SSC compares lie at the six face neighbors of a voxel, here as steps along (i, j, k) ...
+_NEIGHBORS = ((-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 1), (0, 1, 0), (1, 0, 0))
 # ... and make twelve pairs a diagonal apart, in the order in which the published descriptors hold them.
 _PAIRS = ((1, 5), (0, 4), (0, 1), (4, 5), (1, 2), (3, 4), (0, 2), (3, 5), (2, 4), (1, 3), (2, 5), (0, 3))
 
@@ -26,7 +26,7 @@ _RUN = 64  # voxels of an axis that one matrix product makes, see _runs
 
 
 def lncc(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e-5) -> Tensor:
-    """Local normalised cross-correlation as VoxelMorph defines it: minus the mean over voxels of
+    """Local normalized cross-correlation as VoxelMorph defines it: minus the mean over voxels of
 
         cross^2 / (variance(fixed) * variance(warped) + epsilon),
 
@@ -165,7 +165,7 @@ def mind_ssc(image: Tensor, radius: int = 2, dilation: int = 2) -> Tensor:
     image = image.to(torch.promote_types(image.dtype, torch.float32))
     n_i, n_j, n_k = image.shape[2:]
     padded = F.pad(image, (dilation,) * 6, mode="replicate")[:, 0]
-    starts = [[dilation * (1 + step) for step in steps] for steps in _NEIGHBOURS]
+    starts = [[dilation * (1 + step) for step in steps] for steps in _NEIGHBORS]
     patches = [padded[:, i : i + n_i, j : j + n_j, k : k + n_k] for i, j, k in starts]
     squares = torch.stack([patches[a] - patches[b] for a, b in _PAIRS], dim=1).square()
     distance = _BoxMean.apply(squares, 2 * radius + 1)
@@ -287,9 +287,9 @@ class _LNCC(torch.autograd.Function):
 
 
 def _lncc_parts(fixed: Tensor, warped: Tensor, window: int, epsilon: float) -> tuple[Tensor, ...]:
-    """Centred images, their box sums, the variances (each of both images), the cross sum and C / (U V + epsilon)."""
+    """Centered images, their box sums, the variances (each of both images), the cross sum and C / (U V + epsilon)."""
     n = window**3
-    # U and V are small differences of large sums, so the images are centred first. What was zero outside is minus the
+    # U and V are small differences of large sums, so the images are centered first. What was zero outside is minus the
     # mean then; those voxels of each cube are added to the sums by their number.
     images = torch.stack((fixed, warped))
     mean = images.mean(dim=(-3, -2, -1), keepdim=True)

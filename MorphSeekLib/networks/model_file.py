@@ -1,6 +1,6 @@
-"""Checkpoints: one .safetensors file; its metadata holds a JSON card that says what the weights are.
+"""Model files: one .safetensors file; its metadata holds a JSON card that says what the weights are.
 
-Nothing is ever unpickled from a file that a person picked. A file is written under a temporary name and renamed, so
+Nothing is ever unpickled from a file that a user picked. A file is written under a temporary name and renamed, so
 that a crash or a full disk never costs the old one.
 """
 
@@ -33,7 +33,7 @@ from .policy import ModelSettings, RegistrationModel
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint says of itself.
+    """What a model says of itself.
 
     Attributes:
         title: one line for a list of models.
@@ -89,10 +89,10 @@ def not_finite(state: Mapping[str, Tensor]) -> str | None:
 
 
 def rewrite_card(path: Path | str, card: Card) -> None:
-    """Put another card on a checkpoint; its weights stay as they are, bit by bit.
+    """Put another card on a model file; its weights stay as they are, bit by bit.
 
     Raises:
-        MorphSeekError: the file is no checkpoint, or cannot be written.
+        MorphSeekError: the file is no model, or cannot be written.
     """
     path = Path(path)
     read_card(path)
@@ -107,7 +107,7 @@ def read_card(path: Path | str) -> Card:
     """The card alone; no weights are read.
 
     Raises:
-        MorphSeekError: no such file, or not a MorphSeek checkpoint: pickled, foreign, damaged or from a later version.
+        MorphSeekError: no such file, or not a MorphSeek model: pickled, foreign, damaged or from a later version.
     """
     path = Path(path)
     return from_dict(Card, read_header(path), f"the card of {path.name}")
@@ -138,7 +138,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
 
 
 def weights_sha256(path: Path | str) -> str:
-    """Hex digest of a checkpoint's weights alone; it stays when the card is rewritten."""
+    """Return the hex digest of a model's weights alone; it stays when the card is rewritten."""
     return hashlib.sha256(_parts(Path(path))[1]).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Weights of the published codes become MorphSeek checkpoints: ``morphseek import-checkpoint``.
+"""Turn weights of the published codes into MorphSeek models: ``morphseek import-checkpoint``.
 
 The policy head that is put between encoder and decoder begins as the identity, so that the network gives what the
 official code gives. PyTorch files are read weights-only: a file that holds programs is refused, not run.
@@ -25,7 +25,7 @@ from .model_file import Card, save, sha256, software
 from .policy import ModelSettings, PolicySettings, RegistrationModel
 
 WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")
-"""Under which keys training scripts put the weights beside an optimiser, an epoch and the like."""
+"""Under which keys training scripts put the weights beside an optimizer, an epoch and the like."""
 NAMED = 3
 
 
@@ -38,7 +38,7 @@ def import_checkpoint(
     title: str = "",
     licence: str = "",
 ) -> Path:
-    """Write a checkpoint with a card from a PyTorch file of an official code.
+    """Write a model with a card from a PyTorch file of an official code.
 
     Args:
         path: a state dict, bare or under one of WRAPPERS.

@@ -1,4 +1,4 @@
-"""The latent Gaussian policy around any backbone (Docs/method.md, section A), and refinement in steps (section D).
+"""The latent Gaussian policy around any backbone (Docs/method.md, section A), and the steps of a network (section D).
 
 Two 1x1x1 convolutions read the backbone's top feature f and put a Gaussian in its place:
 mu = tanh(W_mu f) * lambda_scale, log sigma = clip(W_sigma f, sigma_min, sigma_max), z = mu + tau * sigma * noise.
@@ -31,7 +31,7 @@ class PolicySettings:
         mean: "tanh" (the paper), or "linear": mu = W_mu f, at first f itself, for weights that know no policy.
         lambda_scale: "tanh": mu lies in (-lambda_scale, lambda_scale).
         log_sigma_min, log_sigma_max: the clip of log sigma.
-        s: normaliser of the log-likelihood: "sqrt_n" (LDVN), or a number (1 and N are the paper's two failures).
+        s: normalizer of the log-likelihood: "sqrt_n" (LDVN), or a number (1 and N are the paper's two failures).
     """
 
     mean: str = "tanh"
@@ -50,7 +50,7 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What a checkpoint needs to be rebuilt.
+    """What a model needs to be rebuilt.
 
     Attributes:
         backbone: name in :data:`MorphSeekLib.backbones.BACKBONES`.
@@ -107,7 +107,7 @@ class GaussianHead(nn.Module):
 
 
 class RegistrationModel(nn.Module):
-    """Backbone + policy head. Images are (batch, 1, i, j, k) on one grid, normalised as the checkpoint's card says."""
+    """Backbone + policy head. Images are (batch, 1, i, j, k) on one grid, normalized as the model's card says."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def kl_to_standard_normal(latent: Latent) -> Tensor:
     return 0.5 * (latent.mu.square() + (2 * latent.log_sigma).exp() - 1 - 2 * latent.log_sigma).mean()
 
 
-def refine(
+def take_steps(
     model: RegistrationModel,
     moving_at: Callable[[Tensor], Tensor],
     fixed: Tensor,
@@ -222,7 +222,7 @@ def refine(
         fixed: (1, 1, i, j, k).
         steps: T, at least 1.
         on_step: called with the step (from 1), the accumulated displacement and the moving image warped by it; True
-            stops the refinement there.
+            stops there.
 
     Returns:
         (1, 3, i, j, k), float32, voxels: u_t(x) = step(x) + u_(t-1)(x + step(x)).

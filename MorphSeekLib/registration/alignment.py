@@ -1,4 +1,4 @@
-"""The crude alignment before the network: centres, then rigid, then affine, by mutual information.
+"""The crude alignment before the network: centers, then rigid, then affine, by mutual information.
 
 All of it is computed on the images averaged to voxels of about 3 mm (images of an unusual size are first scaled to a
 usual one, so that a mouse is aligned as a human is), with SimpleITK's Mattes mutual information (Mattes
@@ -205,7 +205,7 @@ class _Search:
         # fine and coarse: Mattes' histogram is smooth only over smooth images
         self.levels = [[scan.smoothed(sigma) for scan in (fixed, moving)] for sigma in _SMOOTH]
         self.bins = [[_in_bins(image) for image in level] for level in self.levels]
-        # random places between the voxels: on the grid itself, interpolation would favour shifts by whole voxels
+        # random places between the voxels: on the grid itself, interpolation would favor shifts by whole voxels
         random = np.random.default_rng(_SEED)
         inside = np.argwhere(_array(fixed.mask))
         index = inside[random.integers(len(inside), size=_SAMPLES)] + random.random((_SAMPLES, 3)) - 0.5
@@ -319,7 +319,7 @@ def _values(data: Tensor, grid: Grid, points: np.ndarray) -> Tensor:
 
 
 def _starts(fixed: _Scan, moving: _Scan) -> Iterator[np.ndarray]:
-    """Where to look first: as the files lie, centre on centre, top on top; each upright and tilted six ways."""
+    """Where to look first: as the files lie, center on center, top on top; each upright and tilted six ways."""
     centered = moving.center - fixed.center
     # two heads match at the top however much neck the scans show
     top = np.array([*centered[:2], np.percentile(moving.points[:, 2], 99) - np.percentile(fixed.points[:, 2], 99)])

@@ -96,10 +96,10 @@ class Fit:
             notices=begin.notices + fell,
         )
 
-    def _on_working_grid(self, pair: Pair, begin: Outcome, tick: Callable[[], None]) -> Refined:
+    def _on_working_grid(self, pair: Pair, begin: Outcome, tick: Callable[[], None]) -> Fitted:
         images = pair.fixed_intensities, pair.moving_intensities
         value = pair_objective(pair, *images, pair.grid, self.options, pair.seen)
-        start = Refined(begin.total, torch.empty(0, device=pair.device))
+        start = Fitted(begin.total, torch.empty(0, device=pair.device))
         if begin.before is None:
             return fit(start, self.options.iterations, value, self.options.field_rate, self.options.stride, tick)
         with torch.no_grad(), network_autocast(pair.device):
@@ -107,10 +107,10 @@ class Fit:
         with network_autocast(pair.device):
             return optimize(self.network, latent, begin.before, begin.total, value, self.options, tick)
 
-    def _on_fine_grid(self, pair: Pair, found: Tensor, finest: Grid, tick: Callable[[], None]) -> Refined:
+    def _on_fine_grid(self, pair: Pair, found: Tensor, finest: Grid, tick: Callable[[], None]) -> Fitted:
         options = self.options
         value = pair_objective(pair, *pair.intensities_on(finest), finest, options)
-        start = Refined(_moved_to(found, pair.grid, finest), torch.empty(0, device=pair.device))
+        start = Fitted(_moved_to(found, pair.grid, finest), torch.empty(0, device=pair.device))
         return fit(start, options.fine_iterations, value, options.field_rate, options.fine_stride, tick)
 
 
@@ -176,7 +176,7 @@ def _course(objectives: Tensor) -> dict[str, Any]:
     return {"start": curve[0], "refined": min(curve), "curve": curve} if curve else {}
 
 
-class Refined(NamedTuple):
+class Fitted(NamedTuple):
     """The field (1, 3, i, j, k) in voxels, and all objectives met on the way, (n,); the first is the start's."""
 
     total: Tensor
@@ -213,7 +213,7 @@ def optimize(
     value: Objective,
     settings: FitOptions,
     on_iteration: Callable[[], None] = lambda: None,
-) -> Refined:
+) -> Fitted:
     """K iterations on one pair, z first and then the field.
 
     Args:
@@ -227,7 +227,7 @@ def optimize(
     """
     on_latent = round(settings.iterations * settings.latent_share)
     z = latent.mu.detach().clone().requires_grad_()
-    kept = Refined(total, torch.empty(0, device=total.device))
+    kept = Fitted(total, torch.empty(0, device=total.device))
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:  # gradients of the weights would cost a third of the time
         parameter.requires_grad_(False)
@@ -243,13 +243,13 @@ def optimize(
 
 
 def fit(
-    start: Refined,
+    start: Fitted,
     iterations: int,
     value: Objective,
     rate: float,
     stride: int,
     on_iteration: Callable[[], None] = lambda: None,
-) -> Refined:
+) -> Fitted:
     """Iterations on the field alone: a correction on control points, added to the start's field.
 
     Args:
@@ -272,10 +272,10 @@ def _descend(
     rate: float,
     iterations: int,
     value: Objective,
-    kept: Refined,
+    kept: Fitted,
     on_iteration: Callable[[], None],
     field_of: Callable[[], Tensor],
-) -> Refined:
+) -> Fitted:
     """Adam on one variable; the best field so far, and all objectives."""
     optimizer = torch.optim.Adam([variable], lr=rate)
     for _ in range(iterations):
@@ -293,8 +293,8 @@ def _descend(
     return kept
 
 
-def _better(kept: Refined, candidate: Tensor, value: Tensor) -> Refined:
+def _better(kept: Fitted, candidate: Tensor, value: Tensor) -> Fitted:
     """The candidate if it has the lowest objective so far; chosen on the device, without waiting for it."""
     best = kept.objectives.min() if len(kept.objectives) else torch.full_like(value, torch.inf)
     total = torch.where(value < best, candidate, kept.total)
-    return Refined(total, torch.cat([kept.objectives, value.view(1)]))
+    return Fitted(total, torch.cat([kept.objectives, value.view(1)]))

@@ -217,7 +217,7 @@ def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: 
     return {
         "labels": {str(label): {k: per_stage[k][label] for k in per_stage} for label in labels},
         "mean": {k: sum(v.values()) / len(v) for k, v in per_stage.items()},
-        "definition": "2|A and B| / (|A| + |B|) per label on the fixed grid, nearest-neighbour warped; labels absent "
+        "definition": "2|A and B| / (|A| + |B|) per label on the fixed grid, nearest-neighbor warped; labels absent "
         "from either image are left out",
     }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..networks.devices import network_autocast
-from ..networks.policy import RegistrationModel, refine
+from ..networks.policy import RegistrationModel, take_steps
 from ..protocol.job import Job
 from ..space import fields
 from . import guards
@@ -62,7 +62,7 @@ class NetworkSteps:
 
         with network_autocast(pair.device), interruptible(self.network, job):
             moving_at = walk.moving_at
-            refine(self.network, moving_at, pair.fixed_intensities, self.steps, on_step)
+            take_steps(self.network, moving_at, pair.fixed_intensities, self.steps, on_step)
         return walk.outcome()
 
 

@@ -270,7 +270,7 @@ class _Panel:
     def show(
         self, values: np.ndarray, colors: Any = None, low: float = 0, high: float = 1, smooth: bool = True
     ) -> None:
-        """(down, right) values, or (down, right, 4) colours; NaN stays black."""
+        """(down, right) values, or (down, right, 4) colors; NaN stays black."""
         self.axes.imshow(
             values,
             cmap=colors,
@@ -312,7 +312,7 @@ class _Panel:
 
 
 class _Scene:
-    """The volumes with their grey windows, and one drawing function a column."""
+    """The volumes with their gray windows, and one drawing function a column."""
 
     def __init__(self, pictures: RegistrationPictures) -> None:
         self.pictures = pictures

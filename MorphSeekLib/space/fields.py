@@ -2,7 +2,7 @@
 
 Arrays are (batch, channel, i, j, k). A displacement has three channels in the order of the axes, in voxels of its own
 grid, and maps the voxel x to x + u(x). Warping is backward: ``warp(image, u)(x) = image(x + u(x))``. Physical space
-(millimetres, orientation) lives in :mod:`MorphSeekLib.space.geometry` alone.
+(millimeters, orientation) lives in :mod:`MorphSeekLib.space.geometry` alone.
 
 Everything here is computed in float32 or better whatever autocast says: coordinates of a 256-voxel axis do not fit
 bfloat16's eight bits.
@@ -38,7 +38,7 @@ def sample(image: Tensor, points: Tensor, mode: str = "linear", padding: str = "
 
     Args:
         image: (batch or 1, channel, i, j, k), of any type.
-        points: (batch or 1, 3, ...three axes) voxel coordinates in ``image``; voxel centres are the integers.
+        points: (batch or 1, 3, ...three axes) voxel coordinates in ``image``; voxel centers are the integers.
         mode: "linear" or "nearest".
         padding: "zeros" (0 outside; linear fades to it over the first voxel beyond the edge) or "border" (edge value).
 
@@ -106,7 +106,7 @@ def compose(outer: Tensor, step: Tensor) -> Tensor:
 
 
 def resize(displacement: Tensor, shape: Sequence[int]) -> Tensor:
-    """Resample a displacement onto another number of voxels over the same extent, first centre to last centre.
+    """Resample a displacement onto another number of voxels over the same extent, first center to last center.
 
     Each channel is multiplied by (new - 1) / (old - 1) of its axis, so that it means the same motion exactly: an affine
     displacement stays that affine displacement. (Official codes multiply by new / old)

@@ -1,12 +1,12 @@
 """Physical space: where voxels lie, how a volume is resampled, how a dense transform maps points.
 
-World coordinates are millimetres in LPS (x to the patient's left, y to posterior, z to superior), as in ITK and DICOM.
+World coordinates are millimeters in LPS (x to the patient's left, y to posterior, z to superior), as in ITK and DICOM.
 Slicer's RAS is met only in the Slicer module. A transform here always maps a point of the FIXED image to a point of the
 MOVING image, which is ITK's resampling convention: ``warped(p) = moving(T(p))``.
 
 Grids may have any orientation, spacing, handedness or obliqueness; everything goes through their 4x4 affines, kept in
 float64. Dense arithmetic is float32, so it is done in voxels or in differences of positions: affines are multiplied out
-first, and an origin 1500 mm away never meets a float32. This is the only room of the engine that knows millimetres.
+first, and an origin 1500 mm away never meets a float32. This is the only room of the engine that knows millimeters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Grid:
 
     Attributes:
         shape: number of voxels along i, j, k.
-        affine: (4, 4) float64, voxel index -> LPS mm (of the voxel's centre).
+        affine: (4, 4) float64, voxel index -> LPS mm (of the voxel's center).
         nifti_codes: what a NIfTI file calls the space of its qform and its sform (1: of the scanner, 4: of MNI, ...);
             results on the grid of an image carry the codes of its file.
     """
@@ -63,7 +63,7 @@ class Grid:
 
     @property
     def spacing(self) -> np.ndarray:
-        """(3,) mm between voxel centres along i, j, k."""
+        """(3,) mm between voxel centers along i, j, k."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
     @property
@@ -73,7 +73,7 @@ class Grid:
 
     @property
     def origin(self) -> np.ndarray:
-        """(3,) LPS mm of the centre of voxel (0, 0, 0)."""
+        """(3,) LPS mm of the center of voxel (0, 0, 0)."""
         return self.affine[:3, 3]
 
     @property
@@ -82,7 +82,7 @@ class Grid:
         return self.affine[:3, :3] @ ((np.array(self.shape) - 1) / 2) + self.origin
 
     def corners(self) -> np.ndarray:
-        """(8, 3) LPS mm of the centres of the corner voxels."""
+        """(8, 3) LPS mm of the centers of the corner voxels."""
         index = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij")).reshape(3, -1)
         return (self.affine[:3, :3] @ index).T + self.origin
 
@@ -119,7 +119,7 @@ class Volume:
     """An image: data (i, j, k) tensor on the CPU and the grid it lies on.
 
     Attributes:
-        notices: what a person should know of how it was read.
+        notices: what a user should know of how it was read.
         dtype: the number type of its file, such as "int16", in which what is made of it is written; the data itself is
             float32 whatever that is.
         elsewhere: (4, 4) voxel index -> LPS mm, the other place that the file's header states when it states two.
@@ -257,7 +257,7 @@ def resample(
 ) -> Volume:
     """Resample a volume onto a grid: out(p) = volume(T(p)), one interpolation, slab by slab.
 
-    Inside means within half a voxel of the outermost centres, as for ITK and VTK; edge values hold in that rim.
+    Inside means within half a voxel of the outermost centers, as for ITK and VTK; edge values hold in that rim.
 
     Args:
         volume: the image to read (the moving one).
@@ -442,7 +442,7 @@ def jacobian_volume(
 def map_voxels(displacement: Tensor, grid: Grid, then: Transform | None, into: Grid) -> Tensor:
     """(1, 3, i, j, k): where ``then(p + u(p))`` of each voxel of ``grid`` lies, in voxels of ``into``.
 
-    What a refinement step samples the original moving image at: one interpolation, no detour over another grid.
+    What a step samples the original moving image at: one interpolation, no detour over another grid.
 
     Args:
         displacement: (1, 3, i, j, k), u in voxels of ``grid``.
@@ -473,7 +473,7 @@ def _landing_slabs(
         matrix = to_index @ grid.affine if transform is None else to_index @ transform @ grid.affine
         yield from (_map(matrix, at) for at in _slabs(grid, device))
         return
-    # the mean displacement goes into the matrix: the images may lie metres apart
+    # the mean displacement goes into the matrix: the images may lie meters apart
     mean = transform.displacement.mean(dim=(1, 2, 3))
     matrix = np.eye(4)
     matrix[:3, 3] = mean.double().numpy()
@@ -495,7 +495,7 @@ def _slabs(grid: Grid, device: torch.device | str = "cpu") -> Iterator[Tensor]:
 
 
 def _points(grid: Grid, matrix: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """(1, 3, *grid.shape): the grid's voxel centres (LPS mm), through a (4, 4) matrix."""
+    """(1, 3, *grid.shape): the grid's voxel centers (LPS mm), through a (4, 4) matrix."""
     return torch.cat([_map(matrix @ grid.affine, at) for at in _slabs(grid, device)], dim=2)
 
 

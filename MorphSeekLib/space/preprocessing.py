@@ -1,4 +1,4 @@
-"""How an image reaches the network: the working grid and the intensities, as a checkpoint's card says."""
+"""How an image reaches the network: the working grid and the intensities, as a model's card says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .background import quiet_background
 from .geometry import Grid, Volume, covering_grid
 
 FINE_VOXELS = 16_000_000
-"""Refinement takes about 400 bytes of memory a voxel."""
+"""The most of a grid that is fitted: the fit takes about 400 bytes of memory a voxel."""
 _SEED = 1
 _LEAST_SHARE = 0.01  # of the voxels, that make a value the background though it is not the least
 _MOST_CLIPPED = 0.1  # of the foreground, that the lower percentile may take with it
@@ -24,7 +24,7 @@ _MOST_CLIPPED = 0.1  # of the foreground, that the lower percentile may take wit
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Stored in every checkpoint.
+    """Stored in every model.
 
     Attributes:
         orientation: axis code of the working grid, such as "RAS": i runs to the right, j to anterior, k up.
@@ -34,7 +34,7 @@ class Preprocessing:
             "window" (low and high are intensities, such as HU) or "none".
         low, high: see intensity. Values outside are clipped.
         align: what to do before the network when nothing is asked for: "none", "center", "rigid" or "affine".
-        steps: refinement steps when nothing is asked for (the T of training).
+        steps: steps of the network when nothing is asked for (the T of training).
         knows: smallest and largest size in mm of what the training images showed
             (:func:`MorphSeekLib.registration.alignment.object_size`); None: it was not measured.
     """
@@ -85,7 +85,7 @@ def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) ->
     """The grid the network works on; it covers the whole fixed image.
 
     An image that already lies on a grid the network takes keeps its voxels, at most turned; others get a rim. The grid
-    has at least two cells of the coarsest feature: networks that normalise over a feature's voxels refuse one.
+    has at least two cells of the coarsest feature: networks that normalize over a feature's voxels refuse one.
     """
     wanted = (fixed, preprocessing.spacing, preprocessing.orientation, multiple_of)
     grid = covering_grid(*wanted, preprocessing.shape)
@@ -113,12 +113,12 @@ def fine_grid(fixed: Grid, working: Grid) -> Grid:
         fixed, working: the fixed image's grid, and the network's that covers it.
 
     Returns:
-        a grid along the fixed image's axes that covers its voxels' centres; an image that has more than FINE_VOXELS on
+        a grid along the fixed image's axes that covers its voxels' centers; an image that has more than FINE_VOXELS on
         the working grid already keeps that one's spacing.
     """
     coarsest = np.linalg.norm(fixed.direction.T @ working.direction * working.spacing, axis=1)  # along fixed's axes
     least = coarsest / 2
-    length = fixed.spacing * np.maximum(np.array(fixed.shape) - 1, 1)  # between the first and the last centre
+    length = fixed.spacing * np.maximum(np.array(fixed.shape) - 1, 1)  # between the first and the last center
     crowd = np.prod(length / np.maximum(fixed.spacing, least)) / FINE_VOXELS
     if crowd > 1:
         least = np.minimum(np.maximum(fixed.spacing, least) * crowd ** (1 / 3), coarsest)

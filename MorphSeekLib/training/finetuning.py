@@ -1,6 +1,6 @@
 """GRPO fine-tuning on labeled pairs (Docs/method.md, section C): the run around :mod:`MorphSeekLib.training.grpo`.
 
-Every refinement step of every pair adds lambda_policy L_policy + lambda_warm L_warm + lambda_Dice (1 - soft Dice) to
+Every step of every pair adds lambda_policy L_policy + lambda_warm L_warm + lambda_Dice (1 - soft Dice) to
 the loss of the iteration; with the policy's weight 0 it is the weakly supervised baseline, on the same code.
 """
 
@@ -52,7 +52,7 @@ class FinetuneRun(RunSettings):
         augmentation: strength of the random deformations and contrasts of training images; see
             :func:`MorphSeekLib.data.datasets.augment`.
         kl_target: the KL to N(0, I) (mean over dimensions) that beta is steered to; None keeps ``loss.kl``.
-        update: when the weights move: after each refinement "step", or once an "iteration", by all of them.
+        update: when the weights move: after each "step", or once an "iteration", by all of them.
     """
 
     iterations: int = 800
@@ -259,7 +259,7 @@ class Finetuning(Task[list[PreparedPair]]):
         if metrics["sigma"] < 1.05 * floor:
             raise MorphSeekError(
                 f"The policy has collapsed: sigma is at its floor ({metrics['sigma']:.2g}); raise loss.kl, set "
-                "training.kl_target, or lower policy.weight, and start again from the warm-up checkpoint."
+                "training.kl_target, or lower policy.weight, and start again from the model of the warm-up."
             )
         silent = self.memory.silent_groups + 1 if metrics["groups_without_spread"] == 1 else 0
         self.memory.silent_groups = silent
@@ -293,13 +293,13 @@ def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
     """Whether a backbone's learned features can stand for the labels of a data set."""
     count = model.backbone.learned_features
     if not count:
-        raise MorphSeekError("loss.features needs a checkpoint whose backbone learns features; set it to 0.")
+        raise MorphSeekError("loss.features needs a model whose backbone learns features; set it to 0.")
     name = dataset.path.name
     if not dataset.labels:
         raise MorphSeekError(f'loss.features needs the label values; name them under "labels" in {name}.')
     if max(dataset.labels) >= count:
         raise MorphSeekError(
-            f"{name} has a label {max(dataset.labels)}, but feature c stands for label c and this checkpoint has "
+            f"{name} has a label {max(dataset.labels)}, but feature c stands for label c and this model has "
             f"features 0 to {count - 1}; warm up one with more features, or set loss.features to 0."
         )
 

@@ -1,4 +1,4 @@
-"""GRPO, one refinement step of one pair (Docs/method.md, section C): sample a group, reward it, push the policy.
+"""GRPO, one step of one pair (Docs/method.md, section C): sample a group, reward it, push the policy.
 
 Memory does not grow with the number J of trajectories: they are sampled, decoded and scored in chunks without a graph;
 the log-likelihood of the stored samples is then recomputed on the encoder's graph, and one decode, that of the mean, is
@@ -165,15 +165,15 @@ def _compared(rewards: Tensor, rollout: Tensor, settings: PolicyGradientSettings
     count = len(rewards)
     mean = rewards.mean(dim=0, keepdim=True)
     if settings.baseline == "mean_rollout":
-        centred = rewards - rollout
+        centered = rewards - rollout
     elif settings.baseline == "leave_one_out":
-        centred = (rewards - mean) * count / (count - 1)
+        centered = (rewards - mean) * count / (count - 1)
     else:
-        centred = rewards - mean
+        centered = rewards - mean
     if settings.scale == "none":
-        return centred
+        return centered
     spread = (rewards - mean).square().mean().sqrt() * math.sqrt(count / (count - 1))
-    return centred / (spread + epsilon)
+    return centered / (spread + epsilon)
 
 
 def policy_loss(advantage: list[Tensor], log_likelihood: list[Tensor]) -> Tensor:

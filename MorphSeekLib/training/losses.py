@@ -19,12 +19,12 @@ from ..space import fields
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the warm-up loss, all per refinement step.
+    """Weights of the warm-up loss, all per step.
 
     Attributes:
         similarity: "lncc", "mse" or "mind".
         similarity_weight: 0 for synthetic pairs whose contrasts differ.
-        regularization: lambda_reg of the diffusion regulariser, on the accumulated displacement in voxels.
+        regularization: lambda_reg of the diffusion regularizer, on the accumulated displacement in voxels.
         folding: weight of the differentiable folding penalty mean(relu(0.05 - det J)).
         kl: beta, of the mean KL to N(0, I).
         dice: weight of 1 - soft Dice; needs labels (synthetic pairs have them).
@@ -95,7 +95,7 @@ def feature_loss(learned: Tensor, shares: Tensor, structures: Tensor, epsilon: f
 
 
 class Step(NamedTuple):
-    """One refinement step on the graph.
+    """One step on the graph.
 
     Attributes:
         latent: the encoder's Gaussian.
@@ -124,7 +124,7 @@ def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
 def warmup_loss(
     step: Step, batch: Batch, weights: LossSettings, kl_weight: float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_warm of one refinement step (Docs/method.md, section B), with soft Dice where labels and a weight are there.
+    """L_warm of one step (Docs/method.md, section B), with soft Dice where labels and a weight are there.
 
     Args:
         kl_weight: beta, where a controller rules it; else ``weights.kl``.

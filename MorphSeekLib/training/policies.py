@@ -54,7 +54,7 @@ class PolicyGradientSettings:
         scale: "std" divides advantages by the group's spread (over trajectories and, for "local", over cells), "none"
             keeps the reward's units.
         antithetic: draw noise in pairs of opposite sign; J must be even.
-        s: normaliser of the log-likelihood, "sqrt_n" (LDVN) or a number.
+        s: normalizer of the log-likelihood, "sqrt_n" (LDVN) or a number.
         advance: the state of the next step: "greedy" (the best trajectory, the paper) or "mean" (the roll-out at
             tau = 0, which is what inference does).
         chunk: trajectories decoded and scored at once; changes speed and memory, not the result.

@@ -1,7 +1,7 @@
 """Rewards of a deformation, from hard labels and without gradient (Docs/method.md, section C.2).
 
 Every term is a map over the fixed grid whose sum over the voxels is the term's value, so that one and the same reward
-can credit a whole trajectory (the sum) or each neighbourhood (sums over cells). A run's reward is the weighted sum of
+can credit a whole trajectory (the sum) or each neighborhood (sums over cells). A run's reward is the weighted sum of
 the terms that its settings name.
 """
 
@@ -69,7 +69,7 @@ class State:
 
     @cached_property
     def moving_classes(self) -> Tensor:
-        """(1, 1, i, j, k) float, for nearest-neighbour warping."""
+        """(1, 1, i, j, k) float, for nearest-neighbor warping."""
         return _classes(self.both_labels[1], self.labels).float()
 
     def warped_classes(self, total: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def _counts(fixed: Tensor, warped: Tensor, count: int) -> tuple[Tensor, Tensor, 
 
 
 def _surfaces(classes: Tensor, count: int) -> Tensor:
-    """(J, K, i, j, k) bool: voxels of each class with a face neighbour outside it."""
+    """(J, K, i, j, k) bool: voxels of each class with a face neighbor outside it."""
     masks = torch.stack([classes[:, 0] == n + 1 for n in range(count)], dim=1).float()
     inside = masks
     for kernel, padding in (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))):

@@ -150,7 +150,7 @@ class Critic(nn.Module):
 
 
 class Learner(nn.Module):
-    """All that is trained: the network of the checkpoint, two critics, their targets, the temperature."""
+    """All that is trained: the network of the model file, two critics, their targets, the temperature."""
 
     def __init__(self, network: RegistrationModel, run: SACRun) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from ..data.datasets import Case, Dataset, PairLoader, PreparedPair, training_pa
 from ..measures.metrics import LABEL_DEFINITIONS, folding, label_figures, mean
 from ..networks.devices import network_autocast
 from ..networks.model_file import Card, not_finite, save, software
-from ..networks.policy import RegistrationModel, refine
+from ..networks.policy import RegistrationModel, take_steps
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict
@@ -50,7 +50,7 @@ class RunSettings:
     Attributes:
         iterations: optimizer steps, one pair each.
         learning_rate: of Adam, falling to a hundredth along a half cosine.
-        steps: refinement steps T in training; each is detached from the one before.
+        steps: steps T of the network in training; each is detached from the one before.
         seed: of everything random.
         validate_every, save_every: iterations between validations, and between states to resume from.
         validation_pairs: the most pairs of one validation.
@@ -193,7 +193,7 @@ def training_cases(dataset: Dataset, name: str, labeled: bool = False, most: int
     """
     cases = [case for case in dataset.split("training", "cases") if case.label is not None or not labeled][:most]
     if len(cases) < 2:
-        what = "labelled training cases" if labeled else "training cases"
+        what = "labeled training cases" if labeled else "training cases"
         raise MorphSeekError(f"{dataset.path} offers {len(cases)} {what}; {name} needs at least two.")
     return cases
 
@@ -390,7 +390,7 @@ def validate(
         pair = make()
         fixed, moving = pair.fixed.to(device), pair.moving.to(device)
         with torch.inference_mode(), network_autocast(device):
-            total = refine(model, partial(fields.warp, moving), fixed, steps).cpu()
+            total = take_steps(model, partial(fields.warp, moving), fixed, steps).cpu()
         if not bool(torch.isfinite(total).all()):
             raise MorphSeekError(
                 "The training has become unstable: the model's displacement is not a number; lower "

@@ -36,7 +36,7 @@ def bundle(trained: Path, figures: Path) -> None:
     found = json.loads(figures.read_text(encoding="utf-8"))
     tested = {k: found[k] for k in ("dataset", "split", "mean", "std", "definitions", "folding_definition", "steps")}
     results = card.results | {"test": tested | {"pairs": len(found["pairs"])}}
-    title = "Hippocampus MR crops, fine-tuned on 150 labelled cases"
+    title = "Hippocampus MR crops, fine-tuned on 150 labeled cases"
     save(
         resources() / "Models" / "hippocampus-mr.safetensors",
         model,

@@ -6,7 +6,7 @@ PythonQt's rules that are kept (PythonQtInstanceWrapper.cpp, PythonQtSignalRecei
 - ``name`` is ``objectName``.
 - Assigning to anything that is no property, a slot say, is an AttributeError; so is a new attribute.
 - An unknown attribute is looked for among dynamic properties, then among the children's names.
-- ``connect("clicked(bool)", f)`` by normalised C++ signature, or ``clicked.connect(f)``. A function gets as many of the
+- ``connect("clicked(bool)", f)`` by normalized C++ signature, or ``clicked.connect(f)``. A function gets as many of the
   signal's arguments as it has parameters. PythonQt only prints that a signal does not exist; here it raises.
 - An exception in a slot is printed and does not stop anything; here it is kept in :data:`errors` too, for tests.
 - Enum values belong to the class: ``qt.QMessageBox.Ok``; the scoped form of PySide6 is refused.

@@ -3,7 +3,7 @@
     python Testing/benchmarks/brain_model.py [--shared ../shared] [--model brain-mr] [--steps 2] [--out FILE]
 
 1. A T1 scan with a whole-brain segmentation (brain_t1) and the MNI152 T1 template of nilearn, both ways, from
-   their own poses, with `--align affine`: Dice of grey and of white matter between the template's tissue maps
+   their own poses, with `--align affine`: Dice of gray and of white matter between the template's tissue maps
    (probability above one half) and the scan's segmentation, after the affine alignment and after the registration.
 2. Pairs of other brains (brain_oasis, split registration_test, already affine to MNI, 2 mm): mean Dice over all
    labels, before and after, alignment off.
@@ -33,11 +33,11 @@ from MorphSeekLib.space.geometry import Volume, resample
 
 GREY = [3, 42, 8, 47, 10, 11, 12, 13, 17, 18, 26, 49, 50, 51, 52, 53, 54, 58]
 WHITE = [2, 41, 7, 46, 77, 16, 28, 60, 251, 252, 253, 254, 255]
-TISSUES = {1: "grey matter", 2: "white matter"}
+TISSUES = {1: "gray matter", 2: "white matter"}
 
 
 def template_tissues(onto: Volume) -> Volume:
-    """1 grey, 2 white matter, where nilearn's tissue maps of the template exceed one half."""
+    """1 gray, 2 white matter, where nilearn's tissue maps of the template exceed one half."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
     tissues = torch.zeros(onto.grid.shape, dtype=torch.int32)
@@ -50,7 +50,7 @@ def template_tissues(onto: Volume) -> Volume:
 
 
 def scan_tissues(segmentation: Volume) -> Volume:
-    """1 grey, 2 white matter of a FreeSurfer segmentation."""
+    """1 gray, 2 white matter of a FreeSurfer segmentation."""
     tissues = torch.zeros_like(segmentation.data)
     for label, values in ((1, GREY), (2, WHITE)):
         tissues[torch.isin(segmentation.data, torch.tensor(values, dtype=segmentation.data.dtype))] = label

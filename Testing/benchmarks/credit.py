@@ -2,7 +2,7 @@
 
     python Testing/benchmarks/credit.py DATASET.json CHECKPOINT [--pairs 8] [--trajectories 6 16 64] [--out FILE]
 
-The policy sees hard-Dice rewards alone (nearest-neighbour labels, no gradient); the exact gradient is that of soft Dice
+The policy sees hard-Dice rewards alone (nearest-neighbor labels, no gradient); the exact gradient is that of soft Dice
 of trilinearly warped one-hot labels with respect to the same tensor: the policy's mean at its place. The cosine is
 between the two for one group of J trajectories of one pair, at the state after one step, averaged over the pairs.
 "shuffled" gives every trajectory another's rewards: what is left is chance. "zeroed" is the Dice that the checkpoint

@@ -37,7 +37,7 @@ CONFIG = FinetuneConfig()
 
 
 def setting(size: int, j: int) -> tuple[RegistrationModel, State, Batch, PolicyGradientSettings]:
-    """A model, a random labelled pair, and J trajectories."""
+    """A model, a random labeled pair, and J trajectories."""
     torch.manual_seed(0)
     model = RegistrationModel(ModelSettings(backbone_settings=MODEL))
     torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.02)

@@ -10,7 +10,7 @@ any more, the table (EXPERIMENT.md), all figures (EXPERIMENT.json) and the plot 
 
 Every run is ``finetune`` from the same unsupervised warm-up of the plain VoxelMorph (hippocampus.toml without forces);
 its last weights count. Figures are means over the pairs of "registration_test" on the working grid, T steps as trained:
-Dice (hard labels, nearest-neighbour warped, mean over labels), HD95 (mm, Learn2Reg's definition), folded cells (share
+Dice (hard labels, nearest-neighbor warped, mean over labels), HD95 (mm, Learn2Reg's definition), folded cells (share
 with a corner determinant <= 0 on the composed field), NJD (share of voxels with a determinant <= 0 by central
 differences), SDlogJ. p: Wilcoxon signed-rank over the
 pairs, seeds averaged, against the experiment's first arm of the same strength.
@@ -38,7 +38,7 @@ from MorphSeekLib.io.files import write_atomically
 from MorphSeekLib.measures.metrics import folding, label_figures
 from MorphSeekLib.networks.devices import network_autocast
 from MorphSeekLib.networks.model_file import load, read_card, software
-from MorphSeekLib.networks.policy import refine
+from MorphSeekLib.networks.policy import take_steps
 from MorphSeekLib.protocol.job import SILENT, Job
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.space import fields
@@ -72,7 +72,7 @@ FIELD: Settings = {
     "policy.share": math.inf,
     "reward.weights": {"dice": 1.0, "folding": 20.0},
 }
-# the strength of regularisation
+# the strength of regularization
 STRENGTHS: dict[str, Settings] = {"strong": {}, "weak": {"loss.regularization": 0.3, "loss.folding": 3.0}}
 
 
@@ -196,7 +196,7 @@ def test(dataset: Path, checkpoint: Path, *, zeroed: bool) -> list[dict[str, flo
     for pair in load_dataset(dataset).split("registration_test"):
         prepared = loader(pair)
         with network_autocast(torch.device("cpu")):
-            total = refine(
+            total = take_steps(
                 model, lambda u, p=prepared: fields.warp(p.moving, u), prepared.fixed, card.preprocessing.steps
             )
         warped = fields.warp(prepared.moving_labels.float(), total, "nearest").int()[0, 0]

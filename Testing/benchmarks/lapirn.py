@@ -4,7 +4,7 @@
     python Testing/benchmarks/lapirn.py --official FOLDER [--repeats 3] [--threads 2] [--out FILE.json]
 
 The pair is ../shared/fixtures/lapirn_disp_oasis_like_160x192x224.pt: a brain and its copy under a smooth field of up to
-seven voxels. Dice is the mean over 27 structures of the moving labels warped by nearest neighbour, edge values held
+seven voxels. Dice is the mean over 27 structures of the moving labels warped by nearest neighbor, edge values held
 beyond the image. Both networks are timed from two images in memory to the field and the warped image, greedy (NCC,
 radius 2, 100x50x10) with its files, as it comes. Every run is a process of its own, so that peak memory is its own; the
 methods take turns and each one's median counts. Where other programs run beside it, believe the processor's seconds and

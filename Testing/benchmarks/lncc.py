@@ -1,6 +1,6 @@
 """How fast is MorphSeek's LNCC?
 
-Measures one forward and backward pass (gradient with respect to the warped image) of local normalised
+Measures one forward and backward pass (gradient with respect to the warped image) of local normalized
 cross-correlation, VoxelMorph's definition, for MorphSeekLib.measures.similarity.lncc and for the other ways of summing
 over the window: the dense convolution of the official codes, pooling, separable convolution and pooling, running
 (cumulative) sums, doubling sums, and matrix products differentiated by autograd; MONAI's loss too where MONAI is

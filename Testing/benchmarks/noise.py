@@ -9,7 +9,7 @@ image or both, and the pair is registered as a user would, alignment included; "
 field follow from seed, pair and side alone. Every row is written when it is known, and rows that the file already holds
 for these weights are not measured again; delete the file after a change to the code.
 
-Dice: the mean over labels, nearest-neighbour warped, after the alignment and after the registration.
+Dice: the mean over labels, nearest-neighbor warped, after the alignment and after the registration.
 """
 
 from __future__ import annotations

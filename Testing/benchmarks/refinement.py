@@ -7,7 +7,7 @@ Every method gets the same pairs and the same threads. MorphSeek: the whole of `
 (alignment, network, fit, warp at full resolution, Jacobian); "60+20" is ``--fit 60 --fit-fine 20``.
 greedy: affine from the image centers, then deformable, both NCC radius 2, 100x50x10, then the warped image. Best of J:
 the label-free objective picks among J samples of the last step's latent. Dice is the mean over labels,
-nearest-neighbour warped; NJD the share of voxels of the fixed grid with a Jacobian determinant <= 0 (the whole
+nearest-neighbor warped; NJD the share of voxels of the fixed grid with a Jacobian determinant <= 0 (the whole
 transform for both); times are medians over the pairs.
 """
 
@@ -28,9 +28,9 @@ from MorphSeekLib.io.images import read_image, read_labels
 from MorphSeekLib.measures.metrics import dice_per_label, folding
 from MorphSeekLib.networks.loading import LoadedModel, load_model
 from MorphSeekLib.networks.model_file import software
-from MorphSeekLib.networks.policy import Latent, RegistrationModel, draw, refine
+from MorphSeekLib.networks.policy import Latent, RegistrationModel, draw, take_steps
 from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
-from MorphSeekLib.registration.fit import Objective, Refined, objective
+from MorphSeekLib.registration.fit import Fitted, Objective, objective
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Volume, jacobian_volume, resample
@@ -78,7 +78,7 @@ def best_of(
     count: int,
     tau: float = 1.0,
     generator: torch.Generator | None = None,
-) -> Refined:
+) -> Fitted:
     """Return the best by the objective among the network's answer and ``count`` samples of the last step's latent.
 
     The rival of ``MorphSeekLib.registration.fit.optimize`` that needs no gradient; arguments as there.
@@ -91,11 +91,11 @@ def best_of(
         if found < min(objectives):
             total = candidate
         objectives.append(found)
-    return Refined(total, torch.stack(objectives).view(-1))
+    return Fitted(total, torch.stack(objectives).view(-1))
 
 
 def run_best_of(pair: Pair, loader: PairLoader, model: LoadedModel, count: int) -> dict:
-    """Sampling on the working grid (alignment by centres, as in training)."""
+    """Sampling on the working grid (alignment by centers, as in training)."""
     prepared = loader(pair)
     last = before = torch.zeros(1, 3, *prepared.fixed.shape[2:])
 
@@ -109,7 +109,7 @@ def run_best_of(pair: Pair, loader: PairLoader, model: LoadedModel, count: int) 
     begin = time.perf_counter()
     with torch.no_grad():
         steps = model.card.preprocessing.steps
-        total = refine(model.network, moving_at, prepared.fixed, steps, on_step)
+        total = take_steps(model.network, moving_at, prepared.fixed, steps, on_step)
         latent = model.network.encode(moving_at(before), prepared.fixed)
         value = objective(prepared.fixed, moving_at, FitOptions())
         generator = torch.Generator().manual_seed(0)

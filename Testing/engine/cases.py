@@ -52,7 +52,7 @@ def blob_grid(shape=(24, 28, 20), spacing=(2.0, 2.0, 2.5)) -> Grid:
 
 
 def write_dataset(folder: Path, count: int = 4, grid: Grid | None = None) -> Path:
-    """``count`` labelled cases and a dataset.json with cases and pairs; returns its path."""
+    """``count`` labeled cases and a dataset.json with cases and pairs; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in range(count):

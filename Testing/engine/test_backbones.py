@@ -47,7 +47,7 @@ def test_every_published_network_has_the_official_sizes(name):
         network = build_backbone(architecture.backbone, to_dict(architecture.settings))
         _, top = network.encode(*torch.rand(2, 1, 1, 160, 192, 224))
         head = GaussianHead(network.top_channels, PolicySettings())
-    assert network.settings == architecture.settings, "settings survive a checkpoint's card"
+    assert network.settings == architecture.settings, "settings survive a model's card"
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert top.numel() == dimensions
     assert sum(p.numel() for p in head.parameters()) < 0.03 * parameters, "the policy's head stays small"

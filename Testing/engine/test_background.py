@@ -14,7 +14,7 @@ from cases import TINY, blob_grid, blob_labels
 from MorphSeekLib.backbones.voxelmorph import structure_force
 from MorphSeekLib.data.datasets import Case, Pair, PairLoader
 from MorphSeekLib.io.images import read_image, write_image
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import Card
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
@@ -99,7 +99,7 @@ def network_inputs(blob, tmp_path_factory):
     model = RegistrationModel(ModelSettings(backbone_settings=TINY["voxelmorph"]))
     card = Card(title="tiny", preprocessing=Preprocessing(align="none", steps=1))
     folder = tmp_path_factory.mktemp("noise")
-    checkpoint.save(folder / "tiny.safetensors", model, card)
+    model_file.save(folder / "tiny.safetensors", model, card)
     loaded, seen = load_model(folder / "tiny.safetensors", "cpu"), []
     loaded.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     volumes = [Volume(rician(blob[1], 2.3, seed), grid) for seed in (0, 1)]

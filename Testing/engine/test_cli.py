@@ -28,7 +28,7 @@ from MorphSeekLib.space.geometry import Grid, Volume
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with a model, two labelled images and a data set."""
+    """A folder with a model, two labeled images and a data set."""
     folder = tmp_path_factory.mktemp("files")
     random_model(folder / "model.safetensors")
     for seed, name in enumerate(("fixed", "moving")):

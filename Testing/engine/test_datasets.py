@@ -50,7 +50,7 @@ def spot(folder, name, index, origin):
 
 
 def test_landmarks_lie_where_the_images_say(tmp_path):
-    """On the working grid each landmark is the brightest place of its image, centred or not."""
+    """On the working grid each landmark is the brightest place of its image, centered or not."""
     pair = Pair(
         spot(tmp_path, "fixed", (10.0, 9.0, 11.0), (5, 6, 7)), spot(tmp_path, "moving", (13.0, 12.0, 8.0), (-4, 6, 9))
     )

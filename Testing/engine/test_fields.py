@@ -245,7 +245,7 @@ def test_resize_keeps_affine_displacements_exactly(old, new, seed):
 @given(shapes, seeds)
 def test_finer_and_back_is_the_same(shape, seed):
     u = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(seed))
-    finer = fields.resize(u, [2 * n - 1 for n in shape])  # every old centre is a new centre
+    finer = fields.resize(u, [2 * n - 1 for n in shape])  # every old center is a new center
     torch.testing.assert_close(fields.resize(finer, shape), u, atol=1e-5, rtol=0)
     assert fields.resize(u, shape) is u
 
@@ -348,7 +348,7 @@ operations = {
 @pytest.mark.parametrize("name", operations)
 def test_gradients(name):
     g = torch.Generator().manual_seed(3)
-    # away from voxel centres, where linear interpolation has a kink
+    # away from voxel centers, where linear interpolation has a kink
     u = 0.2 + 0.15 * torch.rand(1, 3, 3, 3, 3, generator=g, dtype=torch.float64)
     assert torch.autograd.gradcheck(operations[name], u.requires_grad_())
 

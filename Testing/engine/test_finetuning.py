@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from MorphSeekLib.data.datasets import Pair, PairLoader, load_dataset
 from MorphSeekLib.io.images import read_labels
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
@@ -64,7 +64,7 @@ def init(dataset, tmp_path_factory):
 
 
 def weights(path):
-    return checkpoint.load(path)[0].state_dict()
+    return model_file.load(path)[0].state_dict()
 
 
 def same(one, other):
@@ -77,7 +77,7 @@ def test_a_run_writes_card_curves_and_lines(dataset, init, tmp_path, place):
     policy = dataclasses.replace(CONFIG.policy, place=place, credit="local" if place == "field" else "trajectory")
     config = dataclasses.replace(CONFIG, policy=policy)
     finetune(dataset, config, init, tmp_path / "m.safetensors")
-    card = checkpoint.read_card(tmp_path / "m.safetensors")
+    card = model_file.read_card(tmp_path / "m.safetensors")
     assert card.provenance["stage"] == "GRPO fine-tuning"
     assert card.provenance["settings"]["reward"]["weights"] == {"dice": 1.0, "folding": 20.0}
     assert card.provenance["init"]["stage"] == "warm-up"
@@ -116,7 +116,7 @@ def test_a_run_cancelled_anywhere_resumes_to_the_same_card(dataset, init, tmp_pa
         finetune(dataset, config, init, tmp_path / "cut.safetensors", job=Job(cancelled=lambda: next(asked) == calls))
     finetune(dataset, config, init, tmp_path / "cut.safetensors")
     same(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
-    cards = [to_dict(checkpoint.read_card(tmp_path / f"{name}.safetensors")) for name in ("whole", "cut")]
+    cards = [to_dict(model_file.read_card(tmp_path / f"{name}.safetensors")) for name in ("whole", "cut")]
     for card in cards:
         card["provenance"] |= {"seconds": 0, "date": ""}
     assert cards[0] == cards[1]
@@ -178,7 +178,7 @@ def test_the_last_weights_are_not_kept_when_earlier_ones_were_better(dataset, in
     rows = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
     figures = [{k.removeprefix("validation/"): v for k, v in row.items()} for row in rows]
     scores = [score(f, run.folding_limit) for f in figures]
-    card = checkpoint.read_card(tmp_path / "m.safetensors")
+    card = model_file.read_card(tmp_path / "m.safetensors")
     assert card.provenance["best_iteration"] == scores.index(max(scores)) + 1
     assert card.results["validation"]["dice"] == pytest.approx(figures[scores.index(max(scores))]["dice"])
     assert card.provenance["stage"] == "weakly supervised"
@@ -199,8 +199,8 @@ def test_label_free_rewards_need_no_labels(dataset, init, tmp_path):
         CONFIG, loss=dataclasses.replace(CONFIG.loss, dice=0.0), reward=RewardSettings({"lncc": 1.0, "folding": 1.0})
     )
     finetune(bare, config, init, tmp_path / "m.safetensors")
-    assert checkpoint.read_card(tmp_path / "m.safetensors").results["validation"] == {}
-    with pytest.raises(MorphSeekError, match="0 labelled training cases"):
+    assert model_file.read_card(tmp_path / "m.safetensors").results["validation"] == {}
+    with pytest.raises(MorphSeekError, match="0 labeled training cases"):
         finetune(bare, CONFIG, init, tmp_path / "n.safetensors")
 
 
@@ -235,7 +235,7 @@ def test_landmark_rewards_bring_landmarks_together(init, tmp_path):
     )
 
     def error(path):
-        model, card = checkpoint.load(path)
+        model, card = model_file.load(path)
         loader = PairLoader(card.preprocessing, model.multiple_of, True)
         pairs = [Pair(*sides) for sides in itertools.permutations(marked.cases["training"], 2)]
         return validate(model, [lambda p=p: loader(p) for p in pairs], 1, torch.device("cpu"))["tre_mm"]
@@ -253,7 +253,7 @@ def test_landmark_rewards_bring_landmarks_together(init, tmp_path):
 def test_labels_limits_the_cases(dataset, init, tmp_path):
     config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, labels=3))
     finetune(dataset, config, init, tmp_path / "m.safetensors")
-    assert checkpoint.read_card(tmp_path / "m.safetensors").provenance["cases"] == 3
+    assert model_file.read_card(tmp_path / "m.safetensors").provenance["cases"] == 3
 
 
 def test_a_policy_at_its_floor_stops_the_run(dataset, tmp_path):
@@ -274,10 +274,10 @@ def test_two_processes_do_what_one_does(dataset, init, tmp_path):
     pair = PairLoader(Preprocessing(spacing=(2.5, 2.5, 2.5)), 4, True)(dataset.split("registration_val")[0])
     with torch.inference_mode():
         one, two = (
-            checkpoint.load(tmp_path / f"{name}.safetensors")[0].eval()(pair.moving, pair.fixed)
+            model_file.load(tmp_path / f"{name}.safetensors")[0].eval()(pair.moving, pair.fixed)
             for name in ("one", "two")
         )
-        start = checkpoint.load(init)[0].eval()(pair.moving, pair.fixed)
+        start = model_file.load(init)[0].eval()(pair.moving, pair.fixed)
     moved = float((one - start).abs().max())
     assert float((one - two).abs().max()) < 0.01 * moved
 
@@ -402,7 +402,7 @@ def test_learned_features_become_the_labels(dataset, init, tmp_path):
     with pytest.raises(MorphSeekError, match="whose backbone learns features"):
         finetune(dataset, config, init, tmp_path / "n.safetensors")
     few = warm(dataset, tmp_path / "few.safetensors", replace_features(model, 2))
-    with pytest.raises(MorphSeekError, match="this checkpoint has features 0 to 1"):
+    with pytest.raises(MorphSeekError, match="this model has features 0 to 1"):
         finetune(dataset, config, few, tmp_path / "n.safetensors")
 
 

@@ -294,7 +294,7 @@ def test_a_displacement_that_is_no_number_is_refused():
         folds.certify(dense_from_voxels(u, grid), grid)
 
 
-def test_a_judgement_can_be_cancelled():
+def test_a_judgment_can_be_cancelled():
     grid = plain((6, 6, 6))
     with pytest.raises(KeyboardInterrupt):
         folds.certify(dense_from_voxels(torch.zeros(1, 3, 6, 6, 6), grid), grid, job=Job(cancelled=interrupt))

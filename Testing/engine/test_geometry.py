@@ -233,7 +233,7 @@ def test_points_as_itk(data, seed):
 @some
 @given(st.data(), seeds, st.sampled_from([0.0, 1500.0, -1500.0]), st.sampled_from([0.0, 1500.0]))
 def test_points_stay_exact_far_from_the_origin(data, seed, fixed_at, moving_at):
-    """Table positions of metres, also when the two images lie metres apart."""
+    """Table positions of meters, also when the two images lie meters apart."""
     fixed = data.draw(grids(center=(fixed_at, -fixed_at, fixed_at)))
     moving = data.draw(grids(center=(moving_at, moving_at, -moving_at)))
     there = np.eye(4)

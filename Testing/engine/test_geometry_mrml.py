@@ -67,10 +67,10 @@ def case(name: str) -> tuple[Grid, Volume, DenseTransform]:
         "left-handed far": (turned[0] * left, turned[1] * left),
     }[name]
 
-    def centred(shape, spacing, direction):
+    def centered(shape, spacing, direction):
         return Grid.from_parts(shape, spacing, direction, at - direction @ ((np.array(shape) - 1) * spacing / 2))
 
-    fixed, grid = centred((20, 24, 15), (1.1, 0.9, 2.3), first), centred((28, 25, 30), (1.0, 1.2, 1.3), second)
+    fixed, grid = centered((20, 24, 15), (1.1, 0.9, 2.3), first), centered((28, 25, 30), (1.0, 1.2, 1.3), second)
     moving = Volume(torch.from_numpy(rng.uniform(100, 900, grid.shape).astype(np.float32)), grid)
     work = geometry.covering_grid(fixed, (2.5, 3.0, 3.5), "RAS", multiple_of=4)
     spread = np.stack(np.meshgrid(*[np.linspace(0, 3, n) for n in work.shape], indexing="ij"))

@@ -277,7 +277,7 @@ def test_smooth_noise_is_one_value_a_block():
     assert float(samples.std()) == pytest.approx(1, abs=0.05)
 
 
-def test_reach_adds_the_neighbours():
+def test_reach_adds_the_neighbors():
     cells = torch.zeros(1, 1, 5, 5, 5)
     cells[0, 0, 2, 2, 2] = 3.0
     found = widen(cells, 1)

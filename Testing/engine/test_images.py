@@ -220,7 +220,7 @@ def test_overlap():
     with pytest.raises(MorphSeekError, match=r" 60 mm lie"):
         images.check_overlap(
             fixed, volume_of(grid_of((10, 10, 10), (2, 2, 2), np.eye(3), (100.5, 0, 0)))
-        )  # faces at 39.5 + 0.5 and 100.5 - 1, between centres of 39 and the face
+        )  # faces at 39.5 + 0.5 and 100.5 - 1, between centers of 39 and the face
 
 
 def test_labels_on_the_grid_of_their_image_stay_as_they_are():

@@ -169,7 +169,7 @@ def test_what_matches_nothing_is_named():
         ("networks.vxm.arms", ["warm", "cold"], "networks.vxm.arms names 'cold'"),
         ("classical", ["greedy", "demons"], "classical names 'demons'; there are: none, affine, greedy"),
         ("tasks.blobs.layout", "lungs", "layout names 'lungs'"),
-        ("tasks.blobs.colour", "red", "has no setting 'colour'"),
+        ("tasks.blobs.color", "red", "has no setting 'color'"),
     ],
 )
 def test_bad_settings_are_one_sentence(name, value, words):

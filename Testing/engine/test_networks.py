@@ -12,10 +12,10 @@ from cases import TINY, blob_grid, blob_image, blob_labels, write_dataset
 
 from MorphSeekLib.backbones import BACKBONES
 from MorphSeekLib.data.datasets import load_dataset
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import Card
-from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel, refine
+from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel, take_steps
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
 from MorphSeekLib.registration.pipeline import register
@@ -113,7 +113,7 @@ def test_t_steps_encode_the_fixed_image_once_where_the_network_is_siamese(name, 
     monkeypatch.setattr(model.backbone, "image_features", lambda image: calls.append(image) or of_image(image))
     with torch.no_grad():
         siamese = of_image(fixed) is not None
-        total = refine(model, lambda u: fields.warp(moving, u), fixed, 3)
+        total = take_steps(model, lambda u: fields.warp(moving, u), fixed, 3)
         if siamese:
             assert len(calls) == 1 + 3
             assert sum(torch.equal(image, fixed) for image in calls) == 1
@@ -129,17 +129,17 @@ def test_an_image_of_any_size_is_padded_and_cropped_back(name, tmp_path):
     """register on sizes that the network does not take is the network on images with a rim of zeros, less the rim."""
     model = model_of(name)
     preprocessing = Preprocessing(orientation="LPS", intensity="none", align="none", steps=1)
-    checkpoint.save(tmp_path / "m.safetensors", model, Card(preprocessing=preprocessing))
+    model_file.save(tmp_path / "m.safetensors", model, Card(preprocessing=preprocessing))
     grid = blob_grid((14, model.multiple_of + 2, 18), (1.0, 1.0, 1.0))
     fixed, moving = (
         Volume(blob_image(blob_labels(seed, grid), seed).data.clamp(min=0) / 250, grid) for seed in range(2)
     )
     shown = {}  # untrained, it moves images apart: what the step did, not the answer
-    model_file = tmp_path / "m.safetensors"
+    written = tmp_path / "m.safetensors"
     register(
         fixed,
         moving,
-        load_model(model_file, "cpu"),
+        load_model(written, "cpu"),
         RegistrationOptions(inverse=False),
         Job(on_picture=shown.__setitem__),
     )
@@ -159,7 +159,7 @@ def test_an_image_of_any_size_is_padded_and_cropped_back(name, tmp_path):
 
 @every_backbone
 def test_the_smallest_image_works(name):
-    """One cell of the coarsest feature is nothing to normalise over; the working grid has two."""
+    """One cell of the coarsest feature is nothing to normalize over; the working grid has two."""
     model = model_of(name)
     shape = working_grid(blob_grid((3, 4, 3)), Preprocessing(), model.multiple_of).shape
     assert math.prod(shape) == 2 * model.multiple_of**3
@@ -187,7 +187,7 @@ def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
             training=FinetuneRun(iterations=2, steps=2, validate_every=2),
         )
         files.append(finetune(dataset, tune, files[0], tmp_path / f"{place}.safetensors"))
-    states = [checkpoint.load(path)[0].state_dict() for path in files]
+    states = [model_file.load(path)[0].state_dict() for path in files]
     for tuned in states[1:]:
         still = [key for key, value in tuned.items() if torch.equal(value, states[0][key])]
         assert not [key for key in still if key.endswith("weight")], "each weight is reached by some loss"

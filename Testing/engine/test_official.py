@@ -1,4 +1,4 @@
-"""Official weights as checkpoints: the official output, a card, and a sentence for each file that does not fit."""
+"""Official weights as models: the official output, a card, and a sentence for each file that does not fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_transmorph import UNUSED
 
 from MorphSeekLib.backbones.architectures import ARCHITECTURES
 from MorphSeekLib.backbones.lapirn import half_sizes
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.official import import_checkpoint
 from MorphSeekLib.protocol.errors import MorphSeekError
@@ -87,7 +87,7 @@ def test_an_imported_network_registers_as_the_official_one(reference, tmp_path, 
     settings = dataclasses.replace(ARCHITECTURES[name].settings, **smaller)
     monkeypatch.setitem(ARCHITECTURES, name, dataclasses.replace(ARCHITECTURES[name], settings=settings))
     out = import_checkpoint(tmp_path / "official.pt", name, tmp_path / "m.safetensors", preprocessing=AS_IT_IS)
-    model, card = checkpoint.load(out)
+    model, card = model_file.load(out)
     with torch.no_grad():
         flow = model(official["moving"], official["fixed"])
     expected = official_flow(name, official)
@@ -119,11 +119,11 @@ def test_an_imported_network_registers_as_the_official_one(reference, tmp_path, 
 )
 def test_the_usual_wrappers_are_opened(vxm2, tmp_path, wrap):
     state, write = vxm2
-    model, card = checkpoint.load(import_checkpoint(write(wrap(state)), "vxm-2", tmp_path / "m.safetensors"))
+    model, card = model_file.load(import_checkpoint(write(wrap(state)), "vxm-2", tmp_path / "m.safetensors"))
     assert torch.equal(model.backbone.down[0][0].weight, state["unet_model.downarm.0.main.weight"])
     assert card.model.policy.mean == "linear"
     assert card.provenance["architecture"] == "vxm-2"
-    assert card.provenance["sha256"] == checkpoint.sha256(tmp_path / "official.pt")
+    assert card.provenance["sha256"] == model_file.sha256(tmp_path / "official.pt")
     assert card.licence.startswith("unknown")
     assert card.preprocessing.steps == 1
 
@@ -197,7 +197,7 @@ def test_on_the_command_line(vxm2, tmp_path):
     more = ["--spacing", 2, 2, 3, "--shape", 32, 48, 32, "--intensity", "window", "--low", -100, "--high", 300]
     more += ["--align", "rigid", "--steps", 2, "--license", "MIT", "--title", "Mine"]
     run("import-checkpoint", write(state), *options, *more)
-    card = checkpoint.read_card(out)
+    card = model_file.read_card(out)
     assert card.preprocessing == Preprocessing(
         "RAS", (2.0, 2.0, 3.0), (32, 48, 32), "window", -100.0, 300.0, "rigid", steps=2
     )

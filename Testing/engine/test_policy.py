@@ -16,7 +16,7 @@ from MorphSeekLib.networks.policy import (
     RegistrationModel,
     draw,
     kl_to_standard_normal,
-    refine,
+    take_steps,
 )
 from MorphSeekLib.space import fields
 
@@ -99,7 +99,7 @@ def test_refine_encodes_the_fixed_image_of_a_siamese_network_once():
     model.head = GaussianHead(1, model.settings.policy)
     fixed, moving = torch.rand(2, 1, 1, 8, 8, 8)
     with torch.no_grad():
-        total = refine(model, lambda u: fields.warp(moving, u), fixed, 3)
+        total = take_steps(model, lambda u: fields.warp(moving, u), fixed, 3)
         assert len(model.backbone.seen) == 1 + 3
         assert sum(torch.equal(image, fixed) for image in model.backbone.seen) == 1
         again = torch.zeros_like(total)
@@ -141,7 +141,7 @@ def test_refine_composes_steps_and_warps_the_original_once():
         seen.append(total)
         return fields.warp(image, total)
 
-    total = refine(Shift(), moving_at, image, 3)
+    total = take_steps(Shift(), moving_at, image, 3)
     torch.testing.assert_close(total, torch.full((1, 3, 8, 8, 8), 1.5))
     assert [float(t.mean()) for t in seen] == pytest.approx([0.0, 0.5, 1.0])
 
@@ -154,7 +154,7 @@ def test_refine_stops_when_told():
         steps.append(step)
         return step == 2
 
-    total = refine(Shift(), lambda u: fields.warp(image, u), image, 5, on_step)
+    total = take_steps(Shift(), lambda u: fields.warp(image, u), image, 5, on_step)
     assert steps == [1, 2]
     torch.testing.assert_close(total, torch.full((1, 3, 8, 8, 8), 1.0))
 

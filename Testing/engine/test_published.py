@@ -28,14 +28,14 @@ def write(path, labels=0):
     write_image(Volume((values % (labels + 1)).int() if labels else values.float() + own, GRID), path)
 
 
-def learn2reg(root, task, names, validation, test, labelled=(), labels=4):
-    """A Learn2Reg task: training cases by name, pairs, labelled test images."""
+def learn2reg(root, task, names, validation, test, labeled=(), labels=4):
+    """A Learn2Reg task: training cases by name, pairs, labeled test images."""
     for name in names:
         write(root / "imagesTr" / name)
         write(root / "labelsTr" / name, labels)
     for name in {name for pair in test for name in pair}:
         write(root / "imagesTs" / name)
-    for name in labelled:
+    for name in labeled:
         write(root / "labelsTs" / name, labels)
     rows = {
         split: [dict(zip(("fixed", "moving"), (f"./{folder}/{name}" for name in pair), strict=True)) for pair in pairs]

@@ -11,7 +11,7 @@ import torch
 from cases import blob_grid, blob_image, blob_labels, follow_forces
 
 from MorphSeekLib.io.images import read_image, read_labels, sitk_from_volume, write_image
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.devices import describe_devices, memory_advice, network_precision, pick_device
 from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import Card
@@ -31,13 +31,13 @@ TILTED = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, -1.0]])  # 
 
 
 def random_model(path, output="displacement", **preprocessing):
-    """A checkpoint whose network is random but for its last layers: they follow the forces, so it helps."""
+    """A model whose network is random but for its last layers: they follow the forces, so it helps."""
     torch.manual_seed(0)
     settings = {"encoder": (4, 4), "decoder": (4,), "extra": (8,), "norm": "instance", "flow_stride": 2, "forces": 2}
     model = RegistrationModel(ModelSettings(backbone_settings=settings, output=output))
     follow_forces(model.backbone)
     card = Card(title="random", preprocessing=Preprocessing(**{"spacing": (3.0,) * 3, "align": "none"} | preprocessing))
-    checkpoint.save(path, model, card)
+    model_file.save(path, model, card)
     return load_model(path, "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Regularisers: the official codes' values and gradients, and what each must not punish."""
+"""Regularizers: the official codes' values and gradients, and what each must not punish."""
 
 from __future__ import annotations
 

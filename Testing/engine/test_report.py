@@ -32,7 +32,7 @@ GRIDS = {
 
 
 def ball(grid: Grid, center_mm: np.ndarray, radius_mm: float) -> torch.Tensor:
-    """1 in a ball, fading over some millimetres."""
+    """1 in a ball, fading over some millimeters."""
     points = geometry.apply_affine(grid.affine, np.indices(grid.shape).reshape(3, -1).T)
     distance = np.linalg.norm(points - center_mm, axis=1).reshape(grid.shape)
     return torch.from_numpy(1 / (1 + np.exp((distance - radius_mm) / 1.5))).float()
@@ -239,7 +239,7 @@ def test_pictures_hang_as_their_letters_say(name, plane):
         pixels = scene.slice_grid(plane, grid.center)
         bright = np.argwhere(np.nan_to_num(reports._cut(pictures.fixed, pixels)) > 3)
         middle = geometry.apply_affine(np.linalg.inv(pixels.affine), grid.center[None])[0, [1, 0]]
-        # twelve millimetres towards the edge that bears the letter, in either direction by the same scale
+        # twelve millimeters towards the edge that bears the letter, in either direction by the same scale
         np.testing.assert_allclose((bright.mean(axis=0) - middle) * scene.pixel, 12.0 * np.array(edge), atol=0.6)
     assert plane.letters in {"RLAP", "RLSI", "APSI"}  # radiological convention
 

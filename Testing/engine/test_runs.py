@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from MorphSeekLib.app.runs import planned_iterations, read_run, run
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import TrainingOptions
@@ -79,7 +79,7 @@ def whole(dataset, tmp_path_factory):
 
 def test_a_run_ends_with_a_checkpoint_and_figures(whole):
     folder, events = whole
-    card = checkpoint.read_card(folder / "blobs.safetensors")
+    card = model_file.read_card(folder / "blobs.safetensors")
     assert card.title == "Blobs"
     assert card.provenance["stage"] == "GRPO fine-tuning"
     assert card.provenance["cases"] == 3, "the cases of the held-out pairs were not trained on"
@@ -114,8 +114,8 @@ def test_warmup_from_a_checkpoint_takes_its_model(whole, dataset, tmp_path):
     other = WARMUP | {"model": {}, "preprocessing": {}}
     folder = make(tmp_path / "run", dataset, init=str(init), warmup=other, finetune=None)
     run(folder)
-    card = checkpoint.read_card(folder / "blobs.safetensors")
-    assert card.model == checkpoint.read_card(init).model
+    card = model_file.read_card(folder / "blobs.safetensors")
+    assert card.model == model_file.read_card(init).model
     assert card.preprocessing.spacing == (2.5, 2.5, 2.5)
     assert {"start", "mean"} < set(card.results["held_out"])
 
@@ -133,7 +133,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(whole, dataset, tmp_path):
     assert not (folder / "blobs.safetensors").exists()
     run(folder)
     assert not (folder / "stop").exists()
-    one, two = (checkpoint.load(f / "blobs.safetensors")[0].state_dict() for f in (whole[0], folder))
+    one, two = (model_file.load(f / "blobs.safetensors")[0].state_dict() for f in (whole[0], folder))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -239,7 +239,7 @@ def test_a_run_of_choices_trains(dataset, tmp_path):
     )
     (tmp_path / "run" / "run.json").write_text(json.dumps(to_dict(options)))
     run(tmp_path / "run")
-    card = checkpoint.read_card(tmp_path / "run" / "blobs.safetensors")
+    card = model_file.read_card(tmp_path / "run" / "blobs.safetensors")
     assert (card.title, card.model.backbone_settings["forces"]) == ("Blobs", 3)
 
 

@@ -78,7 +78,7 @@ def test_folding_is_as_numpy_has_it():
 
 
 def test_dice_is_as_simpleitk_has_it():
-    """Moved labels, warped there and here nearest-neighbour by a shift of broken voxels."""
+    """Moved labels, warped there and here nearest-neighbor by a shift of broken voxels."""
     shift = (1.3, -2.1, 0.7)
     fixed, moving = blob_labels(0, blob_grid()), blob_labels(1, blob_grid((26, 26, 22), (2.0, 2.2, 2.3)))
     images = [sitk_from_volume(volume) for volume in (fixed, moving)]

@@ -18,7 +18,7 @@ from MorphSeekLib.app.cli import app
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.backbones.spac import SPAC, Plan, SPACSettings, from_official, settings_of
 from MorphSeekLib.data.datasets import load_dataset
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.official import import_checkpoint
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
@@ -108,7 +108,7 @@ def test_the_critic_gives_the_official_value(official):
 def test_official_weights_import_with_the_settings_they_imply(official, tmp_path):
     torch.save(official["state_dict"], tmp_path / "spac.pt")
     import_checkpoint(tmp_path / "spac.pt", "spac", tmp_path / "spac.safetensors")
-    model, card = checkpoint.load(tmp_path / "spac.safetensors")
+    model, card = model_file.load(tmp_path / "spac.safetensors")
     assert card.model.backbone_settings["encoder"] == [8, 16, 16, 32, 32]
     assert card.model.backbone_settings["rectified_plan"]
     ours = from_official(official["state_dict"])
@@ -281,7 +281,7 @@ def test_a_run_writes_a_checkpoint_that_registers(dataset, tmp_path, reward):
     assert {"critic_loss", "planner_loss", "registration_loss"} <= set(rows[2])
     for row in rows:
         assert row["reward"] == pytest.approx(100 * (row["score"] - row["score_before"]), abs=1e-3)
-    model, card = checkpoint.load(tmp_path / "spac.safetensors")
+    model, card = model_file.load(tmp_path / "spac.safetensors")
     assert card.model.backbone == "spac"
     assert card.preprocessing.steps == 4
     assert card.provenance["settings"] == to_dict(config)
@@ -319,7 +319,7 @@ def test_the_command_trains(dataset, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert len((tmp_path / "m.safetensors.jsonl").read_text().splitlines()) == 1
-    assert checkpoint.read_card(tmp_path / "m.safetensors").provenance["cases"] == 2
+    assert model_file.read_card(tmp_path / "m.safetensors").provenance["cases"] == 2
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_wrong_run_settings_are_named(settings, words):
         SACRun(**settings)
 
 
-def test_too_few_labelled_cases_are_named(dataset, tmp_path):
+def test_too_few_labeled_cases_are_named(dataset, tmp_path):
     config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, labels=1))
-    with pytest.raises(MorphSeekError, match="offers 1 labelled training cases"):
+    with pytest.raises(MorphSeekError, match="offers 1 labeled training cases"):
         train_spac(dataset, config, tmp_path / "m.safetensors")

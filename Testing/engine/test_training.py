@@ -22,7 +22,7 @@ from MorphSeekLib.app.settings_file import load
 from MorphSeekLib.data.datasets import PairLoader, known_sizes, load_dataset
 from MorphSeekLib.data.synthesis import LabelMapSource, SynthesisSettings, label_values
 from MorphSeekLib.io.images import write_image
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.policy import Latent, ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
@@ -66,13 +66,13 @@ def run(dataset, config, out, **options):
 
 
 def weights(path):
-    return checkpoint.load(path)[0].state_dict()
+    return model_file.load(path)[0].state_dict()
 
 
 @pytest.mark.parametrize("config", [CONFIG, SYNTHETIC], ids=["images", "synthetic"])
 def test_a_run_writes_a_checkpoint_that_says_what_it_is(dataset, tmp_path, config):
     events = run(dataset, config, tmp_path / "model.safetensors")
-    model, card = checkpoint.load(tmp_path / "model.safetensors")
+    model, card = model_file.load(tmp_path / "model.safetensors")
     assert card.model.backbone_settings == to_dict(config.model)["backbone_settings"]
     assert card.provenance["data"]["name"] == "blobs"
     assert card.provenance["settings"] == to_dict(config)
@@ -103,7 +103,7 @@ def test_a_cancelled_run_resumes_to_the_same_weights(dataset, tmp_path, config):
 
 def same_card(one, other):
     """Equal in all but when and how long."""
-    found = [to_dict(checkpoint.read_card(path)) for path in (one, other)]
+    found = [to_dict(model_file.read_card(path)) for path in (one, other)]
     for card in found:
         card["provenance"] |= {"seconds": 0, "date": ""}
     assert found[0] == found[1]
@@ -197,7 +197,7 @@ class Counting(Task[int]):
         return {"dice": {3: 0.9, 6: 0.4}[self.memory.updates]}
 
     def card(self):
-        return checkpoint.Card(title="Counted", provenance=self.provenance("counting", 0))
+        return model_file.Card(title="Counted", provenance=self.provenance("counting", 0))
 
 
 def test_a_tasks_memory_and_its_best_weights_survive_a_cancelled_run(dataset, tmp_path):
@@ -206,7 +206,7 @@ def test_a_tasks_memory_and_its_best_weights_survive_a_cancelled_run(dataset, tm
         Trainer(Counting(dataset), out, Job(seen.append, lambda: len(seen) > 3)).run()
     Trainer(Counting(dataset), out, Job(events.append)).run()
     assert [e.metrics["updates"] for e in events if e.phase == "train"] == [5, 6]
-    model, card = checkpoint.load(out)
+    model, card = model_file.load(out)
     assert card.provenance["best_iteration"] == 3
     assert card.results["validation"] == {"dice": 0.9}
     assert (model.head.mu.bias == 3).all()
@@ -230,7 +230,7 @@ def test_it_learns_on_synthetic_pairs(dataset, source, tmp_path):
         training=RunSettings(iterations=60, steps=1, learning_rate=1e-2, validate_every=60),
     )
     run(dataset, config, tmp_path / "m.safetensors")
-    model = checkpoint.load(tmp_path / "m.safetensors")[0].eval()
+    model = model_file.load(tmp_path / "m.safetensors")[0].eval()
     before, after = [], []
     for seed in range(10):
         pair = source.pair(torch.Generator().manual_seed(10**6 + seed))
@@ -465,7 +465,7 @@ def test_missing_data_set_and_split(tmp_path, dataset):
         dataset.split("registration_train")
 
 
-def test_pairs_are_centred_when_asked(dataset):
+def test_pairs_are_centered_when_asked(dataset):
     pair = dataset.split("registration_val")[0]
     prepared = PairLoader(CONFIG.preprocessing, 4, True)(pair)
     assert prepared.fixed.shape == prepared.moving.shape == prepared.fixed_labels.shape
@@ -473,7 +473,7 @@ def test_pairs_are_centred_when_asked(dataset):
     assert set(prepared.fixed_labels.unique().tolist()) == {0, 1, 2, 3}
 
 
-def test_normalisation():
+def test_normalization():
     data = torch.cat([torch.zeros(50), torch.linspace(100, 200, 101)])
     percentile = normalize(data, Preprocessing(low=0.0, high=100.0))
     assert float(percentile[50]) == 0.0

@@ -194,16 +194,16 @@ def test_half_resolution_flow_means_the_same_motion(squarings):
         weight = torch.zeros(1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return -0.1 * centred(x.shape[2:])
+            return -0.1 * centered(x.shape[2:])
 
     network.flow = Contraction()
     with torch.no_grad():
         displacement = network.decode(*network.encode(*torch.rand(2, 1, 1, *shape)))
     factor = -0.1 if squarings == 0 else (1 - 0.1 / 2**squarings) ** 2**squarings - 1
-    torch.testing.assert_close(displacement, factor * centred(shape), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(displacement, factor * centered(shape), atol=1e-4, rtol=1e-4)
 
 
-def centred(shape) -> torch.Tensor:
+def centered(shape) -> torch.Tensor:
     """Voxel coordinates from the middle of the grid."""
     return fields.identity(shape) - (torch.tensor(shape).view(1, 3, 1, 1, 1) - 1) / 2
 

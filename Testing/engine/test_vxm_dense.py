@@ -87,8 +87,8 @@ def test_reduced_precision_keeps_the_field_in_float32(reference):
 def test_integration_at_half_resolution_means_the_same_motion():
     """A contraction is one function on both grids; the official factors contract the coarser one too fast."""
     shape = (16, 32, 16)
-    centre = (torch.tensor(shape).view(1, 3, 1, 1, 1) - 1) / 2
-    velocity = -0.3 * (fields.identity(shape) - centre)
+    center = (torch.tensor(shape).view(1, 3, 1, 1, 1) - 1) / 2
+    velocity = -0.3 * (fields.identity(shape) - center)
     expected = fields.integrate(velocity, 7)
 
     def error(settings: VxmDenseSettings) -> float:

@@ -46,7 +46,7 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 from MorphSeekLib.app.cli import app
 from MorphSeekLib.app.worker import Worker
 from MorphSeekLib.io.images import write_image
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.startup import read_header
 from MorphSeekLib.report.results import FILES
@@ -539,7 +539,7 @@ def make_inputs(folder: Path) -> None:
     model = RegistrationModel(ModelSettings(backbone_settings=NETWORK))
     torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.02)
     preprocessing = Preprocessing(spacing=(2.5,) * 3, align="none", steps=1)
-    checkpoint.save(folder / "model.safetensors", model, checkpoint.Card("random", preprocessing=preprocessing))
+    model_file.save(folder / "model.safetensors", model, model_file.Card("random", preprocessing=preprocessing))
 
 
 if __name__ == "__main__":

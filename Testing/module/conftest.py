@@ -57,11 +57,11 @@ def mrml(application):
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
-    """A checkpoint whose network moves things by some millimeters, and closer."""
+    """A model whose network moves things by some millimeters, and closer."""
     import torch
     from cases import follow_forces
 
-    from MorphSeekLib.networks import model_file as checkpoint
+    from MorphSeekLib.networks import model_file
     from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
     from MorphSeekLib.space.preprocessing import Preprocessing
 
@@ -70,5 +70,5 @@ def model(tmp_path_factory) -> str:
     network = RegistrationModel(ModelSettings(backbone_settings=widths))
     follow_forces(network.backbone, 0.6)
     path = tmp_path_factory.mktemp("model") / "random.safetensors"
-    checkpoint.save(path, network, checkpoint.Card("random", preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5))))
+    model_file.save(path, network, model_file.Card("random", preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5))))
     return str(path)

@@ -45,7 +45,7 @@ _THREE_D_MANAGERS = (
 
 
 class Application:
-    """A fresh MRML scene with the application logic, colours and module logics that Slicer gives it."""
+    """A fresh MRML scene with the application logic, colors and module logics that Slicer gives it."""
 
     def __init__(self) -> None:
         # slicer-core ships without terminology files and says so in red at every start
@@ -131,7 +131,7 @@ class SliceView(_View):
         factory = slicer.vtkMRMLSliceViewDisplayableManagerFactory.GetInstance()
         super().__init__(application, factory, _SLICE_MANAGERS, node, size)
         self.logic.ResizeSliceNode(*size)
-        # the slice logic blends its layers into 8-bit colours; Slicer shows them through such a mapper too
+        # the slice logic blends its layers into 8-bit colors; Slicer shows them through such a mapper too
         self._mapper = vtk.vtkImageMapper()
         self._mapper.SetColorWindow(255)
         self._mapper.SetColorLevel(127.5)

@@ -149,7 +149,7 @@ def test_every_layer_is_a_switch_and_one_button_undoes_all(panel, ui, nodes, vie
     assert layers(view) == before
     assert np.array_equal(view.draw(), picture)
     assert not any(b.checked for b in (*buttons, ui.gridCheckBox, ui.foldingCheckBox))
-    assert slicer.mrmlScene.GetNumberOfNodes() <= count + 2  # colour tables
+    assert slicer.mrmlScene.GetNumberOfNodes() <= count + 2  # color tables
     assert stand_in.take_errors() == []
 
 

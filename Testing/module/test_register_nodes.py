@@ -187,7 +187,7 @@ def test_a_volume_that_left_meanwhile_is_told(client, pair, mrml):
     assert not Path(job.folder.name).exists()
 
 
-def test_points_agree_to_a_thousandth_of_a_millimetre(register, pair, tmp_path):
+def test_points_agree_to_a_thousandth_of_a_millimeter(register, pair, tmp_path):
     world, fixed, moving = pair
     initial = warp_node(world, fixed, moving, tmp_path / "warp")
     nodes = register(fixed, moving, initial_transform_node=initial)

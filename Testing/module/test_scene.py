@@ -188,7 +188,7 @@ def test_with_parents_on_both_sides_the_transform_still_gives_the_warped_volume(
     warped = slicer.util.arrayFromVolume(nodes.warped)
     assert nodes.warped.GetParentTransformNode() is None
     assert np.allclose(scene.read_volume(nodes.warped).affine, scene.read_volume(fixed).affine, atol=1e-6)
-    # a float image of 600 grey values: 1e-3 of its range
+    # a float image of 600 gray values: 1e-3 of its range
     assert np.abs(resampled_under(nodes.transform, moving, nodes.warped) - warped).max() < 1e-3 * np.ptp(warped)
     # the inverse is the transform's: there and back again
     inside = points_in(world.fixed.grid)

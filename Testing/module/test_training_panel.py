@@ -37,7 +37,7 @@ WARM = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with cases, and a tiny checkpoint to start from."""
+    """A folder with cases, and a tiny model to start from."""
     folder = tmp_path_factory.mktemp("files")
     dataset = write_dataset(folder / "cases", 6)
     warmup(load_dataset(dataset), from_dict(TrainingConfig, WARM), folder / "tiny.safetensors")

@@ -27,7 +27,7 @@ ENDLESS = {"training": {"iterations": 100_000, "validate_every": 50_000, "save_e
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """(data set, tiny checkpoint)."""
+    """(data set, tiny model)."""
     folder = tmp_path_factory.mktemp("files")
     dataset = write_dataset(folder / "data", 5)
     return dataset, warmup(load_dataset(dataset), from_dict(TrainingConfig, WARM), folder / "init.safetensors")

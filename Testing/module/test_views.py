@@ -52,7 +52,7 @@ def picture_of(volume, view) -> np.ndarray:
 
 
 def colored(pixels: np.ndarray) -> np.ndarray:
-    """Which pixels are not grey."""
+    """Which pixels are not gray."""
     return np.ptp(pixels.astype(int), axis=2) > 30
 
 
@@ -116,7 +116,7 @@ def test_the_grid_is_drawn_and_taken_away_with_its_twin(shown, mrml):
     assert 0.01 < colored(drawn).mean() < 0.5
     views.grid(True, spacing_mm=3)
     assert colored(view.draw()).sum() > 1.5 * colored(drawn).sum()
-    assert mrml.GetNumberOfNodes() == before + 3  # the twin, its display and its colours, once
+    assert mrml.GetNumberOfNodes() == before + 3  # the twin, its display and its colors, once
     assert nodes.transform.GetDisplayNode() is None
     views.grid(False)
     assert mrml.GetNumberOfNodes() == before
@@ -284,7 +284,7 @@ def test_restore_brings_back_what_was_there(shown, mrml):
     views.restore()
     assert layers(view) == before
     assert np.array_equal(view.draw(), picture)
-    assert mrml.GetNumberOfNodes() == count + 2, "the two colour tables may stay"
+    assert mrml.GetNumberOfNodes() == count + 2, "the two color tables may stay"
     views.restore()  # twice does no harm
     assert layers(view) == before
 

@@ -24,8 +24,8 @@ def greedy(
 
     Args:
         fixed, moving: intensities.
-        affine: find an affine transform first, from the images' centres.
-        multimodal: compare by normalised mutual information (NMI).
+        affine: find an affine transform first, from the images' centers.
+        multimodal: compare by normalized mutual information (NMI).
         threads: of the processor; 0 for all.
 
     Returns:

@@ -407,7 +407,7 @@ def _model(
     device: torch.device,
     job: Job,
 ) -> tuple[Path, dict[str, Any]]:
-    """The run's checkpoint, trained if it is not there, and what there is to say of its training."""
+    """The run's model, trained if it is not there, and what there is to say of its training."""
     arm = settings.arms[run.arm]
     if arm.refinement is not None:
         return _model(settings, run.start, dataset, out, device, job)

@@ -98,7 +98,7 @@ def abdomen_mrct(root: Path) -> Dataset:
         "name": "Abdomen MR<-CT (Learn2Reg)",
         "licence": "those of its sources, in the download's README_LICENCE files (TCIA, CHAOS, BCV); research only",
         "reference": "Hering et al. 2022 (Learn2Reg); Clark et al. 2013 (TCIA); Kavur et al. 2021 (CHAOS)",
-        "split": "test: the published test pairs if labelled, else the published validation pairs and 2 training pairs "
+        "split": "test: the published test pairs if labeled, else the published validation pairs and 2 training pairs "
         "to validate on",
     }
 
@@ -203,11 +203,11 @@ def _learn2reg(
     if not published["registration_val"]:
         raise MorphSeekError(f"{path} names no pairs under registration_val; unpack it anew from {LEARN2REG}.")
     scans = [image for pairs in published.values() for pair in pairs for image in pair]
-    cases = {image: Case(image, label if label.is_file() else None) for image, label in _labelled(images + scans)}
+    cases = {image: Case(image, label if label.is_file() else None) for image, label in _labeled(images + scans)}
 
     def pairs_of(split: str) -> list[Pair]:
         for pair in published[split]:
-            for image, label in _labelled(pair):
+            for image, label in _labeled(pair):
                 _there(image, root, LEARN2REG)
                 _there(label, root, LEARN2REG)
         return [Pair(cases[fixed], cases[moving]) for fixed, moving in published[split]]
@@ -223,7 +223,7 @@ def _learn2reg(
     return _dataset(root, training, validation, test, _names(values.get("labels")) or labels, about, pairing)
 
 
-def _labelled(images: Sequence[Path]) -> list[tuple[Path, Path]]:
+def _labeled(images: Sequence[Path]) -> list[tuple[Path, Path]]:
     """Images, and where Learn2Reg has their labels: imagesTr/a -> labelsTr/a."""
     folders = [image.parent.with_name(image.parent.name.replace("images", "labels")) for image in images]
     return [(image, folder / image.name) for image, folder in zip(images, folders, strict=True)]

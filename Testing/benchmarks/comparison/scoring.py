@@ -1,4 +1,4 @@
-"""Figures of any registration method over labelled pairs, from its transforms alone, so that all are judged alike."""
+"""Figures of any registration method over labeled pairs, from its transforms alone, so that all are judged alike."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ def labels_table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Dice against folding, a point a run: the colour says the network, the mark the arm."""
+    """Dice against folding, a point a run: the color says the network, the mark the arm."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -275,15 +275,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes = figure.subplots()
     networks = list(dict.fromkeys(row.method for row in rows))
     arms = list(dict.fromkeys(row.arm for row in rows))
-    colours = {name: f"C{number}" for number, name in enumerate(networks)}
+    colors = {name: f"C{number}" for number, name in enumerate(networks)}
     marks = {name: MARKS[number % len(MARKS)] for number, name in enumerate(arms)}
     for row in rows:
         x = max(row.mean["njd_percent"], LEAST_DRAWN)
-        axes.plot(x, row.mean["dice"], marks[row.arm], color=colours[row.method], markersize=8)
+        axes.plot(x, row.mean["dice"], marks[row.arm], color=colors[row.method], markersize=8)
     axes.set_xscale("log")
     axes.set(xlabel=f"NJD, % of voxels (drawn as {LEAST_DRAWN:g} where less)", ylabel="Dice", title=rows[0].task)
     axes.grid(alpha=0.3)
-    legend = [Line2D([], [], color=c, marker="o", ls="", label=n or "no network") for n, c in colours.items()]
+    legend = [Line2D([], [], color=c, marker="o", ls="", label=n or "no network") for n, c in colors.items()]
     legend += [Line2D([], [], color="0.4", marker=m, ls="", label=n) for n, m in marks.items()]
     axes.legend(handles=legend, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")

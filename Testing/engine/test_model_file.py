@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from MorphSeekLib.networks import model_file as checkpoint
+from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.model_file import Card
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel
 from MorphSeekLib.protocol.errors import MorphSeekError
@@ -36,13 +36,13 @@ CARD = Card(
 def saved(tmp_path):
     torch.manual_seed(3)
     model = RegistrationModel(MODEL)
-    checkpoint.save(tmp_path / "small.safetensors", model, CARD)
+    model_file.save(tmp_path / "small.safetensors", model, CARD)
     return tmp_path / "small.safetensors", model
 
 
 def test_round_trip(saved):
     path, model = saved
-    loaded, card = checkpoint.load(path)
+    loaded, card = model_file.load(path)
     assert card.model == model.settings
     assert (card.preprocessing, card.title, card.provenance, card.results, card.licence) == (
         CARD.preprocessing,
@@ -57,7 +57,7 @@ def test_round_trip(saved):
     assert card.parameters["policy_head_percent"] == pytest.approx(100 * count / card.parameters["backbone"], abs=0.005)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
-    assert checkpoint.read_card(path) == card
+    assert model_file.read_card(path) == card
 
 
 def rewrite(path, change):
@@ -92,7 +92,7 @@ def later(path):
 
 
 def unknown_key(path):
-    rewrite(path, lambda card, state: card.update(colour="red"))
+    rewrite(path, lambda card, state: card.update(color="red"))
 
 
 def missing_weight(path):
@@ -119,7 +119,7 @@ def other_backbone(path):
         (plain_pickle, "pickled PyTorch file"),
         (foreign, "another program"),
         (later, "format 99"),
-        (unknown_key, "no setting 'colour'"),
+        (unknown_key, "no setting 'color'"),
         (missing_weight, "do not fit its card"),
         (not_a_number, r"small.safetensors .* tensor 'head.mu.weight' holds NaN or infinite values"),
         (infinite, "tensor 'head.mu.bias' holds NaN or infinite values"),
@@ -133,7 +133,7 @@ def test_unusable_files_get_one_sentence(saved, spoil, words):
     path, _ = saved
     spoil(path)
     with pytest.raises(MorphSeekError, match=words) as caught:
-        checkpoint.load(path)
+        model_file.load(path)
     assert "\n" not in str(caught.value)
 
 
@@ -144,7 +144,7 @@ def test_a_pickle_is_never_run(tmp_path):
 
     path = tmp_path / "trap.safetensors"
     torch.save({"w": Trap()}, path)
-    for reader in (checkpoint.load, checkpoint.read_card):
+    for reader in (model_file.load, model_file.read_card):
         with pytest.raises(MorphSeekError):
             reader(path)
     assert not (tmp_path / "sprung").exists()
@@ -158,7 +158,7 @@ def test_a_failed_write_keeps_the_old_file(saved):
         if os.access(path.parent, os.W_OK):
             pytest.skip("this user may write anywhere, so a write cannot be made to fail this way")
         with pytest.raises(MorphSeekError, match="cannot be written"):
-            checkpoint.save(path, model, CARD)
+            model_file.save(path, model, CARD)
     finally:
         path.parent.chmod(0o700)
     assert path.read_bytes() == before
@@ -168,7 +168,7 @@ def test_a_folder_in_the_way_is_refused_and_nothing_is_left(tmp_path, saved):
     _, model = saved
     (tmp_path / "taken").mkdir()
     with pytest.raises(MorphSeekError, match="cannot be written"):
-        checkpoint.save(tmp_path / "taken", model, CARD)
+        model_file.save(tmp_path / "taken", model, CARD)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.safetensors", "taken"]
 
 
@@ -177,14 +177,14 @@ def test_weights_that_are_no_numbers_are_not_written(tmp_path, saved):
     before = path.read_bytes()
     model.head.mu.bias.data[0] = float("nan")
     with pytest.raises(MorphSeekError, match=r"small.safetensors was not written because its tensor 'head.mu.bias'"):
-        checkpoint.save(path, model, CARD)
+        model_file.save(path, model, CARD)
     assert path.read_bytes() == before
 
 
 def test_a_figure_that_is_no_number_is_null_in_the_card(tmp_path, saved):
     path, model = saved
-    checkpoint.save(path, model, dataclasses.replace(CARD, results={"dice": float("nan")}))
-    assert checkpoint.read_card(path).results == {"dice": None}
+    model_file.save(path, model, dataclasses.replace(CARD, results={"dice": float("nan")}))
+    assert model_file.read_card(path).results == {"dice": None}
 
 
 def test_find_names_what_there_is(saved):
@@ -196,20 +196,20 @@ def test_find_names_what_there_is(saved):
 
 def test_a_card_is_rewritten_without_touching_the_weights(tmp_path):
     path = tmp_path / "m.safetensors"
-    checkpoint.save(path, RegistrationModel(CARD.model), CARD)
-    weights, file = checkpoint.weights_sha256(path), checkpoint.sha256(path)
-    before = checkpoint.load(path)[0].state_dict()
-    card = checkpoint.read_card(path)
+    model_file.save(path, RegistrationModel(CARD.model), CARD)
+    weights, file = model_file.weights_sha256(path), model_file.sha256(path)
+    before = model_file.load(path)[0].state_dict()
+    card = model_file.read_card(path)
     preprocessing = dataclasses.replace(card.preprocessing, knows=(10.0, 20.5))
-    checkpoint.rewrite_card(path, dataclasses.replace(card, preprocessing=preprocessing))
-    assert checkpoint.weights_sha256(path) == weights
-    assert checkpoint.sha256(path) != file
-    model, card = checkpoint.load(path)
+    model_file.rewrite_card(path, dataclasses.replace(card, preprocessing=preprocessing))
+    assert model_file.weights_sha256(path) == weights
+    assert model_file.sha256(path) != file
+    model, card = model_file.load(path)
     assert card.preprocessing.knows == (10.0, 20.5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["brain-mr", "hippocampus-mr"])
 def test_the_bundled_models_know_the_sizes_they_were_trained_on(name):
-    low, high = checkpoint.read_card(find(name)).preprocessing.knows
+    low, high = model_file.read_card(find(name)).preprocessing.knows
     assert 0 < low < high < 300
