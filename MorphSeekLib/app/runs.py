@@ -14,14 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..data.cases import TEST, find_cases, hold_out
 from ..data.datasets import Dataset
-from ..evaluation.evaluate import DEFINITIONS, evaluate
+from ..evaluation.evaluate import Evaluation, evaluate
 from ..io.files import write_atomically
+from ..measures.scores import DELIVERED, definitions
 from ..networks import model_file
 from ..networks.devices import pick_device
 from ..networks.loading import load_model
@@ -300,21 +300,22 @@ def planned_iterations(minutes: float, iteration: float, validation: float) -> t
     return iterations, math.ceil(iterations / validations)
 
 
-def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) -> dict[str, Any]:
+def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) -> Evaluation:
     """Return the figures of a model on the held-out pairs; kept in a file, and read from there when resumed."""
     if not out.is_file():
         evaluate(dataset, TEST, load_model(str(model), device), out, job=job)
-    return json.loads(out.read_text(encoding="utf-8"))
+    found: Evaluation = json.loads(out.read_text(encoding="utf-8"))
+    return found
 
 
-def _held_out(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _held_out(figures: dict[str, Evaluation]) -> dict[str, object]:
     """For card and panel: the finished model's figures as `morphseek evaluate` gives them ("pairs", "mean",
     "definitions"), and in "start" the same means of what it was started from, where there was something."""
     result = figures["result"]
-    found = {
+    found: dict[str, object] = {
         "pairs": len(result["pairs"]),
         "mean": {name: result["mean"][name] for name in (*_FIGURES, "dice_aligned")},
-        "definitions": {k: v for k, v in DEFINITIONS.items() if k in _FIGURES},
+        "definitions": definitions(DELIVERED, _FIGURES),
     }
     if "start" in figures:
         found["start"] = {name: figures["start"]["mean"][name] for name in _FIGURES}

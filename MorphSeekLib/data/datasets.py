@@ -475,6 +475,20 @@ class PreparedPair:
     fixed_points: Tensor | None = None
     moving_points: Tensor | None = None
 
+    @property
+    def labels(self) -> tuple[Tensor, Tensor] | None:
+        """The labels of both; None where one has none."""
+        if self.fixed_labels is None or self.moving_labels is None:
+            return None
+        return self.fixed_labels, self.moving_labels
+
+    @property
+    def points(self) -> tuple[Tensor, Tensor] | None:
+        """The landmarks of both; None where one has none."""
+        if self.fixed_points is None or self.moving_points is None:
+            return None
+        return self.fixed_points, self.moving_points
+
 
 class PairLoader:
     """Prepares pairs and keeps the cases it has read, at their own resolution, as far as they fit; the least recently

@@ -7,11 +7,12 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ..data.datasets import Dataset, Pair, given, read_pair, scored_pairs
 from ..io.files import write_atomically
-from ..measures.metrics import LABEL_DEFINITIONS, LabelFigures, deviation, judged_labels, label_figures, mean
+from ..measures.metrics import FoldingFigures, deviation, judged_labels, mean
+from ..measures.scores import DELIVERED, LabelMaps, PairRow, Value, definitions, score
 from ..networks.loading import LoadedModel
 from ..networks.model_file import software
 from ..protocol.errors import MorphSeekError
@@ -23,14 +24,41 @@ from ..protocol.version import __version__
 from ..registration.pipeline import register
 from ..space.geometry import Volume
 
-DEFINITIONS = LABEL_DEFINITIONS | {
-    "folded_percent": "share of the cells of the delivered transform that fold; no_fold_proven: whether every cell is "
-    "proven not to (MorphSeekLib.measures.folds)",
-    "njd_percent": "share of the fixed image's voxels with a Jacobian determinant <= 0 (central differences, one-sided "
-    "at the border)",
-    "before": "the images as they come; aligned: after the alignment; warped: after the registration",
-    "mean": "over the pairs that have the figure; null where none has it; std: standard deviation over the same pairs",
-}
+MEANS = ("dice_before", "dice_aligned", "dice", "hd95", "folded_percent", "njd_percent", "sdlogj", "seconds")
+"""The figures of which an evaluation gives means."""
+DEFINED = ("dice", "hd95", "lost_labels", "folded_percent", "njd_percent", "before", "mean", "sdlogj")
+"""The figures and words of an evaluation that it defines."""
+_ROW = (
+    *("fixed", "moving", "dice_before", "dice_aligned", "dice", "hd95", "folded_percent", "no_fold_proven"),
+    *("njd_percent", "sdlogj", "seconds", "lost_labels", "dice_per_label"),
+)
+_KEPT = (*_ROW, "folding_definition")
+
+
+class Settings(TypedDict):
+    """What the figures of an evaluation depend on, beside the files."""
+
+    dataset: str
+    split: str
+    model: dict[str, str]
+    align: str
+    steps: int
+    refinement: dict[str, object]
+    device: str
+
+
+class Evaluation(Settings):
+    """What an evaluation writes."""
+
+    definitions: dict[str, str]
+    folding_definition: str | None
+    mean: dict[str, float | None]
+    std: dict[str, float | None]
+    lost_labels: dict[str, int]
+    pairs: list[dict[str, Value]]
+    morphseek: str
+    date: str
+    software: dict[str, str]
 
 
 def evaluate(
@@ -40,7 +68,7 @@ def evaluate(
     out: Path | str,
     options: RegistrationOptions | None = None,
     job: Job = SILENT,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Register every pair of a split and write the figures.
 
     Each pair's row is written to ``out.rows.jsonl`` as soon as it is known; ``out`` itself appears when all are. A call
@@ -65,7 +93,7 @@ def evaluate(
     check_output_file(out, inputs=[dataset.path])
     options = dataclasses.replace(options or RegistrationOptions(), inverse=False)
     pairs = scored_pairs(dataset, split)
-    settings = {
+    settings: Settings = {
         "dataset": dataset.about.get("name", dataset.path.name),
         "split": split,
         "model": {"name": model.name, "sha256": model.sha256, "title": model.card.title},
@@ -74,24 +102,24 @@ def evaluate(
         "refinement": to_dict(options.fit),
         "device": str(model.device),
     }
-    done = _Rows(out, settings | {"evaluated": dataset.evaluated, "labels": dataset.labels, "software": software()})
+    done = _Rows(out, {**settings, "evaluated": dataset.evaluated, "labels": dataset.labels, "software": software()})
     rows = []
     for index, pair in enumerate(pairs):
         job.check()
         job.report("step", index / len(pairs), f"Pair {index + 1} of {len(pairs)}", index + 1, len(pairs))
         row = done.find(pair)
         if row is None:
-            row = _figures(pair, dataset, model, options, job.heard_by(None))
+            row = _measure(pair, dataset, model, options, job.heard_by(None))
             done.add(pair, row)
         rows.append(row)
-    names = [k for k, v in rows[0].items() if v is None or isinstance(v, float)]
-    result = settings | {
-        "definitions": DEFINITIONS | {"sdlogj": "standard deviation of log J, see folding_definition"},
-        "folding_definition": rows[0]["folding_definition"],
-        "mean": {k: mean(row[k] for row in rows) for k in names},
-        "std": {k: deviation(row[k] for row in rows) for k in names},
-        "lost_labels": dict(Counter(name for row in rows for name in row["lost_labels"])),
-        "pairs": [{k: v for k, v in row.items() if k != "folding_definition"} for row in rows],
+    result: Evaluation = {
+        **settings,
+        "definitions": definitions(DELIVERED, DEFINED),
+        "folding_definition": rows[0].folding_definition,
+        "mean": {name: mean(row.number(name) for row in rows) for name in MEANS},
+        "std": {name: deviation(row.number(name) for row in rows) for name in MEANS},
+        "lost_labels": dict(Counter(name for row in rows for name in row.lost_labels or ())),
+        "pairs": [row.to_json(_ROW) for row in rows],
         "morphseek": __version__,
         "date": time.strftime("%Y-%m-%d"),
         "software": software(),
@@ -102,15 +130,13 @@ def evaluate(
     return result
 
 
-def label_row(figures: LabelFigures, dataset: Dataset) -> dict[str, Any]:
-    """What a row says of the labels of a pair: "dice", "hd95" (None where all are lost), "lost_labels" (names) and
-    "dice_per_label"."""
-    return {
-        "dice": figures.mean_dice,
-        "hd95": figures.mean_hd95,
-        "lost_labels": [dataset.label_name(label) for label in figures.lost],
-        "dice_per_label": {dataset.label_name(label): value for label, value in figures.dice.items()},
-    }
+def label_maps(fixed: Volume, warped: Volume, moving: Volume, dataset: Dataset) -> LabelMaps:
+    """Return the labels of a pair for :func:`MorphSeekLib.measures.scores.score`, as a data set judges and names them.
+
+    ``moving`` is not warped.
+    """
+    spacing, evaluated = fixed.grid.spacing, dataset.evaluated
+    return LabelMaps(fixed.data, warped.data, moving.data, spacing, evaluated, dataset.label_name)
 
 
 def check_judged(fixed_labels: Volume, moving_labels: Volume, pair: Pair, dataset: Dataset) -> None:
@@ -129,77 +155,60 @@ def check_judged(fixed_labels: Volume, moving_labels: Volume, pair: Pair, datase
         )
 
 
-def _figures(
-    pair: Pair,
-    dataset: Dataset,
-    model: LoadedModel,
-    options: RegistrationOptions,
-    job: Job,
-) -> dict[str, Any]:
-    """One row: the figures of a pair."""
+def _measure(pair: Pair, dataset: Dataset, model: LoadedModel, options: RegistrationOptions, job: Job) -> PairRow:
+    """Register a pair and return its figures."""
     (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
     check_judged(fixed_labels, moving_labels, pair, dataset)
     result = register(fixed, moving, model, options, job, labels=(fixed_labels, moving_labels))
     assert result.warped_labels is not None  # labels were given
-    found = label_figures(
-        fixed_labels.data, result.warped_labels.data, moving_labels.data, fixed.grid.spacing, dataset.evaluated
+    report = result.report
+    folds = FoldingFigures(**{part.name: report["folding"][part.name] for part in dataclasses.fields(FoldingFigures)})
+    cells = report["folding"]["cells"]
+    labels = label_maps(fixed_labels, result.warped_labels, moving_labels, dataset)
+    row = score(labels, folds, cells["folded_percent"], cells["no_fold_proven"])
+    judged = judged_labels(fixed_labels.data, moving_labels.data, dataset.evaluated)
+    dice = [report["dice"]["labels"][str(label)] for label in judged]
+    return dataclasses.replace(
+        row,
+        fixed=given(pair.fixed.image).name,
+        moving=given(pair.moving.image).name,
+        dice_before=mean(stages["input"] for stages in dice),
+        dice_aligned=mean(stages["aligned"] for stages in dice),
+        seconds=float(sum(report["seconds"].values())),
     )
-    before = {
-        stage: mean(result.report["dice"]["labels"][str(label)][stage] for label in found.dice)
-        for stage in ("input", "aligned")
-    }
-    labels = label_row(found, dataset)
-    folding, seconds = result.report["folding"], result.report["seconds"]
-    return {
-        "fixed": given(pair.fixed.image).name,
-        "moving": given(pair.moving.image).name,
-        "dice_before": before["input"],
-        "dice_aligned": before["aligned"],
-        "dice": labels["dice"],
-        "hd95": labels["hd95"],
-        "folded_percent": folding["cells"]["folded_percent"],
-        "no_fold_proven": folding["cells"]["no_fold_proven"],
-        "njd_percent": folding["njd_percent"],
-        "sdlogj": folding["sdlogj"],
-        "seconds": float(sum(seconds.values())),
-        "lost_labels": labels["lost_labels"],
-        "dice_per_label": labels["dice_per_label"],
-        "folding_definition": folding["definition"],
-    }
 
 
 class _Rows:
     """The rows that are done, in a file beside the result: a line of settings, then a line per pair."""
 
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, out: Path, settings: dict[str, object]) -> None:
         self._path = out.with_name(out.name + ".rows.jsonl")
         head = to_json(settings)
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.is_file() else []
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, PairRow] = {}
         if lines[:1] == [head]:
             for line in lines[1:]:
                 try:
                     entry = json.loads(line)
                 except ValueError:  # the last line of a process that was killed
                     continue
-                self._rows[to_json(entry["files"])] = entry["row"]
-        kept = [to_json({"files": json.loads(files), "row": row}) for files, row in self._rows.items()]
+                self._rows[to_json(entry["files"])] = PairRow(**entry["row"])
+        kept = [_line(json.loads(files), row) for files, row in self._rows.items()]
         write_atomically(self._path, "".join(f"{line}\n" for line in [head, *kept]).encode())
 
-    def find(self, pair: Pair) -> dict[str, Any] | None:
+    def find(self, pair: Pair) -> PairRow | None:
         """Return the row of a pair whose files are as they were; None where there is none."""
         return self._rows.get(to_json(_files(pair)))
 
-    def add(self, pair: Pair, row: dict[str, Any]) -> None:
+    def add(self, pair: Pair, row: PairRow) -> None:
         """Write the row of a pair.
 
         Raises:
             MorphSeekError: the disk is full.
         """
-        line = to_json({"files": _files(pair), "row": row})
         try:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(_line(_files(pair), row) + "\n")
         except OSError as error:
             raise MorphSeekError(f"{self._path} cannot be written ({error.strerror}); free some space.") from error
 
@@ -208,9 +217,14 @@ class _Rows:
         self._path.unlink(missing_ok=True)
 
 
-def _files(pair: Pair) -> list[list[Any]]:
+def _line(files: list[list[object]], row: PairRow) -> str:
+    """Return a row's line, with the files that it depends on."""
+    return to_json({"files": files, "row": row.to_json(_KEPT)})
+
+
+def _files(pair: Pair) -> list[list[object]]:
     """What a row depends on: the files of a pair, their sizes and times of change, and the labels that are merged."""
-    found: list[list[Any]] = []
+    found: list[list[object]] = []
     for case in (pair.fixed, pair.moving):
         for path in (given(case.image), given(case.label)):
             facts = path.stat()

@@ -48,16 +48,6 @@ _CELL_SURFACES: dict[tuple[int, ...], list[tuple[float, float, float]]] = {
 }
 
 
-LABEL_DEFINITIONS = {
-    "dice": "mean over labels of 2|A and B| / (|A| + |B|); labels absent from the fixed or the unwarped moving image "
-    "are left out, a label that warping lost counts as 0",
-    "hd95": "mean over labels of Learn2Reg's 95 % Hausdorff distance, in mm; labels that warping lost have none and "
-    "are left out, null where all were lost",
-    "lost_labels": "labels of both images of which warping left no voxel on the fixed grid",
-}
-"""What :class:`LabelFigures` says, for whatever prints them."""
-
-
 @dataclass(frozen=True)
 class LabelFigures:
     """How well the labels of a pair agree: the one definition behind every score, table and card.
@@ -276,6 +266,23 @@ def sdlogj_learn2reg(displacement: Tensor | None = None, jacobian: Tensor | None
     """
     inner = _determinant(displacement, jacobian)[2:-2, 2:-2, 2:-2]
     return _deviation((inner.double() + 3).clamp_(1e-9, 1e9).log_()) if inner.numel() else math.nan
+
+
+def landmark_errors(total: Tensor, fixed_points: Tensor, moving_points: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Distance between each fixed landmark, mapped by displacements, and its partner on the same grid.
+
+    Args:
+        total: (J, 3, i, j, k), voxels of the grid.
+        fixed_points, moving_points: (n, 3), voxels of the grid, in the same order.
+        spacing: of the grid, mm.
+
+    Returns:
+        (J, n) mm.
+    """
+    points = fixed_points.T.view(1, 3, -1, 1, 1)
+    mapped = (points + fields.sample(total, points, padding="border")).flatten(2)
+    scale = torch.tensor(spacing, dtype=mapped.dtype, device=total.device).view(1, 3, 1)
+    return ((mapped - moving_points.T[None]) * scale).norm(dim=1)
 
 
 def target_registration_error(

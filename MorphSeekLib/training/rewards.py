@@ -8,7 +8,7 @@ the terms that its settings name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from operator import add
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from ..measures.metrics import landmark_errors
 from ..measures.similarity import lncc_map, mind_ssc
 from ..space import fields
 
@@ -140,14 +141,6 @@ def folding_magnitude(state: State, total: Tensor) -> Tensor:
 def _on_cells(values: Tensor) -> Tensor:
     """The share that each cell (J, 1, i - 1, j - 1, k - 1) has in their mean, at its voxel of least index."""
     return F.pad(values / values[0].numel(), (0, 1) * 3)
-
-
-def landmark_errors(total: Tensor, fixed_points: Tensor, moving_points: Tensor, spacing: Sequence[float]) -> Tensor:
-    """(J, n) mm between each fixed landmark, mapped by fields (J, 3, i, j, k), and its partner; points as in State."""
-    points = fixed_points.T.view(1, 3, -1, 1, 1)
-    mapped = (points + fields.sample(total, points, padding="border")).flatten(2)
-    scale = torch.tensor(spacing, dtype=mapped.dtype, device=total.device).view(1, 3, 1)
-    return ((mapped - moving_points.T[None]) * scale).norm(dim=1)
 
 
 def landmarks(state: State, total: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ..data.datasets import Case, Dataset, PairLoader, PreparedPair, training_pair
-from ..measures.metrics import LABEL_DEFINITIONS, folding, label_figures, mean
+from ..measures.metrics import mean
+from ..measures.scores import WORKING, PairRow, definitions, score_displacement
 from ..networks.devices import network_autocast
 from ..networks.model_file import Card, not_finite, save, software
 from ..networks.policy import RegistrationModel, take_steps
@@ -36,7 +37,6 @@ from ..protocol.startup import check_output_file
 from ..space import fields
 from ..space.preprocessing import Preprocessing
 from .distributed import World
-from .rewards import landmark_errors
 from .run_state import Memory, load_state, save_state, state_file
 
 Stream = Literal["pairs", "policy", "layers"]
@@ -309,11 +309,11 @@ class Trainer:
         spent = {"seconds": round(self._seconds()), "date": time.strftime("%Y-%m-%d"), "software": software()}
         card, state = self.task.card(), self.state
         best = {"best_iteration": state.best_iteration or self.task.run.iterations} if self.task.keeps_best else {}
-        definitions = VALIDATION_DEFINITIONS | card.results.get("definitions", {})
+        known = definitions(WORKING, VALIDATION_FIGURES) | card.results.get("definitions", {})
         return dataclasses.replace(
             card,
             provenance=card.provenance | best | spent,
-            results={"validation": state.figures, "definitions": definitions},
+            results={"validation": state.figures, "definitions": known},
             licence=self.task.config.licence or card.licence,
         )
 
@@ -358,33 +358,26 @@ class Curves:
         self._file.close()
 
 
-VALIDATION_DEFINITIONS = {
-    "dice": f"over the pairs: {LABEL_DEFINITIONS['dice']}; nearest-neighbor warped labels on the working grid",
-    "dice_before": "the same before registration, on the working grid",
-    "lost_labels": f"number a pair of {LABEL_DEFINITIONS['lost_labels']}, here the working grid",
-    "folded_percent": "share of working-grid cells with a corner determinant <= 0 (one-sided differences)",
-    "njd_percent": "share of working-grid voxels with a Jacobian determinant <= 0 (central differences)",
-    "sdlogj": "standard deviation of log J over voxels, as metrics.folding defines it",
-    "tre_mm": "mean distance of mapped fixed landmarks to their partners, mm",
-}
+VALIDATION_FIGURES = ("folded_percent", "njd_percent", "sdlogj", "dice", "dice_before", "lost_labels", "tre_mm")
+"""What a validation measures, in the order of its curves and of the card."""
 
 
 def validate(
     model: RegistrationModel,
-    pairs: list[Callable[[], Any]],
+    pairs: list[Callable[[], PreparedPair]],
     steps: int,
     device: torch.device,
     job: Job = SILENT,
 ) -> dict[str, float]:
-    """Measure pairs on the working grid: means over those that have the figure; see VALIDATION_DEFINITIONS.
+    """Measure pairs on the working grid: means over those that have the figure.
 
     Returns:
-        finite figures; one that no pair has is missing, so it is empty without pairs.
+        finite figures of VALIDATION_FIGURES; one that no pair has is missing, so it is empty without pairs.
 
     Raises:
         MorphSeekError: the model's displacement is not a number.
     """
-    rows: list[dict[str, float | None]] = []
+    rows: list[PairRow] = []
     for make in pairs:
         job.check()
         pair = make()
@@ -396,24 +389,8 @@ def validate(
                 "The training has become unstable: the model's displacement is not a number; lower "
                 "training.learning_rate and start again."
             )
-        figures = folding(total)
-        row: dict[str, float | None] = {
-            "folded_percent": 100 * float((fields.least_determinant(total) <= 0).float().mean()),
-            "njd_percent": figures.njd_percent,
-            "sdlogj": figures.sdlogj,
-        }
-        if pair.fixed_labels is not None and pair.moving_labels is not None:
-            warped = fields.warp(pair.moving_labels.float(), total, "nearest").int()[0, 0]
-            known, before = pair.fixed_labels[0, 0], pair.moving_labels[0, 0]
-            after = label_figures(known, warped, before)
-            row |= {"dice": after.mean_dice, "dice_before": label_figures(known, before, before).mean_dice}
-            row |= {"lost_labels": float(len(after.lost))}
-        if pair.fixed_points is not None and pair.moving_points is not None:
-            spacing = pair.grid.spacing.tolist()
-            row["tre_mm"] = float(landmark_errors(total, pair.fixed_points, pair.moving_points, spacing).mean())
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    means = {name: mean(row.get(name) for row in rows) for name in names}
+        rows.append(score_displacement(total, pair.grid.spacing.tolist(), pair.labels, pair.points))
+    means = {name: mean(row.number(name) for row in rows) for name in VALIDATION_FIGURES}
     return {name: value for name, value in means.items() if value is not None}
 
 

@@ -105,9 +105,8 @@ def main() -> None:
         print(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{v}" for k, v in rows[-1].items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         oasis = load_dataset(data / "brain_oasis" / "dataset.json")
-        figures = evaluate(
-            oasis, "registration_test", model, Path(folder) / "oasis.json", steps=options.steps, align="none"
-        )
+        settings = RegistrationOptions(steps=options.steps, align="none")
+        figures = evaluate(oasis, "registration_test", model, Path(folder) / "oasis.json", settings)
     print(
         "OASIS, 2 mm, means of", len(figures["pairs"]), "pairs:", {k: round(v, 4) for k, v in figures["mean"].items()}
     )

@@ -35,7 +35,7 @@ from comparison.table import signed_rank
 from MorphSeekLib.app.settings_file import load as load_settings
 from MorphSeekLib.data.datasets import PairLoader, load_dataset
 from MorphSeekLib.io.files import write_atomically
-from MorphSeekLib.measures.metrics import folding, label_figures
+from MorphSeekLib.measures.scores import score_displacement
 from MorphSeekLib.networks.devices import network_autocast
 from MorphSeekLib.networks.model_file import load, read_card, software
 from MorphSeekLib.networks.policy import take_steps
@@ -52,6 +52,7 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "Resources/Training/hippocampus.toml"
 WARM_ITERATIONS = 900
+FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj")
 
 Settings = dict[str, Any]
 # table.key -> value: the paper's policy (of weight 0 at first), over FinetuneConfig's other defaults
@@ -199,19 +200,8 @@ def test(dataset: Path, checkpoint: Path, *, zeroed: bool) -> list[dict[str, flo
             total = take_steps(
                 model, lambda u, p=prepared: fields.warp(p.moving, u), prepared.fixed, card.preprocessing.steps
             )
-        warped = fields.warp(prepared.moving_labels.float(), total, "nearest").int()[0, 0]
-        known, before = prepared.fixed_labels[0, 0], prepared.moving_labels[0, 0]
-        found = folding(total)
-        labels = label_figures(known, warped, before, prepared.grid.spacing)
-        rows.append(
-            {
-                "dice": labels.mean_dice,
-                "hd95": labels.mean_hd95,
-                "folded_percent": 100 * float((fields.least_determinant(total) <= 0).float().mean()),
-                "njd_percent": found.njd_percent,
-                "sdlogj": found.sdlogj,
-            }
-        )
+        row = score_displacement(total, prepared.grid.spacing.tolist(), prepared.labels, distances=True)
+        rows.append(row.to_json(FIGURES))
     return rows
 
 

@@ -18,11 +18,12 @@ from MorphSeekLib.app.cli import app
 from MorphSeekLib.data.datasets import Case, Pair, PairLoader, load_dataset
 from MorphSeekLib.evaluation.evaluate import evaluate
 from MorphSeekLib.io.images import write_image
+from MorphSeekLib.measures.scores import WORKING, definitions
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.space.geometry import Grid, Volume
-from MorphSeekLib.training.trainer import validate
+from MorphSeekLib.training.trainer import VALIDATION_FIGURES, validate
 
 NARROW = Grid.from_parts((24, 28, 20), (2.0, 2.0, 2.5), np.eye(3), (0, 0, 0))
 WIDE = Grid.from_parts((60, 28, 20), (2.0, 2.0, 2.5), np.eye(3), (0, 0, 0))
@@ -114,6 +115,14 @@ def test_validation_counts_a_lost_label_as_dice_0(dataset, model):
     torch.nn.init.constant_(away.backbone.flow.bias, 100.0)  # voxels: nothing is left in the image
     found = validate(away, pairs, 1, model.device)
     assert (found["dice"], found["lost_labels"]) == (0.0, 3.0)
+
+
+def test_training_evaluation_and_table_take_their_definitions_from_one_table(dataset, model, tmp_path):
+    written = evaluate(dataset, "registration_test", model, tmp_path / "e.json")["definitions"]
+    validated = definitions(WORKING, VALIDATION_FIGURES)
+    assert "the fixed image's grid" in written["njd_percent"]
+    assert validated["njd_percent"] == written["njd_percent"].replace("the fixed image's grid", "the working grid")
+    assert validated["sdlogj"] == written["sdlogj"]
 
 
 # ------------------------------------------------------------------ rows that stay

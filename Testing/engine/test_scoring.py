@@ -50,12 +50,12 @@ def test_a_shift_by_whole_voxels_is_undone_exactly():
     matrix[:3, 3] = OBLIQUE.affine[:3, :3] @ (3, -2, 1)
     for transform in (matrix, dense_from_voxels(torch.zeros(1, 3, *OBLIQUE.shape), OBLIQUE, matrix)):
         found = score(fixed, moving, transform, ANY)
-        assert found["dice_per_label"] == {"shell": 1.0, "core": 1.0}
-        assert (found["dice"], found["hd95"], found["njd_percent"]) == (1.0, 0.0, 0.0)
-        assert found["sdlogj"] == pytest.approx(0, abs=1e-4)
+        assert found.dice_per_label == {"shell": 1.0, "core": 1.0}
+        assert (found.dice, found.hd95, found.njd_percent) == (1.0, 0.0, 0.0)
+        assert found.sdlogj == pytest.approx(0, abs=1e-4)
     worse = score(fixed, moving, np.eye(4), ANY)
-    assert worse["dice_per_label"]["core"] == pytest.approx(0.0)
-    assert 1.0 < worse["hd95"] < 10.0
+    assert worse.dice_per_label["core"] == pytest.approx(0.0)
+    assert 1.0 < worse.hd95 < 10.0
 
 
 def test_a_known_field_has_its_known_folds():
@@ -63,8 +63,8 @@ def test_a_known_field_has_its_known_folds():
     profile = np.where(np.arange(24) >= 10, -3.0, 0.0)
     labels = boxes(OBLIQUE, l1=BOX)
     found = score(labels, labels, along_i(profile, OBLIQUE), ANY)
-    assert found["njd_percent"] == pytest.approx(100 * 2 / 24)
-    assert found["sdlogj"] == pytest.approx(0, abs=1e-4)
+    assert found.njd_percent == pytest.approx(100 * 2 / 24)
+    assert found.sdlogj == pytest.approx(0, abs=1e-4)
 
 
 def test_folding_is_as_numpy_has_it():
@@ -72,8 +72,8 @@ def test_folding_is_as_numpy_has_it():
     jacobian = 1 + np.gradient(profile)
     labels = boxes(OBLIQUE, l1=BOX)
     found = score(labels, labels, along_i(profile, OBLIQUE), ANY)
-    assert 0 < found["njd_percent"] == pytest.approx(100 * (jacobian <= 0).mean())
-    assert found["sdlogj"] == pytest.approx(np.log(jacobian[jacobian > 0]).std(), rel=1e-3)
+    assert 0 < found.njd_percent == pytest.approx(100 * (jacobian <= 0).mean())
+    assert found.sdlogj == pytest.approx(np.log(jacobian[jacobian > 0]).std(), rel=1e-3)
     assert "above 0" in DEFINITIONS["SDlogJ"]
 
 
@@ -88,19 +88,19 @@ def test_dice_is_as_simpleitk_has_it():
     matrix = np.eye(4)
     matrix[:3, 3] = shift
     found = score(fixed, moving, matrix, ANY)
-    assert list(found["dice_per_label"]) == ["shell", "core", "ball"]
+    assert list(found.dice_per_label) == ["shell", "core", "ball"]
     for label, name in ANY.labels.items():
-        assert found["dice_per_label"][name] == pytest.approx(overlap.GetDiceCoefficient(label), abs=1e-12)
-    assert found["dice"] == pytest.approx(np.mean(list(found["dice_per_label"].values())))
+        assert found.dice_per_label[name] == pytest.approx(overlap.GetDiceCoefficient(label), abs=1e-12)
+    assert found.dice == pytest.approx(np.mean(list(found.dice_per_label.values())))
 
 
 def test_only_evaluated_labels_count():
     fixed, moving = blob_labels(0, blob_grid()), blob_labels(1, blob_grid())
     every = score(fixed, moving, np.eye(4), ANY)
     some = score(fixed, moving, np.eye(4), dataclasses.replace(ANY, evaluated=(1, 3), labels={1: "shell"}))
-    assert some["dice_per_label"] == {"shell": every["dice_per_label"]["shell"], "3": every["dice_per_label"]["ball"]}
-    assert some["dice"] == pytest.approx(np.mean(list(some["dice_per_label"].values())))
-    assert some["hd95"] != every["hd95"]
+    assert some.dice_per_label == {"shell": every.dice_per_label["shell"], "3": every.dice_per_label["ball"]}
+    assert some.dice == pytest.approx(np.mean(list(some.dice_per_label.values())))
+    assert some.hd95 != every.hd95
 
 
 def test_a_lost_label_counts_as_dice_0_and_not_in_the_distance():
@@ -111,14 +111,14 @@ def test_a_lost_label_counts_as_dice_0_and_not_in_the_distance():
     far = (slice(40, 44), slice(5, 9), slice(5, 9))
     moving = boxes(wide, l1=BOX, l2=far)
     found = score(fixed, moving, np.eye(4), ANY)
-    assert found["dice_per_label"]["core"] == 0.0
-    assert "ball" not in found["dice_per_label"]
+    assert found.dice_per_label["core"] == 0.0
+    assert "ball" not in found.dice_per_label
     alone = dataclasses.replace(ANY, evaluated=(1,))
-    assert found["hd95"] == score(fixed, moving, np.eye(4), alone)["hd95"] < 10
+    assert found.hd95 == score(fixed, moving, np.eye(4), alone).hd95 < 10
     nothing = score(fixed, moving, np.eye(4), dataclasses.replace(ANY, evaluated=(2,)))
-    assert nothing["dice"] == 0.0
-    assert nothing["hd95"] is None
-    assert nothing["lost_labels"] == found["lost_labels"] == ["core"]
+    assert nothing.dice == 0.0
+    assert nothing.hd95 is None
+    assert nothing.lost_labels == found.lost_labels == ["core"]
 
 
 # ------------------------------------------------------------------ over a data set
@@ -141,15 +141,16 @@ def test_a_row_a_pair(dataset):
 
     events = []
     rows = measure(dataset, "registration_test", slow, job=Job(events.append))
-    assert [(row["fixed"], row["moving"]) for row in rows] == [
+    assert [(row.fixed, row.moving) for row in rows] == [
         ("image_0.nii.gz", "image_1.nii.gz"),
         ("image_1.nii.gz", "image_0.nii.gz"),
     ]
     expected = score(blob_labels(0, blob_grid()), blob_labels(1, blob_grid()), np.eye(4), dataset)
-    assert {name: rows[0][name] for name in expected} == expected
-    assert all(row["seconds"] >= 0.05 > row["cpu_seconds"] for row in rows), "waiting costs no processor time"
+    spent = {name: getattr(rows[0], name) for name in ("fixed", "moving", "seconds", "cpu_seconds", "peak_gb")}
+    assert rows[0] == dataclasses.replace(expected, **spent)
+    assert all(row.seconds >= 0.05 > row.cpu_seconds for row in rows), "waiting costs no processor time"
     assert [event.message for event in events] == ["Pair 1 of 2", "Pair 2 of 2"]
-    assert measure(dataset, "registration_test", identity, pairs=1)[0]["dice"] == rows[0]["dice"]
+    assert measure(dataset, "registration_test", identity, pairs=1)[0].dice == rows[0].dice
     with pytest.raises(Cancelled):
         measure(dataset, "registration_test", identity, job=Job(cancelled=lambda: True))
 
@@ -160,7 +161,7 @@ def test_merged_labels_are_one(dataset):
     merged = Pair(*(dataclasses.replace(case, merged=((2, 1), (3, 1))) for case in (pair.fixed, pair.moving)))
     rows = measure(dataclasses.replace(dataset, pairs={"test": [merged]}), "test", identity)
     whole = [Volume((blob_labels(n, blob_grid()).data > 0).int(), blob_grid()) for n in (0, 1)]
-    assert rows[0]["dice_per_label"] == {"shell": score(*whole, np.eye(4), dataset)["dice"]}
+    assert rows[0].dice_per_label == {"shell": score(*whole, np.eye(4), dataset).dice}
 
 
 def test_pairs_that_cannot_be_scored_are_named(dataset, tmp_path):

@@ -56,7 +56,7 @@ from MorphSeekLib.training.warmup import TrainingConfig
 from .classical import CLASSICAL
 from .published import PUBLISHED
 from .runner import do_all, do_once
-from .scoring import Method, measure
+from .scoring import ROW, Method, measure
 from .table import write_report
 
 TEST = "registration_test"
@@ -371,7 +371,7 @@ def _do(
     result = {
         "settings": settings_of(settings, run),
         "training": training,
-        "pairs": rows,
+        "pairs": [row.to_json(ROW) for row in rows],
         "device": str(device),
         "date": time.strftime("%Y-%m-%d"),
         "software": software(),

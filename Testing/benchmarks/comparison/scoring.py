@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from MorphSeekLib.data.cases import name_of
 from MorphSeekLib.data.datasets import Dataset, Pair, read_pair, scored_pairs
-from MorphSeekLib.evaluation.evaluate import check_judged, label_row
+from MorphSeekLib.evaluation.evaluate import check_judged, label_maps
 from MorphSeekLib.measures.folds import certify
-from MorphSeekLib.measures.metrics import LABEL_DEFINITIONS, folding, label_figures
+from MorphSeekLib.measures.metrics import folding
+from MorphSeekLib.measures.scores import DELIVERED, PairRow, definitions
+from MorphSeekLib.measures.scores import score as measured
 from MorphSeekLib.protocol.job import SILENT, Job
 from MorphSeekLib.space.geometry import DenseTransform, Transform, Volume, dense_from_voxels, jacobian_volume, resample
 
 Method = Callable[[Volume, Volume], Transform]
 """(fixed, moving) -> fixed point -> moving point, LPS mm."""
 
-DEFINITIONS = {
-    "Dice": f"{LABEL_DEFINITIONS['dice']}; moving labels warped nearest-neighbor onto the fixed image's grid",
-    "HD95": LABEL_DEFINITIONS["hd95"],
-    "folded cells": "share of the cells of the delivered transform in which a determinant <= 0 was found, alignment "
-    "included (MorphSeekLib.measures.folds); empty in rows that were measured before 2026-11-26",
-    "NJD": "share of the fixed image's voxels with a Jacobian determinant <= 0 of the whole transform, alignment "
-    "included (central differences, one-sided at the border)",
-    "SDlogJ": "standard deviation of the logarithm of that determinant over the voxels where it is above 0",
-}
+_TITLES = {"dice": "Dice", "hd95": "HD95", "folded_percent": "folded cells", "njd_percent": "NJD", "sdlogj": "SDlogJ"}
+DEFINITIONS = {_TITLES[name]: text for name, text in definitions(DELIVERED, _TITLES).items()}
+DEFINITIONS["folded cells"] += "; empty in rows that were measured before 2026-11-26"
+ROW = (
+    *("fixed", "moving", "dice", "hd95", "lost_labels", "dice_per_label", "folded_percent", "no_fold_proven"),
+    *("njd_percent", "sdlogj", "seconds", "cpu_seconds", "peak_gb"),
+)
+"""The figures of a pair in a result's file."""
 
 
 def measure(
@@ -40,7 +41,7 @@ def measure(
     device: torch.device | str = "cpu",
     pairs: int | None = None,
     job: Job = SILENT,
-) -> list[dict[str, Any]]:
+) -> list[PairRow]:
     """Register every pair of a split and score the transforms.
 
     Args:
@@ -50,8 +51,8 @@ def measure(
         pairs: only the first so many.
 
     Returns:
-        a row a pair: "fixed", "moving" (cases), what :func:`score` measures, and of the method's call alone
-        "seconds" (wall), "cpu_seconds" and "peak_gb" (None where it cannot be known).
+        a row a pair: the names of its cases, what :func:`score` measures, and of the method's call alone ``seconds``
+        (wall), ``cpu_seconds`` and ``peak_gb`` (None where it cannot be known).
 
     Raises:
         MorphSeekError: no such split, pairs without labels, unreadable files, pairs without a label in common.
@@ -67,33 +68,30 @@ def measure(
         begin, cpu = time.perf_counter(), time.process_time()
         with peak_memory(device) as peak:
             transform = method(fixed, moving)
-        spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
-        figures = score(fixed_labels, moving_labels, transform, dataset)
-        names = {"fixed": name_of(pair.fixed, dataset), "moving": name_of(pair.moving, dataset)}
-        rows.append(names | figures | spent | {"peak_gb": peak()})
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
+        rows.append(
+            dataclasses.replace(
+                score(fixed_labels, moving_labels, transform, dataset),
+                fixed=name_of(pair.fixed, dataset),
+                moving=name_of(pair.moving, dataset),
+                seconds=seconds,
+                cpu_seconds=cpu_seconds,
+                peak_gb=peak(),
+            )
+        )
     return rows
 
 
-def score(fixed_labels: Volume, moving_labels: Volume, transform: Transform, dataset: Dataset) -> dict[str, Any]:
-    """Judge one transform, fixed point -> moving point (LPS mm), on the fixed labels' grid.
-
-    Returns:
-        what :func:`MorphSeekLib.evaluation.evaluate.label_row` says of the labels, "folded_percent" and
-        "no_fold_proven" (:mod:`MorphSeekLib.measures.folds`), "njd_percent" and "sdlogj".
-    """
+def score(fixed_labels: Volume, moving_labels: Volume, transform: Transform, dataset: Dataset) -> PairRow:
+    """Judge one transform, fixed point -> moving point (LPS mm), on the fixed labels' grid."""
     grid = fixed_labels.grid
-    warped = resample(moving_labels, grid, transform, mode="nearest").data
-    found = label_figures(fixed_labels.data, warped, moving_labels.data, grid.spacing, dataset.evaluated)
+    warped = resample(moving_labels, grid, transform, mode="nearest")
     if not isinstance(transform, DenseTransform):
         transform = dense_from_voxels(torch.zeros(1, 3, *grid.shape), grid, transform)
     cells = certify(transform, grid).count
     folds = folding(jacobian=jacobian_volume(transform, grid).data)
-    return label_row(found, dataset) | {
-        "folded_percent": cells.folded_percent,
-        "no_fold_proven": cells.no_fold_proven,
-        "njd_percent": folds.njd_percent,
-        "sdlogj": folds.sdlogj,
-    }
+    labels = label_maps(fixed_labels, warped, moving_labels, dataset)
+    return measured(labels, folds, cells.folded_percent, cells.no_fold_proven)
 
 
 @contextmanager
