@@ -82,6 +82,9 @@ class Backbone(nn.Module, ABC):
 BACKBONES: dict[str, type[Backbone]] = {}
 """The backbones by the names that settings use."""
 
+REMOVED = {"voxelmorph": ("skip_gains",)}
+"""Settings by backbone that models of before may name; experiments in Testing/benchmarks still have them."""
+
 Kind = TypeVar("Kind", bound=type[Backbone])
 
 
@@ -120,5 +123,8 @@ def build_backbone(name: str, settings: dict[str, Any] | None = None) -> Backbon
     """
     if name not in BACKBONES:
         raise MorphSeekError(f"There is no backbone '{name}'; choose one of: {', '.join(sorted(BACKBONES))}.")
-    kind = BACKBONES[name]
-    return kind(from_dict(kind.settings_type, settings or {}, f"backbone '{name}'"))
+    kind, settings = BACKBONES[name], dict(settings or {})
+    for removed in REMOVED.get(name, ()):
+        if settings.pop(removed, None):  # one that is empty changed nothing
+            raise MorphSeekError(f"The setting '{removed}' of backbone '{name}' was removed; train again without it.")
+    return kind(from_dict(kind.settings_type, settings, f"backbone '{name}'"))

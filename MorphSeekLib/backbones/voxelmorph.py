@@ -4,21 +4,19 @@ Four (or more) stride-2 convolutions down; on the way up a convolution, nearest-
 that resolution, the last skip being the raw pair of images; then convolutions at the output's resolution and a flow
 head. The defaults are "vxm-2"; ``VXM1`` and the others are widths alone.
 
-Five settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops
+Four settings are ours: ``norm = "instance"``, which learns far faster from scratch; ``flow_stride = 2``, which stops
 at half resolution and doubles the field exactly, for a third of the time; and ``forces``, which hands the network,
 beside the images, the direction in which a small step would make their structure more alike, at several scales.
 Structure is MIND-SSC, so the direction holds for any pair of contrasts; the network learns how far to trust it. The
 forces enter a second time before the last convolutions, which are then not normalized: how strong a force is says how
 far there is to go, and InstanceNorm would wipe that out, so that steps would never grow smaller. ``features`` adds
 class-like features that a small U-Net, one for both images, learns with the rest, and forces of the same kind between
-them: with labels to learn from it finds what tells structures apart, where MIND-SSC knows edges alone. ``skip_gains``
-weakens or drops skips, so that more of the field is decided at the top feature.
+them: with labels to learn from it finds what tells structures apart, where MIND-SSC knows edges alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain, repeat
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +37,6 @@ class VoxelMorphSettings:
         extra: channels of the convolutions at the output's resolution.
         norm: "none" (official) or "instance" (affine-free, before the activation).
         flow_stride: 1 (official) or 2: the field is made at half resolution.
-        skip_gains: factors on the skips, coarsest first; 1 each where none is given (official). What a skip does not
-            bring, the top feature, where the policy sits, must.
         forces: 0 (official), or the number of scales (1, 1/2, 1/4, ...) of :func:`structure_force`.
         features: 0 (official), or the number of learned features; they, and their forces at 1/2 and 1/4, stand beside
             the structure's. Fine-tuning with ``loss.features`` makes feature c of each image its label c.
@@ -52,7 +48,6 @@ class VoxelMorphSettings:
     extra: tuple[int, ...] = (32, 16, 16)
     norm: str = "none"
     flow_stride: int = 1
-    skip_gains: tuple[float, ...] = ()
     forces: int = 0
     features: int = 0
     feature_width: int = 8
@@ -67,8 +62,6 @@ class VoxelMorphSettings:
             raise ValueError("features need forces to stand beside; set forces to at least 1")
         if self.norm not in ("none", "instance"):
             raise ValueError(f"norm is '{self.norm}'; it must be 'none' or 'instance'")
-        if len(self.skip_gains) > climbs:
-            raise ValueError(f"skip_gains has {len(self.skip_gains)} factors, but there are {climbs} skips")
         if len(self.decoder) != climbs:
             raise ValueError(f"decoder needs {climbs} widths for {len(self.encoder)} encoder levels")
 
@@ -168,10 +161,9 @@ class VoxelMorph(Backbone):
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
         """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
         x = top
-        gains = chain(self.settings.skip_gains, repeat(1.0))
-        for block, skip, gain in zip(self.up, reversed(skips), gains, strict=False):
+        for block, skip in zip(self.up, reversed(skips), strict=False):
             x = F.interpolate(block(x), scale_factor=2, mode="nearest")
-            x = torch.cat([x, (skip if gain == 1 else gain * skip).to(x.dtype)], dim=1)
+            x = torch.cat([x, skip.to(x.dtype)], dim=1)
         if self.settings.forces:
             raw = skips[0]
             x = torch.cat([x, (F.avg_pool3d(raw, 2) if self.settings.flow_stride == 2 else raw).to(x.dtype)], dim=1)

@@ -121,7 +121,10 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[Registra
     """
     path = Path(path)
     card = read_card(path)
-    model = RegistrationModel(card.model)
+    try:
+        model = RegistrationModel(card.model)
+    except MorphSeekError as error:
+        raise MorphSeekError(f"{path.name} cannot be used. {error}") from error
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -29,6 +29,7 @@ from typing import Any
 
 import matplotlib
 import torch
+import weakened_skips  # noqa: F401 (registers its backbone)
 from comparison.runner import do_all, do_once
 from comparison.table import signed_rank
 
@@ -87,7 +88,8 @@ class Arm:
         seeds: of the training, at the first strength; the first of them at the others.
         iterations: in units of the experiment's.
         warm: start from the warm-up; else from fresh weights.
-        model: settings of the network over the plain one's; its warm-up is its own.
+        model: settings of the network over the plain one's; its warm-up is its own. One with ``skip_gains`` is
+            :class:`weakened_skips.WeakenedSkips`.
     """
 
     settings: Settings
@@ -319,12 +321,13 @@ class Study:
 
     def _warm_up(self, run: Run) -> None:
         config = load_settings(TrainingConfig, RECIPE)
+        backbone = "voxelmorph_weakened_skips" if "skip_gains" in run.arm.model else config.model.backbone
         own = dict(config.model.backbone_settings) | {"forces": 0, "features": 0} | run.arm.model
         config = dataclasses.replace(
             config,
             training=dataclasses.replace(config.training, iterations=WARM_ITERATIONS if run.arm.warm else 1),
             loss=dataclasses.replace(config.loss, regularization=1.0),
-            model=dataclasses.replace(config.model, backbone_settings=own),
+            model=dataclasses.replace(config.model, backbone=backbone, backbone_settings=own),
         )
         print(f"training {self._model(run).name}", flush=True)
         warmup(load_dataset(self.dataset), config, self._model(run))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from MorphSeekLib.backbones import BACKBONES
 from MorphSeekLib.backbones.voxelmorph import VoxelMorph
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.space.geometry import Grid, Volume
@@ -22,6 +23,8 @@ TINY = {
     "vxm_dense": {"encoder": [4, 8, 8], "decoder": [8, 8, 4], "extra": [4], "squarings": 3},
 }
 """Settings of each backbone that keep tests fast."""
+SHIPPED = sorted(name for name, kind in BACKBONES.items() if kind.__module__.startswith("MorphSeekLib."))
+"""The backbones that users have; experiments register others."""
 
 
 def blob_labels(seed: int, grid: Grid) -> Volume:

@@ -7,7 +7,10 @@ import json
 
 import hippocampus
 import pytest
+import torch
 
+from MorphSeekLib.backbones import build_backbone
+from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.settings import to_dict
 
 
@@ -120,3 +123,20 @@ def test_a_result_of_before_gets_the_dice_at_zero_without_a_training(trained, tm
     study(tmp_path, "skips")
     assert trained == []
     assert json.loads(file.read_text())["dice_zeroed"] == pytest.approx(0.7)
+
+
+def test_a_dropped_skip_leaves_its_say_to_the_top_feature():
+    torch.manual_seed(0)
+    settings = {"encoder": [4, 6, 8], "decoder": [8, 6, 4], "extra": [4]}
+    whole = build_backbone("voxelmorph", settings)
+    torch.nn.init.normal_(whole.flow.weight)
+    for gains, ruled in (((), (True, True)), ((0.0,), (False, True)), ((0.0, 0.5), (False, True))):
+        network = build_backbone("voxelmorph_weakened_skips", settings | {"skip_gains": gains})
+        network.load_state_dict(whole.state_dict())
+        skips, top = network.encode(*torch.rand(2, 1, 1, 16, 16, 16))
+        skips = [skip.detach().requires_grad_() for skip in skips]
+        network.decode(skips, top.detach()).square().sum().backward()
+        felt = tuple(bool((skips[-1 - n].grad != 0).any()) for n in (0, 1))
+        assert felt == ruled
+    with pytest.raises(MorphSeekError, match="3 factors, but 2 skips can be weakened"):
+        build_backbone("voxelmorph_weakened_skips", settings | {"skip_gains": (0.0, 0.0, 0.0)})

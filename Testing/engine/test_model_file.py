@@ -71,6 +71,16 @@ def rewrite(path, change):
     save_file(state, path, {"morphseek": json.dumps(values)})
 
 
+def test_a_setting_that_was_removed_is_refused_unless_it_changed_nothing(saved):
+    path, model = saved
+    rewrite(path, lambda values, state: values["model"]["backbone_settings"].update(skip_gains=[]))
+    assert torch.equal(model_file.load(path)[0].head.mu.weight, model.head.mu.weight)
+    rewrite(path, lambda values, state: values["model"]["backbone_settings"].update(skip_gains=[0.0]))
+    words = "small.safetensors cannot be used. The setting 'skip_gains' of backbone 'voxelmorph' was removed"
+    with pytest.raises(MorphSeekError, match=words):
+        model_file.load(path)
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 

@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import TINY, blob_grid, blob_image, blob_labels, write_dataset
+from cases import SHIPPED, TINY, blob_grid, blob_image, blob_labels, write_dataset
 
-from MorphSeekLib.backbones import BACKBONES
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.loading import load_model
@@ -31,7 +30,7 @@ from MorphSeekLib.training.rewards import RewardSettings, State
 from MorphSeekLib.training.trainer import RunSettings
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
-every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
+every_backbone = pytest.mark.parametrize("name", SHIPPED)
 
 
 def model_of(name: str, **policy: str) -> RegistrationModel:
@@ -56,7 +55,7 @@ def pair_of(model: RegistrationModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_backbone_has_small_settings():
-    assert sorted(TINY) == sorted(BACKBONES)
+    assert sorted(TINY) == SHIPPED
 
 
 @every_backbone

@@ -125,9 +125,9 @@ def test_from_cases_to_a_model_with_figures(stand_in, panel, files, home):
     assert ui.casesTable.item(0, 3).text() == "24 x 28 x 20"
     assert "Labels in common: shell, core, ball." in ui.casesSummary.text
     assert ui.spacingBox.value == 2.0
-    from MorphSeekLib.backbones import BACKBONES
+    from cases import SHIPPED
 
-    assert {ui.backboneBox.itemText(n) for n in range(ui.backboneBox.count)} == set(BACKBONES)
+    assert {ui.backboneBox.itemText(n) for n in range(ui.backboneBox.count)} == set(SHIPPED)
     assert ui.startButton.toolTip == "Give the new model a name."
     choose(panel)
     picture(stand_in, panel, "training-checked")
