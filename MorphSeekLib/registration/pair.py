@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ class Alignment:
     kind: str
     before: Transform | None = None
 
-    @property
+    @functools.cached_property
     def mirrored(self) -> bool:
         """Whether it exchanges left and right."""
         return is_mirrored(self.transform)

@@ -107,7 +107,8 @@ def deliver(
         "dice": dice,
         "inverse": residual,
     }
-    report = make_report(pair, model, outcome, figures, clock)
+    with memory_advice(pair.device):
+        report = make_report(pair, model, outcome, figures, clock)
     job.check()
     state = State(alignment.transform, alignment.kind, outcome.total.detach().cpu(), outcome.figures)
     folded = Volume((least.data <= 0).to(torch.uint8), fixed.grid)
