@@ -71,9 +71,12 @@ BASE: Settings = {
 PAPER: Settings = {"policy.weight": 0.05}
 FIELD: Settings = {
     **{f"policy.{name}": value for name, value in dataclasses.asdict(FIELD_POLICY).items()},
-    "policy.share": math.inf,
     "reward.weights": {"dice": 1.0, "folding": 20.0},
 }
+"""The default policy and rewards of ``morphseek finetune``."""
+UNLIMITED: Settings = FIELD | {"policy.share": math.inf}
+"""The same without a limit on the policy's gradient, which diverges with rewards by cells. The committed results that
+name the field are of it, but for the one that says policy.share = 1."""
 # the strength of regularization
 STRENGTHS: dict[str, Settings] = {"strong": {}, "weak": {"loss.regularization": 0.3, "loss.folding": 3.0}}
 
@@ -108,7 +111,8 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
         "warm-up only": Arm({"loss.dice": 0.0}, BOTH),
         "soft Dice, T = 1": Arm({"training.steps": 1}, BOTH, iterations=3),
         "+ GRPO, latent (paper)": Arm(PAPER, BOTH),
-        "+ GRPO, field, local credit": Arm(FIELD, BOTH, (0, 1, 2)),
+        "+ GRPO, field (default policy)": Arm(FIELD, BOTH, (0, 1, 2)),
+        "+ GRPO, field, gradient not limited (diverges)": Arm(UNLIMITED, BOTH, (0, 1, 2)),
     },
     # the same question with the losses' own balance moved towards Dice and against folds
     "balance": {

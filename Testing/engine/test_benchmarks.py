@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import hippocampus
 import pytest
@@ -12,6 +13,7 @@ import torch
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.settings import to_dict
+from MorphSeekLib.training.finetuning import FinetuneConfig
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,15 @@ def test_the_report_names_who_is_better_and_how_surely(benchmark, tmp_path):
     assert table[1]["p"]["njd_percent"] == 1.0
     assert "0.7255" in (tmp_path / "kl.md").read_text(encoding="utf-8")
     assert (tmp_path / "kl.png").stat().st_size > 5000
+
+
+def test_the_field_arm_is_the_default_of_fine_tuning(benchmark):
+    default, config = FinetuneConfig(), benchmark.config_of(benchmark.FIELD)
+    assert (config.policy, config.reward) == (default.policy, default.reward)
+    gain = benchmark.EXPERIMENTS["gain"]
+    assert gain["+ GRPO, field (default policy)"].settings == benchmark.FIELD
+    unlimited = gain["+ GRPO, field, gradient not limited (diverges)"]
+    assert benchmark.config_of(unlimited.settings).policy.share == math.inf
 
 
 def test_settings_round_trip(benchmark):
