@@ -26,6 +26,7 @@ from rich.text import Text
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job
 from ..protocol.options import FitOptions, RegistrationOptions
+from ..protocol.report import Report
 from ..protocol.run_folder import KEEP
 from ..protocol.settings import from_dict
 from ..protocol.startup import (
@@ -624,11 +625,11 @@ def print_written(out: Path) -> None:
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
 
 
-def print_report(report: dict) -> None:
+def print_report(report: Report) -> None:
     """The figures of one registration, as a table."""
     table = Table("figure", "value", title="Registration", show_header=False)
-    if report.get("dice"):
-        mean = report["dice"]["mean"]
+    if (dice := report["dice"]) is not None:
+        mean = dice["mean"]
         table.add_row("Dice, as given / aligned / registered", " / ".join(f"{mean[k]:.3f}" for k in mean))
     similarity = report["similarity"]
     table.add_row(
@@ -646,12 +647,11 @@ def print_report(report: dict) -> None:
     table.add_row("SDlogJ", f"{folding['sdlogj']:.3f}")
     motion = report["displacement_mm"]
     table.add_row("Displacement, mean / 95 % / largest", " / ".join(f"{motion[k]:.1f}" for k in motion) + " mm")
-    if report.get("inverse") and report["inverse"]["residual_mm"]:
-        residual = report["inverse"]["residual_mm"]
+    if (inverse := report["inverse"]) is not None and (residual := inverse["residual_mm"]) is not None:
         table.add_row("Inverse, residual mean / 95 %", f"{residual['mean']:.3f} / {residual['p95']:.3f} mm")
     table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
     console.print(table)
-    for warning in report.get("warnings", []):
+    for warning in report["warnings"]:
         errors.print(warning["message"], style="yellow")
 
 

@@ -18,6 +18,7 @@ from ..io.images import read_image
 from ..networks.loading import load_model
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import Job
+from ..protocol.report import Report
 from ..protocol.startup import check_output_folder
 from ..registration.pipeline import register
 from ..report.results import write_results
@@ -68,7 +69,7 @@ def deformed(volume: Volume, seed: int = 0) -> tuple[Volume, DenseTransform]:
     return Volume(data, image.grid), to_original
 
 
-def run_demo(output: Path, device: str, job: Job) -> tuple[dict, list[str]]:
+def run_demo(output: Path, device: str, job: Job) -> tuple[Report, list[str]]:
     """Register the pair and write its results; returns the report and sentences on how well it went."""
     check_output_folder(output)
     job.report("read", 0.0, "Reading the template")

@@ -154,7 +154,7 @@ class Worker:
         )
         job.report("write", 0.95, "Handing over the results")
         registered = time.perf_counter()
-        answer = {
+        answer: dict[str, object] = {
             "warped": _reference(result.warped, output / "warped.npy"),
             "aligned": _reference(result.aligned, output / "aligned.npy"),
             "jacobian": _reference(result.jacobian, output / "jacobian.npy"),

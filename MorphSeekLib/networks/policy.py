@@ -120,7 +120,7 @@ class RegistrationModel(nn.Module):
         """Every image size must be divisible by this."""
         return self.backbone.multiple_of
 
-    def parameter_counts(self) -> dict[str, Any]:
+    def parameter_counts(self) -> dict[str, float]:
         """Parameters of the backbone and of the policy head, and the head's share of the backbone's in percent."""
         backbone, head = (sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head))
         return {"backbone": backbone, "policy_head": head, "policy_head_percent": round(100 * head / backbone, 2)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from ..networks.devices import network_autocast
 from ..networks.policy import Latent, RegistrationModel
 from ..protocol.job import Job
 from ..protocol.options import FitOptions
+from ..protocol.report import CourseSection, FitSection
 from ..protocol.settings import to_dict
 from ..space import fields
 from ..space.geometry import Grid, Volume, covering_grid, dense_from_voxels, map_voxels, resample, voxel_displacement
@@ -77,10 +78,10 @@ class Fit:
         total = found if fine is None else _moved_to(found, finest, pair.grid)
         with torch.no_grad():
             after = pair.look(begin.answer, total, pair.moving_by(transform))
-        fitted = {
+        fitted: FitSection = {
             "settings": to_dict(options),
             "objective": _course(coarse.objectives),
-            "fine": None if fine is None else finest.describe() | {"objective": _course(fine.objectives)},
+            "fine": None if fine is None else {**finest.describe(), "objective": _course(fine.objectives)},
             "network": begin.figures[begin.answer],
             "refined": after,
             "definition": DEFINITION,
@@ -170,7 +171,7 @@ def _moved_to(total: Tensor, grid: Grid, other: Grid) -> Tensor:
     return voxel_displacement(dense_from_voxels(total, grid), other, total.device)
 
 
-def _course(objectives: Tensor) -> dict[str, Any]:
+def _course(objectives: Tensor) -> CourseSection:
     """An objective before and after, and what was met on the way."""
     curve = objectives.tolist()
     return {"start": curve[0], "refined": min(curve), "curve": curve} if curve else {}

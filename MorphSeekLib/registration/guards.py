@@ -16,6 +16,7 @@ from torch import Tensor
 from ..measures.similarity import Similarity
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import Notice
+from ..protocol.report import StepSection
 from ..space.geometry import DenseTransform, Transform
 from ..space.preprocessing import Preprocessing, sampled
 
@@ -152,7 +153,7 @@ def lowered_by_alignment(kind: str, measure: str, before: float | None, after: f
     return [Notice("alignment-lowers", words)]
 
 
-def no_step_helped(figures: Sequence[dict[str, float]], answer: int, taken: int) -> list[Notice]:
+def no_step_helped(figures: Sequence[StepSection], answer: int, taken: int) -> list[Notice]:
     """Whether all steps of this call were in vain.
 
     Args:

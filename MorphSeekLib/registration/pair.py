@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from ..measures.similarity import Judge
 from ..networks.loading import LoadedModel
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job, Notice
+from ..protocol.report import FitSection, StepSection
 from ..space import fields
 from ..space.background import quiet_background
 from ..space.geometry import (
@@ -70,7 +70,7 @@ class State:
     start: Transform
     align: str
     total: Tensor
-    figures: list[dict[str, float]]
+    figures: list[StepSection]
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Outcome:
 
     total: Tensor
     transform: DenseTransform
-    figures: list[dict[str, float]]
+    figures: list[StepSection]
     answer: int
     similarity: float
     before: Tensor | None = None
-    fitted: dict[str, Any] | None = None
+    fitted: FitSection | None = None
     notices: list[Notice] = field(default_factory=list)
 
 
@@ -256,7 +256,7 @@ class Pair:
         inside = self._inside(self.moving.grid, self.alignment.transform, total)[self.judge.shown]
         return float(inside.float().mean()) if inside.numel() else 1.0
 
-    def look(self, step: int, total: Tensor, warped: Tensor) -> dict[str, float]:
+    def look(self, step: int, total: Tensor, warped: Tensor) -> StepSection:
         """Return the figures after a step, of its displacement and of the moving image warped by it.
 
         Raises:
@@ -267,8 +267,14 @@ class Pair:
         shares = [100 * (j <= 0).float().mean() for j in determinants]
         values = torch.stack([self.judge(warped), length.mean(), *shares]).tolist()
         guards.check_finite(values, f"Step {step}")
-        names = ("similarity", "mean_displacement_mm", "folded_percent", "njd_percent")
-        return {"step": step, **dict(zip(names, values, strict=True))}
+        similarity, mean_displacement, folded, njd = values
+        return {
+            "step": step,
+            "similarity": similarity,
+            "mean_displacement_mm": mean_displacement,
+            "folded_percent": folded,
+            "njd_percent": njd,
+        }
 
     def _inside(self, grid: Grid, transform: Transform, total: Tensor | None = None) -> Tensor:
         """Which voxels of the working grid a displacement and a transform lead into an image's box, (1, 1, i, j, k)."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 
-from ..measures.folds import certify, folded_voxels, regions
+from ..measures.folds import Certificate, certify, folded_voxels, regions
 from ..measures.metrics import dice_per_label, folding
 from ..networks.devices import memory_advice, network_precision
 from ..networks.loading import LoadedModel
 from ..protocol.job import Job
 from ..protocol.options import RegistrationOptions
+from ..protocol.report import SCHEMA, DiceSection, Figures, FoldingSection, InverseSection, Report
 from ..space.geometry import (
     DenseTransform,
     Grid,
@@ -62,7 +63,7 @@ class Registration:
     warped_labels: Volume | None
     inverse: DenseTransform | None
     state: State
-    report: dict[str, Any] = field(default_factory=dict)
+    report: Report
 
 
 def deliver(
@@ -102,11 +103,7 @@ def deliver(
             inverse = transform.inverse(covering_grid(pair.moving.grid, pair.grid.spacing), job=job)
             residual = _inverse_residual(transform, inverse, fixed.grid, pair.moving.grid)
 
-    figures = {
-        "folding": vars(folding(jacobian=jacobian.data)) | {"cells": vars(certificate.count).copy()} | _regions(least),
-        "dice": dice,
-        "inverse": residual,
-    }
+    figures: Figures = {"folding": _folding(jacobian, certificate, least), "dice": dice, "inverse": residual}
     with memory_advice(pair.device):
         report = make_report(pair, model, outcome, figures, clock)
     job.check()
@@ -155,9 +152,7 @@ class Pictures:
         return warped
 
 
-def make_report(
-    pair: Pair, model: LoadedModel, outcome: Outcome, figures: dict[str, Any], clock: Clock
-) -> dict[str, Any]:
+def make_report(pair: Pair, model: LoadedModel, outcome: Outcome, figures: Figures, clock: Clock) -> Report:
     """Return what report.json holds of a registration, but for the files and versions.
 
     Args:
@@ -169,10 +164,11 @@ def make_report(
         notices = pair.notices + outcome.notices + guards.small_overlap(pair.overlap(outcome.total))
     aligned = outcome.figures[0]["similarity"]
     notices += guards.lowered_by_alignment(alignment.kind, "similarity", as_given, aligned)
-    if figures["dice"] is not None and as_given is not None:
-        dice = figures["dice"]["mean"]
+    if (overlap := figures["dice"]) is not None and as_given is not None:
+        dice = overlap["mean"]
         notices += guards.lowered_by_alignment(alignment.kind, "mean Dice", dice["input"], dice["aligned"])
     return {
+        "schema": SCHEMA,
         "model": {
             "name": model.name,
             "sha256": model.sha256,
@@ -181,8 +177,8 @@ def make_report(
             "licence": card.licence,
             "output": card.model.output,
         },
-        "fixed": pair.fixed.grid.describe(),
-        "moving": pair.moving.grid.describe(),
+        "fixed": {**pair.fixed.grid.describe()},
+        "moving": {**pair.moving.grid.describe()},
         "warped": {"type": pair.moving.dtype, "outside": pair.background, "definition": WARPED},
         "working_grid": pair.grid.describe(),
         "device": str(pair.device),
@@ -201,12 +197,12 @@ def make_report(
         "displacement_mm": _displacement(outcome.total, pair.grid),
         "dice": figures["dice"],
         "inverse": figures["inverse"],
-        "warnings": [vars(notice).copy() for notice in notices],
+        "warnings": [{"code": notice.code, "message": notice.message} for notice in notices],
         "seconds": clock.seconds,
     }
 
 
-def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: Job) -> dict[str, Any]:
+def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: Job) -> DiceSection:
     """Hard Dice per label on the fixed grid: as the images came, after the alignment, after the registration."""
     stages = {
         "input": resample(moving, fixed.grid, mode="nearest", job=job).data,
@@ -223,13 +219,15 @@ def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: 
     }
 
 
-def _regions(least: Volume) -> dict[str, Any]:
-    """The folded regions for the report, LPS mm, the largest ones in full."""
+def _folding(jacobian: Volume, certificate: Certificate, least: Volume) -> FoldingSection:
+    """Central differences, the proof, and the folded regions in LPS mm, the largest ones in full."""
     found = regions(least)
-    return {"regions": [vars(region).copy() for region in found[:MOST_REGIONS]], "region_count": len(found)}
+    listed = {"regions": [vars(region).copy() for region in found[:MOST_REGIONS]], "region_count": len(found)}
+    cells = {"cells": vars(certificate.count).copy()}
+    return cast("FoldingSection", vars(folding(jacobian=jacobian.data)) | cells | listed)
 
 
-def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed: Grid, moving: Grid) -> dict[str, Any]:
+def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed: Grid, moving: Grid) -> InverseSection:
     """|inverse(T(p)) - p| in mm over up to 20,000 points p of the fixed grid that land in the moving image."""
     generator = np.random.default_rng(0)
     index = generator.uniform(0, 1, (20_000, 3)) * (np.array(fixed.shape) - 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..networks.devices import network_autocast
 from ..networks.policy import RegistrationModel, take_steps
 from ..protocol.job import Job
+from ..protocol.report import StepSection
 from ..space import fields
 from . import guards
 from .pair import Outcome, Pair, State
@@ -83,7 +84,9 @@ class _Walk:
         self.total = pair.nothing() if self.base is None else self.base
         self.similarity = pair.similarity(self.total)
         guards.check_finite(self.similarity, "The alignment")
-        self.figures = [{"step": 0, "similarity": self.similarity}] if state is None else list(state.figures)
+        self.figures: list[StepSection] = [{"step": 0, "similarity": self.similarity}]
+        if state is not None:
+            self.figures = list(state.figures)
         self.taken = len(self.figures) - 1
         self.answer = next((n for n, row in enumerate(self.figures) if row.get("answer")), self.taken)
         self.before: Tensor | None = None
@@ -107,7 +110,7 @@ class _Walk:
 
     def outcome(self) -> Outcome:
         """Return the best."""
-        figures = [row | {"answer": n == self.answer} for n, row in enumerate(self.figures)]
+        figures: list[StepSection] = [{**row, "answer": n == self.answer} for n, row in enumerate(self.figures)]
         notices = guards.no_step_helped(figures, self.answer, self.taken)
         transform = self.pair.delivered(self.total, self.pair.grid)
         return Outcome(self.total, transform, figures, self.answer, self.similarity, self.before, None, notices)
@@ -128,5 +131,5 @@ def interruptible(network: RegistrationModel, job: Job) -> Iterator[None]:
             handle.remove()
 
 
-def _figures(row: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "step"}
+def _figures(row: StepSection) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}

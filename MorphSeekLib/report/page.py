@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
 from ..io.files import write_atomically
+from ..protocol.report import Report, VerdictSection
 from ..protocol.verdict import DEFAULT_LIMITS, HEADLINES, figures, folds, judge
 from ..space import geometry
 from ..space.geometry import DenseTransform, Grid, Volume
@@ -108,7 +109,7 @@ PLANES = (
 )
 
 
-def write_report(folder: Path, report: dict[str, Any], pictures: RegistrationPictures) -> Path:
+def write_report(folder: Path, report: Report, pictures: RegistrationPictures) -> Path:
     """Write ``report.json`` and ``report.html`` into a folder that exists.
 
     Args:
@@ -132,7 +133,7 @@ def write_report(folder: Path, report: dict[str, Any], pictures: RegistrationPic
     return path
 
 
-def render_page(report: dict[str, Any], sheets: list[Sheet]) -> str:
+def render_page(report: Report, sheets: list[Sheet]) -> str:
     """The page as text; every name in it is escaped, every number carries its full value and its path in the JSON."""
     # autoescape by hand: the default goes by endings and would not see .j2 as HTML
     environment = Environment(
@@ -150,7 +151,7 @@ def render_page(report: dict[str, Any], sheets: list[Sheet]) -> str:
     return template.render(report=report, sheets=sheets, number=number, verdict=said(report), facts=_facts)
 
 
-def said(report: dict[str, Any]) -> list[tuple[str, str]]:
+def said(report: Report) -> list[tuple[str, str]]:
     """Return the verdict by the default limits in words: (color, sentence) each; "none" for what has no color."""
     found = folds(report)
     verdict = judge(figures(report), DEFAULT_LIMITS, found)
@@ -163,7 +164,7 @@ def said(report: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def verdict_values(report: dict[str, Any]) -> dict[str, Any]:
+def verdict_values(report: Report) -> VerdictSection:
     """Return the verdict by the default limits as report.json holds it."""
     found = folds(report)
     verdict = judge(figures(report), DEFAULT_LIMITS, found)
@@ -562,7 +563,7 @@ def _round_number(value: float) -> float:
     return min((1 * power, 2 * power, 5 * power, 10 * power), key=lambda n: abs(math.log(n / value)))
 
 
-def _find(report: dict[str, Any], path: str) -> Any:
+def _find(report: Report, path: str) -> object:
     """A value by its dotted path; None where any part is absent."""
     value: Any = report
     for key in path.split("."):
@@ -573,9 +574,9 @@ def _find(report: dict[str, Any], path: str) -> Any:
     return value
 
 
-def _facts(section: dict[str, Any] | None, prefix: str = "") -> list[tuple[str, Any]]:
+def _facts(section: Mapping[str, object] | None, prefix: str = "") -> list[tuple[str, object]]:
     """(name, value) rows of a section, inner sections flattened; empty values left out."""
-    rows: list[tuple[str, Any]] = []
+    rows: list[tuple[str, object]] = []
     for key, value in (section or {}).items():
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, dict):

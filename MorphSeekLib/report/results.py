@@ -13,6 +13,7 @@ from ..io.transforms import write_transform
 from ..networks.model_file import software
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
+from ..protocol.report import Report
 from ..protocol.startup import refuse_overwriting
 from ..protocol.version import __version__
 from ..registration.result import Registration
@@ -39,7 +40,7 @@ def write_results(
     fixed: Volume,
     names: dict[str, str],
     job: Job = SILENT,
-) -> dict:
+) -> Report:
     """Write all files of a registration; they appear together or not at all.
 
     Args:
@@ -93,7 +94,7 @@ def export_results(
     wanted: Collection[str],
     pictures: RegistrationPictures,
     inverse: DenseTransform | None,
-    report: dict,
+    report: Report,
     job: Job = SILENT,
 ) -> list[str]:
     """Write some files of a registration that was done before, as :func:`write_results` would have; all or nothing.
@@ -129,8 +130,8 @@ def export_results(
         if "report" in wanted:
             job.report("write", 0.6, "Drawing the report")
             written = {*(file.name for file in part.iterdir()), *_REPORT}
-            changes = {"files": sorted(written | earlier_files(folder)), "verdict": verdict_values(report)}
-            write_report(part, report | changes, pictures)
+            files = sorted(written | earlier_files(folder))
+            write_report(part, {**report, "files": files, "verdict": verdict_values(report)}, pictures)
         job.report("write", 0.95, "Moving the files to their place")
         return sorted(path.name for path in part.iterdir())
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..protocol.job import SILENT, Job, Notice
+from ..protocol.report import GridSection
 from . import fields
 
 # letter of an orientation code -> unit vector in LPS
@@ -86,7 +87,7 @@ class Grid:
         index = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij")).reshape(3, -1)
         return (self.affine[:3, :3] @ index).T + self.origin
 
-    def describe(self) -> dict[str, list]:
+    def describe(self) -> GridSection:
         """Return shape and spacing (mm) for a report."""
         return {"shape": list(self.shape), "spacing": [round(float(s), 6) for s in self.spacing]}
 

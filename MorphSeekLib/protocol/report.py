@@ -1,0 +1,199 @@
+"""What report.json holds of a registration: the engine makes it, the page and the panel show it.
+
+``schema`` counts the changes of its meaning. 1 (files without the key): folds were judged by central differences alone.
+2: ``folding.cells``, ``folding.regions`` and ``verdict`` are there; every key of before keeps its meaning, so
+``folding.njd_percent`` is by central differences.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+SCHEMA = 2
+
+
+class GridSection(TypedDict):
+    """A grid: voxels along each axis, and mm between them."""
+
+    shape: list[int]
+    spacing: list[float]
+
+
+class ImageSection(GridSection, total=False):
+    """An image that was registered; ``path`` where it came from a file."""
+
+    path: str
+
+
+class ModelSection(TypedDict):
+    """The model, as its card has it."""
+
+    name: str
+    sha256: str | None
+    backbone: str
+    title: str
+    licence: str
+    output: str
+
+
+class WarpedSection(TypedDict):
+    """The warped image: its number type, and the value outside of the moving image."""
+
+    type: str
+    outside: float
+    definition: str
+
+
+class StepSection(TypedDict, total=False):
+    """The figures after a step of the network; the first is before all, and ``answer`` is true in one."""
+
+    step: int
+    similarity: float
+    mean_displacement_mm: float
+    folded_percent: float
+    njd_percent: float
+    answer: bool
+
+
+class CourseSection(TypedDict, total=False):
+    """The objective of a fit at its start, its least, and all that was met; empty without an iteration."""
+
+    start: float
+    refined: float
+    curve: list[float]
+
+
+class FineSection(GridSection):
+    """The fit on the fixed image's own grid."""
+
+    objective: CourseSection
+
+
+class FitSection(TypedDict):
+    """The fit: its settings, its course on both grids, the figures of the network's answer and of the fitted one."""
+
+    settings: dict[str, object]
+    objective: CourseSection
+    fine: FineSection | None
+    network: StepSection
+    refined: StepSection
+    definition: str
+
+
+class SimilaritySection(TypedDict):
+    """The judge's figure of the images as given (None: nothing was aligned), aligned and warped."""
+
+    name: str
+    input: float | None
+    aligned: float
+    warped: float
+
+
+class CellsSection(TypedDict):
+    """The proof of folding, see :class:`MorphSeekLib.measures.folds.FoldCount`."""
+
+    cells: int
+    proven: int
+    folded: int
+    undecided: int
+    folded_percent: float
+    smallest_proven: float
+    folded_outside: int
+    undecided_outside: int
+    no_fold_proven: bool
+    definition: str
+
+
+class RegionSection(TypedDict):
+    """A folded region, see :class:`MorphSeekLib.measures.folds.Region`."""
+
+    voxels: int
+    mm3: float
+    determinant: float
+    position: list[float]
+    radius_mm: float
+
+
+class FoldingSection(TypedDict):
+    """Figures by central differences, the proof by cells, and the largest folded regions of ``region_count``."""
+
+    njd_percent: float
+    folded_voxels: int
+    voxels: int
+    sdlogj: float
+    sdlogj_learn2reg: float
+    min_jacobian: float
+    max_jacobian: float
+    definition: str
+    cells: CellsSection
+    regions: list[RegionSection]
+    region_count: int
+
+
+class DiceSection(TypedDict):
+    """Dice of each label, and their mean, at the stages "input", "aligned" and "warped"."""
+
+    labels: dict[str, dict[str, float]]
+    mean: dict[str, float]
+    definition: str
+
+
+class InverseSection(TypedDict, total=False):
+    """How far transform and inverse lead a point from where it was, mm: "mean", "p95", "max"."""
+
+    residual_mm: dict[str, float] | None
+    definition: str
+
+
+class WarningSection(TypedDict):
+    """A :class:`MorphSeekLib.protocol.job.Notice`."""
+
+    code: str
+    message: str
+
+
+class VerdictSection(TypedDict):
+    """The verdict by the default limits, see :mod:`MorphSeekLib.protocol.verdict`."""
+
+    color: str | None
+    folds: str | None
+    beyond: list[dict[str, object]]
+
+
+class Figures(TypedDict):
+    """What is measured on the delivered transform; None: without labels, without an inverse."""
+
+    folding: FoldingSection
+    dice: DiceSection | None
+    inverse: InverseSection | None
+
+
+class _Measured(Figures):
+    """What is known once a registration is done."""
+
+    schema: int
+    model: ModelSection
+    fixed: ImageSection
+    moving: ImageSection
+    warped: WarpedSection
+    working_grid: GridSection
+    device: str
+    precision: str
+    align: str
+    mirrored: bool
+    steps: list[StepSection]
+    refinement: FitSection | None
+    similarity: SimilaritySection
+    displacement_mm: dict[str, float]
+    warnings: list[WarningSection]
+    seconds: dict[str, float]
+
+
+class Report(_Measured, total=False):
+    """report.json: what was measured, and what is known once its files are written."""
+
+    verdict: VerdictSection
+    morphseek: str
+    date: str
+    software: dict[str, str]
+    files: list[str]
