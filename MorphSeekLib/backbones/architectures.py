@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Architecture:
     settings: Any
     from_official: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     source: str
-    infer: Callable[[dict[str, Tensor], dict[str, Any]], Any] | None = None
+    infer: Callable[[dict[str, Tensor], Mapping[str, object]], Any] | None = None
 
 
 VXM = "Balakrishnan et al. 2019, as the TransMorph repository compares with it"

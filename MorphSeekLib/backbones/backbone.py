@@ -14,7 +14,7 @@ and a line in ``__init__.py`` that imports it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def start_near_zero(flow: nn.Conv3d) -> None:
         nn.init.zeros_(flow.bias)
 
 
-def build_backbone(name: str, settings: dict[str, Any] | None = None) -> Backbone:
+def build_backbone(name: str, settings: Mapping[str, object] | None = None) -> Backbone:
     """Make a network with fresh weights.
 
     Args:

@@ -12,8 +12,9 @@ resampled to it and the step back, first center to last center, which keeps its 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,7 @@ def _block(found: re.Match) -> str:
     return f".{kind}.{level}.{place}."
 
 
-def settings_of(state: dict[str, Tensor], arguments: dict[str, Any]) -> SPACSettings:
+def settings_of(state: dict[str, Tensor], arguments: Mapping[str, object]) -> SPACSettings:
     """The settings that weights under our names imply; the official ones where they imply none."""
 
     def widths(part: str) -> tuple[int, ...]:

@@ -216,7 +216,7 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def widths_of(state: dict[str, Tensor], _arguments: dict) -> VoxelMorphSettings:
+def widths_of(state: dict[str, Tensor], _arguments: Mapping[str, object]) -> VoxelMorphSettings:
     """The settings that weights of the TransMorph repository's form imply, under our names."""
 
     def widths(part: str) -> tuple[int, ...]:

@@ -14,9 +14,8 @@ both grids.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +131,7 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def settings_of(state: dict[str, Tensor], arguments: dict[str, Any]) -> VxmDenseSettings:
+def settings_of(state: dict[str, Tensor], arguments: Mapping[str, object]) -> VxmDenseSettings:
     """The settings that an official file implies.
 
     Args:
@@ -147,10 +146,16 @@ def settings_of(state: dict[str, Tensor], arguments: dict[str, Any]) -> VxmDense
         found = (re.fullmatch(rf"{part}\.(\d+)\.0\.weight", name) for name in state)
         return tuple(len(state[f"{part}.{n}.0.weight"]) for n in sorted(int(match[1]) for match in found if match))
 
-    squarings, stride = arguments.get("int_steps", 7), arguments.get("int_downsize", 2)
+    squarings, stride = (_whole(arguments, name, known) for name, known in (("int_steps", 7), ("int_downsize", 2)))
     if squarings and stride not in (1, 2):
         raise MorphSeekError(f"This VxmDense integrates at 1/{stride} of the resolution; MorphSeek knows 1 and 1/2.")
     encoder, decoder = widths("down"), widths("up")
     if not encoder or len(encoder) != len(decoder):
         return OFFICIAL_SVF  # weights of another network, which do not fit the defaults either
     return VxmDenseSettings(encoder, decoder, widths("extra"), squarings, stride if squarings else 2, True)
+
+
+def _whole(arguments: Mapping[str, object], name: str, default: int) -> int:
+    """A whole number of the official constructor's arguments; the default where it is not given, 0 where it is none."""
+    value = arguments.get(name, default)
+    return value if isinstance(value, int) else 0

@@ -7,6 +7,7 @@ official code gives. PyTorch files are read weights-only: a file that holds prog
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def import_checkpoint(
     return out
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, object]]:
     """The tensors of a PyTorch file by name, and the constructor's arguments where the file keeps them ("config").
 
     Raises:

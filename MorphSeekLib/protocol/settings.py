@@ -11,6 +11,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from .errors import MorphSeekError
@@ -18,7 +19,9 @@ from .errors import MorphSeekError
 T = TypeVar("T")
 
 
-def from_dict(settings_type: type[T], values: dict[str, Any], where: str = "settings", base: T | None = None) -> T:
+def from_dict(
+    settings_type: type[T], values: Mapping[str, object], where: str = "settings", base: T | None = None
+) -> T:
     """A settings dataclass from a plain dict, checked key by key and type by type.
 
     Args:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -111,14 +111,9 @@ def load_state(
             moments[index] = {k: stored[f"adam.{k}.{name}"].to(parameter.device) for k in keys}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     best = {k.removeprefix("best."): v for k, v in stored.items() if k.startswith("best.")}
-    standing = _renamed(json.loads(metadata["standing"]), metadata["format"])
+    standing = json.loads(metadata["standing"])
+    if metadata["format"] == OLD_FORMAT:  # what a state says of where it stands, by today's names
+        names = {name: old for old, name in OLD_NAMES.items() if old in standing["memory"]}
+        standing |= {name: standing["memory"].pop(old) for name, old in names.items()}
     memory = dataclasses.replace(memory, **standing.pop("memory"))
     return RunState(**standing, best=best), memory
-
-
-def _renamed(standing: dict[str, Any], version: str) -> dict[str, Any]:
-    """Return what a state says of where it stands by today's names."""
-    if version == OLD_FORMAT:
-        memory = standing["memory"]
-        standing |= {name: memory.pop(old) for old, name in OLD_NAMES.items() if old in memory}
-    return standing
