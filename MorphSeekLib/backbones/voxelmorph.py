@@ -16,6 +16,7 @@ them: with labels to learn from it finds what tells structures apart, where MIND
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch

@@ -162,12 +162,22 @@ def _measure(pair: Pair, dataset: Dataset, model: LoadedModel, options: Registra
     result = register(fixed, moving, model, options, job, labels=(fixed_labels, moving_labels))
     assert result.warped_labels is not None  # labels were given
     report = result.report
-    folds = FoldingFigures(**{part.name: report["folding"][part.name] for part in dataclasses.fields(FoldingFigures)})
-    cells = report["folding"]["cells"]
+    overlap, folds = report["dice"], report["folding"]
+    assert overlap is not None  # as above
+    figures = FoldingFigures(
+        folds["njd_percent"],
+        folds["folded_voxels"],
+        folds["voxels"],
+        folds["sdlogj"],
+        folds["sdlogj_learn2reg"],
+        folds["min_jacobian"],
+        folds["max_jacobian"],
+    )
+    cells = folds["cells"]
     labels = label_maps(fixed_labels, result.warped_labels, moving_labels, dataset)
-    row = score(labels, folds, cells["folded_percent"], cells["no_fold_proven"])
+    row = score(labels, figures, cells["folded_percent"], cells["no_fold_proven"])
     judged = judged_labels(fixed_labels.data, moving_labels.data, dataset.evaluated)
-    dice = [report["dice"]["labels"][str(label)] for label in judged]
+    dice = [overlap["labels"][str(label)] for label in judged]
     return dataclasses.replace(
         row,
         fixed=given(pair.fixed.image).name,

@@ -19,6 +19,7 @@ from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.protocol.report import CellsSection, DiceSection, FitSection, FoldingSection, Report
 from MorphSeekLib.protocol.startup import MAX_STEPS
 from MorphSeekLib.registration.guards import few_values
 from MorphSeekLib.registration.pipeline import register
@@ -475,3 +476,19 @@ def test_the_same_head_moved_rigidly_stays_where_the_alignment_put_it(shared):
     expected = np.array([true.TransformPoint(p) for p in points])
     assert np.linalg.norm(result.transform.map_points(points) - expected, axis=1).mean() < 0.3
     assert result.report["warnings"][0]["code"] == "no-step-helped"
+
+
+def test_the_report_holds_what_its_type_says(pair, model):
+    fitted = RegistrationOptions(steps=1, fit=FitOptions(1, 1))
+    report = register(*pair[:2], model, fitted, labels=pair[2:]).report
+    assert report["schema"] == 2
+    for name, section in (
+        (None, Report),
+        ("folding", FoldingSection),
+        ("dice", DiceSection),
+        ("refinement", FitSection),
+    ):
+        held = report if name is None else report[name]
+        late = {"verdict", "morphseek", "date", "software", "files"} if name is None else set()
+        assert set(held) == set(section.__annotations__) - late, name
+    assert set(report["folding"]["cells"]) == set(CellsSection.__annotations__)
