@@ -31,7 +31,8 @@ def checkerboard(first: np.ndarray, second: np.ndarray, tile: tuple[int, int, in
 
 
 def difference_limit(difference: np.ndarray) -> float:
-    """The difference that gets the full color: few voxels are above it, and noise alone does not look like much."""
+    """Return the difference that gets the full color: few voxels are above it, and noise alone does not look like
+    much."""
     values = difference.ravel()
     if values.size > 300_000:  # at random, for a stride may meet a single slice
         values = values[np.random.default_rng(1).integers(values.size, size=300_000)]

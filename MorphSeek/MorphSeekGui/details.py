@@ -139,7 +139,7 @@ class _Doctor:
             self._process = subprocess.Popen(command, **pipes, **process_of_its_own(environment))
 
     def done(self) -> bool:
-        """Whether it has ended; then ``text`` is what it found, or ``reason`` why it found nothing."""
+        """Return whether it has ended; then ``text`` is what it found, or ``reason`` why it found nothing."""
         code = self._process.poll()
         if code is None and time.monotonic() < self._until:
             return False

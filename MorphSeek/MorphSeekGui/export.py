@@ -121,7 +121,7 @@ def export(
 
 
 def _free_name(parent: Path, name: str) -> Path:
-    """A name inside ``parent`` that nothing has yet, from a node's name without what file systems dislike."""
+    """Return a name inside ``parent`` that nothing has yet, from a node's name without what file systems dislike."""
     stem = re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", name).strip(" .")[:80] or "registration"
     tried, number = parent / stem, 2
     while tried.exists():

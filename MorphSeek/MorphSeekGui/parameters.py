@@ -29,7 +29,7 @@ class Alignment(enum.Enum):
     AFFINE = "affine"
 
     def label(self) -> str:
-        """The text in the list."""
+        """Return the text in the list."""
         return {
             Alignment.MODEL: _("As the model says"),
             Alignment.NONE: _("Nothing"),
@@ -47,7 +47,7 @@ class Fit(enum.Enum):
     IMAGE_GRID = "image"
 
     def label(self) -> str:
-        """The text in the list."""
+        """Return the text in the list."""
         return {
             Fit.NO: _("No"),
             Fit.MODEL_GRID: _("On the model's grid"),
@@ -66,7 +66,7 @@ class FitBy(enum.Enum):
     MIND = "mind"
 
     def label(self) -> str:
-        """The text in the list."""
+        """Return the text in the list."""
         return {FitBy.LNCC: _("one modality"), FitBy.MIND: _("two modalities")}[self]
 
 

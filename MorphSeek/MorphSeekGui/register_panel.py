@@ -470,7 +470,7 @@ class RegisterPanel(Panel):
     # --------------------------------------------------------------------------------------------------- the first time
 
     def _ready(self) -> bool:
-        """Whether the engine can start: its packages are there, or it has a Python of its own."""
+        """Return whether the engine can start: its packages are there, or it has a Python of its own."""
         return bool(self.logic.engine_python()) or not dependencies.missing()
 
     def _update_setup(self) -> None:

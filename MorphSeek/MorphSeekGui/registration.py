@@ -136,7 +136,7 @@ class Run:
         self.client.cancel(self.request)
 
     def finish(self) -> RegistrationNodes:
-        """The nodes, once it is over.
+        """Return the nodes, once it is over.
 
         Raises:
             EngineCancelled, EngineDied, EngineError, InputError: no node was made.
@@ -355,7 +355,7 @@ def _check_outputs(into: dict, fixed_node, moving_node, initial_transform_node) 
 
 
 def _read_state(state: dict | None, places: list) -> dict | None:
-    """The worker's state with its arrays in memory: the folder they lie in will go."""
+    """Return the worker's state with its arrays in memory: the folder they lie in will go."""
     if state is None:
         return None
     start = dict(state["start"])
@@ -367,7 +367,7 @@ def _read_state(state: dict | None, places: list) -> dict | None:
 
 
 def _write_state(state: dict, folder: Path) -> dict:
-    """The state as the worker takes it, its arrays in the folder."""
+    """Return the state as the worker takes it, its arrays in the folder."""
     start = dict(state["start"])
     if "displacement" in start:
         start["displacement"] = scene.save_image(start["displacement"], folder / "start.npy")

@@ -109,7 +109,7 @@ class RegistrationNodes:
 
 
 def read_volume(node, space=None) -> Image:
-    """A scalar volume node's voxels and place.
+    """Return a scalar volume node's voxels and place.
 
     Args:
         node: the volume node. Its voxels are shared with the returned array where their type allows, not copied.
@@ -123,14 +123,16 @@ def read_volume(node, space=None) -> Image:
 
 
 def file_of(node) -> dict[str, str]:
-    """Where a volume node was loaded from, for the worker to look at: {"file": path}, or {} when there is no file."""
+    """Return where a volume node was loaded from, for the worker to look at: {"file": path}, or {} when there is no
+    file."""
     storage = node.GetStorageNode()
     path = storage.GetFullNameFromFileName() if storage is not None and storage.GetFileName() else ""
     return {"file": path} if path else {}
 
 
 def matrix_to_space(node, space=None) -> np.ndarray:
-    """(4, 4) RAS: from the node's own coordinates, through its parent transforms, to ``space`` (None: the world).
+    """Return (4, 4) RAS: from the node's own coordinates, through its parent transforms, to ``space`` (None: the
+    world).
 
     Raises:
         InputError: a transform on the way is not linear.
@@ -191,7 +193,8 @@ def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Label
 
 
 def read_label_pair(fixed_labels, fixed, moving_labels, moving) -> tuple[Labels | None, Labels | None]:
-    """The labels of both volumes, numbered alike: label maps by their values, segmentations by the segments' names.
+    """Return the labels of both volumes, numbered alike: label maps by their values, segmentations by the segments'
+    names.
 
     Any of the two may be None.
 
@@ -221,7 +224,7 @@ def read_label_pair(fixed_labels, fixed, moving_labels, moving) -> tuple[Labels 
 
 
 def read_transform(node, fixed: Image) -> np.ndarray | Image:
-    """What an initial transform node says: where the moving volume would lie if it were under it.
+    """Return what an initial transform node says: where the moving volume would lie if it were under it.
 
     Beyond its grid a grid transform moves points as its edge does, and so does a B-spline beyond its domain, where
     Slicer lets it fade to nothing.
@@ -264,7 +267,8 @@ def read_transform(node, fixed: Image) -> np.ndarray | Image:
 
 
 def _through_link(transform, points: np.ndarray) -> np.ndarray:
-    """(n, 3) RAS points through one transform of a chain; a B-spline goes on beyond its domain as at its edge."""
+    """Return (n, 3) RAS points through one transform of a chain; a B-spline goes on beyond its domain as at its
+    edge."""
     if not isinstance(transform, slicer.vtkOrientedBSplineTransform) or transform.GetInverseFlag():
         return _through(transform, points)  # a grid transform of VTK keeps its edge value, and inverses are VTK's
     coefficients, turn = transform.GetCoefficientData(), transform.GetGridDirectionMatrix()
@@ -280,7 +284,7 @@ def _through_link(transform, points: np.ndarray) -> np.ndarray:
 
 
 def _through(transform, points: np.ndarray) -> np.ndarray:
-    """(n, 3) points through any transform of VTK."""
+    """Return (n, 3) points through any transform of VTK."""
     points = np.ascontiguousarray(points)  # VTK keeps no copy
     before, after = vtk.vtkPoints(), vtk.vtkPoints()
     before.SetData(numpy_support.numpy_to_vtk(points))
@@ -296,7 +300,7 @@ def save_image(image: Image, path: Path) -> dict:
 
 
 def load_image(reference: dict | None) -> Image | None:
-    """The worker's reference as a memory-mapped image; None stays None."""
+    """Return the worker's reference as a memory-mapped image; None stays None."""
     if reference is None:
         return None
     array = np.load(reference["path"], mmap_mode="r", allow_pickle=False)
@@ -457,7 +461,7 @@ def put_into_folder(nodes: RegistrationNodes, members: list) -> None:
 
 
 def _folder_of(hierarchy, transform) -> int | None:
-    """The folder that was made for a transform's registration, if it is still there."""
+    """Return the folder that was made for a transform's registration, if it is still there."""
     made_for = transform.GetID()
     return next((i for i in hierarchy_items(hierarchy) if hierarchy.GetItemAttribute(i, REPORT) == made_for), None)
 
@@ -477,8 +481,8 @@ def _remember(nodes: RegistrationNodes) -> None:
 
 
 def result_nodes(transform) -> RegistrationNodes | None:
-    """The registration that a transform node came from, or None if it came from none or not all of it is left. Its
-    transforms are made linear, see :func:`keep_linear`."""
+    """Return the registration that a transform node came from, or None if it came from none or not all of it is left.
+    Its transforms are made linear, see :func:`keep_linear`."""
     if transform is None or transform.GetAttribute(REPORT) is None:
         return None
     keep_linear(transform)
@@ -516,7 +520,7 @@ def keep_results_linear(scene) -> None:
 
 
 def grid_transform(displacement: Image, source=None, target=None) -> vtk.vtkObject:
-    """A vtkOrientedGridTransform from displacements, to be set as TransformFromParent.
+    """Return a vtkOrientedGridTransform from displacements, to be set as TransformFromParent.
 
     Args:
         displacement: (3, i, j, k) LPS mm at the grid's nodes, T(p) = p + d(p).
@@ -557,14 +561,14 @@ def grid_transform(displacement: Image, source=None, target=None) -> vtk.vtkObje
 
 
 def ijk_to_ras(volume) -> np.ndarray:
-    """(4, 4) voxel -> the volume node's own coordinates (its parent transforms left out)."""
+    """Return (4, 4) voxel -> the volume node's own coordinates (its parent transforms left out)."""
     matrix = vtk.vtkMatrix4x4()
     volume.GetIJKToRASMatrix(matrix)
     return slicer.util.arrayFromVTKMatrix(matrix)
 
 
 def to_vtk(matrix: np.ndarray) -> vtk.vtkMatrix4x4:
-    """A (4, 4) array as VTK's."""
+    """Return a (4, 4) array as VTK's."""
     out = vtk.vtkMatrix4x4()
     out.DeepCopy(np.asarray(matrix, dtype=np.float64).ravel())
     return out
@@ -575,7 +579,7 @@ def _name(node) -> str:
 
 
 def _voxels(node) -> np.ndarray:
-    """(i, j, k) voxels of a scalar volume, in its own number type."""
+    """Return (i, j, k) voxels of a scalar volume, in its own number type."""
     if node is None or not isinstance(node, slicer.vtkMRMLVolumeNode):
         raise InputError(_("Choose a fixed and a moving volume; '{node}' is not a volume.").format(node=_name(node)))
     image = node.GetImageData()
@@ -593,7 +597,8 @@ def _voxels(node) -> np.ndarray:
 
 
 def _linear_between(source, target) -> np.ndarray | None:
-    """(4, 4) RAS from one transform node's coordinates to another's (None: world), or None if it is not linear."""
+    """Return (4, 4) RAS from one transform node's coordinates to another's (None: world), or None if it is not
+    linear."""
     general, linear = vtk.vtkGeneralTransform(), vtk.vtkTransform()
     slicer.vtkMRMLTransformNode.GetTransformBetweenNodes(source, target, general)
     if not slicer.vtkMRMLTransformNode.IsGeneralTransformLinear(general, linear):
@@ -608,7 +613,7 @@ def _nonlinear_ancestor(node):
 
 
 def _node_points(affine: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """A grid's node positions, one (i, j, k) array per coordinate."""
+    """Return a grid's node positions, one (i, j, k) array per coordinate."""
     i, j, k = np.ogrid[: shape[0], : shape[1], : shape[2]]
     return [row[0] * i + row[1] * j + row[2] * k + row[3] for row in affine[:3]]
 
@@ -779,7 +784,7 @@ def _fill_labels(node, warped: Image, labels: Labels, new: _New):
 
 
 def label_names(labels) -> dict[int, str]:
-    """What the values of warped labels are called in the scene; empty where nothing says so.
+    """Return what the values of warped labels are called in the scene; empty where nothing says so.
 
     A color table of Slicer's own does not: it would call any label 3 "brain".
 

@@ -74,8 +74,8 @@ def export_cases(
 
 
 def matching_cases(nodes: list, labels: list) -> list[tuple]:
-    """(volume, labels) whose names belong together: "a" with "a", "a segmentation", "a-label" and the like. A volume
-    that two would fit gets none."""
+    """Return (volume, labels) whose names belong together: "a" with "a", "a segmentation", "a-label" and the like. A
+    volume that two would fit gets none."""
     pairs = []
     for volume in nodes:
         wanted = _words(volume.GetName())

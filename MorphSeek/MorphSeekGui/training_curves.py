@@ -67,7 +67,7 @@ def fit(chart) -> None:
 
 
 def shows_all(chart) -> bool:
-    """Whether a chart's axes, as they were last fitted or moved by hand, show all that is in its tables."""
+    """Return whether a chart's axes, as they were last fitted or moved by hand, show all that is in its tables."""
     for n in range(chart.GetNumberOfPlotSeriesNodes()):
         series = chart.GetNthPlotSeriesNode(n)
         if series is None or series.GetTableNode() is None:  # the scene was closed
@@ -85,7 +85,7 @@ def shows_all(chart) -> bool:
 
 
 def has_curve(name: str, rows: Iterable[dict[str, float]]) -> bool:
-    """Whether there is anything to draw in a chart."""
+    """Return whether there is anything to draw in a chart."""
     return any(CHARTS[name][0] in row for row in rows)
 
 
@@ -181,7 +181,7 @@ def _columns(rows: Iterable[dict[str, float]]) -> dict[str, tuple[np.ndarray, np
 
 
 def moving_mean(values: np.ndarray, width: int = _SMOOTH) -> np.ndarray:
-    """The mean of each value and those before it, ``width`` at most."""
+    """Return the mean of each value and those before it, ``width`` at most."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     begin = np.maximum(0, np.arange(1, len(total)) - width)
     return (total[1:] - total[begin]) / (np.arange(1, len(total)) - begin)

@@ -199,7 +199,7 @@ class TrainingRun:
             self.stop()
 
     def is_running(self) -> bool:
-        """Whether a process holds the run's lock."""
+        """Return whether a process holds the run's lock."""
         return is_locked(self.folder)
 
     # --------------------------------------------------------------------------------------------- what it left

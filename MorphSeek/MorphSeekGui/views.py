@@ -241,7 +241,7 @@ class ResultViews:
                 del self._shown[key]
 
     def _gray(self, volume) -> np.ndarray:
-        """(k, j, i) gray values from 0 to 1, as the volume is shown."""
+        """Return (k, j, i) gray values from 0 to 1, as the volume is shown."""
         if volume.GetImageData().GetDimensions() != self.nodes.warped.GetImageData().GetDimensions():
             raise InputError(
                 _("'{node}' has changed its size since it was registered; register again.").format(
@@ -440,7 +440,7 @@ def _grid_twin(scene, nodes: RegistrationNodes):
 
 
 def displacement_of(transform_node) -> Image:
-    """The transform node's grid as the engine's displacement image.
+    """Return the transform node's grid as the engine's displacement image.
 
     Raises:
         InputError: it was inverted or replaced since the registration made it.
@@ -465,7 +465,7 @@ def displacement_of(transform_node) -> Image:
 
 
 def _affine_part(displacement: Image, volume) -> np.ndarray:
-    """(4, 4) RAS: least-squares affine of the transform over a lattice of points in the volume."""
+    """Return (4, 4) RAS: least-squares affine of the transform over a lattice of points in the volume."""
     index = np.array(np.meshgrid(*[np.linspace(0, n - 1, 12) for n in volume.GetImageData().GetDimensions()]))
     points = ijk_to_ras(volume) @ np.vstack([index.reshape(3, -1), np.ones(index[0].size)])
     transform = grid_transform(displacement)

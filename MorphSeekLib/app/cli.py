@@ -712,7 +712,7 @@ _FIGURE_NAMES = {
 
 
 def _figures(results: dict) -> list[str]:
-    """A line for each data set that a card holds means of."""
+    """Return a line for each data set that a card holds means of."""
     lines = []
     for name, value in results.items():
         means = value.get("mean", value) if isinstance(value, dict) else {}

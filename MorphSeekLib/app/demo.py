@@ -31,7 +31,7 @@ MODEL = "brain-mr"
 
 
 def template() -> Volume:
-    """The MNI152 T1 template, skull-stripped, 1 mm.
+    """Return the MNI152 T1 template, skull-stripped, 1 mm.
 
     Raises:
         MorphSeekError: nilearn is not installed.
@@ -49,7 +49,7 @@ def template() -> Volume:
 
 
 def deformed(volume: Volume, seed: int = 0) -> tuple[Volume, DenseTransform]:
-    """A volume seen with another contrast through a known smooth deformation and pose.
+    """Return a volume seen with another contrast through a known smooth deformation and pose.
 
     Returns:
         the new volume, and the true map of its points to the original's.

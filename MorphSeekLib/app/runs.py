@@ -251,7 +251,8 @@ def seconds_per_iteration(
     job: Job = SILENT,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[float, float]:
-    """(seconds of an iteration, seconds of a validation): a few iterations are done and timed, their weights dropped.
+    """Return (seconds of an iteration, seconds of a validation): a few iterations are done and timed, their weights
+    dropped.
 
     Args:
         clock: seconds by which it is timed.
@@ -277,7 +278,7 @@ def seconds_per_iteration(
 
 
 def planned_iterations(minutes: float, iteration: float, validation: float) -> tuple[int, int]:
-    """(iterations, iterations between validations) that take so many minutes.
+    """Return (iterations, iterations between validations) that take so many minutes.
 
     The learning rate falls along the whole run, so its length must be known before it begins.
 
@@ -323,5 +324,5 @@ def _held_out(figures: dict[str, Evaluation]) -> dict[str, object]:
 
 
 def _path(folder: Path, name: str) -> str:
-    """A file beside the run where there is one of that name; else the name as it is."""
+    """Return a file beside the run where there is one of that name; else the name as it is."""
     return str(folder / name) if (folder / name).is_file() else name

@@ -213,7 +213,7 @@ class Worker:
         return to_dict(report)
 
     def _model(self, name: str, device: str) -> LoadedModel:
-        """The model, from memory when its file has not changed; only the last one is kept."""
+        """Return the model, from memory when its file has not changed; only the last one is kept."""
         path = find(name)
         key = (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size, device)
         if key not in self.models:
@@ -306,7 +306,7 @@ class Worker:
 
 
 def _get(params: dict, name: str, kind: type, *default: Any) -> Any:
-    """A parameter of the right type; null counts as absent."""
+    """Return a parameter of the right type; null counts as absent."""
     value = params.get(name)
     if value is None:
         if not default:
@@ -318,7 +318,8 @@ def _get(params: dict, name: str, kind: type, *default: Any) -> Any:
 
 
 def _options(params: dict) -> RegistrationOptions:
-    """The choices of a "register" request, checked before its arrays are read; its threads are used from here on.
+    """Return the choices of a "register" request, checked before its arrays are read; its threads are used from here
+    on.
 
     Raises:
         MorphSeekError: a model, device or option that cannot be.
@@ -359,7 +360,8 @@ def _grid(shape: tuple[int, ...], reference: dict, name: str) -> Grid:
 
 
 def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
-    """A volume from {"path": .npy (i, j, k), "affine": 4x4 voxel -> LPS mm, "file": what the client read it from}."""
+    """Read a volume from {"path": .npy (i, j, k), "affine": 4x4 voxel -> LPS mm, "file": what the client read it
+    from}."""
     array = _array(reference, name, 3)
     if min(array.shape) < 2:
         words = name.replace("_", " ")
@@ -385,7 +387,7 @@ def _transform(reference: dict, name: str) -> Transform:
 
 
 def _displacement(reference: dict, name: str) -> DenseTransform:
-    """A transform from {"path": .npy (3, i, j, k), "affine": 4x4}, LPS mm."""
+    """Read a transform from {"path": .npy (3, i, j, k), "affine": 4x4}, LPS mm."""
     array = _array(reference, name, 4)
     if array.shape[0] != 3 or not np.isfinite(array).all():
         raise _InvalidParamsError(f"{name}: the displacement must be (3, i, j, k) finite numbers")
@@ -393,7 +395,7 @@ def _displacement(reference: dict, name: str) -> DenseTransform:
 
 
 def _state(given: dict) -> State:
-    """What an earlier answer gave as "state"."""
+    """Return what an earlier answer gave as "state"."""
     total = _array({"path": _get(given, "total", str)}, "state", 4)
     figures = _get(given, "figures", list)
     if total.shape[0] != 3 or not figures:

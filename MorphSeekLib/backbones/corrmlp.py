@@ -78,11 +78,11 @@ class CorrMLP(Siamese):
         self.flow = nn.ModuleList(FlowHead(width) for width in decoder)
 
     def fused(self, coarsest: Tensor) -> Tensor:
-        """The top feature, of the coarsest ones of both images."""
+        """Return the top feature, of the coarsest ones of both images."""
         return self._run(self.compare[-1], *coarsest.chunk(2, dim=1))
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
-        """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
+        """Return the field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
         x, field = top, self.flow[-1](top)
         for level in reversed(range(LEVELS - 1)):
             field = double(field, self.settings.official_upsampling)
@@ -186,7 +186,7 @@ class ChannelAttention(nn.Module):
 
 
 def with_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """(a, correlation, b) along the channels; the correlation is that of each voxel of a with 27 neighbors in b.
+    """Return (a, correlation, b) along the channels; the correlation is that of each voxel of a with 27 neighbors in b.
 
     Args:
         a, b: (batch, channels, i, j, k), of one type.
@@ -242,7 +242,7 @@ def _slabs(a: Tensor) -> list[tuple[int, int]]:
 
 
 def _shifts(here: Tensor) -> list[tuple[slice | EllipsisType, ...]]:
-    """Where the 27 neighbors of a slab stand in the slab that is padded by one voxel on all sides."""
+    """Return where the 27 neighbors of a slab stand in the slab that is padded by one voxel on all sides."""
     return [
         (..., *(slice(o, o + n) for o, n in zip(offset, here.shape[2:], strict=True)))
         for offset in product(range(3), repeat=3)

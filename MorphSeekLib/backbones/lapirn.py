@@ -96,7 +96,7 @@ class Level(nn.Module):
         return x
 
     def flow(self, deep: Tensor, feature: Tensor) -> Tensor:
-        """What this level adds to the field; float32 or better.
+        """Return what this level adds to the field; float32 or better.
 
         join(cat(up(deep), feature)), but up and join's first half, with nothing between them, are one transposed
         convolution: eight products where there were 27, and nothing of twice the width at the full size.
@@ -130,7 +130,7 @@ class LapIRN(Backbone):
         return [pair, feature], coarsest.deepen(feature)
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
-        """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
+        """Return the field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
         (pair, feature), deep = skips, top
         levels = self._levels()
         flow = levels[0].flow(deep, feature.to(deep.dtype))
@@ -149,18 +149,19 @@ class LapIRN(Backbone):
         return [cast(Level, level) for level in self.levels]
 
     def displacement(self, flow: Tensor) -> Tensor:
-        """A level's field (half sizes, last axis first) as the displacement in voxels of its grid, in axis order."""
+        """Return a level's field (half sizes, last axis first) as the displacement in voxels of its grid, in axis
+        order."""
         field = flow.flip(1) * half_sizes(flow)
         return fields.integrate(field, self.settings.squarings, "border") if self.settings.diffeomorphic else field
 
 
 def half_sizes(field: Tensor) -> Tensor:
-    """(1, 3, 1, 1, 1): half the distance from first to last voxel along each axis of a field, voxels."""
+    """Return (1, 3, 1, 1, 1): half the distance from first to last voxel along each axis of a field, voxels."""
     return field.new_tensor([(n - 1) / 2 for n in field.shape[2:]]).view(1, 3, 1, 1, 1)
 
 
 def double(field: Tensor) -> Tensor:
-    """The same values on twice as many voxels along each axis."""
+    """Return the same values on twice as many voxels along each axis."""
     return F.interpolate(field, scale_factor=2, mode="trilinear", align_corners=False)
 
 
@@ -170,7 +171,7 @@ def halve(images: Tensor) -> Tensor:
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The official third level's weights by our names: it holds the second as model_lvl2, and that the first.
+    """Return the official third level's weights by our names: it holds the second as model_lvl2, and that the first.
 
     Keys of no known part keep their names, so that loading reports them.
     """

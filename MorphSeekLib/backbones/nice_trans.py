@@ -81,17 +81,18 @@ class NICETrans(Siamese):
         nn.init.normal_(out.weight, 0.0, 1e-5)
 
     def fused(self, coarsest: Tensor) -> Tensor:
-        """The top feature, of the coarsest ones of both images."""
+        """Return the top feature, of the coarsest ones of both images."""
         return self.attend[-1](self.fuse[-1](coarsest))
 
     def affine(self, top: Tensor) -> Tensor:
-        """The affine part, (batch, 3, 4), less the identity: :func:`affine_field` makes its displacement."""
+        """Return the affine part, (batch, 3, 4), less the identity: :func:`affine_field` makes its displacement."""
         dtype = next(self.affine_head.parameters()).dtype
         with torch.autocast(top.device.type, enabled=False):
             return self.affine_head(top.to(dtype).mean(dim=(2, 3, 4))).unflatten(1, (3, 4))
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
-        """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid, affine part included."""
+        """Return the field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid, affine part
+        included."""
         x, field = top, affine_field(self.affine(top), top.shape[2:])
         for level in reversed(range(LEVELS - 1)):
             field = double(field, self.settings.official_upsampling)

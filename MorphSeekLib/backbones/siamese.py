@@ -28,7 +28,7 @@ class Pyramid(nn.ModuleList):
         self.checkpointing = checkpointing
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(batch, 1, i, j, k) to (batch, channels, ...), fine to coarse."""
+        """Return (batch, 1, i, j, k) to (batch, channels, ...), fine to coarse."""
         coarsest = 2 ** (len(self) - 1)
         if image.shape[2:].numel() <= coarsest**3:  # InstanceNorm has nothing to compare a single voxel with
             raise MorphSeekError(f"This network needs images of more than {coarsest} voxels along one axis at least.")
@@ -102,7 +102,7 @@ class FlowHead(nn.Conv3d):
 
 
 def double(field: Tensor, official: bool) -> Tensor:
-    """The field on twice the voxels along each axis.
+    """Return the field on twice the voxels along each axis.
 
     Args:
         field: (batch, 3, i, j, k), voxels.
@@ -116,7 +116,7 @@ def double(field: Tensor, official: bool) -> Tensor:
 
 
 def rename(state: dict[str, Tensor], names: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """The weights with every old part of their names replaced, in order; index tables and grids are left out."""
+    """Return the weights with every old part of their names replaced, in order; index tables and grids are left out."""
     renamed = {}
     for name, value in state.items():
         if name.endswith(("relative_position_index", "grid")):

@@ -89,7 +89,7 @@ def conv(
 
 
 def convs(first: nn.Conv3d) -> nn.Sequential:
-    """A convolution and a 3x3x3 one of the same width, each with its activation."""
+    """Return a convolution and a 3x3x3 one of the same width, each with its activation."""
     leaky, width = nn.LeakyReLU(SLOPE, inplace=True), first.out_channels
     return nn.Sequential(first, leaky, conv(width, width), leaky)
 
@@ -152,19 +152,19 @@ class SPAC(Backbone):
         channels_last(self)
 
     def pair(self, moving: Tensor, fixed: Tensor) -> Tensor:
-        """(batch, 2, *size): what the planner sees, the fixed image first."""
+        """Return (batch, 2, *size): what the planner sees, the fixed image first."""
         both = torch.cat([fixed, moving], dim=1)
         if both.shape[2:] == self.settings.size:
             return both
         return F.interpolate(both, size=self.settings.size, mode="trilinear", align_corners=True)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The pair and the planner's features, from fine to coarse, and the mean of the plan."""
+        """Return the pair and the planner's features, from fine to coarse, and the mean of the plan."""
         plan = self.planner(self.pair(moving, fixed))
         return [torch.cat([moving, fixed], dim=1), *plan.features], plan.mean
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
-        """The step, (batch, 3, i, j, k), float32 or better, in voxels of the images' grid."""
+        """Return the step, (batch, 3, i, j, k), float32 or better, in voxels of the images' grid."""
         step = self.actor(top, skips[1:]).clamp(-self.settings.max_step, self.settings.max_step)
         return fields.resize(step, skips[0].shape[2:])
 
@@ -188,7 +188,7 @@ def _block(found: re.Match) -> str:
 
 
 def settings_of(state: dict[str, Tensor], arguments: Mapping[str, object]) -> SPACSettings:
-    """The settings that weights under our names imply; the official ones where they imply none."""
+    """Return the settings that weights under our names imply; the official ones where they imply none."""
 
     def widths(part: str) -> tuple[int, ...]:
         keys = sorted(name for name in state if re.fullmatch(rf"{part}\.\d+\.0\.weight", name))

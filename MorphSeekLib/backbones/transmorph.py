@@ -110,7 +110,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("seams", seam_masks(window, self.shift) if shifted else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, i, j, k, channels) -> the same."""
+        """Map (batch, i, j, k, channels) -> the same."""
         size = x.shape[1:4]
         bias = self.bias[self.offsets].permute(2, 0, 1)
         # without a bias the padding's queries, keys and values are zeros as well: they need not be computed
@@ -131,7 +131,7 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, i, j, k, channels) -> the same."""
+        """Map (batch, i, j, k, channels) -> the same."""
         x = x + self._drop_path(self.attention(self.norm1(x)))
         return x + self._drop_path(self.mlp(self.norm2(x)))
 
@@ -152,7 +152,7 @@ class Merging(nn.Module):
         self.reduction = nn.Linear(8 * channels, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, i, j, k, channels) -> (batch, i / 2, j / 2, k / 2, 2 channels)."""
+        """Map (batch, i, j, k, channels) -> (batch, i / 2, j / 2, k / 2, 2 channels)."""
         corners = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1))
         return self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in corners], dim=-1)))
 
@@ -217,7 +217,7 @@ class TransMorph(Backbone):
         return skips[:-1], skips[-1]
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
-        """The displacement, (batch, 3, i, j, k), float32 or better, in voxels of the full grid.
+        """Return the displacement, (batch, 3, i, j, k), float32 or better, in voxels of the full grid.
 
         With ``official_defects`` it is the displacement by which :func:`fields.warp` does what the official code's own
         warp does with its output:
@@ -245,7 +245,7 @@ class TransMorph(Backbone):
 
 
 def _official_displacement(field: Tensor, squarings: int) -> Tensor:
-    """The half-resolution head's field as the official variants use it; see :meth:`TransMorph.decode`."""
+    """Return the half-resolution head's field as the official variants use it; see :meth:`TransMorph.decode`."""
     if squarings:
         field = fields.integrate(field * 2**squarings, squarings)
     displacement = F.interpolate(field, scale_factor=2, mode="trilinear")

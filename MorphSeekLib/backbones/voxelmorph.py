@@ -160,7 +160,7 @@ class VoxelMorph(Backbone):
         return moving, fixed
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
-        """The field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
+        """Return the field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
         x = top
         for block, skip in zip(self.up, reversed(skips), strict=False):
             x = F.interpolate(block(x), scale_factor=2, mode="nearest")
@@ -205,7 +205,7 @@ def descriptor_force(moving: Tensor, fixed: Tensor) -> Tensor:
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The TransMorph repository's weights under our names; the warp's grid is no weight."""
+    """Return the TransMorph repository's weights under our names; the warp's grid is no weight."""
     ours = {"unet_model.downarm.": "down.", "unet_model.uparm.": "up.", "unet_model.extras.": "extra.", ".main.": ".0."}
     renamed = {}
     for name, value in state.items():
@@ -218,7 +218,7 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def widths_of(state: dict[str, Tensor], _arguments: Mapping[str, object]) -> VoxelMorphSettings:
-    """The settings that weights of the TransMorph repository's form imply, under our names."""
+    """Return the settings that weights of the TransMorph repository's form imply, under our names."""
 
     def widths(part: str) -> tuple[int, ...]:
         count = sum(name.startswith(f"{part}.") and name.endswith(".weight") for name in state)

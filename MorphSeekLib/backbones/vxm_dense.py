@@ -94,7 +94,7 @@ class VxmDense(Backbone):
         return skips, x
 
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
-        """The displacement, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
+        """Return the displacement, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
         x = top
         for block, skip in zip(self.up, reversed(skips), strict=True):
             x = F.interpolate(block(x), scale_factor=2, mode="nearest")
@@ -132,7 +132,7 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def settings_of(state: dict[str, Tensor], arguments: Mapping[str, object]) -> VxmDenseSettings:
-    """The settings that an official file implies.
+    """Return the settings that an official file implies.
 
     Args:
         state: its weights under our names, from which the widths are read.
@@ -156,6 +156,7 @@ def settings_of(state: dict[str, Tensor], arguments: Mapping[str, object]) -> Vx
 
 
 def _whole(arguments: Mapping[str, object], name: str, default: int) -> int:
-    """A whole number of the official constructor's arguments; the default where it is not given, 0 where it is none."""
+    """Return a whole number of the official constructor's arguments; the default where it is not given, 0 where it is
+    none."""
     value = arguments.get(name, default)
     return value if isinstance(value, int) else 0

@@ -58,7 +58,7 @@ def attention(
 
 
 def offset_numbers(window: Sequence[int]) -> Tensor:
-    """(tokens, tokens): the number of the offset query - key, in the order of the official bias table."""
+    """Return (tokens, tokens): the number of the offset query - key, in the order of the official bias table."""
     positions = fields.identity(window).long().flatten(2)[0]
     offsets = positions[:, :, None] - positions[:, None, :]
     number = torch.zeros_like(offsets[0])
@@ -68,7 +68,7 @@ def offset_numbers(window: Sequence[int]) -> Tensor:
 
 
 def seam_masks(window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """(8, tokens, tokens): -100 between tokens that a seam parts, else 0.
+    """Return (8, tokens, tokens): -100 between tokens that a seam parts, else 0.
 
     Mask number 4 a + 2 b + c has a seam along i, j and k where a, b and c are 1.
     """
@@ -98,7 +98,7 @@ class SwinStage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, i, j, k) -> the same."""
+        """Map (batch, channels, i, j, k) -> the same."""
         x = x.movedim(1, -1)
         for block in self.blocks:
             x = block(x)
@@ -119,7 +119,7 @@ class SwinLayer(nn.Module):
         self.mlp = Perceptron(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, i, j, k, channels) -> the same."""
+        """Map (batch, i, j, k, channels) -> the same."""
         x = x + run(self._attended, x, save=self.checkpointing)
         return x + run(self._mixed, x, save=self.checkpointing)
 
@@ -152,7 +152,7 @@ class SwinAttention(nn.Module):
         self.register_buffer("offsets", offset_numbers(window), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, i, j, k, channels) -> the same."""
+        """Map (batch, i, j, k, channels) -> the same."""
         size = x.shape[1:4]
         window = [min(n, w) for n, w in zip(size, self.window, strict=True)]
         shift = [w // 2 if self.shifted and n > w else 0 for n, w in zip(size, self.window, strict=True)]

@@ -93,7 +93,8 @@ class CheckReport:
 
 
 def find_cases(path: Path | str) -> Dataset:
-    """A dataset.json (or the folder that holds one), or a folder of images and label maps that belong together by name.
+    """Read a dataset.json (or the folder that holds one), or a folder of images and label maps that belong together
+    by name.
 
     By name: "images/a.nii.gz" and "labels/a.nii.gz"; "a.nii.gz" and "a_label.nii.gz"; "a/image.nii.gz" and
     "a/segmentation.nii.gz". A file is a label map when its folder's name says so, or a word of its own where no folder
@@ -136,7 +137,7 @@ def find_cases(path: Path | str) -> Dataset:
 
 
 def _key(path: Path) -> tuple[tuple, bool]:
-    """What an image and its label map share of their paths, and whether this one is a label map."""
+    """Return what an image and its label map share of their paths, and whether this one is a label map."""
     stem = path.name.lower()
     for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True):
         stem = stem.removesuffix(suffix)
@@ -213,7 +214,8 @@ def check(
 
 
 def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
-    """The data set as a run uses it: cases to train on, and pairs to validate on and to test on that are none of them.
+    """Return the data set as a run uses it: cases to train on, and pairs to validate on and to test on that are none of
+    them.
 
     The data set's own pairs ("registration_val", "registration_test") are kept where both sides have labels, and their
     cases are taken out of "training". Where it has none, a fifth of the cases is held out for each (of either side, in
@@ -274,14 +276,14 @@ def _across(fixed: list[Case], moving: list[Case]) -> list[Pair]:
 
 
 def _pairs_of(held: list[Case], others: list[Case]) -> list[Pair]:
-    """A ring of held-out cases; a single one is paired with two that are not."""
+    """Return a ring of held-out cases; a single one is paired with two that are not."""
     if len(held) == 1:
         return [Pair(held[0], other) for other in others[:2]]
     return [Pair(case, held[(n + 1) % len(held)]) for n, case in enumerate(held)]
 
 
 def name_of(case: Case, dataset: Dataset) -> str:
-    """What a case is called: its image's path, relative to the data set where it lies in it."""
+    """Return what a case is called: its image's path, relative to the data set where it lies in it."""
     return _relative(case.file, dataset)
 
 
@@ -291,7 +293,7 @@ def _relative(path: Path, dataset: Dataset) -> str:
 
 
 def _root(dataset: Dataset) -> Path:
-    """The folder that the data set lies in."""
+    """Return the folder that the data set lies in."""
     return dataset.path if dataset.path.is_dir() else dataset.path.parent
 
 
@@ -307,7 +309,7 @@ def _all_cases(dataset: Dataset) -> list[Case]:
 
 
 def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str]) -> CheckedCase:
-    """One row. ``seen`` maps the digests of the images so far to their names."""
+    """Return one row. ``seen`` maps the digests of the images so far to their names."""
     row = CheckedCase(name)
     if case.image is None:
         row.problems.append("It has a label map but no image.")

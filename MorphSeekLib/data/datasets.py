@@ -108,7 +108,7 @@ class Dataset:
         return name if list(self.labels.values()).count(name) < 2 else f"{name} ({value})"
 
     def split(self, name: str, kind: str = "pairs") -> list:
-        """The pairs (or cases) of a split.
+        """Return the pairs (or cases) of a split.
 
         Raises:
             MorphSeekError: no such split; the known ones are listed.
@@ -314,7 +314,8 @@ def _pairing(text: object, path: Path) -> tuple[str, str]:
 
 
 def paired_sides(cases: Sequence[Case], pairing: tuple[str, str]) -> tuple[list[Case], ...]:
-    """The cases that may be fixed, and those that may be moving, by the names of their images (else of their labels).
+    """Return the cases that may be fixed, and those that may be moving, by the names of their images (else of their
+    labels).
 
     Raises:
         MorphSeekError: a side without cases, or both with the same single one.
@@ -348,7 +349,7 @@ def training_pair(cases: Sequence[Case], pairing: tuple[str, str] | None, genera
 
 
 def read_case_labels(case: Case, image: Volume) -> Volume:
-    """A case's label map on the grid of its image, int32 (i, j, k), merged as the case says.
+    """Return a case's label map on the grid of its image, int32 (i, j, k), merged as the case says.
 
     Raises:
         MorphSeekError: as :func:`MorphSeekLib.io.images.read_labels` and :func:`MorphSeekLib.io.images.check_labels`.
@@ -360,7 +361,7 @@ def read_case_labels(case: Case, image: Volume) -> Volume:
 
 
 def _noted(volume: Volume) -> Volume:
-    """The volume, after its notices were logged, each once: a training reads a case again and again."""
+    """Return the volume, after its notices were logged, each once: a training reads a case again and again."""
     for notice in volume.notices:
         _log_once(notice.message)
     return volume
@@ -391,7 +392,7 @@ def scored_pairs(dataset: Dataset, split: str) -> list[Pair]:
 
 
 def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]:
-    """((fixed image, its labels), (moving image, its labels)) of a pair from :func:`scored_pairs`.
+    """Return ((fixed image, its labels), (moving image, its labels)) of a pair from :func:`scored_pairs`.
 
     Raises:
         MorphSeekError: as :func:`MorphSeekLib.io.images.read_image` and :func:`read_case_labels`.
@@ -530,7 +531,7 @@ class PairLoader:
         return prepared
 
     def _case(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
-        """A case from memory, else from its files; then the oldest ones are dropped, but never this one."""
+        """Return a case from memory, else from its files; then the oldest ones are dropped, but never this one."""
         with self._reading:
             if case not in self._cases:
                 self._cases[case] = self._read(case)

@@ -142,7 +142,7 @@ class LabelMapSource:
         return len(self.labels)
 
     def pair(self, generator: torch.Generator) -> SyntheticPair:
-        """A random pair, of two different cases unless the settings say otherwise."""
+        """Return a random pair, of two different cases unless the settings say otherwise."""
         g, s = generator, self.settings
         first, second = torch.randperm(len(self.labels), generator=g)[:2].tolist()
         if s.same_case and _uniform(g) < s.same_case:
@@ -184,7 +184,7 @@ class LabelMapSource:
         structures: Tensor,
         g: torch.Generator,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """An image of a case, its clean target (1, 1, i, j, k), the structures' shares (1, n, i/2, j/2, k/2)."""
+        """Return an image of a case, its clean target (1, 1, i, j, k), the structures' shares (1, n, i/2, j/2, k/2)."""
         s, labels = self.settings, self.labels[case]
         means, spread = contrast
         if strip:
@@ -214,7 +214,8 @@ class LabelMapSource:
         return image.pow(math.exp(0.25 * float(torch.randn(1, generator=g)))), clean, shares
 
     def _points(self, shape: torch.Size, g: torch.Generator) -> Tensor:
-        """Where the voxels of the new image lie in the case's label map: random affine after random deformation."""
+        """Return where the voxels of the new image lie in the case's label map: random affine after random
+        deformation."""
         s = self.settings
         apart = 20 + 30 * _uniform(g)
         coarse = [max(3, round(n * float(h) / apart)) for n, h in zip(shape, self.spacing, strict=True)]
@@ -240,7 +241,7 @@ class LabelMapSource:
 
 
 def label_values(labels: Tensor) -> list[int]:
-    """All values of a label map, ascending; whatever its shape, none is missed."""
+    """Return all values of a label map, ascending; whatever its shape, none is missed."""
     return torch.unique(torch.unique_consecutive(labels.flatten())).tolist()
 
 

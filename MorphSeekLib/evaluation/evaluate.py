@@ -233,7 +233,8 @@ def _line(files: list[list[object]], row: PairRow) -> str:
 
 
 def _files(pair: Pair) -> list[list[object]]:
-    """What a row depends on: the files of a pair, their sizes and times of change, and the labels that are merged."""
+    """Return what a row depends on: the files of a pair, their sizes and times of change, and the labels that are
+    merged."""
     found: list[list[object]] = []
     for case in (pair.fixed, pair.moving):
         for path in (given(case.image), given(case.label)):

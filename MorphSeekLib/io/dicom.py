@@ -33,7 +33,7 @@ _VOLUMES = (
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is one of DICOM."""
+    """Return whether a file is one of DICOM."""
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
 
@@ -64,7 +64,7 @@ def read_series(folder: Path, member: Path | None = None) -> sitk.Image:
 
 
 def _choose(folder: Path, member: Path | None) -> Sequence[str]:
-    """The files of the one series that is meant."""
+    """Return the files of the one series that is meant."""
     where = library_name(folder)
     found = sitk.ImageSeriesReader.GetGDCMSeriesIDs(where)
     listed = (sitk.ImageSeriesReader.GetGDCMSeriesFileNames(where, uid) for uid in found)
@@ -117,7 +117,7 @@ def _describe(files: Collection[str]) -> str:
 
 
 def _read_slices(files: Sequence[str], name: str) -> sitk.Image:
-    """One image of slices in files of their own."""
+    """Return one image of slices in files of their own."""
     headers = [_header(file) for file in files]
     try:
         places = np.array([[float(x) for x in _tag(h, "0020|0032").split("\\")] for h in headers])
@@ -183,7 +183,7 @@ def _unplaced(name: str, slices: str) -> str:
 
 
 def _read_frames(path: Path, name: str) -> sitk.Image:
-    """One image of the frames of one file, in the order of their places, each with its own scale."""
+    """Return one image of the frames of one file, in the order of their places, each with its own scale."""
     try:
         data = pydicom.dcmread(path)
         count, per_frame = int(data.NumberOfFrames), data.get("PerFrameFunctionalGroupsSequence")
@@ -259,7 +259,8 @@ def _scaled(stored: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray) -> n
 
 
 def _stored_values(path: Path, data: Dataset, per_frame: Sequence[Dataset], shared: Dataset) -> np.ndarray:
-    """(k, j, i) as stored, in the file's order. GDCM decodes a copy without scales: of those it knows only one."""
+    """Return (k, j, i) as stored, in the file's order. GDCM decodes a copy without scales: of those it knows only
+    one."""
     scaled = [frame for frame in (*per_frame, shared) if "PixelValueTransformationSequence" in frame]
     for frame in scaled:
         del frame.PixelValueTransformationSequence
@@ -272,7 +273,7 @@ def _stored_values(path: Path, data: Dataset, per_frame: Sequence[Dataset], shar
 
 
 def _read_plain_frames(path: Path, data: Dataset, name: str) -> sitk.Image:
-    """One image of frames that say their places as a dose or a nuclear tomogram does; ITK reads those."""
+    """Return one image of frames that say their places as a dose or a nuclear tomogram does; ITK reads those."""
     offsets = data.get("GridFrameOffsetVector")  # a dose: mm along the normal
     slices = data.get("SliceVector")  # a tomogram: the number of each frame's slice
     if offsets is None and slices is None:

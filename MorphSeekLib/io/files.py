@@ -212,7 +212,7 @@ def _remove(folder: Path, stem: str) -> None:
 
 
 def _is_same(file: IO, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Return whether an open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError:
@@ -220,7 +220,7 @@ def _is_same(file: IO, path: Path) -> bool:
 
 
 def _unwritable(path: Path, error: Exception) -> MorphSeekError:
-    """One sentence for a failed write."""
+    """Return one sentence for a failed write."""
     folder = next(p for p in (path, *path.parents) if p.is_dir())
     path = Path(*(part for part in path.parts if not part.startswith(_PART)))  # the name that the user knows
     number = getattr(error, "errno", None)

@@ -59,7 +59,8 @@ def read_image(path: str | os.PathLike, nifti_form: str | None = None) -> Volume
 
 
 def usable(volume: Volume, name: str) -> Volume:
-    """An intensity image as the engine takes it: NaN, which stands for "outside the field of view", is background.
+    """Return an intensity image as the engine takes it: NaN, which stands for "outside the field of view", is
+    background.
 
     Args:
         volume: floating-point data.
@@ -89,8 +90,8 @@ def usable(volume: Volume, name: str) -> Volume:
 
 
 def air_value(data: Tensor) -> float:
-    """What an image holds where nothing is, and so what lies outside of it: the value that most voxels of its faces
-    share, or else the value that one voxel in a thousand is below (its minimum, but for stray voxels)."""
+    """Return what an image holds where nothing is, and so what lies outside of it: the value that most voxels of its
+    faces share, or else the value that one voxel in a thousand is below (its minimum, but for stray voxels)."""
     faces = [data.select(axis, end).flatten() for axis in range(3) for end in (0, -1)]
     rim = torch.cat(faces)
     rim = rim[~rim.isnan()].float()
@@ -225,7 +226,7 @@ def _read_file(name: str, path: Path, components: int) -> sitk.Image:
 
 
 def _with_nan(image: sitk.Image, where: np.ndarray) -> sitk.Image:
-    """An image with NaN where its file has it and ITK made it zero."""
+    """Return an image with NaN where its file has it and ITK made it zero."""
     values = sitk.GetArrayFromImage(image)
     values.reshape(where.shape[::-1])[where.T] = np.nan
     repaired = sitk.GetImageFromArray(values)
@@ -234,7 +235,8 @@ def _with_nan(image: sitk.Image, where: np.ndarray) -> sitk.Image:
 
 
 def form_notices(path: str | os.PathLike) -> tuple[Notice, ...]:
-    """What there is to say of where a NIfTI file lies, from its header alone; nothing for other and unreadable files.
+    """Return what there is to say of where a NIfTI file lies, from its header alone; nothing for other and unreadable
+    files.
 
     For an application that has read the file by itself, with ITK.
     """
@@ -254,7 +256,7 @@ def form_notices(path: str | os.PathLike) -> tuple[Notice, ...]:
 
 
 def _form_of(image: sitk.Image | sitk.ImageFileReader, header: nifti.Header) -> str | None:
-    """Which form ITK took: the nearer one; None when the header has none."""
+    """Return which form ITK took: the nearer one; None when the header has none."""
     present = [form for form, code in zip(nifti.FORMS, header.codes, strict=True) if code > 0]
     dimension = image.GetDimension()
     matrix = np.eye(4)
@@ -270,7 +272,7 @@ def _form_of(image: sitk.Image | sitk.ImageFileReader, header: nifti.Header) -> 
 
 
 def _form_notice(path: Path, header: nifti.Header, taken: str | None, wanted: str | None) -> Notice | None:
-    """What to say of a header whose two forms differ, or whose only one is sheared.
+    """Return what to say of a header whose two forms differ, or whose only one is sheared.
 
     Args:
         taken: the form by which ITK places the image; None when it refuses the image.
@@ -331,7 +333,7 @@ def use_simpleitk_threads(count: int | None = None) -> None:
 
 
 def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
-    """A label image on its image's grid.
+    """Return a label image on its image's grid.
 
     Args:
         labels: integer data.
@@ -377,7 +379,7 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
 
 
 def _same_but_for_the_form(labels: Volume, image: Volume) -> bool:
-    """Whether labels have the voxels of an image, and lie where one of the two headers says as well."""
+    """Return whether labels have the voxels of an image, and lie where one of the two headers says as well."""
     if labels.data.shape != image.data.shape:
         return False
     pairs = ((labels.grid.affine, image.elsewhere), (labels.elsewhere, image.grid.affine))
@@ -428,7 +430,7 @@ def _check_written(path: Path) -> None:
 
 
 def stored_values(volume: Volume) -> np.ndarray:
-    """(i, j, k) values as they are written.
+    """Return (i, j, k) values as they are written.
 
     Returns:
         Floating-point data in the volume's number type: rounded and clipped where that is an integer, else float32.
@@ -458,7 +460,8 @@ def _smallest_type(data: Tensor) -> type:
 
 
 def _volume(source: _Source, name: str, dtype: torch.dtype) -> Volume:
-    """What was read as a volume; its axes need not be at right angles when a NIfTI form that was asked for says so."""
+    """Return what was read as a volume; its axes need not be at right angles when a NIfTI form that was asked for says
+    so."""
     volume = volume_from_sitk(source.image, name, dtype)
     affine = volume.grid.affine if source.affine is None else source.affine
     grid = Grid(volume.grid.shape, affine, source.nifti_codes)
@@ -466,7 +469,7 @@ def _volume(source: _Source, name: str, dtype: torch.dtype) -> Volume:
 
 
 def _right_angled(volume: Volume, name: str, mode: str) -> Volume:
-    """A volume whose axes are not at right angles, resampled onto the nearest grid of those that covers it.
+    """Return a volume whose axes are not at right angles, resampled onto the nearest grid of those that covers it.
 
     No file of ours could say where a sheared grid lies, and Slicer would straighten it.
     """

@@ -41,5 +41,5 @@ def check_label_values(values: Tensor | np.ndarray, name: str) -> None:
 
 
 def _fractional(values: Tensor | np.ndarray) -> bool:
-    """Whether the type could hold fractions."""
+    """Return whether the type could hold fractions."""
     return values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind == "f"

@@ -89,12 +89,12 @@ class Disagreement:
 
 
 def is_nifti(path: Path) -> bool:
-    """Whether a file's name is that of a NIfTI file."""
+    """Return whether a file's name is that of a NIfTI file."""
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def is_sheared(affine: np.ndarray) -> bool:
-    """Whether the axes of a (4, 4) matrix are not at right angles."""
+    """Return whether the axes of a (4, 4) matrix are not at right angles."""
     directions = affine[:3, :3] / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-30)
     return bool(np.abs(directions.T @ directions - np.eye(3)).max() > 1e-3)
 
@@ -305,7 +305,7 @@ def _opened(path: Path):
 
 
 def _parse(raw: bytes) -> Header | None:
-    """A header from a file's first bytes; None when they are no NIfTI header."""
+    """Return a header from a file's first bytes; None when they are no NIfTI header."""
     if len(raw) < _LENGTH:
         raise EOFError
     length = {struct.unpack_from(order + "i", raw)[0]: order for order in "<>"}
@@ -317,7 +317,8 @@ def _parse(raw: bytes) -> Header | None:
 
 
 def _parse_1(raw: bytes, order: str, second: bytes | None = None) -> Header:
-    """A header of NIfTI-1; ``second``: the NIfTI-2 header that it was made from, whose numbers are more precise."""
+    """Return a header of NIfTI-1; ``second``: the NIfTI-2 header that it was made from, whose numbers are more
+    precise."""
     dim = struct.unpack_from(order + "8h", raw, 40)
     shape = dim[1 : dim[0] + 1]
     datatype, bits = struct.unpack_from(order + "2h", raw, 70)
@@ -344,7 +345,7 @@ def _parse_1(raw: bytes, order: str, second: bytes | None = None) -> Header:
 
 
 def _as_version_1(raw: bytes, order: str) -> bytes:
-    """A NIfTI-2 header as one of NIfTI-1, 352 bytes: what places and scales the voxels, which follow it at once.
+    """Return a NIfTI-2 header as one of NIfTI-1, 352 bytes: what places and scales the voxels, which follow it at once.
 
     Raises:
         EOFError: it is too short, or an axis is longer than NIfTI-1 can say.
@@ -378,7 +379,7 @@ def _as_version_1(raw: bytes, order: str) -> bytes:
 
 
 def _from_quaternion(values: tuple[float, ...], pixdim: tuple[float, ...]) -> np.ndarray:
-    """(4, 4) RAS of the qform's b, c, d and offset, and of pixdim (its first number is the handedness)."""
+    """Return (4, 4) RAS of the qform's b, c, d and offset, and of pixdim (its first number is the handedness)."""
     b, c, d = values[:3]
     rest = 1 - (b * b + c * c + d * d)
     if rest < 1e-7:  # half a turn: a is 0, and rounding must not make the axes longer

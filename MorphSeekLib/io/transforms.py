@@ -26,7 +26,7 @@ _SLAB_POINTS = 1_000_000  # mapped at once
 
 
 def rounded(transform: DenseTransform) -> DenseTransform:
-    """The transform as :func:`write_transform` writes it.
+    """Return the transform as :func:`write_transform` writes it.
 
     Displacements become multiples of a power of two: 1/4096 mm, or finer where the nodes lie less than a millimeter
     apart, so that the error stays under 1/8192 of their distance in an image of any size.
@@ -150,7 +150,7 @@ class _Link:
 
 
 def _links(transform: sitk.Transform) -> list[_Link]:
-    """The transforms of a chain in the order in which they are applied, composites within it taken apart."""
+    """Return the transforms of a chain in the order in which they are applied, composites within it taken apart."""
     kind = transform.GetTransformEnum()
     if kind == sitk.sitkComposite:
         chain = sitk.CompositeTransform(transform)
@@ -166,7 +166,8 @@ def _links(transform: sitk.Transform) -> list[_Link]:
 
 
 def _spline_domain(spline: sitk.BSplineTransform) -> Grid:
-    """The box in which ITK knows a B-spline, smaller by 1e-6 of a cell: on its edge rounding decides what is inside."""
+    """Return the box in which ITK knows a B-spline, smaller by 1e-6 of a cell: on its edge rounding decides what is
+    inside."""
     mesh = np.array(spline.GetTransformDomainMeshSize())
     spacing = np.array(spline.GetTransformDomainPhysicalDimensions()) / mesh
     box = Grid.from_parts(mesh + 1, spacing, spline.GetTransformDomainDirection(), spline.GetTransformDomainOrigin())
@@ -176,7 +177,7 @@ def _spline_domain(spline: sitk.BSplineTransform) -> Grid:
 
 
 def _mapped(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
-    """(n, 3) points through a transform of ITK, all at once.
+    """Return (n, 3) points through a transform of ITK, all at once.
 
     ITK maps a list only point by point, but an image of any size: so the points become the nodes of a line of voxels
     with a field that moves each voxel to its point, and the transform is applied after that field.
@@ -209,7 +210,7 @@ def _read_itk(path: Path) -> sitk.Transform:
 
 
 def _matrix(transform: sitk.Transform, path: Path) -> np.ndarray:
-    """(4, 4) of a linear transform of any class, from where it takes four points."""
+    """Return (4, 4) of a linear transform of any class, from where it takes four points."""
     reach = 100.0  # mm; far enough that the differences keep their digits
     origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
     matrix = np.eye(4)

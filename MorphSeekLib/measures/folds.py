@@ -154,7 +154,7 @@ class _Tally:
             self._judge_waiting()
 
     def certificate(self, scale: float) -> Certificate:
-        """All that was found, with determinants multiplied by a scale."""
+        """Return all that was found, with determinants multiplied by a scale."""
         self._judge_waiting()
         counts = self._counts
         count = FoldCount(
@@ -238,7 +238,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def folded_voxels(folded: Parts, nodes: Grid, fixed: Grid) -> Tensor:
-    """The least determinant of the folded cells and parts that meet each voxel's box, infinite where none does.
+    """Return the least determinant of the folded cells and parts that meet each voxel's box, infinite where none does.
 
     Args:
         folded: from :func:`certify`.
@@ -295,7 +295,7 @@ class Region:
 
 
 def regions(least: Volume) -> list[Region]:
-    """The folded regions, largest first.
+    """Return the folded regions, largest first.
 
     Args:
         least: what :func:`folded_voxels` gives, on the fixed grid.
@@ -400,7 +400,7 @@ class _Frame:
         self.sign = 1 if np.linalg.det(affine @ self.linear) > 0 else -1
 
     def nodes(self) -> Tensor:
-        """(1, 3, i, j, k) float64: displacements in voxels, small whatever the alignment, but for a constant."""
+        """Return (1, 3, i, j, k) float64: displacements in voxels, small whatever the alignment, but for a constant."""
         back = np.linalg.inv(self.affine @ self.linear)
         nodes = self._times(back, self.displacement.double())
         of_index = torch.from_numpy(back @ self.linear - np.eye(3))
@@ -410,7 +410,7 @@ class _Frame:
         return nodes[None]
 
     def to_mm(self, difference: Tensor) -> Tensor:
-        """(3, ...) LPS mm that nodes moved by, of their move in :meth:`nodes`."""
+        """Return (3, ...) LPS mm that nodes moved by, of their move in :meth:`nodes`."""
         return self._times(self.affine @ self.linear, difference)
 
     def blocks(self) -> Iterator[_Block]:
@@ -454,7 +454,7 @@ class _Block:
         self.bound = at_nodes[:-1, :-1, :-1]
 
     def open_cells(self) -> Tensor:
-        """(n,): the cells that may fold, after a closer look at those that the cheap bound leaves near to 0."""
+        """Return (n,): the cells that may fold, after a closer look at those that the cheap bound leaves near to 0."""
         if not math.isfinite(self._bound.min()) and not bool(self._nodes.isfinite().all()):
             raise ValueError("The deformation holds NaN or infinite values; its folding cannot be measured.")
         cells = (~(self._bound > _CLEAR)).nonzero()[:, 0]
@@ -464,12 +464,12 @@ class _Block:
         return cells[~(self._bound[cells] > MARGIN)]
 
     def index(self, cells: Tensor) -> Tensor:
-        """(n, 3): the index of cells (n,) within the block."""
+        """Return (n, 3): the index of cells (n,) within the block."""
         i, rest = cells // self._strides[0], cells % self._strides[0]
         return torch.stack([i, rest // self._strides[1], rest % self._strides[1]], dim=1)
 
     def coefficients(self, cells: Tensor, dtype: torch.dtype) -> Tensor:
-        """(3, 3, 3, n) Bernstein coefficients of the determinant (relative to the frame) in cells (n,)."""
+        """Return (3, 3, 3, n) Bernstein coefficients of the determinant (relative to the frame) in cells (n,)."""
         corners = torch.tensor(list(product((0, 1), repeat=3))) @ torch.tensor(self._strides)
         u = self._nodes.index_select(1, (corners[:, None] + cells).flatten()).view(3, 2, 2, 2, -1).to(dtype)
         linear = self._linear.to(dtype).T[..., None, None, None]
@@ -477,7 +477,8 @@ class _Block:
         return _coefficients(s, t, r).div_(self._volume)
 
     def _cheap_bound(self) -> tuple[Tensor, Tensor]:
-        """A bound of the determinant in each cell, and how far off single precision may be, of what it is less by.
+        """Return a bound of the determinant in each cell, and how far off single precision may be, of what it is less
+        by.
 
         The least corner determinant, less how far a determinant may lie below those of its cell's corners: along each
         axis it is a polynomial of degree 2, so it lies below its linear interpolation by at most an eighth of its
@@ -504,7 +505,8 @@ class _Block:
 
 
 def _least_at_corners(s: Tensor, t: Tensor, r: Tensor, strides: tuple[int, int, int], number: int) -> Tensor:
-    """(number,): the least corner determinant of cells, of the edges (3, ...) that begin at each node of a block."""
+    """Return (number,): the least corner determinant of cells, of the edges (3, ...) that begin at each node of a
+    block."""
     i, j, k = strides
     least = s.new_full((number,), math.inf)
     across = s.new_empty(3, number + i)
@@ -518,7 +520,7 @@ def _least_at_corners(s: Tensor, t: Tensor, r: Tensor, strides: tuple[int, int, 
 
 
 def _longest(vectors: Tensor, *steps: int) -> Tensor:
-    """The length of vectors (3, n); the largest of those that the steps along the row lead to."""
+    """Return the length of vectors (3, n); the largest of those that the steps along the row lead to."""
     squares = _dot(vectors, vectors)
     for step in steps:
         squares = torch.maximum(squares[step:], squares[:-step])
@@ -526,7 +528,7 @@ def _longest(vectors: Tensor, *steps: int) -> Tensor:
 
 
 def _centers_inside(block: _Block, to_fixed: np.ndarray, fixed: Grid) -> Tensor | None:
-    """(i, j, k) bool: which cells of a block have their center in the fixed image's box; None when all have."""
+    """Return (i, j, k) bool: which cells of a block have their center in the fixed image's box; None when all have."""
     limit = np.array(fixed.shape) - 0.5
     first, shape = block.first.tolist(), block.bound.shape
     ends = [(begin + 0.5, begin + n - 0.5) for begin, n in zip(first, shape, strict=True)]
@@ -592,12 +594,12 @@ def _halved(coefficients: Tensor) -> Tensor:
 
 
 def _gathered(nodes: Tensor, cells: Tensor) -> Tensor:
-    """(2, 2, 2, 3, n): where the corners of cells (n, 3) go."""
+    """Return (2, 2, 2, 3, n): where the corners of cells (n, 3) go."""
     return fields.gather_corners(nodes, torch.zeros_like(cells[:, 0]), cells.unbind(1))
 
 
 def _with_neighbors(cells: Tensor) -> Tensor:
-    """A mask grown by one cell, over faces, edges and corners."""
+    """Return a mask grown by one cell, over faces, edges and corners."""
     for axis in range(3):
         grown = cells.clone()
         n = cells.shape[axis] - 1
@@ -608,7 +610,7 @@ def _with_neighbors(cells: Tensor) -> Tensor:
 
 
 def _unproven(corners: Tensor, margin: float) -> Tensor:
-    """(n,) bool: which cells (2, 2, 2, 3, n) are not proven to keep their determinant above a margin."""
+    """Return (n,) bool: which cells (2, 2, 2, 3, n) are not proven to keep their determinant above a margin."""
     parts = []
     for chunk in corners.split(_CHUNK, dim=-1):
         cell = _decide(bernstein(chunk) - margin)
@@ -617,7 +619,7 @@ def _unproven(corners: Tensor, margin: float) -> Tensor:
 
 
 def _corner_determinants(nodes: Tensor, cells: Tensor) -> Tensor:
-    """(8, n) of cells (n, 3)."""
+    """Return (8, n) of cells (n, 3)."""
     return fields.determinants_at_corners(_gathered(nodes, cells))
 
 

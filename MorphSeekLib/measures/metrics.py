@@ -253,7 +253,7 @@ def folding(displacement: Tensor | None = None, jacobian: Tensor | None = None) 
 
 
 def sdlogj_learn2reg(displacement: Tensor | None = None, jacobian: Tensor | None = None) -> float:
-    """What Learn2Reg's evaluation calls SDlogJ: standard deviation of ln(clip(J + 3, 1e-9, 1e9)).
+    """Return what Learn2Reg's evaluation calls SDlogJ: standard deviation of ln(clip(J + 3, 1e-9, 1e9)).
 
     J by central differences, two voxels cropped from every side. The 3 keeps folded voxels in the domain of the
     logarithm and also makes the figure several times smaller than that of ln J: compare it with itself alone.
@@ -313,7 +313,7 @@ def target_registration_error(
 
 
 def _determinant(displacement: Tensor | None, jacobian: Tensor | None) -> Tensor:
-    """(i, j, k), finite."""
+    """Return (i, j, k), finite."""
     if jacobian is None:
         if displacement is None:
             raise ValueError("Give a displacement or its Jacobian determinant.")
@@ -357,7 +357,7 @@ def _count(labels: Tensor, name: str) -> dict[int, int]:
 
 
 def _judged(in_fixed: dict[int, int], labels: Iterable[int] | None, moving_labels: Tensor | None) -> list[int]:
-    """The labels to score: asked for, in the fixed image, and in the unwarped moving one; ascending."""
+    """Return the labels to score: asked for, in the fixed image, and in the unwarped moving one; ascending."""
     present = set(in_fixed)
     if labels is not None:
         present &= set(labels)
@@ -378,7 +378,7 @@ def _renumbered(labels: Tensor, judged: list[int]) -> np.ndarray:
 def _surface(
     array: np.ndarray, box: tuple[slice, ...] | None, number: int, areas: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 3) indices of the surface's elements (between voxels index - 1 and index) and their (n,) areas."""
+    """Return (n, 3) indices of the surface's elements (between voxels index - 1 and index) and their (n,) areas."""
     if box is None:
         return np.zeros((0, 3), int), np.zeros(0)
     mask = np.pad((array[box] == number).astype(np.uint8), 1)
@@ -403,7 +403,7 @@ def _percentile_95(elements: np.ndarray, area: np.ndarray, others: np.ndarray, s
 
 @cache
 def _cell_areas(spacing: tuple[float, float, float]) -> np.ndarray:
-    """(256,) mm2: area of the surface through a cell whose corner 4a + 2b + c is set where that bit is."""
+    """Return (256,) mm2: area of the surface through a cell whose corner 4a + 2b + c is set where that bit is."""
     sides = np.array([spacing[1] * spacing[2], spacing[0] * spacing[2], spacing[0] * spacing[1]])
     areas = np.zeros(256)
     corners = np.array(list(product((0, 1), repeat=3)))

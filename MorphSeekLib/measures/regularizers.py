@@ -127,7 +127,7 @@ def _central(u: Tensor, axis: int) -> Tensor:
 
 
 def _precise(displacement: Tensor, least: int, name: str) -> Tensor:
-    """The field in at least float32, if every axis has enough voxels for the stencil."""
+    """Return the field in at least float32, if every axis has enough voxels for the stencil."""
     if min(displacement.shape[2:]) < least:
         raise ValueError(f"{name} needs at least {least} voxels along every axis, not {tuple(displacement.shape[2:])}.")
     return displacement.to(torch.promote_types(displacement.dtype, torch.float32))

@@ -57,7 +57,7 @@ def lncc(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e-5) 
 
 @torch.no_grad()
 def lncc_map(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e-5) -> Tensor:
-    """The map whose mean is minus :func:`lncc`: (batch, channel, i, j, k) in [0, 1], without gradient.
+    """Return the map whose mean is minus :func:`lncc`: (batch, channel, i, j, k) in [0, 1], without gradient.
 
     Raises:
         ValueError: as :func:`lncc`.
@@ -104,7 +104,7 @@ class Judge:
         return int(self.shown.sum())
 
     def __call__(self, warped: Tensor) -> Tensor:
-        """The figure of an image (1, 1, i, j, k), a scalar; 0 where nothing can be judged."""
+        """Return the figure of an image (1, 1, i, j, k), a scalar; 0 where nothing can be judged."""
         return (self._map(warped) * self.where).sum() / self.best.clamp(min=0.5)
 
     def _map(self, warped: Tensor) -> Tensor:
@@ -365,7 +365,8 @@ def _box_sum_(maps: Tensor, window: int, padding: str = "zeros", transposed: boo
 
 
 def _matmul_is_exact(device: torch.device) -> bool:
-    """Whether float32 products keep float32; with TF32 or bfloat16 allowed, variances would be lost in rounding."""
+    """Return whether float32 products keep float32; with TF32 or bfloat16 allowed, variances would be lost in
+    rounding."""
     if device.type == "mps":  # has neither, nor the float64 that would replace them
         return True
     try:
@@ -376,7 +377,7 @@ def _matmul_is_exact(device: torch.device) -> bool:
 
 @lru_cache(maxsize=64)
 def _band(n: int, window: int, padding: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The (n, n) matrix whose product with a line of voxels sums each one's window."""
+    """Return the (n, n) matrix whose product with a line of voxels sums each one's window."""
     with torch.inference_mode(False):
         index = torch.arange(n, device=device)
         reach = window // 2
@@ -400,7 +401,7 @@ def _runs(n: int, window: int) -> list[tuple[slice, slice]]:
 
 
 def _voxels_inside(window: int, image: Tensor) -> Tensor:
-    """(i, j, k): how many voxels of each cube lie inside the image."""
+    """Return (i, j, k): how many voxels of each cube lie inside the image."""
     i, j, k = (_band(n, window, "zeros", image.dtype, image.device).sum(dim=1) for n in image.shape[-3:])
     return i[:, None, None] * j[:, None] * k
 

@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """A torch device from "auto" (the first CUDA device, else the CPU), "cpu" or "cuda:N".
+    """Return a torch device from "auto" (the first CUDA device, else the CPU), "cpu" or "cuda:N".
 
     Raises:
         MorphSeekError: an unknown name, or CUDA asked for where there is none.
@@ -87,7 +87,7 @@ def describe_devices() -> list[DeviceEntry]:
 
 
 def network_precision(device: torch.device) -> torch.dtype:
-    """The type that convolutions run in on a device."""
+    """Return the type that convolutions run in on a device."""
     if os.environ.get("MORPHSEEK_PRECISION") == "float32":
         return torch.float32
     if device.type == "cuda":
@@ -104,14 +104,14 @@ def place(model: Model, device: torch.device) -> Model:
 
 
 def network_autocast(device: torch.device) -> torch.autocast:
-    """The context to call the network in."""
+    """Return the context to call the network in."""
     dtype = network_precision(device)
     low = dtype != torch.float32
     return torch.autocast(device.type, dtype=dtype if low else torch.bfloat16, enabled=low)
 
 
 def training_autocast(device: torch.device, coarsest: int | None = None) -> torch.autocast:
-    """The context to train the network in: bfloat16 where :func:`network_autocast` has it, never float16.
+    """Return the context to train the network in: bfloat16 where :func:`network_autocast` has it, never float16.
 
     bfloat16 has the exponents of float32, so that gradients need no scaling; float16 would.
 
@@ -152,7 +152,7 @@ def memory_advice(device: torch.device) -> Iterator[None]:
 
 @lru_cache
 def _has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; emulated, it is slower than float32."""
+    """Return whether the processor multiplies bfloat16 itself; emulated, it is slower than float32."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:

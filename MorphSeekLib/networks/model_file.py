@@ -104,7 +104,7 @@ def rewrite_card(path: Path | str, card: Card) -> None:
 
 
 def read_card(path: Path | str) -> Card:
-    """The card alone; no weights are read.
+    """Return the card alone; no weights are read.
 
     Raises:
         MorphSeekError: no such file, or not a MorphSeek model: pickled, foreign, damaged or from a later version.
@@ -114,7 +114,7 @@ def read_card(path: Path | str) -> Card:
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[RegistrationModel, Card]:
-    """The model in eval mode, and its card.
+    """Return the model in eval mode, and its card.
 
     Raises:
         MorphSeekError: as :func:`read_card`, or weights that do not fit the card, are NaN or are infinite.
@@ -146,7 +146,8 @@ def weights_sha256(path: Path | str) -> str:
 
 
 def _parts(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The header of a .safetensors file and the bytes of its tensors (https://github.com/huggingface/safetensors)."""
+    """Return the header of a .safetensors file and the bytes of its tensors
+    (https://github.com/huggingface/safetensors)."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), content[end:]

@@ -91,7 +91,8 @@ def import_checkpoint(
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, object]]:
-    """The tensors of a PyTorch file by name, and the constructor's arguments where the file keeps them ("config").
+    """Return the tensors of a PyTorch file by name, and the constructor's arguments where the file keeps them
+    ("config").
 
     Raises:
         MorphSeekError: no such file, no PyTorch file, more than weights in it, or no weights.
@@ -123,7 +124,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, object]]:
 
 
 def misfit(state: dict[str, Tensor], backbone: str, settings: Any) -> str:
-    """What a network's own state differs in, as a part of a sentence; "" where nothing does."""
+    """Return what a network's own state differs in, as a part of a sentence; "" where nothing does."""
     with torch.device("meta"):
         wanted = build_backbone(backbone, to_dict(settings)).state_dict()
     missing = [name for name in wanted if name not in state]
@@ -141,7 +142,7 @@ def misfit(state: dict[str, Tensor], backbone: str, settings: Any) -> str:
 
 
 def fits(weights: dict[str, Tensor], architecture: Architecture) -> bool:
-    """Whether official weights are this network's."""
+    """Return whether official weights are this network's."""
     state = architecture.from_official(weights)
     try:
         return architecture.infer is None and not misfit(state, architecture.backbone, architecture.settings)
@@ -150,6 +151,6 @@ def fits(weights: dict[str, Tensor], architecture: Architecture) -> bool:
 
 
 def named(names: list[str]) -> str:
-    """The first few of a list of names."""
+    """Return the first few of a list of names."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

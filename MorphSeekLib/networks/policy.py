@@ -126,11 +126,13 @@ class RegistrationModel(nn.Module):
         return {"backbone": backbone, "policy_head": head, "policy_head_percent": round(100 * head / backbone, 2)}
 
     def features(self, fixed: Tensor) -> list[Tensor] | None:
-        """What a siamese backbone sees in the fixed image alone, for :meth:`encode`; None where images are fused."""
+        """Return what a siamese backbone sees in the fixed image alone, for :meth:`encode`; None where images are
+        fused."""
         return self.backbone.image_features(fixed)
 
     def encode(self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None) -> Latent:
-        """The policy's Gaussian for a pair; ``fixed_features``, where known, spare encoding the fixed image again."""
+        """Return the policy's Gaussian for a pair; ``fixed_features``, where known, spare encoding the fixed image
+        again."""
         if fixed_features is None:
             skips, top = self.backbone.encode(moving, fixed)
         else:
@@ -139,21 +141,21 @@ class RegistrationModel(nn.Module):
         return Latent(mu, log_sigma, skips)
 
     def field(self, latent: Latent, z: Tensor) -> Tensor:
-        """What the decoder makes of a latent: (batch, 3, i, j, k) voxels, displacement or velocity."""
+        """Return what the decoder makes of a latent: (batch, 3, i, j, k) voxels, displacement or velocity."""
         return self.backbone.decode(latent.skips, z)
 
     def displacement(self, field: Tensor) -> Tensor:
-        """The decoder's field, read as the settings say."""
+        """Return the decoder's field, read as the settings say."""
         return fields.integrate(field, self.settings.squarings) if self.settings.output == "velocity" else field
 
     def forward(self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None) -> Tensor:
-        """One step at tau = 0: the displacement, (batch, 3, i, j, k) voxels; arguments as for :meth:`encode`."""
+        """Return one step at tau = 0: the displacement, (batch, 3, i, j, k) voxels; arguments as for :meth:`encode`."""
         latent = self.encode(moving, fixed, fixed_features)
         return self.displacement(self.field(latent, latent.mu))
 
 
 def likelihood_normalizer(s: str, n: int) -> float:
-    """The s that a log-likelihood over N dimensions is divided by: "sqrt_n" (LDVN) or a number.
+    """Return the s that a log-likelihood over N dimensions is divided by: "sqrt_n" (LDVN) or a number.
 
     Raises:
         ValueError: neither, or not positive.

@@ -22,7 +22,7 @@ T = TypeVar("T")
 def from_dict(
     settings_type: type[T], values: Mapping[str, object], where: str = "settings", base: T | None = None
 ) -> T:
-    """A settings dataclass from a plain dict, checked key by key and type by type.
+    """Fill a settings dataclass from a plain dict, checked key by key and type by type.
 
     Args:
         base: has the values of the keys that are not given; None for the dataclass's own defaults.
@@ -45,7 +45,7 @@ def from_dict(
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """The plain dict of a settings dataclass, ready for JSON."""
+    """Return the plain dict of a settings dataclass, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
@@ -64,7 +64,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def override(settings: T, table: str, **values: Any) -> T:
-    """The same settings with some values of a nested table replaced; None leaves a value as it is.
+    """Return the same settings with some values of a nested table replaced; None leaves a value as it is.
 
     Raises:
         MorphSeekError: a value that the table refuses.
@@ -78,7 +78,7 @@ def override(settings: T, table: str, **values: Any) -> T:
 
 
 def _default(field: dataclasses.Field, base: Any) -> Any:
-    """What the field holds where nothing is given; None where it must be given."""
+    """Return what the field holds where nothing is given; None where it must be given."""
     if base is not None:
         return getattr(base, field.name)
     if field.default_factory is not dataclasses.MISSING:

@@ -117,7 +117,8 @@ def read_header(path: Path | str) -> dict[str, Any]:
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON at the beginning of a .safetensors file; ValueError where file and header do not belong together."""
+    """Return the JSON at the beginning of a .safetensors file; ValueError where file and header do not belong
+    together."""
     with open(path, "rb") as file:
         head = file.read(8)
         if head.startswith(_PICKLED):

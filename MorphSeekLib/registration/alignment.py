@@ -136,7 +136,8 @@ def _climb(
 
 
 def object_size(volume: Volume, job: Job = SILENT) -> float:
-    """The longest side in mm of what an image shows: of its foreground's box, but for the outermost hundredths."""
+    """Return the longest side in mm of what an image shows: of its foreground's box, but for the outermost
+    hundredths."""
     block = _average(volume, _SPACING * _unit(volume.grid))
     if float(block.data.min()) == float(block.data.max()):
         return float((block.grid.spacing * block.grid.shape).max())
@@ -186,7 +187,7 @@ class _Scan:
         return cls(image, mask, block.grid, points, center, len(index) * float(np.prod(spacing)))
 
     def smoothed(self, sigma: float) -> sitk.Image:
-        """The image blurred by a Gaussian of ``sigma`` mm."""
+        """Return the image blurred by a Gaussian of ``sigma`` mm."""
         # the recursive filter needs four voxels along each axis
         rim = [max(0, 4 - n) for n in self.grid.shape]
         padded = sitk.ZeroFluxNeumannPad(self.image, rim, rim) if any(rim) else self.image
@@ -301,25 +302,25 @@ class _Search:
         return method
 
     def _inside(self, matrix: np.ndarray) -> np.ndarray:
-        """(samples,): whether each lands in the moving image's box."""
+        """Return (samples,): whether each lands in the moving image's box."""
         index = apply_affine(np.linalg.inv(self.moving.grid.affine) @ matrix, self.points)
         return np.all((index >= -0.5) & (index <= np.array(self.moving.grid.shape) - 0.5), axis=1)
 
 
 def _in_bins(image: sitk.Image) -> Tensor:
-    """(1, 1, i, j, k): intensities from 0 to the last bin."""
+    """Return (1, 1, i, j, k): intensities from 0 to the last bin."""
     data = torch.from_numpy(_array(image).astype(np.float64))
     return ((data - data.min()) / (data.max() - data.min()).clamp(min=1e-12) * (_BINS - 1))[None, None]
 
 
 def _values(data: Tensor, grid: Grid, points: np.ndarray) -> Tensor:
-    """(n,): data at (n, 3) LPS mm."""
+    """Return (n,): data at (n, 3) LPS mm."""
     index = torch.from_numpy(apply_affine(np.linalg.inv(grid.affine), points).T.copy()).view(1, 3, -1, 1, 1)
     return fields.sample(data, index, padding="border").flatten()
 
 
 def _starts(fixed: _Scan, moving: _Scan) -> Iterator[np.ndarray]:
-    """Where to look first: as the files lie, center on center, top on top; each upright and tilted six ways."""
+    """Yield where to look first: as the files lie, center on center, top on top; each upright and tilted six ways."""
     centered = moving.center - fixed.center
     # two heads match at the top however much neck the scans show
     top = np.array([*centered[:2], np.percentile(moving.points[:, 2], 99) - np.percentile(fixed.points[:, 2], 99)])
@@ -339,12 +340,12 @@ def _unit(*grids: Grid) -> float:
 
 
 def _moved(volume: Volume, matrix: np.ndarray) -> Volume:
-    """The volume elsewhere: every point of it moved by a (4, 4) matrix."""
+    """Return the volume elsewhere: every point of it moved by a (4, 4) matrix."""
     return Volume(volume.data, Grid(volume.grid.shape, matrix @ volume.grid.affine))
 
 
 def _average(volume: Volume, spacing: float) -> Volume:
-    """The means of blocks of voxels, about ``spacing`` mm each way, any fill having become air."""
+    """Return the means of blocks of voxels, about ``spacing`` mm each way, any fill having become air."""
     block = [
         int(max(1, min(round(spacing / s), n // 8)))
         for s, n in zip(volume.grid.spacing, volume.grid.shape, strict=True)
@@ -358,7 +359,7 @@ def _average(volume: Volume, spacing: float) -> Volume:
 
 
 def _clipped(block: Volume) -> sitk.Image:
-    """The image without the values, few or meaningless, that would rule its histogram."""
+    """Return the image without the values, few or meaningless, that would rule its histogram."""
     data = block.data
     values = data.flatten().sort().values
     least, most = values[len(values) // 1000], values[-1 - len(values) // 1000]
@@ -391,7 +392,7 @@ def _without_fill(data: Tensor) -> Tensor:
 
 
 def _foreground(image: sitk.Image) -> sitk.Image:
-    """The largest connected part that is not air, without table and noise."""
+    """Return the largest connected part that is not air, without table and noise."""
     # Otsu's threshold parts dark tissue from bright; half of it parts tissue from air
     otsu = sitk.OtsuThresholdImageFilter()
     otsu.Execute(image)
@@ -401,7 +402,7 @@ def _foreground(image: sitk.Image) -> sitk.Image:
 
 
 def _array(image: sitk.Image) -> np.ndarray:
-    """(i, j, k): the image's values."""
+    """Return (i, j, k): the image's values."""
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0)
 
 

@@ -167,12 +167,12 @@ def pair_objective(
 
 
 def _moved_to(total: Tensor, grid: Grid, other: Grid) -> Tensor:
-    """A displacement (1, 3, i, j, k) in voxels of one grid as one in voxels of another."""
+    """Return a displacement (1, 3, i, j, k) in voxels of one grid as one in voxels of another."""
     return voxel_displacement(dense_from_voxels(total, grid), other, total.device)
 
 
 def _course(objectives: Tensor) -> CourseSection:
-    """An objective before and after, and what was met on the way."""
+    """Return an objective before and after, and what was met on the way."""
     curve = objectives.tolist()
     return {"start": curve[0], "refined": min(curve), "curve": curve} if curve else {}
 
@@ -295,7 +295,7 @@ def _descend(
 
 
 def _better(kept: Fitted, candidate: Tensor, value: Tensor) -> Fitted:
-    """The candidate if it has the lowest objective so far; chosen on the device, without waiting for it."""
+    """Return the candidate if it has the lowest objective so far; chosen on the device, without waiting for it."""
     best = kept.objectives.min() if len(kept.objectives) else torch.full_like(value, torch.inf)
     total = torch.where(value < best, candidate, kept.total)
     return Fitted(total, torch.cat([kept.objectives, value.view(1)]))

@@ -47,7 +47,7 @@ def check_finite(values: Transform | Tensor | float | list[float], what: str) ->
 
 
 def unknown_sizes(sizes: Sequence[float], preprocessing: Preprocessing) -> tuple[list[Notice], float]:
-    """Whether the two images show objects of a size that the model was trained on.
+    """Say whether the two images show objects of a size that the model was trained on.
 
     Args:
         sizes: of the fixed and the moving image's object, mm.
@@ -84,7 +84,7 @@ def unknown_sizes(sizes: Sequence[float], preprocessing: Preprocessing) -> tuple
 
 
 def mirrored_alignment(mirrored: bool) -> list[Notice]:
-    """Whether the alignment exchanges left and right."""
+    """Say whether the alignment exchanges left and right."""
     if not mirrored:
         return []
     words = (
@@ -95,7 +95,7 @@ def mirrored_alignment(mirrored: bool) -> list[Notice]:
 
 
 def small_foreground(voxels: int) -> list[Notice]:
-    """Whether the fixed image shows enough on the working grid, in voxels of it."""
+    """Say whether the fixed image shows enough on the working grid, in voxels of it."""
     if voxels >= LEAST_VOXELS:
         return []
     words = (
@@ -106,7 +106,7 @@ def small_foreground(voxels: int) -> list[Notice]:
 
 
 def few_values(image: Tensor, name: str) -> list[Notice]:
-    """Whether an image shows more than an outline.
+    """Say whether an image shows more than an outline.
 
     No figure tells then which of two results is better inside of it: every measure rises while the inside gets worse.
     A level that holds a good part of the image's faces is air, or what fills the grid around the field of view.
@@ -132,7 +132,7 @@ def few_values(image: Tensor, name: str) -> list[Notice]:
 
 
 def small_overlap(share: float) -> list[Notice]:
-    """Whether enough of what the fixed image shows lies in the moving image after the registration."""
+    """Say whether enough of what the fixed image shows lies in the moving image after the registration."""
     if share >= LEAST_OVERLAP:
         return []
     words = (
@@ -143,7 +143,7 @@ def small_overlap(share: float) -> list[Notice]:
 
 
 def lowered_by_alignment(kind: str, measure: str, before: float | None, after: float | None) -> list[Notice]:
-    """Whether the alignment made a figure worse, of which 1 is best; None where it was not measured."""
+    """Say whether the alignment made a figure worse, of which 1 is best; None where it was not measured."""
     if before is None or after is None or before - after <= NOTABLE:
         return []
     words = (
@@ -154,7 +154,7 @@ def lowered_by_alignment(kind: str, measure: str, before: float | None, after: f
 
 
 def no_step_helped(figures: Sequence[StepSection], answer: int, taken: int) -> list[Notice]:
-    """Whether all steps of this call were in vain.
+    """Say whether all steps of this call were in vain.
 
     Args:
         figures: a row for each step; index 0: the alignment.
@@ -173,7 +173,7 @@ def no_step_helped(figures: Sequence[StepSection], answer: int, taken: int) -> l
 
 
 def fit_fell(similarity: Similarity, aligned: float, before: float, after: float) -> list[Notice]:
-    """Whether fitting the pair ended with less similarity than it began with.
+    """Say whether fitting the pair ended with less similarity than it began with.
 
     Across modalities what is fitted is another measure, so that only a fall below the alignment counts.
 
@@ -191,10 +191,10 @@ def fit_fell(similarity: Similarity, aligned: float, before: float, after: float
 
 
 def _times(factor: float) -> float:
-    """How many times smaller or larger."""
+    """Return how many times smaller or larger."""
     return max(factor, 1 / factor) if factor > 0 else math.inf
 
 
 def _mm(length: float) -> str:
-    """A length in three digits."""
+    """Return a length in three digits."""
     return f"{length:.3g}" if length < 1000 else f"{length:,.0f}"

@@ -277,7 +277,8 @@ class Pair:
         }
 
     def _inside(self, grid: Grid, transform: Transform, total: Tensor | None = None) -> Tensor:
-        """Which voxels of the working grid a displacement and a transform lead into an image's box, (1, 1, i, j, k)."""
+        """Return which voxels of the working grid a displacement and a transform lead into an image's box, (1, 1, i, j,
+        k)."""
         points = map_voxels(self.nothing() if total is None else total, self.grid, transform, grid)
         limit = torch.tensor(grid.shape, device=points.device).view(1, 3, 1, 1, 1) - 0.5
         return ((points >= -0.5) & (points <= limit)).all(dim=1, keepdim=True)
@@ -296,7 +297,8 @@ def displacement_mm(total: Tensor, grid: Grid) -> Tensor:
 def _known_world(
     fixed: Volume, moving: Volume, preprocessing: Preprocessing, job: Job
 ) -> tuple[Preprocessing, list[Notice]]:
-    """The card's preprocessing, with a coarser grid for objects of another size than the model was trained on."""
+    """Return the card's preprocessing, with a coarser grid for objects of another size than the model was trained
+    on."""
     if preprocessing.knows is None:
         return preprocessing, []
     sizes = [object_size(volume, job) for volume in (fixed, moving)]

@@ -83,7 +83,7 @@ def _deformed(
     clock: Clock,
     job: Job,
 ) -> Outcome:
-    """The network's steps, and the fit after them."""
+    """Return the network's steps, and the fit after them."""
     done = 0.35 if options.fit.total else 0.7  # the progress bar's share at the end of the steps
     with memory_advice(pair.device):
         with clock("network"):

@@ -250,7 +250,7 @@ def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed:
 
 
 def _displacement(total: torch.Tensor, grid: Grid) -> dict[str, float]:
-    """What the network did, without the alignment: length of its displacement over the working grid."""
+    """Return what the network did, without the alignment: length of its displacement over the working grid."""
     length = displacement_mm(total, grid).norm(dim=0).flatten()
     p95 = float(sampled(length, 1_000_000).quantile(0.95))
     return {"mean": float(length.mean()), "p95": p95, "max": float(length.max())}

@@ -134,7 +134,8 @@ def write_report(folder: Path, report: Report, pictures: RegistrationPictures) -
 
 
 def render_page(report: Report, sheets: list[Sheet]) -> str:
-    """The page as text; every name in it is escaped, every number carries its full value and its path in the JSON."""
+    """Return the page as text; every name in it is escaped, every number carries its full value and its path in the
+    JSON."""
     # autoescape by hand: the default goes by endings and would not see .j2 as HTML
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -349,7 +350,8 @@ class _Scene:
         return center, np.maximum(low, first - margin), np.minimum(high, last + margin)
 
     def worst_fold(self) -> _Fold | None:
-        """The folded region (voxels touching by face, edge or corner) that holds the most foreground, else the largest.
+        """Return the folded region (voxels touching by face, edge or corner) that holds the most foreground, else the
+        largest.
 
         The view grows to show it.
         """
@@ -368,7 +370,7 @@ class _Scene:
         return _Fold(center, radius, int(sizes[worst]), int(sizes.sum()), int(inside.sum()), count)
 
     def slice_grid(self, plane: Plane, point: np.ndarray) -> Grid:
-        """The pixels of a slice through a point: (right, down, 1), square, over the whole view.
+        """Return the pixels of a slice through a point: (right, down, 1), square, over the whole view.
 
         One pixel's center is the point: where the fixed grid lies along the world's axes the pixels are its voxels.
         """
@@ -514,13 +516,13 @@ def _write(axes: Axes, x: float, y: float, text: str, size: float = 9, rotation:
 
 
 def _cut(volume: Volume, grid: Grid, mode: str = "linear") -> np.ndarray:
-    """(down, right) values of a slice; NaN outside the volume."""
+    """Return (down, right) values of a slice; NaN outside the volume."""
     data = volume.data if volume.data.is_floating_point() else volume.data.float()
     return geometry.resample(Volume(data, volume.grid), grid, mode=mode, background=math.nan).data[:, :, 0].numpy().T
 
 
 def _subsample(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) values of a few hundred thousand voxels of the volume, drawn at random, and (n, 3) where they lie."""
+    """Return (n,) values of a few hundred thousand voxels of the volume, drawn at random, and (n, 3) where they lie."""
     places = sampled(torch.arange(volume.data.numel()), _SAMPLE_VOXELS).numpy()
     values = volume.data.flatten()[places].to(torch.float32).numpy()
     return values, np.stack(np.unravel_index(places, volume.grid.shape), axis=1)
@@ -558,13 +560,13 @@ def _scaled(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def _round_number(value: float) -> float:
-    """The 1, 2 or 5 times a power of ten that is nearest."""
+    """Return the 1, 2 or 5 times a power of ten that is nearest."""
     power = 10 ** math.floor(math.log10(value))
     return min((1 * power, 2 * power, 5 * power, 10 * power), key=lambda n: abs(math.log(n / value)))
 
 
 def _find(report: Report, path: str) -> object:
-    """A value by its dotted path; None where any part is absent."""
+    """Return a value by its dotted path; None where any part is absent."""
     value: Any = report
     for key in path.split("."):
         if isinstance(value, list) and key.isdigit():
@@ -575,7 +577,7 @@ def _find(report: Report, path: str) -> object:
 
 
 def _facts(section: Mapping[str, object] | None, prefix: str = "") -> list[tuple[str, object]]:
-    """(name, value) rows of a section, inner sections flattened; empty values left out."""
+    """Return (name, value) rows of a section, inner sections flattened; empty values left out."""
     rows: list[tuple[str, object]] = []
     for key, value in (section or {}).items():
         name = f"{prefix}{key}".replace("_", " ")
@@ -589,7 +591,7 @@ def _facts(section: Mapping[str, object] | None, prefix: str = "") -> list[tuple
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: keys as text, numpy's and torch's numbers as Python's, not-finite numbers as None."""
+    """Return what JSON can hold: keys as text, numpy's and torch's numbers as Python's, not-finite numbers as None."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

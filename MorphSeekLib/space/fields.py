@@ -94,7 +94,8 @@ def warp(image: Tensor, displacement: Tensor, mode: str = "linear", padding: str
 
 
 def compose(outer: Tensor, step: Tensor) -> Tensor:
-    """The field of Phi_t = Phi_{t-1} o phi_t: ``u(x) = step(x) + outer(x + step(x))`` (Docs/method.md, Notation).
+    """Return the field of Phi_t = Phi_{t-1} o phi_t: ``u(x) = step(x) + outer(x + step(x))`` (Docs/method.md,
+    Notation).
 
     Args:
         outer: (batch or 1, 3, i, j, k), the deformation accumulated so far, voxels; beyond its grid its edge value
@@ -206,7 +207,7 @@ def corner_determinants(displacement: Tensor) -> Tensor:
 
 
 def least_determinant(displacement: Tensor, below: float = 0.0) -> Tensor:
-    """The least corner determinant of each cell, exact where it does not exceed ``below``.
+    """Return the least corner determinant of each cell, exact where it does not exceed ``below``.
 
     Args:
         displacement: (batch, 3, i, j, k), voxels; every axis at least two long.
@@ -235,7 +236,8 @@ def least_determinant(displacement: Tensor, below: float = 0.0) -> Tensor:
 
 
 def determinant_bound(displacement: Tensor) -> Tensor:
-    """A lower bound of the Jacobian determinant within each cell of the trilinear map, in a few passes over memory.
+    """Return a lower bound of the Jacobian determinant within each cell of the trilinear map, in a few passes over
+    memory.
 
     With G = du/dx, det(I + G) = 1 + tr G + (tr(G)^2 - tr(G^2)) / 2 + det G, |tr(G^2)| <= f^2 and |det G| <= f^3 / 3^1.5
     for the Frobenius norm f of G. Within a cell every column of G is a mean of the four edges along its axis.
@@ -268,7 +270,7 @@ def _edge_bounds(displacement: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_corners(displacement: Tensor, batch: Tensor, cells: Sequence[Tensor]) -> Tensor:
-    """(2, 2, 2, 3, n): where the corners of n cells go, from the corner of least index, in voxels.
+    """Return (2, 2, 2, 3, n): where the corners of n cells go, from the corner of least index, in voxels.
 
     Args:
         displacement: (batch, 3, i, j, k).
@@ -293,13 +295,13 @@ _CORNERS = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
 
 
 def determinants_at_corners(corners: Tensor) -> Tensor:
-    """(8, n): the determinants at the corners of cells (2, 2, 2, 3, n), as :func:`gather_corners` gives them."""
+    """Return (8, n): the determinants at the corners of cells (2, 2, 2, 3, n), as :func:`gather_corners` gives them."""
     s, t, r = corners[1] - corners[0], corners[:, 1] - corners[:, 0], corners[:, :, 1] - corners[:, :, 0]
     return torch.stack([_determinant(s[b, c], t[a, c], r[a, b]) for a, b, c in _CORNERS])
 
 
 def _at_corners(u: Tensor) -> Iterator[Tensor]:
-    """The determinants at each corner of every cell, (batch, i - 1, j - 1, k - 1)."""
+    """Yield the determinants at each corner of every cell, (batch, i - 1, j - 1, k - 1)."""
     edges = [u.diff(dim=2 + axis).movedim(1, 0).clone() for axis in range(3)]
     for axis, edge in enumerate(edges):
         edge[axis] += 1

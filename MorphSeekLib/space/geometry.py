@@ -83,7 +83,7 @@ class Grid:
         return self.affine[:3, :3] @ ((np.array(self.shape) - 1) / 2) + self.origin
 
     def corners(self) -> np.ndarray:
-        """(8, 3) LPS mm of the centers of the corner voxels."""
+        """Return (8, 3) LPS mm of the centers of the corner voxels."""
         index = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij")).reshape(3, -1)
         return (self.affine[:3, :3] @ index).T + self.origin
 
@@ -92,7 +92,7 @@ class Grid:
         return {"shape": list(self.shape), "spacing": [round(float(s), 6) for s in self.spacing]}
 
     def same_as(self, other: Grid, tolerance_mm: float = 1e-2) -> bool:
-        """Whether both grids have the same voxels at the same places.
+        """Return whether both grids have the same voxels at the same places.
 
         Args:
             tolerance_mm: the corners may lie so far apart, and no further than a tenth of a voxel.
@@ -160,7 +160,7 @@ class DenseTransform:
     grid: Grid
 
     def displacement_at(self, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
-        """(3, *grid.shape) LPS mm at the voxels of another grid, linearly interpolated."""
+        """Return (3, *grid.shape) LPS mm at the voxels of another grid, linearly interpolated."""
         nodes = self.displacement.to(device)[None]
         to_node = np.linalg.inv(self.grid.affine) @ grid.affine
         slabs = [fields.sample(nodes, _map(to_node, at), padding="border")[0] for at in _slabs(grid, device)]
@@ -211,7 +211,7 @@ class DenseTransform:
         return DenseTransform(_points(grid, back - _IDENTITY)[0] + _turn(self.grid.affine, (x - start)[0]), grid)
 
     def affine_part(self) -> np.ndarray:
-        """(4, 4) LPS: least-squares affine of the whole map over a subset of the nodes."""
+        """Return (4, 4) LPS: least-squares affine of the whole map over a subset of the nodes."""
         if min(self.grid.shape) < 2:
             return np.eye(4)
         step = [max(1, n // 12) for n in self.grid.shape]
@@ -236,13 +236,13 @@ Transform = np.ndarray | DenseTransform  # a (4, 4) matrix in LPS mm, or a dense
 
 
 def is_mirrored(transform: Transform) -> bool:
-    """Whether a map exchanges left and right: its linear part has a negative determinant."""
+    """Return whether a map exchanges left and right: its linear part has a negative determinant."""
     affine = transform.affine_part() if isinstance(transform, DenseTransform) else transform
     return bool(np.linalg.det(affine[:3, :3]) < 0)
 
 
 def apply_affine(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(n, 3) points through a (4, 4) matrix."""
+    """Return (n, 3) points through a (4, 4) matrix."""
     return np.asarray(points) @ affine[:3, :3].T + affine[:3, 3]
 
 
@@ -298,7 +298,7 @@ def resample(
 
 
 def orientation_matrix(code: str) -> np.ndarray:
-    """(3, 3) direction in LPS of an axis code such as "RAS": axis i runs towards R, j towards A, k towards S.
+    """Return (3, 3) direction in LPS of an axis code such as "RAS": axis i runs towards R, j towards A, k towards S.
 
     Raises:
         ValueError: not three letters, one of each pair L/R, P/A, S/I.
@@ -319,7 +319,7 @@ def covering_grid(
     multiple_of: int = 1,
     at_least: Sequence[int] | None = None,
 ) -> Grid:
-    """A grid along the world's axes that covers all of another one, voxel rims included, concentric with it.
+    """Return a grid along the world's axes that covers all of another one, voxel rims included, concentric with it.
 
     Args:
         covered: the grid to cover, of any orientation.
@@ -345,7 +345,8 @@ def covering_grid(
 
 
 def reordered(volume: Volume, grid: Grid) -> Volume | None:
-    """A volume with its axes in another order or direction; None when the voxels of ``grid`` are not the same ones."""
+    """Return a volume with its axes in another order or direction; None when the voxels of ``grid`` are not the same
+    ones."""
     turn = np.rint(np.linalg.inv(grid.direction) @ volume.grid.direction).astype(int)
     if not (np.abs(turn).sum(axis=0) == 1).all() or not (np.abs(turn).sum(axis=1) == 1).all():
         return None
@@ -389,7 +390,7 @@ def smooth_for_spacing(volume: Volume, spacing: Sequence[float] | np.ndarray | f
 
 
 def dense_from_voxels(displacement: Tensor, grid: Grid, then: Transform | None = None) -> DenseTransform:
-    """A transform from a network's displacement: T(p) = then(p + u(p)).
+    """Return a transform from a network's displacement: T(p) = then(p + u(p)).
 
     Args:
         displacement: (1, 3, i, j, k) voxels of ``grid``.
@@ -408,7 +409,7 @@ def dense_from_voxels(displacement: Tensor, grid: Grid, then: Transform | None =
 
 
 def voxel_displacement(transform: DenseTransform, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """(1, 3, *grid.shape): the transform's displacement at the voxels of ``grid``, in voxels of ``grid``.
+    """Return (1, 3, *grid.shape): the transform's displacement at the voxels of ``grid``, in voxels of ``grid``.
 
     What :func:`MorphSeekLib.space.fields.jacobian_determinant` needs for figures on the fixed image's own grid.
     """
@@ -441,7 +442,7 @@ def jacobian_volume(
 
 
 def map_voxels(displacement: Tensor, grid: Grid, then: Transform | None, into: Grid) -> Tensor:
-    """(1, 3, i, j, k): where ``then(p + u(p))`` of each voxel of ``grid`` lies, in voxels of ``into``.
+    """Return (1, 3, i, j, k): where ``then(p + u(p))`` of each voxel of ``grid`` lies, in voxels of ``into``.
 
     What a step samples the original moving image at: one interpolation, no detour over another grid.
 
@@ -461,7 +462,7 @@ def map_voxels(displacement: Tensor, grid: Grid, then: Transform | None, into: G
 
 
 def index_points(grid: Grid, transform: Transform | None, into: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """(1, 3, *grid.shape): where each voxel of ``grid`` lands in ``into``, in voxels of ``into``."""
+    """Return (1, 3, *grid.shape): where each voxel of ``grid`` lands in ``into``, in voxels of ``into``."""
     return torch.cat(list(_landing_slabs(grid, transform, into, device)), dim=2)
 
 
@@ -486,7 +487,7 @@ def _landing_slabs(
 
 
 def _slabs(grid: Grid, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """The grid's voxel indices, slab by slab along i, each (1, 3, length, j, k)."""
+    """Yield the grid's voxel indices, slab by slab along i, each (1, 3, length, j, k)."""
     length = max(1, _SLAB_POINTS // (grid.shape[1] * grid.shape[2]))
     for begin in range(0, grid.shape[0], length):
         size = (min(length, grid.shape[0] - begin), *grid.shape[1:])
@@ -496,16 +497,16 @@ def _slabs(grid: Grid, device: torch.device | str = "cpu") -> Iterator[Tensor]:
 
 
 def _points(grid: Grid, matrix: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """(1, 3, *grid.shape): the grid's voxel centers (LPS mm), through a (4, 4) matrix."""
+    """Return (1, 3, *grid.shape): the grid's voxel centers (LPS mm), through a (4, 4) matrix."""
     return torch.cat([_map(matrix @ grid.affine, at) for at in _slabs(grid, device)], dim=2)
 
 
 def _map(matrix: np.ndarray, points: Tensor) -> Tensor:
-    """(1, 3, ...) points through a (4, 4) matrix."""
+    """Return (1, 3, ...) points through a (4, 4) matrix."""
     return _turn(matrix, points[0])[None] + points.new_tensor(matrix[:3, 3].tolist()).view(1, 3, 1, 1, 1)
 
 
 def _turn(matrix: np.ndarray, vectors: Tensor) -> Tensor:
-    """(3, ...) vectors through the linear part of a (4, 4) matrix."""
+    """Return (3, ...) vectors through the linear part of a (4, 4) matrix."""
     # by hand: autocast, TF32 and the like round the factors of a matrix product, which coordinates do not survive
     return torch.stack([a * vectors[0] + b * vectors[1] + c * vectors[2] for a, b, c in matrix[:3, :3].tolist()])

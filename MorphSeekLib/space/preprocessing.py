@@ -64,7 +64,8 @@ class Preprocessing:
             raise ValueError("knows must be two sizes in mm, the smaller one first")
 
     def beyond(self, size: float) -> float:
-        """How many times larger than the largest (above 1) or than the smallest (below 1) of the sizes known; else 1.
+        """Return how many times larger than the largest (above 1) or than the smallest (below 1) of the sizes known;
+        else 1.
 
         Args:
             size: of an image's object, mm.
@@ -74,7 +75,7 @@ class Preprocessing:
         return size / min(max(size, self.knows[0]), self.knows[1])
 
     def scaled(self, factor: float) -> Preprocessing:
-        """The same on a working grid that is so many times coarser."""
+        """Return the same on a working grid that is so many times coarser."""
         if self.spacing is None:
             return self
         i, j, k = self.spacing
@@ -82,7 +83,7 @@ class Preprocessing:
 
 
 def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) -> Grid:
-    """The grid the network works on; it covers the whole fixed image.
+    """Return the grid the network works on; it covers the whole fixed image.
 
     An image that already lies on a grid the network takes keeps its voxels, at most turned; others get a rim. The grid
     has at least two cells of the coarsest feature: networks that normalize over a feature's voxels refuse one.
@@ -107,7 +108,7 @@ def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) ->
 
 
 def fine_grid(fixed: Grid, working: Grid) -> Grid:
-    """The fixed image's own grid, but no more than twice as fine as the working grid and of FINE_VOXELS at most.
+    """Return the fixed image's own grid, but no more than twice as fine as the working grid and of FINE_VOXELS at most.
 
     Args:
         fixed, working: the fixed image's grid, and the network's that covers it.
@@ -142,7 +143,7 @@ def sampled_places(length: int, count: int) -> Tensor:
 
 
 def background_of(values: Tensor) -> float:
-    """The value of the background: foreground is what is brighter.
+    """Return the value of the background: foreground is what is brighter.
 
     It is the most frequent value that has at most half as many voxels below it as it holds itself, and no more below
     than above: exact black, even where a few voxels are darker yet. An image without such a value has its minimum for
@@ -159,7 +160,7 @@ def background_of(values: Tensor) -> float:
 
 
 def foreground_of(data: Tensor) -> Tensor:
-    """Which voxels are brighter than the background, see :func:`background_of`; any shape, bool."""
+    """Return which voxels are brighter than the background, see :func:`background_of`; any shape, bool."""
     return data > background_of(sampled(data))
 
 
@@ -190,7 +191,7 @@ def normalize(data: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def normalized(image: Volume, preprocessing: Preprocessing, name: str) -> Volume:
-    """An image as the network takes it, noise in its air made flat.
+    """Return an image as the network takes it, noise in its air made flat.
 
     Args:
         image: its intensities as they were read.

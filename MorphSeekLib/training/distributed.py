@@ -99,7 +99,7 @@ class World:
 
 
 def join(device: str) -> World:
-    """The world that torchrun or SLURM started this process in; a world of one where neither did.
+    """Return the world that torchrun or SLURM started this process in; a world of one where neither did.
 
     Raises:
         MorphSeekError: several processes were started, but Lightning Fabric is not installed.

@@ -327,7 +327,8 @@ def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, d
 
 
 def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -> tuple[State, Batch]:
-    """A pair on the device before its first step: hard labels for the reward, shares of the common for soft Dice."""
+    """Return a pair on the device before its first step: hard labels for the reward, shares of the common for soft
+    Dice."""
     zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=device)
     i, j, k = pair.grid.spacing.tolist()
     fixed, moving = (image.to(device, non_blocking=True) for image in (pair.fixed, pair.moving))

@@ -207,12 +207,12 @@ def next_kl_weight(weight: float, kl: float, target: float, rate: float = 0.1) -
 
 
 def widen(cells: Tensor, reach: int) -> Tensor:
-    """(J, 1, a, b, c) -> the same: each cell's sum over the cells up to ``reach`` away along every axis."""
+    """Return (J, 1, a, b, c) -> the same: each cell's sum over the cells up to ``reach`` away along every axis."""
     return F.avg_pool3d(cells, 2 * reach + 1, 1, reach, divisor_override=1) if reach else cells
 
 
 def sum_over_cells(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """(J, 1, i, j, k) -> (J, 1, *grid): sums over the blocks of voxels that share a cell; the total is kept."""
+    """Return (J, 1, i, j, k) -> (J, 1, *grid): sums over the blocks of voxels that share a cell; the total is kept."""
     for axis, count in enumerate(grid, start=2):
         size = maps.shape[axis]
         cell = torch.arange(size, device=maps.device) * count // size

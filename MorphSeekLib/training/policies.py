@@ -255,7 +255,7 @@ def log_likelihood_map(policy: Gaussian, samples: Tensor, tau: float, s: float) 
 
 
 def expand_latent(latent: Latent, count: int) -> Latent:
-    """The same skips for ``count`` latents, without copying."""
+    """Return the same skips for ``count`` latents, without copying."""
     return latent._replace(skips=[skip.expand(count, *skip.shape[1:]) for skip in latent.skips])
 
 

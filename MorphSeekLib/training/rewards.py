@@ -45,7 +45,7 @@ class State:
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def moved(self, total: Tensor) -> State:
-        """The same pair after another step; what does not depend on the step is not computed again."""
+        """Return the same pair after another step; what does not depend on the step is not computed again."""
         state = copy.copy(self)
         state.total = total
         state.__dict__.pop("dice_before", None)
@@ -74,11 +74,11 @@ class State:
         return _classes(self.both_labels[1], self.labels).float()
 
     def warped_classes(self, total: Tensor) -> Tensor:
-        """(J, 1, i, j, k) long: the moving classes under candidate fields."""
+        """Return (J, 1, i, j, k) long: the moving classes under candidate fields."""
         return fields.warp(self.moving_classes, total, "nearest").round().long()
 
     def dice(self, warped: Tensor) -> Tensor:
-        """(J, K) hard Dice of warped classes."""
+        """Return (J, K) hard Dice of warped classes."""
         together, fixed, other = _counts(self.fixed_classes, warped, len(self.labels))
         return 2 * together / (fixed + other).clamp(min=1)
 
@@ -99,7 +99,7 @@ class State:
 
 
 def common_labels(fixed: Tensor, moving: Tensor) -> Tensor:
-    """(K,) the labels that both images hold, background left out, ascending."""
+    """Return (K,) the labels that both images hold, background left out, ascending."""
     found = torch.unique(fixed)
     found = found[torch.isin(found, torch.unique(moving))]
     return found[found > 0]
@@ -139,7 +139,7 @@ def folding_magnitude(state: State, total: Tensor) -> Tensor:
 
 
 def _on_cells(values: Tensor) -> Tensor:
-    """The share that each cell (J, 1, i - 1, j - 1, k - 1) has in their mean, at its voxel of least index."""
+    """Return the share that each cell (J, 1, i - 1, j - 1, k - 1) has in their mean, at its voxel of least index."""
     return F.pad(values / values[0].numel(), (0, 1) * 3)
 
 
@@ -248,7 +248,7 @@ class RewardSettings:
 
 @torch.no_grad()
 def reward_map(state: State, total: Tensor, settings: RewardSettings) -> Tensor:
-    """The weighted sum of the terms, (J, 1, i, j, k); its sum over the voxels is each trajectory's reward."""
+    """Return the weighted sum of the terms, (J, 1, i, j, k); its sum over the voxels is each trajectory's reward."""
     return reduce(add, (weight * TERMS[name](state, total) for name, weight in settings.weights.items() if weight))
 
 
@@ -272,7 +272,7 @@ def _counts(fixed: Tensor, warped: Tensor, count: int) -> tuple[Tensor, Tensor, 
 
 
 def _surfaces(classes: Tensor, count: int) -> Tensor:
-    """(J, K, i, j, k) bool: voxels of each class with a face neighbor outside it."""
+    """Return (J, K, i, j, k) bool: voxels of each class with a face neighbor outside it."""
     masks = torch.stack([classes[:, 0] == n + 1 for n in range(count)], dim=1).float()
     inside = masks
     for kernel, padding in (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))):

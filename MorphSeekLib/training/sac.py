@@ -167,7 +167,7 @@ class Learner(nn.Module):
         return cast(SPAC, self.network.backbone)
 
     def optimizer(self, run: SACRun) -> torch.optim.Adam:
-        """One Adam for all; a parameter without a gradient is not touched by a step."""
+        """Return one Adam for all; a parameter without a gradient is not touched by a step."""
 
         def rate(name: str) -> float:
             slow = name.startswith(("network.backbone.planner", "critics"))
@@ -205,20 +205,20 @@ class Batch(NamedTuple):
 
 
 def stack(transitions: Sequence[Transition], device: torch.device) -> Batch:
-    """What an update learns from."""
+    """Return what an update learns from."""
     before, plan, reward, after, done = zip(*transitions, strict=True)
     tensors = (torch.cat(before), torch.cat(plan), torch.tensor(reward), torch.cat(after), torch.tensor(done))
     return Batch(*(t.to(device, non_blocking=True).float() for t in tensors))
 
 
 def sample(plan: Plan, generator: torch.Generator | None = None) -> Tensor:
-    """A plan drawn from the planner's Gaussian, with its gradient; noise from the CPU's generator."""
+    """Return a plan drawn from the planner's Gaussian, with its gradient; noise from the CPU's generator."""
     noise = torch.randn(plan.mean.shape, generator=generator).to(plan.mean)
     return plan.mean + (0.5 * plan.log_variance).exp() * noise
 
 
 def log_density(plan: Plan, drawn: Tensor) -> Tensor:
-    """(batch,): the logarithm of the planner's density at a plan."""
+    """Return (batch,): the logarithm of the planner's density at a plan."""
     deviation = (0.5 * plan.log_variance).exp()
     return torch.distributions.Normal(plan.mean, deviation).log_prob(drawn).flatten(1).sum(dim=1)
 
