@@ -63,7 +63,7 @@ def describe(model: Model) -> str:
     card = model.card
     lines = [(_("Model"), model.title), (_("Trained on"), _trained_on(card)), (_("Works on"), _grid(card))]
     lines += [(_("Measured"), text) for text in _figures(card)]
-    lines += [(_("License"), card.get("license") or card.get("licence") or _("not stated"))]
+    lines += [(_("License"), card.get("license") or _("not stated"))]
     lines += [(_("File"), str(model.path))] if model.name == str(model.path) else []
     rows = (
         # no color of its own: the label's, which follows the style and pales with the panel while something runs

@@ -436,7 +436,7 @@ def import_checkpoint(
         }  # fmt: skip
         given = {name: value for name, value in options.items() if value is not None}
         preprocessing = from_dict(Preprocessing, given, "the model's preprocessing")
-        run(file, architecture, out, preprocessing=preprocessing, title=title, licence=license_)
+        run(file, architecture, out, preprocessing=preprocessing, title=title, license=license_)
     console.print(f"Wrote {out}", soft_wrap=True)
 
 
@@ -681,7 +681,7 @@ def print_card(card: Card, file: Path) -> None:
         ("Alignment", preprocessing.align),
         ("Steps", str(preprocessing.steps)),
         *(("Measured", text) for text in _figures(card.results)),
-        ("License", card.licence or "not stated"),
+        ("License", card.license or "not stated"),
     ]
     table = Table(show_header=False, title="Model")
     for row in rows:

@@ -42,7 +42,7 @@ class Card:
         preprocessing: how to feed it.
         provenance: data, labels used, training settings, steps, seed, seconds, software; free keys.
         results: figures that were measured, each with its definition; free keys.
-        licence: of the weights, with the reason.
+        license: of the weights, with the reason.
     """
 
     title: str = ""
@@ -51,7 +51,7 @@ class Card:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     provenance: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
-    licence: str = ""
+    license: str = ""
 
 
 def software() -> dict[str, str]:

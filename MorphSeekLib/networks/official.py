@@ -37,7 +37,7 @@ def import_checkpoint(
     *,
     preprocessing: Preprocessing | None = None,
     title: str = "",
-    licence: str = "",
+    license: str = "",
 ) -> Path:
     """Write a model with a card from a PyTorch file of an official code.
 
@@ -47,7 +47,7 @@ def import_checkpoint(
         out: the .safetensors file to write.
         preprocessing: how images are to reach the network; the default takes one step and [0, 1] intensities on the
             fixed image's own voxels.
-        title, licence: for the card; the file itself says neither.
+        title, license: for the card; the file itself says neither.
 
     Raises:
         MorphSeekError: an unknown architecture, a file that is no PyTorch file or holds more than weights, or weights
@@ -84,7 +84,7 @@ def import_checkpoint(
             "date": time.strftime("%Y-%m-%d"),
             "software": software(),
         },
-        licence=licence or "unknown: the imported file names none",
+        license=license or "unknown: the imported file names none",
     )
     save(out, model, card)
     return out

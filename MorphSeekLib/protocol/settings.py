@@ -18,6 +18,14 @@ from .errors import MorphSeekError
 
 T = TypeVar("T")
 
+OLD_NAMES = {"licence": "license"}
+"""What settings and cards written by an earlier version call by another name."""
+
+
+def current_names(values: Mapping[str, object]) -> dict[str, Any]:
+    """Return the same values by today's names."""
+    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
+
 
 def from_dict(
     settings_type: type[T], values: Mapping[str, object], where: str = "settings", base: T | None = None
@@ -34,6 +42,7 @@ def from_dict(
         raise MorphSeekError(f"{where} must be a table of settings, not {type(values).__name__}.")
     hints = typing.get_type_hints(settings_type)
     known = {field.name: field for field in dataclasses.fields(settings_type)}  # type: ignore[arg-type]
+    values = current_names(values)
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise MorphSeekError(f"{where} has no setting '{unknown[0]}'; known settings: {', '.join(known)}.")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from .errors import MorphSeekError
 from .run_folder import SETTINGS
+from .settings import current_names
 
 Kind = Literal["model", "recipe"]
 """What comes with MorphSeek beside its code: models, and settings of trainings."""
@@ -86,7 +87,7 @@ def find(name: str | Path, kind: Kind = "model") -> Path:
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
-    """Return the card of a model file as it is written, without its format number; no weights are read.
+    """Return the card of a model file, without its format number and by today's names; no weights are read.
 
     Raises:
         MorphSeekError: no such file, or not a MorphSeek model: pickled, foreign, damaged or from a later version.
@@ -113,7 +114,7 @@ def read_header(path: Path | str) -> dict[str, Any]:
         raise MorphSeekError(f"The card of {path.name} is damaged ({error}); copy the file again.") from error
     if number != FORMAT:
         raise MorphSeekError(f"{path.name} has format {number}, this MorphSeek reads {FORMAT}; update MorphSeek.")
-    return card
+    return current_names(card)
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def make_report(pair: Pair, model: LoadedModel, outcome: Outcome, figures: Figur
             "sha256": model.sha256,
             "backbone": card.model.backbone,
             "title": card.title,
-            "licence": card.licence,
+            "licence": card.license,
             "output": card.model.output,
         },
         "fixed": {**pair.fixed.grid.describe()},

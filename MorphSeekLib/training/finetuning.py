@@ -77,7 +77,7 @@ class FinetuneConfig:
     """A whole settings file. The defaults are the form that did best in Testing/benchmarks/results (gain, main-table).
 
     Attributes:
-        title, licence: for the card.
+        title, license: for the card.
         loss: lambda_warm's terms and ``dice``, lambda_Dice.
         policy: lambda_policy and how a group is sampled; ``policy.weight = 0`` samples nothing. The paper's form is
             the recipe finetune-paper.
@@ -85,7 +85,7 @@ class FinetuneConfig:
     """
 
     title: str = ""
-    licence: str = ""
+    license: str = ""
     loss: LossSettings = field(default_factory=lambda: LossSettings(regularization=1.0, folding=10.0, dice=1.0))
     policy: PolicyGradientSettings = field(default_factory=lambda: FIELD_POLICY)
     reward: RewardSettings = field(default_factory=lambda: RewardSettings({"dice": 1.0, "folding": 20.0}))
@@ -224,7 +224,7 @@ class Finetuning(Task[list[PreparedPair]]):
             preprocessing=dataclasses.replace(self.preprocessing, knows=(min(sizes), max(sizes))),
             provenance=self.provenance(stage, len(self.cases), init=init),
             results={"definitions": {"posterior_dice_spread": SPREAD_DEFINITION}},
-            licence=base.licence,
+            license=base.license,
         )
 
     def _numbers(self, iteration: int) -> range:

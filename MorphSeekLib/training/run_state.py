@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..io.files import write_atomically
 from ..protocol.errors import MorphSeekError
+from ..protocol.settings import current_names
 
 FORMAT = "3"
 OLD_FORMAT = "2"
@@ -96,7 +97,7 @@ def load_state(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("settings") != fingerprint:
+            if _fingerprint(metadata.get("settings", "")) != fingerprint:
                 raise MorphSeekError(f"{path.name} belongs to a run with other settings; {advice}.")
             if metadata.get("format") not in (FORMAT, OLD_FORMAT):
                 raise MorphSeekError(f"{path.name} was written by another version of MorphSeek; {advice}.")
@@ -117,3 +118,11 @@ def load_state(
         standing |= {name: standing["memory"].pop(old) for name, old in names.items()}
     memory = dataclasses.replace(memory, **standing.pop("memory"))
     return RunState(**standing, best=best), memory
+
+
+def _fingerprint(text: str) -> str:
+    """Return the settings of a state, by today's names, as a training writes them."""
+    try:
+        return json.dumps(current_names(json.loads(text)), sort_keys=True)
+    except (ValueError, AttributeError):
+        return text

@@ -117,12 +117,12 @@ class SACConfig:
     """A whole settings file.
 
     Attributes:
-        title, licence: for the card.
+        title, license: for the card.
         network: widths, and the size that images are brought to.
     """
 
     title: str = ""
-    licence: str = ""
+    license: str = ""
     network: SPACSettings = field(default_factory=SPACSettings)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     training: SACRun = field(default_factory=SACRun)

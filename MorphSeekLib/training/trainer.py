@@ -77,7 +77,7 @@ class Config(Protocol):
         """For the card."""
 
     @property
-    def licence(self) -> str:
+    def license(self) -> str:
         """For the card."""
 
     @property
@@ -314,7 +314,7 @@ class Trainer:
             card,
             provenance=card.provenance | best | spent,
             results={"validation": state.figures, "definitions": known},
-            licence=self.task.config.licence or card.licence,
+            license=self.task.config.license or card.license,
         )
 
     def _seconds(self) -> float:

@@ -25,12 +25,12 @@ class TrainingConfig:
     """A whole settings file.
 
     Attributes:
-        title, licence: for the card.
+        title, license: for the card.
         synthesis: present when pairs are made from label maps.
     """
 
     title: str = ""
-    licence: str = ""
+    license: str = ""
     model: ModelSettings = field(default_factory=ModelSettings)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     loss: LossSettings = field(default_factory=LossSettings)

@@ -28,7 +28,7 @@ CARD = Card(
     preprocessing=Preprocessing(spacing=(2.0, 2.0, 3.0), align="rigid", steps=3),
     provenance={"data": "nothing", "seed": 4},
     results={"dice": 0.5},
-    licence="Apache-2.0",
+    license="Apache-2.0",
 )
 
 
@@ -44,12 +44,12 @@ def test_round_trip(saved):
     path, model = saved
     loaded, card = model_file.load(path)
     assert card.model == model.settings
-    assert (card.preprocessing, card.title, card.provenance, card.results, card.licence) == (
+    assert (card.preprocessing, card.title, card.provenance, card.results, card.license) == (
         CARD.preprocessing,
         CARD.title,
         CARD.provenance,
         CARD.results,
-        CARD.licence,
+        CARD.license,
     )
     assert not loaded.training
     count = sum(p.numel() for p in model.head.parameters())

@@ -124,7 +124,7 @@ def test_the_usual_wrappers_are_opened(vxm2, tmp_path, wrap):
     assert card.model.policy.mean == "linear"
     assert card.provenance["architecture"] == "vxm-2"
     assert card.provenance["sha256"] == model_file.sha256(tmp_path / "official.pt")
-    assert card.licence.startswith("unknown")
+    assert card.license.startswith("unknown")
     assert card.preprocessing.steps == 1
 
 
@@ -201,7 +201,7 @@ def test_on_the_command_line(vxm2, tmp_path):
     assert card.preprocessing == Preprocessing(
         "RAS", (2.0, 2.0, 3.0), (32, 48, 32), "window", -100.0, 300.0, "rigid", steps=2
     )
-    assert (card.title, card.licence) == ("Mine", "MIT")
+    assert (card.title, card.license) == ("Mine", "MIT")
     assert "low must be below high" in run("import-checkpoint", write(state), *options, "--low", 99.9, code=2)
     assert "choose one of" in run("import-checkpoint", write(state), "--architecture", "x", "--out", out, code=2)
 

@@ -38,7 +38,7 @@ def test_the_descriptions_agree():
     assert set(entry) <= known | {"$schema", "build_subdirectory", "enabled", "tier"}
 
 
-def test_pictures_and_licence_are_there():
+def test_pictures_and_license_are_there():
     cmake = cmake_values()
     for url in [cmake["ICONURL"], *cmake["SCREENSHOTURLS"].split()]:
         path = ROOT / url.partition("/main/")[2]
