@@ -128,7 +128,7 @@ def test_hd95_is_surface_distances(a, b, spacing):
 def test_every_cell_has_surface_distances_area():
     tables = pytest.importorskip("surface_distance.lookup_tables")
     spacing = (0.8, 1.7, 2.9)
-    expected = tables.create_table_neighbor_code_to_surface_area(spacing)
+    expected = tables.create_table_neighbour_code_to_surface_area(spacing)
     bits_reversed = [int(f"{code:08b}"[::-1], 2) for code in range(256)]
     np.testing.assert_allclose(metrics._cell_areas(spacing)[bits_reversed], expected, atol=1e-12)
 
