@@ -1,1 +1,1 @@
-"""The doors: command line, worker of the Slicer module, runs, demo."""
+"""The entry points: command line, worker of the Slicer module, training in a folder, demo, doctor."""

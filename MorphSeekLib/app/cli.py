@@ -60,7 +60,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: OLD_NAMES.get(name, name)},
     help="MorphSeek: learned deformable registration, with a map of where it folds. For research, not for diagnosis.",
 )
-# without markup: a file may be called scan[1].nii
+# no markup: a file may be named scan[1].nii
 console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
@@ -199,7 +199,7 @@ def evaluate(
     fit_fine: FitFine = 0,
     fit_by: FitBy = "lncc",
 ) -> None:
-    """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ per pair and their means."""
+    """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ of each pair, and their means."""
     with terminal_job() as job:
         check_readable(dataset)
         check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
@@ -233,7 +233,7 @@ def check(
     out: Annotated[Path | None, typer.Option(help="A JSON file to write the findings to.", show_default="none")] = None,
     labels: Annotated[bool, typer.Option(help="Whether every case needs labels (warm-up alone does not).")] = True,
 ) -> None:
-    """Look through the cases of a training before it: grids, labels in common, counts. Exit code 2: no start."""
+    """Check the cases of a training before it starts: grids, common labels, counts. Exit code 2: it cannot start."""
     with terminal_job() as job:
         check_readable(dataset)
         if out is not None:
@@ -368,7 +368,7 @@ def train(
     ] = False,
     threads: Threads = None,
 ) -> None:
-    """Warm up, fine-tune and measure as a run's folder says. Run it again to resume; a file 'stop' there stops it."""
+    """Warm up, fine-tune and evaluate as a run's folder says. Run it again to resume; a file 'stop' there stops it."""
     with terminal_job() as job:
         check_run(folder)
         check_choices(threads=threads)
@@ -421,7 +421,7 @@ def import_checkpoint(
         str, typer.Option("--license", help="License of the weights, which the file does not say.", show_default="none")
     ] = "",
 ) -> None:
-    """Make a MorphSeek model of the weights of a published network; it gives what the official code gives."""
+    """Make a MorphSeek model of a published network's weights; its results are those of the official code."""
     with terminal_job():
         check_readable(file)
         check_output_file(out, ".safetensors", [file])
@@ -463,7 +463,7 @@ def info(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, for programs.")] = False,
 ) -> None:
-    """Print what a question about MorphSeek needs: versions, devices, folders, models, the log; no patient's name."""
+    """Print what a bug report needs: versions, devices, folders, models, the log. Names of patients are taken out."""
     from .doctor import as_json as to_json
     from .doctor import as_text, examine
 
@@ -494,7 +494,7 @@ def demo(
 
 @contextmanager
 def terminal_job() -> Iterator[Job]:
-    """Progress on the terminal, Ctrl-C as cancellation, refusals as one sentence and exit code 2."""
+    """Show progress on the terminal, cancel on Ctrl-C, and print an error as one sentence with exit code 2."""
     cancelled = threading.Event()
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: cancelled.set()) if main else None
@@ -547,7 +547,7 @@ def check_choices(
     align: str | None = None,
     iterations: int | None = None,
 ) -> None:
-    """Refuse a name or number that cannot be, before anything is imported or read for it; None was not given.
+    """Refuse an impossible name or number before anything is imported or read for it; None was not given.
 
     Raises:
         MorphSeekError: which of them, and what there is.
@@ -590,7 +590,7 @@ def check_training(
 
 
 def check_config(config: str | None) -> Path | None:
-    """Return the file of a training's settings that a name or a path means; None where none were asked for.
+    """Return the settings file that a name or a path stands for; None where none was given.
 
     Raises:
         MorphSeekError: there is none, or it cannot be read.
@@ -603,7 +603,7 @@ def check_config(config: str | None) -> Path | None:
 
 
 def use_threads(threads: int | None) -> None:
-    """Compute with so many threads; None leaves it at all."""
+    """Compute with this many threads; None: with all."""
     if threads is not None:
         from ..networks.devices import use_threads as use
 
@@ -626,7 +626,7 @@ def print_written(out: Path) -> None:
 
 
 def print_report(report: Report) -> None:
-    """The figures of one registration, as a table."""
+    """Print the figures of one registration as a table."""
     table = Table("figure", "value", title="Registration", show_header=False)
     if (dice := report["dice"]) is not None:
         mean = dice["mean"]
@@ -656,7 +656,7 @@ def print_report(report: Report) -> None:
 
 
 def print_card(card: Card, file: Path) -> None:
-    """What a model says of itself, as a table, with its file and check sums."""
+    """Print a model's card as a table, with its file and checksums."""
     preprocessing, trained, counts = card.preprocessing, card.provenance, card.parameters
     data = trained.get("data")
     data = data if isinstance(data, dict) else {"name": data}
@@ -694,7 +694,7 @@ def print_card(card: Card, file: Path) -> None:
 
 
 def check_sums(file: Path) -> dict[str, str]:
-    """Return the check sums of a model file, by what they are of."""
+    """Return the checksums of a model file, by what they are of."""
     from ..networks.model_file import sha256, weights_sha256
 
     return {"file": sha256(file), "weights": weights_sha256(file)}
@@ -712,7 +712,7 @@ _FIGURE_NAMES = {
 
 
 def _figures(results: dict) -> list[str]:
-    """Return a line for each data set that a card holds means of."""
+    """Return a line for each data set whose means a card holds."""
     lines = []
     for name, value in results.items():
         means = value.get("mean", value) if isinstance(value, dict) else {}
@@ -728,7 +728,7 @@ def _by(numbers: Iterable[float]) -> str:
 
 
 def _await_end(source: int, ended: threading.Event) -> None:
-    """Set an event when a file descriptor has nothing more to give. Not through sys.stdin: a thread that waits in it
+    """Set an event when a file descriptor reaches its end. It is not read through sys.stdin: a thread that waits in it
     cannot be left behind at the process's end."""
     while os.read(source, 4096):
         pass
@@ -736,7 +736,7 @@ def _await_end(source: int, ended: threading.Event) -> None:
 
 
 def print_check(report: CheckReport) -> None:
-    """The findings about a data set, as a table and sentences."""
+    """Print the findings about a data set as a table and sentences."""
     table = Table("case", "voxels", "mm", "labels", "remarks", title="Cases")
     for case in report.cases:
         remarks = [Text(text, "red") for text in case.problems] + [Text(text) for text in case.warnings]
@@ -757,7 +757,7 @@ def print_check(report: CheckReport) -> None:
 
 
 def main() -> None:
-    """Entry point of ``morphseek`` and of ``python -m MorphSeekLib.app.cli``."""
+    """Run ``morphseek`` or ``python -m MorphSeekLib.app.cli``."""
     wait_passively()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's locale

@@ -1,4 +1,4 @@
-"""``make demo``: two real brain scans that installable packages carry, registered before one's eyes.
+"""``make demo``: register two real brain scans that come with installable packages.
 
 Fixed is the MNI152 T1 template that ships inside the package nilearn. Moving is Colin27, another real head, where
 Debian's package mricron-data is on the machine; else the template itself under a known random deformation and a
@@ -49,7 +49,7 @@ def template() -> Volume:
 
 
 def deformed(volume: Volume, seed: int = 0) -> tuple[Volume, DenseTransform]:
-    """Return a volume seen with another contrast through a known smooth deformation and pose.
+    """Return a volume with another contrast, moved by a known smooth deformation and pose.
 
     Returns:
         the new volume, and the true map of its points to the original's.
@@ -70,7 +70,7 @@ def deformed(volume: Volume, seed: int = 0) -> tuple[Volume, DenseTransform]:
 
 
 def run_demo(output: Path, device: str, job: Job) -> tuple[Report, list[str]]:
-    """Register the pair and write its results; returns the report and sentences on how well it went."""
+    """Register the pair and write its results; return the report, and sentences on how well it went."""
     check_output_folder(output)
     job.report("read", 0.0, "Reading the template")
     fixed = template()
@@ -92,7 +92,7 @@ def run_demo(output: Path, device: str, job: Job) -> tuple[Report, list[str]]:
 
 
 def _errors(fixed: Volume, found: DenseTransform, truth: DenseTransform) -> tuple[float, float]:
-    """Mean distance (mm) of where points of the brain return to, without and with the registration.
+    """Return the mean distance (mm) of points of the brain from their true place, before and after.
 
     ``found`` leads a template point into the deformed image, ``truth`` from there back: together the identity.
     """

@@ -1,4 +1,4 @@
-"""Examine the installation: what every issue tracker asks first.
+"""Examine the installation, for bug reports.
 
     morphseek doctor            # text to read and to send
     morphseek doctor --json     # the same for programs
@@ -224,7 +224,7 @@ class Redaction:
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         known = {name for name in map(str, names) if len(name) > 2}
-        known |= {re.sub(r"[^\w-]", "-", name) for name in known}  # as the names of files are made of them
+        known |= {re.sub(r"[^\w-]", "-", name) for name in known}  # as file names are made from them
         known |= {name for name in (_user(), socket.gethostname()) if len(name) > 2 and name != "root"}
         longest_first = sorted(known, key=len, reverse=True)
         alternatives = "|".join(map(re.escape, longest_first))
@@ -271,7 +271,7 @@ _HARMLESS = {
 
 
 def _roots() -> list[tuple[str, str]]:
-    """Return the folders of programs, which say nothing of the user, and what to write for them; the longest first."""
+    """Return the folders of programs, which do not identify the user, and what to write for them; longest first."""
     folders = {str(Path(__file__).resolve().parent): "<MorphSeekLib>", sysconfig.get_path("stdlib"): "<python>"}
     folders |= dict.fromkeys((*site.getsitepackages(), sysconfig.get_path("purelib")), "<site-packages>")
     return sorted(folders.items(), key=lambda pair: -len(pair[0]))
@@ -296,7 +296,7 @@ def _missing(found: Findings) -> list[str]:
 
 
 def _import_problem() -> str:
-    """Import the engine; return why it cannot be, "" if it can."""
+    """Import the engine; return why it cannot be imported, "" if it can."""
     try:
         from . import worker  # noqa: F401  (with all that a registration needs)
     except Exception as problem:  # whatever a broken library raises is what is looked for
@@ -319,7 +319,7 @@ def _devices() -> Iterator[Device]:
 
 
 def _cuda() -> dict[str, str]:
-    """Return what PyTorch and the driver say of CUDA."""
+    """Return what PyTorch and the driver report about CUDA."""
     told = {}
     try:
         import torch
@@ -353,7 +353,7 @@ def _threads() -> dict[str, str]:
 
 
 def _memory() -> dict[str, int]:
-    """Return the computer's memory, bytes: "total", and "available" where the system says it."""
+    """Return the computer's memory in bytes: "total", and "available" where the system reports it."""
     if os.name == "nt":
         return _windows_memory()
     try:
@@ -401,7 +401,7 @@ def _folder(what: str, path: Path, place: str) -> Folder:
 
 
 def _models(folders: Iterable[Path], redact: Redaction) -> Iterator[Model]:
-    """Bundled models by their names, the user's by numbers: a file may be named after a patient."""
+    """Return bundled models by their names, the user's by numbers: a file may be named after a patient."""
     files = {path.resolve(): name for name, path in bundled().items()}
     own = {path.resolve() for folder in folders for path in sorted(folder.glob("*.safetensors"))}
     files |= {path: f"own model {number}" for number, path in enumerate(sorted(own - files.keys()), 1)}
@@ -443,7 +443,7 @@ def _bytes(count: int | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``python -m MorphSeekLib.app.doctor``."""
+    """Run ``python -m MorphSeekLib.app.doctor``."""
     parser = argparse.ArgumentParser(prog="python -m MorphSeekLib.app.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--told", action="store_true", help="read what Slicer's panel knows from the standard input")

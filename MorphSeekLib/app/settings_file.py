@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def load(settings_type: type[T], path: Path | str | None) -> T:
-    """Settings from a .toml or .json file; the defaults without one.
+    """Read settings from a .toml or .json file; without one, return the defaults.
 
     Raises:
         MorphSeekError: missing, unreadable or malformed file, unknown key, wrong type.
@@ -29,7 +29,7 @@ def load(settings_type: type[T], path: Path | str | None) -> T:
 
 
 def read_values(path: Path | str) -> Any:
-    """Return what a .toml or .json file says, not yet checked against any settings.
+    """Return the content of a .toml or .json file, not yet checked against any settings.
 
     Raises:
         MorphSeekError: missing, unreadable or malformed file.

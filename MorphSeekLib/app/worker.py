@@ -56,7 +56,7 @@ CANCELLATION = {"code": CANCELLED, "message": "cancelled"}
 
 
 class _InvalidParamsError(Exception):
-    """The client asked wrongly; a mistake of its programmer, not of the user."""
+    """The client's request is malformed: an error of its programmer, not of the user."""
 
 
 class Worker:
@@ -81,7 +81,7 @@ class Worker:
         }
 
     def serve(self) -> None:
-        """Until "shutdown" or the end of the input."""
+        """Answer requests until "shutdown" or the end of the input."""
         threading.Thread(target=self._read, daemon=True).start()
         while (message := self.inbox.get()) is not None:
             self._answer(message)
@@ -89,7 +89,7 @@ class Worker:
                 return
 
     def hello(self, number: Any, params: dict) -> dict:
-        """Versions, devices, bundled models, backbones."""
+        """Return versions, devices, bundled models and backbones."""
         models = [{"name": n, "title": read_card(p).title, "path": str(p)} for n, p in bundled().items()]
         return {
             "version": __version__,
@@ -110,7 +110,7 @@ class Worker:
         return {"card": to_dict(read_card(find(_get(params, "model", str))))}
 
     def register(self, number: Any, params: dict) -> dict:
-        """See the module's text; results are written into ``output``, which the client made and will remove."""
+        """Register a pair, as the module's docstring says, into ``output``, which the client made and will remove."""
         begin = time.perf_counter()
         output = Path(_get(params, "output", str))
         if not output.is_dir():
@@ -175,7 +175,7 @@ class Worker:
         return answer
 
     def export(self, number: Any, params: dict) -> dict:
-        """Files of a registration that was done before, into a folder of the user's. Takes the references that
+        """Write files of an earlier registration into a folder of the user's. Takes the references that
         "register" answered with, its ``report``, what is ``wanted`` (results.EXPORTS) and the ``output`` folder."""
         job = self._job(number)
         job.report("read", 0.0, "Reading the results")
@@ -204,7 +204,7 @@ class Worker:
         return {"files": files}
 
     def check(self, number: Any, params: dict) -> dict:
-        """Look through the cases of a training; see :mod:`MorphSeekLib.data.cases`."""
+        """Check the cases of a training; see :mod:`MorphSeekLib.data.cases`."""
         report = check(
             find_cases(_get(params, "dataset", str)),
             labels=_get(params, "labels", bool, True),
@@ -213,7 +213,7 @@ class Worker:
         return to_dict(report)
 
     def _model(self, name: str, device: str) -> LoadedModel:
-        """Return the model, from memory when its file has not changed; only the last one is kept."""
+        """Return the model, from memory if its file has not changed; only the last one is kept."""
         path = find(name)
         key = (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size, device)
         if key not in self.models:
@@ -222,7 +222,7 @@ class Worker:
         return self.models[key]
 
     def _read(self) -> None:
-        """Reader thread: requests to the queue, cancellations at once, the end of the input ends the process."""
+        """Queue requests, cancel at once, and end the process at the end of the input; runs in a thread."""
         for line in self.source:
             if not line.strip():
                 continue
@@ -243,12 +243,12 @@ class Worker:
             elif "id" in message:
                 self.waiting.add(number)
                 self.inbox.put(message)
-        # nobody reads an answer any more: do not finish what is under way
+        # nobody reads the answer any more: do not finish what is under way
         self.inbox.put(None)
         os._exit(0)
 
     def _cancel(self, number: Any) -> None:
-        """Cancel a request: one that waits for another's end is answered at once, one under way when it next looks."""
+        """Cancel a request: one that still waits is answered at once, one under way when it checks next."""
         with self.beginning:
             if number not in self.waiting:
                 self.cancelled.add(number)
@@ -380,7 +380,7 @@ def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
 
 
 def _transform(reference: dict, name: str) -> Transform:
-    """{"matrix": 4x4} or {"displacement": {"path": .npy (3, i, j, k), "affine": 4x4}}, LPS mm, fixed -> moving."""
+    """Read {"matrix": 4x4} or {"displacement": {"path": .npy, "affine": 4x4}}, LPS mm, fixed -> moving."""
     if "matrix" in reference:
         return _affine(reference, name, "matrix")
     return _displacement(_get(reference, "displacement", dict), name)
@@ -395,7 +395,7 @@ def _displacement(reference: dict, name: str) -> DenseTransform:
 
 
 def _state(given: dict) -> State:
-    """Return what an earlier answer gave as "state"."""
+    """Read the "state" of an earlier answer."""
     total = _array({"path": _get(given, "total", str)}, "state", 4)
     figures = _get(given, "figures", list)
     if total.shape[0] != 3 or not figures:
@@ -406,7 +406,7 @@ def _state(given: dict) -> State:
 
 
 def _write_state(state: State, output: Path) -> dict:
-    """Files and figures with which a later request can go on from here."""
+    """Write what a later request needs to continue from here; return its figures."""
     if isinstance(state.start, np.ndarray):
         start: dict[str, Any] = {"matrix": state.start.tolist()}
     else:
@@ -416,7 +416,7 @@ def _write_state(state: State, output: Path) -> dict:
 
 
 def _reference(result: Volume | DenseTransform | None, path: Path) -> dict | None:
-    """Write a result and say where it is."""
+    """Write a result and return where it is."""
     if result is None:
         return None
     _save(stored_values(result) if isinstance(result, Volume) else result.displacement.numpy(), path)
@@ -433,7 +433,7 @@ def _save(data: np.ndarray, path: Path) -> None:
 
 
 def main() -> None:
-    """Serve stdin and stdout."""
+    """Serve on stdin and stdout."""
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a library's print goes to the log
     sys.stdout = sys.stderr
