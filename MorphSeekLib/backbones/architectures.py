@@ -1,4 +1,4 @@
-"""The published networks: backbones with the settings that make them equal the official codes, defects included."""
+"""The published networks: backbones with settings that make them equal the official codes, defects included."""
 
 from __future__ import annotations
 

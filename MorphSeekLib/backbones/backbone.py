@@ -1,4 +1,4 @@
-"""What a backbone is: the base class of all registration networks, and how they are found by name.
+"""The base class of all registration networks, and how they are found by name.
 
 A new backbone is one file in this folder, with a dataclass of its settings and a class
 
@@ -24,7 +24,7 @@ from ..protocol.settings import from_dict
 
 
 class Backbone(nn.Module, ABC):
-    """A network that reads a pair of images and answers with a field, in two parts with the policy between them.
+    """A network from a pair of images to a field, in two parts with the policy between them.
 
     Images are (batch, 1, i, j, k), every size divisible by ``multiple_of``.
 
@@ -105,7 +105,7 @@ def register(name: str, settings_type: type) -> Callable[[Kind], Kind]:
 
 
 def start_near_zero(flow: nn.Conv3d) -> None:
-    """Give a fresh last layer weights with which its field is next to nothing."""
+    """Set a new last layer's weights so that its field is near zero."""
     nn.init.normal_(flow.weight, 0.0, 1e-5)
     if flow.bias is not None:
         nn.init.zeros_(flow.bias)

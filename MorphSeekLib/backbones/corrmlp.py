@@ -186,7 +186,7 @@ class ChannelAttention(nn.Module):
 
 
 def with_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return (a, correlation, b) along the channels; the correlation is that of each voxel of a with 27 neighbors in b.
+    """Return (a, correlation, b) along the channels: the correlation of each voxel of a with 27 neighbors in b.
 
     Args:
         a, b: (batch, channels, i, j, k), of one type.
@@ -199,7 +199,7 @@ def with_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Correlation(torch.autograd.Function):
-    """By hand: autograd would keep 27 products and make 27 padded copies of the gradient, and take six times as long.
+    """Gradient written out: autograd would keep 27 products and 27 padded gradients, and take six times as long.
 
     The volume is taken in slabs along its first axis, so that all 27 neighbors of one come from the cache.
     """
@@ -236,13 +236,13 @@ class _Correlation(torch.autograd.Function):
 
 
 def _slabs(a: Tensor) -> list[tuple[int, int]]:
-    """First row and number of rows of slabs that fit the cache."""
+    """Return the first row and the number of rows of slabs that fit the cache."""
     rows = max(1, CACHED // a[:, :, 0].numel())
     return [(start, min(rows, a.shape[2] - start)) for start in range(0, a.shape[2], rows)]
 
 
 def _shifts(here: Tensor) -> list[tuple[slice | EllipsisType, ...]]:
-    """Return where the 27 neighbors of a slab stand in the slab that is padded by one voxel on all sides."""
+    """Return where the 27 neighbors of a slab are in the slab padded by one voxel on all sides."""
     return [
         (..., *(slice(o, o + n) for o, n in zip(offset, here.shape[2:], strict=True)))
         for offset in product(range(3), repeat=3)
@@ -250,12 +250,12 @@ def _shifts(here: Tensor) -> list[tuple[slice | EllipsisType, ...]]:
 
 
 def _precise(x: Tensor) -> Tensor:
-    """At least float32."""
+    """Return a tensor in float32 or better."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the official code under our names."""
+    """Rename the official code's weights as ours."""
     names = [(f"Encoder.Convblock_{level + 1}.", f"pyramid.{level}.") for level in range(LEVELS)]
     for level in range(LEVELS):
         names += [(f"mlp_1{level + 1}.", f"compare.{level}."), (f"mlp_2{level + 1}.", f"join.{level}.")]

@@ -58,7 +58,7 @@ DIFFEOMORPHIC = LapIRNSettings(diffeomorphic=True)
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv3d:
-    """3x3x3 convolution without bias."""
+    """Make a 3x3x3 convolution without bias."""
     return nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False)
 
 
@@ -74,7 +74,7 @@ class ResidualBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """One network of the pyramid, in the three parts that encoder and decoder share out among them."""
+    """One network of the pyramid, in three parts that encoder and decoder divide between them."""
 
     def __init__(self, inputs: int, settings: LapIRNSettings) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Level(nn.Module):
         self.range_flow = settings.range_flow
 
     def deepen(self, feature: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """Half the size, the coarser level's embedding added, the residual blocks."""
+        """Halve the size, add the coarser level's embedding, and apply the residual blocks."""
         x = self.down(feature)
         x = x if embedding is None else x + embedding
         for block in self.blocks:
@@ -123,7 +123,7 @@ class LapIRN(Backbone):
         channels_last(self)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of a pair: the pair itself and the coarsest level's feature before it is strided; the top."""
+        """Return the skips, the pair itself and the coarsest level's feature before its stride, and the top feature."""
         pair = torch.cat([moving, fixed], dim=1)
         coarsest, *_ = self._levels()
         feature = coarsest.enter(halve(halve(pair)))
@@ -145,7 +145,7 @@ class LapIRN(Backbone):
         return self.displacement(flow)
 
     def _levels(self) -> list[Level]:
-        """Return the levels from coarse to fine, as what they are."""
+        """Return the levels from coarse to fine, with their type."""
         return [cast(Level, level) for level in self.levels]
 
     def displacement(self, flow: Tensor) -> Tensor:
@@ -166,12 +166,12 @@ def double(field: Tensor) -> Tensor:
 
 
 def halve(images: Tensor) -> Tensor:
-    """Images of half the size: the mean of 3x3x3 voxels around every other one, of those inside the image."""
+    """Halve images: the mean of the 3x3x3 voxels around every other voxel, of those inside the image."""
     return F.avg_pool3d(images, 3, stride=2, padding=1, count_include_pad=False)
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the official third level's weights by our names: it holds the second as model_lvl2, and that the first.
+    """Rename the official third level's weights as ours: it holds the second as model_lvl2, and that holds the first.
 
     Keys of no known part keep their names, so that loading reports them.
     """

@@ -1,4 +1,4 @@
-"""How a backbone uses memory: less of it for more time in training, and laid out as its convolutions like it."""
+"""How a backbone uses memory: less of it for more time in training, and in the layout that convolutions are fast on."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def run(block: Callable[..., Tensor], *inputs: Tensor, save: bool) -> Tensor:
 
 
 def channels_last(module: Module) -> Module:
-    """Lay out a network's weights channels last; 3D convolutions on CPUs take a third less time, in float32 too."""
+    """Store a network's weights channels last; 3D convolutions on CPUs take a third less time, in float32 too."""
     return module.to(memory_format=channels_last_3d)  # type: ignore[call-overload]  # torch's stubs do not know it

@@ -107,7 +107,7 @@ class NICETrans(Siamese):
 
 
 def affine_field(parameters: Tensor, shape: Sequence[int]) -> Tensor:
-    """Dense displacement of an affine map.
+    """Return the dense displacement of an affine map.
 
     Args:
         parameters: (batch, 3, 4): a point p of the grid, -1 to 1 from the first center to the last and the last axis
@@ -131,7 +131,7 @@ def swin_stage(width: int, settings: NICETransSettings) -> SwinStage:
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the official code under our names."""
+    """Rename the official code's weights as ours."""
     names = [(f"Encoder.conv_{level + 1}.", f"pyramid.{level}.") for level in range(LEVELS)]
     for level in range(1, LEVELS):
         names += [(f"trans_{level + 1}.", f"attend.{level - 1}."), (f"backdim_{level + 1}.", f"fuse.{level - 1}.")]

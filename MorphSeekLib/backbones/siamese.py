@@ -68,7 +68,7 @@ class Siamese(Backbone):
 
 
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
-    """Twice: 3x3x3 convolution, LeakyReLU 0.2, and after it InstanceNorm without weights."""
+    """Make two convolutions of 3x3x3, each with LeakyReLU 0.2 and InstanceNorm without weights."""
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
         layers += [nn.Conv3d(channels, outputs, 3, 1, 1), nn.LeakyReLU(0.2, inplace=True), nn.InstanceNorm3d(outputs)]
@@ -90,7 +90,7 @@ class Expansion(nn.Sequential):
 
 
 class FlowHead(nn.Conv3d):
-    """Features to a field, (batch, 3, i, j, k) voxels, float32 or better; next to nothing while fresh."""
+    """Features to a field, (batch, 3, i, j, k) voxels, float32 or better; near zero before training."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3, 3, 1, 1)
@@ -128,7 +128,7 @@ def rename(state: dict[str, Tensor], names: list[tuple[str, str]]) -> dict[str, 
 
 
 def shared_names(levels: int) -> list[tuple[str, str]]:
-    """Parts of official names, which count levels from 1, and ours, for decoders of so many levels."""
+    """Return parts of the official names, which count levels from 1, and ours, for a decoder's number of levels."""
     names = [("up_conv.", "0."), ("reg_head.", "")]
     for level in range(levels):
         names += [(f"upsample_{level + 1}.norm.", f"expand.{level}.1."), (f"upsample_{level + 1}.", f"expand.{level}.")]

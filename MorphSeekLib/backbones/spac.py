@@ -69,7 +69,7 @@ OFFICIAL = SPACSettings(rectified_plan=True)
 
 
 class Plan(NamedTuple):
-    """What the planner says of a pair: a Gaussian over plans (batch, plan, 1, 1, 1), and its features, fine first."""
+    """The planner's output for a pair: a Gaussian over plans (batch, plan, 1, 1, 1), and its features, fine first."""
 
     mean: Tensor
     log_variance: Tensor
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
 def conv(
     inputs: int, outputs: int, kernel: int | tuple[int, int, int] = 3, stride: int = 1, padding: int = 1
 ) -> nn.Conv3d:
-    """Convolution without bias, initialized after He et al. (2015), so that signals keep their size on the way.
+    """Make a convolution without bias, initialized after He et al. (2015), so that signals keep their size.
 
     With the official code's initialization, PyTorch's own, a plan loses its say within the many layers.
     """
@@ -119,7 +119,7 @@ class Planner(nn.Module):
 
 
 class Actor(nn.Module):
-    """A plan (batch, plan, 1, 1, 1) and the planner's features -> the step, not limited yet, float32 or better."""
+    """A plan (batch, plan, 1, 1, 1) and the planner's features -> the step, not yet limited, float32 or better."""
 
     def __init__(self, settings: SPACSettings) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class SPAC(Backbone):
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official weights by our names. The official code saves planner and actor apart: they are expected in one dict,
+    """Rename the official weights as ours. The official code saves planner and actor apart; here they are in one dict,
     their keys behind ``planner.`` and ``actor.``; critics are dropped."""
     renamed = {}
     for name, value in state.items():
@@ -182,7 +182,7 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _block(found: re.Match) -> str:
-    """Blocks are counted from 1 there; within one, ours counts the activations too."""
+    """Rename a block: the official code counts from 1, and ours counts the activations within a block too."""
     kind, level, place = found[1], int(found[2]) - 1, 2 * int(found[3])
     return f".{kind}.{level}.{place}."
 

@@ -136,7 +136,7 @@ class SwinBlock(nn.Module):
         return x + self._drop_path(self.mlp(self.norm2(x)))
 
     def _drop_path(self, change: Tensor) -> Tensor:
-        """In training, no change at all for a share of the pairs, and more of it for the others (stochastic depth)."""
+        """Drop the change for a random share of the pairs in training, and scale the others up (stochastic depth)."""
         if not self.training or self.drop == 0:
             return change
         kept = torch.empty(len(change), 1, 1, 1, 1, device=change.device).bernoulli_(1 - self.drop)
@@ -202,7 +202,7 @@ class TransMorph(Backbone):
         start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of a pair: the skips from fine to coarse, and the top feature."""
+        """Return the features of a pair: the skips from fine to coarse, and the top feature."""
         pair = torch.cat([moving, fixed], dim=1)
         skips = [] if self.at_full is None else [self.at_full(pair)]
         skips.append(self.at_half(F.avg_pool3d(pair, 3, 2, 1)))
@@ -258,7 +258,7 @@ def _official_displacement(field: Tensor, squarings: int) -> Tensor:
 
 
 def from_official(state: dict[str, Tensor], head: str = "reg_head.0") -> dict[str, Tensor]:
-    """Weights of the TransMorph repository's models under our names.
+    """Rename the weights of the TransMorph repository's models as ours.
 
     Dropped are its tables and grids, and the full-resolution convolution that the OASIS variant holds but never calls
     (``c2``).
@@ -280,7 +280,7 @@ def from_official(state: dict[str, Tensor], head: str = "reg_head.0") -> dict[st
 
 
 def from_official_diff(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of TransMorph-diff under our names.
+    """Rename the weights of TransMorph-diff as ours.
 
     Dropped is also ``flow_sigma``, the log sigma of the noise that the official training adds to the velocity.
     """

@@ -85,7 +85,7 @@ class VxmDense(Backbone):
         start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of a pair: the skips from fine to coarse, each before its pooling, and the top feature."""
+        """Return the features of a pair: the skips, fine to coarse, each before its pooling, and the top feature."""
         x = torch.cat([moving, fixed], dim=1)
         skips = []
         for block in self.down:
@@ -106,7 +106,7 @@ class VxmDense(Backbone):
             return self._integrated(field) if self.settings.squarings else field
 
     def _integrated(self, velocity: Tensor) -> Tensor:
-        """Velocity -> displacement, both (batch, 3, i, j, k) in voxels of the full grid."""
+        """Integrate a velocity to a displacement, both (batch, 3, i, j, k) in voxels of the full grid."""
         shape, stride = velocity.shape[2:], self.settings.velocity_stride
         coarse = [n // stride for n in shape]
         resize = _official_resize if self.settings.official_defects else fields.resize
@@ -114,13 +114,13 @@ class VxmDense(Backbone):
 
 
 def _official_resize(field: Tensor, shape: Sequence[int]) -> Tensor:
-    """:func:`fields.resize` by the official factor, new / old size."""
+    """Resize as :func:`fields.resize` does, by the official factor, new / old size."""
     factor = field.new_tensor([n / o for n, o in zip(shape, field.shape[2:], strict=True)]).view(1, 3, 1, 1, 1)
     return F.interpolate(field, size=tuple(shape), mode="trilinear", align_corners=True) * factor
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the official ``VxmDense`` under our names, without its sampling grids."""
+    """Rename the weights of the official ``VxmDense`` as ours, without its sampling grids."""
     renamed = {}
     for name, value in state.items():
         if name.endswith(".grid"):
