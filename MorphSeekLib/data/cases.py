@@ -1,5 +1,5 @@
-"""Cases before a training: found in a folder, checked one by one, and some of them held out, so that what would spoil a
-run shows in a minute and not after a night.
+"""Cases before a training: found in a folder, checked one by one, and some of them held out, so that an error in the
+data shows within a minute and not after a night.
 
     dataset = find_cases("folder")      # dataset.json, or images and label maps matched by their names
     report = check(dataset)             # a row per case, with its problems
@@ -157,7 +157,7 @@ def check(
     out: Path | str | None = None,
     job: Job = SILENT,
 ) -> CheckReport:
-    """Read every case, one at a time, and say what is wrong with it.
+    """Read every case, one at a time, and report what is wrong with it.
 
     Args:
         dataset: from :func:`find_cases`.
@@ -264,14 +264,14 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
 
 
 def _draw(cases: list[Case], groups: int) -> list[list[Case]]:
-    """As many groups, each of a fifth of the cases; the same each time."""
+    """Draw groups of cases, each a fifth of them; the same groups each time."""
     count = max(1, len(cases) // 5)
     order = random.Random(0).sample(cases, len(cases))
     return [order[n * count : (n + 1) * count] for n in range(groups)]
 
 
 def _across(fixed: list[Case], moving: list[Case]) -> list[Pair]:
-    """Every held-out case of either side in at least one pair."""
+    """Pair every held-out case of either side at least once."""
     return [Pair(fixed[n % len(fixed)], moving[n % len(moving)]) for n in range(max(len(fixed), len(moving)))]
 
 
@@ -298,7 +298,7 @@ def _root(dataset: Dataset) -> Path:
 
 
 def _all_cases(dataset: Dataset) -> list[Case]:
-    """Every case once: to train on, then those of the pairs."""
+    """Yield every case once: those to train on, then those of the pairs."""
     cases = {case.file: case for case in dataset.cases.get("training", [])}
     for split in (VALIDATION, TEST):
         for pair in dataset.pairs.get(split, []):
@@ -342,7 +342,7 @@ def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str])
 def _compare(
     report: CheckReport, labeled: list[CheckedCase], needs_labels: bool, pairing: tuple[str, str] | None
 ) -> None:
-    """Labels in common, and who lacks which; the sides of a pairing may have labels of their own."""
+    """Report labels in common, and which case lacks which; the sides of a pairing may differ in their labels."""
     if not labeled:
         return
     groups = [labeled]
@@ -364,7 +364,7 @@ def _compare(
 
 
 def _compare_side(report: CheckReport, rows: list[CheckedCase], needs_labels: bool) -> None:
-    """Labels of cases that should have the same."""
+    """Compare the labels of cases that should have the same ones."""
     counts = Counter(label for row in rows for label in row.labels)
     usual = {label for label, count in counts.items() if count > len(rows) / 2}
     for row in rows:
@@ -377,7 +377,7 @@ def _compare_side(report: CheckReport, rows: list[CheckedCase], needs_labels: bo
 
 
 def _check_spacings(good: list[CheckedCase]) -> None:
-    """Warn of voxels of an unusual size: often a header without units, or the wrong series."""
+    """Warn of an unusual voxel size: often a header without units, or the wrong series."""
     if len(good) < 3:
         return
     volumes = [float(np.prod(row.spacing)) for row in good]
@@ -391,7 +391,7 @@ def _check_spacings(good: list[CheckedCase]) -> None:
 
 
 def _suggest_spacing(good: list[CheckedCase]) -> float:
-    """mm: as fine as the cases are, but so coarse that the working grid stays handy."""
+    """Suggest a spacing in mm: as fine as the cases, but coarse enough for a working grid of moderate size."""
     finest = statistics.median(min(row.spacing) for row in good)
     largest = max(float(np.prod(np.multiply(row.shape, row.spacing))) for row in good)
     return round(max(finest, (largest / _MOST_VOXELS) ** (1 / 3)), 1) or 0.1

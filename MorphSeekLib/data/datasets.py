@@ -47,7 +47,7 @@ class Case:
     """One scan: files, any of which may be missing.
 
     Attributes:
-        merged: (value, value to take it for) of labels, such as a tumour's for its organ's; see
+        merged: (value, value to take it for) of labels, such as a tumor's for its organ's; see
             :func:`read_case_labels`.
     """
 
@@ -405,11 +405,11 @@ def read_pair(pair: Pair) -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]
 
 
 def known_sizes(cases: Sequence[Case], anatomy: Sequence[int] | None = None, most: int = 100) -> tuple[float, float]:
-    """Smallest and largest size (mm) of what a training on these cases shows, for ``Preprocessing.knows``.
+    """Return the smallest and largest size (mm) of what a training on these cases shows, for ``Preprocessing.knows``.
 
     Args:
         cases: of the training; of many, some are drawn.
-        anatomy: None when the images are shown; else they are synthesised from the label maps, and these labels are
+        anatomy: None when the images are shown; else they are synthesized from the label maps, and these labels are
             shown alone at times.
         most: how many cases to measure.
     """
@@ -428,7 +428,7 @@ def known_sizes(cases: Sequence[Case], anatomy: Sequence[int] | None = None, mos
 
 
 def read_landmarks(path: Path, grid: Grid) -> np.ndarray:
-    """Landmarks of an image, from a Slicer markups file (.mrk.json) or a table of voxel indices (.csv, as Learn2Reg's).
+    """Read landmarks of an image from a Slicer markups file (.mrk.json) or a .csv of voxel indices (Learn2Reg's).
 
     Args:
         grid: the image's; a table's indices i, j, k are those of its voxels.
@@ -498,7 +498,7 @@ class PairLoader:
     def __init__(
         self, preprocessing: Preprocessing, multiple_of: int, centered: bool, kept_bytes: int = KEPT_BYTES
     ) -> None:
-        """``centered``: put the middles of the two images together; else their world coordinates count as they are."""
+        """Set ``centered``: whether the centers of the two images are put together; else world coordinates count."""
         self.preprocessing, self.multiple_of, self.centered = preprocessing, multiple_of, centered
         self.kept_bytes = kept_bytes
         self._cases: OrderedDict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = OrderedDict()
@@ -562,7 +562,7 @@ def _bytes(volumes: Sequence[Volume | None]) -> int:
 
 
 def augment(pair: PreparedPair, strength: float, generator: torch.Generator) -> PreparedPair:
-    """Both images of a pair, with their labels and landmarks, each bent by a random affine and smooth deformation.
+    """Deform both images of a pair, with labels and landmarks, by random affine and smooth deformations.
 
     At strength 1 an affine part moves the grid's ends by up to a seventh of it, a smooth part has a standard deviation
     of one voxel at 4 x 4 x 4 nodes, and intensities in [0, 1] are raised to a power of 0.74 to 1.35.

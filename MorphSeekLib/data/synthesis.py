@@ -1,4 +1,4 @@
-"""Pairs of images synthesised from label maps: random contrast, bias, noise, resolution and deformation.
+"""Pairs of images synthesized from label maps: random contrast, bias, noise, resolution and deformation.
 
 After Hoffmann et al., "SynthMorph" (IEEE TMI 2022) and Billot et al., "SynthSeg": a network that never sees the same
 contrast twice learns shapes, so it registers any contrast. Because the labels are known, the training signal is
@@ -161,7 +161,7 @@ class LabelMapSource:
         return SyntheticPair(fixed, moving, fixed_target, moving_target, fixed_labels, moving_labels)
 
     def _contrast(self, g: torch.Generator, typical: bool = False) -> tuple[Tensor, Tensor]:
-        """Mean and spread of the intensity of every label; background is dark in most images."""
+        """Draw mean and spread of the intensity of every label; background is dark in most images."""
         s, n = self.settings, len(self.groups)
         means = torch.rand(n, generator=g)
         grouped = _uniform(g) < 0.5
@@ -250,7 +250,7 @@ def _uniform(g: torch.Generator) -> float:
 
 
 def _halve(fine: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums over 2x2x2 blocks of (2i, 2j, 2k); much faster than pooling one channel."""
+    """Sum over 2x2x2 blocks of (2i, 2j, 2k); much faster than pooling one channel."""
     fine = fine.to(dtype)
     fine = fine[0::2] + fine[1::2]
     fine = fine[:, 0::2] + fine[:, 1::2]
@@ -258,7 +258,7 @@ def _halve(fine: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blur(image: Tensor, sigma: np.ndarray) -> Tensor:
-    """Gaussian blur, one width per axis, in voxels."""
+    """Blur by a Gaussian, one width per axis, in voxels."""
     for axis, width in enumerate(sigma.tolist()):
         if width < 0.2:
             continue
@@ -273,7 +273,7 @@ def _blur(image: Tensor, sigma: np.ndarray) -> Tensor:
 
 
 def _moments(case, anatomy: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Center (mm, LPS) and covariance (mm^2) of the anatomy's voxels, of a sample of them where there are many."""
+    """Return center (mm, LPS) and covariance (mm^2) of the anatomy's voxels, or of a sample if there are many."""
     labels = case.data
     inside = torch.isin(labels, torch.tensor(anatomy, dtype=labels.dtype)) if anatomy else labels != 0
     index = torch.nonzero(inside)
@@ -287,6 +287,6 @@ def _moments(case, anatomy: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive matrix."""
+    """Return the symmetric square root of a positive matrix."""
     values, vectors = np.linalg.eigh(matrix)
     return vectors * np.sqrt(values) @ vectors.T
