@@ -1,7 +1,7 @@
 """DICOM series into one volume: slices in files of their own, or all in one file (enhanced, multi-frame).
 
-GDCM, through SimpleITK, decodes the voxels. Where each slice lies and how its numbers are scaled is looked at here,
-slice by slice, because ITK takes much of it from the first one and spaces the rest evenly in silence.
+GDCM, through SimpleITK, decodes the voxels. The position of each slice and the scale of its numbers are checked here,
+slice by slice, because ITK takes most of it from the first slice and spaces the rest evenly without a warning.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _read_frames(path: Path, name: str) -> sitk.Image:
     shared = (data.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
 
     def values(group: str, attribute: str) -> list:
-        """Of every frame: its own, else what all share, else None."""
+        """Return the value of every frame: its own, else the shared one, else None."""
         found = (next((f for f in (frame, shared) if group in f and f[group].value), None) for frame in per_frame)
         return [None if f is None else f[group][0].get(attribute) for f in found]
 
@@ -243,7 +243,7 @@ def _numbers(values: Sequence, missing: float) -> np.ndarray:
 
 
 def _scaled(stored: np.ndarray, slopes: np.ndarray, intercepts: np.ndarray) -> np.ndarray:
-    """Frames (k, j, i) of stored numbers as what they mean; integers stay integers where all frames shift alike."""
+    """Rescale frames (k, j, i) of stored numbers; integers stay integers where all frames shift alike."""
     if (
         stored.dtype.kind in "iu"
         and (slopes == 1).all()

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what a killed process left of them, and names that every library can open.
+"""Write files that appear whole or not at all, remove what a killed process left, and check file names.
 
 Whatever is being written has a temporary name, ``.morphseek-`` and a number, and beside it a lock file that the writing
 process holds (``.morphseek-NUMBER.lock``). The system frees the lock when that process ends, however it ends, so that
@@ -28,7 +28,7 @@ _LOCK = ".lock"
 
 
 def library_name(path: str | os.PathLike) -> str:
-    """Return a file's name as SimpleITK takes it, which is UTF-8 in every locale; it ends the process on any other.
+    """Return a file's name as SimpleITK takes it: UTF-8 in every locale. On any other name SimpleITK ends the process.
 
     Raises:
         MorphSeekError: the bytes of the name are not UTF-8.
@@ -88,7 +88,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content at once, its folder made when it is missing; on failure the old file stands.
+    """Replace a file's content at once, and make its folder if it is missing; on failure the old file stays.
 
     Raises:
         MorphSeekError: the folder cannot be written or the disk is full.
@@ -185,7 +185,7 @@ def _hold(folder: Path) -> tuple[str, IO]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are gone were writing into a folder when they ended."""
+    """Remove what processes that have ended left unfinished in a folder."""
     try:
         locks = [name for name in os.listdir(folder) if name.startswith(_PART) and name.endswith(_LOCK)]
     except OSError:

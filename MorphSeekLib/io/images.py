@@ -90,7 +90,7 @@ def usable(volume: Volume, name: str) -> Volume:
 
 
 def air_value(data: Tensor) -> float:
-    """Return what an image holds where nothing is, and so what lies outside of it: the value that most voxels of its
+    """Return the value of an image's background, which also holds outside of it: the one that most voxels of its
     faces share, or else the value that one voxel in a thousand is below (its minimum, but for stray voxels)."""
     faces = [data.select(axis, end).flatten() for axis in range(3) for end in (0, -1)]
     rim = torch.cat(faces)
@@ -129,7 +129,7 @@ def read_labels(path: str | os.PathLike, nifti_form: str | None = None) -> Volum
 
 
 def label_values(values: Tensor, name: str) -> Tensor:
-    """Numbers as labels, int32.
+    """Convert numbers to labels, int32.
 
     Raises:
         MorphSeekError: with ``name``: fractions, negative values, or values beyond 32 bits.
@@ -143,7 +143,7 @@ def label_values(values: Tensor, name: str) -> Tensor:
 
 @dataclass
 class _Source:
-    """A file's image and what its header says beside it.
+    """A file's image and what its header adds to it.
 
     Attributes:
         image: as SimpleITK has it.
@@ -175,7 +175,7 @@ def read_sitk(path: str | os.PathLike, components: int = 1) -> sitk.Image:
 
 
 def _read(path: str | os.PathLike, components: int = 1, nifti_form: str | None = None) -> _Source:
-    """As :func:`read_sitk`, with what the header says."""
+    """Read as :func:`read_sitk` does, with what the header says."""
     path = Path(path)
     if nifti_form not in (None, *nifti.FORMS):
         raise MorphSeekError(f"There is no NIfTI form '{nifti_form}'; choose qform or sform.")
@@ -421,7 +421,7 @@ def write_image(volume: Volume, path: str | os.PathLike) -> None:
 
 
 def _check_written(path: Path) -> None:
-    """A short write of a NIfTI file counts as done for SimpleITK."""
+    """Check that a NIfTI file is complete: SimpleITK does not notice a short write."""
     try:
         if nifti.is_nifti(path):
             nifti.scan(path)
@@ -489,7 +489,7 @@ def _right_angled(volume: Volume, name: str, mode: str) -> Volume:
 
 
 def volume_from_sitk(image: sitk.Image, name: str = "The image", dtype: torch.dtype = torch.float32) -> Volume:
-    """From a SimpleITK image (axes i, j, k = x, y, z of its index).
+    """Convert a SimpleITK image (axes i, j, k = x, y, z of its index) to a volume.
 
     Args:
         image: one 3D image of one number a voxel.
@@ -521,7 +521,7 @@ def volume_from_sitk(image: sitk.Image, name: str = "The image", dtype: torch.dt
 
 
 def sitk_from_volume(volume: Volume) -> sitk.Image:
-    """To a SimpleITK image: uint8, int16 or int32 for integers (the smallest that holds them), else float32."""
+    """Convert a volume to a SimpleITK image: integers to the smallest of uint8, int16 and int32, others to float32."""
     return _sitk_of(stored_values(dataclasses.replace(volume, dtype="float32")), volume.grid)
 
 
@@ -592,7 +592,7 @@ def _squeeze(image: sitk.Image, name: str) -> sitk.Image:
 
 
 def _gap(grid: Grid, into: Grid, transform: Transform | None) -> float:
-    """mm from the nearest of about 30^3 voxels of ``grid``, mapped, to the box of ``into``; 0 when one lies inside."""
+    """Return the mm from the nearest of some 30^3 mapped voxels of ``grid`` to the box ``into``; 0 if one is inside."""
     step = np.maximum(1, (np.array(grid.shape) - 1) / 29)
     shape = np.floor((np.array(grid.shape) - 1) / step + 1e-6).astype(int) + 1
     sparse = Grid(tuple(shape), grid.affine @ np.diag([*step, 1.0]))
@@ -604,7 +604,7 @@ def _gap(grid: Grid, into: Grid, transform: Transform | None) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without ITK's own warnings: what matters in them becomes our sentence."""
+    """Silence ITK's own warnings: what matters in them becomes an error or a notice here."""
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:

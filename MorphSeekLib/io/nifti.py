@@ -1,8 +1,7 @@
-"""What a NIfTI header says of itself, as the standards of NIfTI-1 and NIfTI-2 have it (https://nifti.nimh.nih.gov).
+"""Check NIfTI headers by the standards of NIfTI-1 and NIfTI-2 (https://nifti.nimh.nih.gov).
 
-ITK reads the voxels, of a NIfTI-2 file by a NIfTI-1 copy; here stands what it passes over in silence: a file that is
-shorter than its header says, NaN (which becomes zero), and two places in space, the qform and the sform, that do not
-agree.
+ITK reads the voxels, those of a NIfTI-2 file through a NIfTI-1 copy. This module finds what ITK ignores: a file that is
+shorter than its header says, NaN (which becomes zero), and a qform and an sform that do not agree.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _MAGIC_2 = b"n+2\0\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Header:
-    """The fields of a NIfTI header that are looked at here.
+    """The fields of a NIfTI header that are used here.
 
     Attributes:
         version: of the standard, 1 or 2.
@@ -149,7 +148,7 @@ def nan_voxels(path: Path, header: Header) -> np.ndarray:
 
 
 def disagreement(header: Header) -> Disagreement | None:
-    """Compare the two forms; None when one is absent or both are the same within a tenth of a voxel."""
+    """Compare the two forms; return None if one is absent or both are the same within a tenth of a voxel."""
     if min(header.codes) <= 0:
         return None
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*header.shape, 1, 1)[:3]], [1])).reshape(4, -1)
@@ -218,7 +217,7 @@ def openable(path: Path, without_forms: bool = False) -> Iterator[str]:
 
 
 def check(path: Path, nan: bool) -> tuple[Header | None, int]:
-    """Refuse a file that ITK would repair in silence.
+    """Refuse a file that ITK would repair without a warning.
 
     Args:
         nan: whether voxels may be NaN.
