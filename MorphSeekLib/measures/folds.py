@@ -1,4 +1,4 @@
-"""Where a delivered transform folds, a proof where it does not, and how folds are pulled apart.
+"""Find where a delivered transform folds, prove where it does not, and pull folds apart.
 
 A dense transform is linear along each axis between its nodes (trilinear), so each cell between eight nodes is a linear
 hexahedron. The Jacobian determinant of the map within a cell is a polynomial of degree 2 in each coordinate; its 27
@@ -39,7 +39,7 @@ _CHUNK = 8_000  # cells whose coefficients are computed together
 _WANTED, _ENOUGH, _ROUNDED = 0.1, 0.2, 0.003
 _RATE = 1.9  # of a projection: beyond the goal, which takes a third of the iterations
 _STRIDE = 0.25  # voxels that a node moves by at most in an iteration
-_RELAX = 10  # iterations between moves towards the neighbors, where a cell stays folded
+_RELAX = 10  # iterations between moves toward the neighbors, where a cell stays folded
 # de Casteljau's halves of a polynomial of degree 2: coefficients of each half from those of the whole
 _HALVES = torch.tensor(
     [
@@ -192,7 +192,7 @@ def _least(values: Tensor) -> float:
 
 
 def bernstein(corners: Tensor) -> Tensor:
-    """Bernstein coefficients of the Jacobian determinant of trilinear cells.
+    """Return the Bernstein coefficients of the Jacobian determinant of trilinear cells.
 
     Args:
         corners: (2, 2, 2, 3, n): where the corner (a, b, c) of each of n cells goes.
@@ -206,7 +206,7 @@ def bernstein(corners: Tensor) -> Tensor:
 
 
 def _coefficients(s: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """:func:`bernstein` of the edges of n cells: (3, 2, 2, n), along an axis at each corner of the other two axes.
+    """Return :func:`bernstein` of n cells' edges: (3, 2, 2, n), along an axis at each corner of the other two axes.
 
     The derivative along the first axis, s, is linear in the other two, and so on; a product of two polynomials of
     degree 1 has the products of the coefficients at its ends, and in the middle the mean of the mixed ones.
@@ -233,7 +233,7 @@ def _add_cross(out: Tensor, t: Tensor, r: Tensor) -> None:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Scalar product of vectors (3, ...)."""
+    """Return the scalar product of vectors (3, ...)."""
     return torch.mul(a[0], b[0]).addcmul_(a[1], b[1]).addcmul_(a[2], b[2])
 
 
@@ -330,7 +330,7 @@ def unfold(
     """Move nodes until every cell is proven not to fold, as little as it takes.
 
     Each node of a cell with a corner determinant below 0.1 moves by the mean of the moves that would raise these, one
-    by one, to 0.1 (averaged projections); where a cell stays folded its nodes move towards their neighbors now and
+    by one, to 0.1 (averaged projections); where a cell stays folded its nodes move toward their neighbors now and
     then, and a cell that folds between positive corners is asked for more. Only cells that are not proven and those
     about them are worked on.
 
@@ -414,7 +414,7 @@ class _Frame:
         return self._times(self.affine @ self.linear, difference)
 
     def blocks(self) -> Iterator[_Block]:
-        """Blocks of nodes that share a face with the next; together their cells are all cells, each once."""
+        """Yield blocks of nodes that share a face with the next; together their cells are all cells, each once."""
         rows = math.sqrt(_BLOCK_NODES / self.shape[2])
         starts = [range(0, n - 1, math.ceil((n - 1) / math.ceil((n - 1) / rows))) for n in self.shape[:2]]
         for i, j in product(*starts):
@@ -557,7 +557,7 @@ class _Decided(NamedTuple):
 
 
 def _decide(coefficients: Tensor) -> _Decided:
-    """Proven, folded or undecided, by halving what the coefficients (3, 3, 3, n) leave open."""
+    """Decide proven, folded or undecided, by halving what the coefficients (3, 3, 3, n) leave open."""
     n = coefficients.shape[-1]
     cell, low, size = torch.arange(n), torch.zeros(n, 3, dtype=torch.float64), 1.0
     folded, undecided = torch.zeros(2, n, dtype=torch.bool)
@@ -586,7 +586,7 @@ def _decide(coefficients: Tensor) -> _Decided:
 
 
 def _halved(coefficients: Tensor) -> Tensor:
-    """Of cells (3, 3, 3, n), the coefficients (3, 3, 3, 8 n) of their halves along each axis, in the corners' order."""
+    """Return the coefficients (3, 3, 3, 8 n) of the halves of cells (3, 3, 3, n) along each axis, in corner order."""
     halves = coefficients
     for axis in (0, 2, 4):  # each axis becomes two: which half, and its coefficients
         halves = torch.tensordot(_HALVES, halves, dims=([2], [axis])).movedim((0, 1), (axis, axis + 1))

@@ -19,7 +19,7 @@ from ..space import fields
 
 
 def diffusion(displacement: Tensor) -> Tensor:
-    """Mean squared forward difference, averaged over the three axes.
+    """Return the mean squared forward difference, averaged over the three axes.
 
     VoxelMorph's and TransMorph's "l2 gradient loss"; zero for a translation.
 
@@ -37,7 +37,7 @@ def diffusion(displacement: Tensor) -> Tensor:
 
 
 def bending(displacement: Tensor) -> Tensor:
-    """Bending energy: the mean squared second derivative, mixed ones counted twice; zero for an affine displacement.
+    """Return the bending energy: the mean squared second derivative, mixed ones twice; zero for an affine displacement.
 
     TransMorph's stencil: central differences, (u(x + 1) - u(x - 1)) / 2, applied twice, two voxels of every border
     left out.
@@ -59,7 +59,7 @@ def bending(displacement: Tensor) -> Tensor:
 
 
 def folding_penalty(displacement: Tensor, margin: float = 0.05) -> Tensor:
-    """Mean of relu(margin - det J) over the corners of all cells: zero where at least ``margin`` of the volume is kept.
+    """Return the mean of relu(margin - det J) over all cells' corners: zero where ``margin`` of the volume is kept.
 
     Args:
         displacement: (batch, 3, i, j, k), voxels; every axis at least two long.
@@ -115,12 +115,12 @@ class _FoldingPenalty(torch.autograd.Function):
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
-    """Cross product of vectors (3, ...)."""
+    """Return the cross product of vectors (3, ...)."""
     return torch.stack([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
 
 
 def _central(u: Tensor, axis: int) -> Tensor:
-    """Central difference along one axis (2, 3 or 4); one voxel of every border is left out."""
+    """Return the central difference along one axis (2, 3 or 4); one voxel of every border is left out."""
     inner = u[tuple(slice(None) if a in (0, 1, axis) else slice(1, -1) for a in range(5))]
     n = u.shape[axis] - 2
     return (inner.narrow(axis, 2, n) - inner.narrow(axis, 0, n)) / 2

@@ -17,7 +17,7 @@ Value = float | str | list[str] | dict[str, float] | None
 
 @dataclass(frozen=True)
 class Place:
-    """Where figures are measured, as definitions say it.
+    """Where figures are measured, as their definitions say.
 
     Attributes:
         grid: whose voxels count.

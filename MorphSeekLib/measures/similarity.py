@@ -26,7 +26,7 @@ _RUN = 64  # voxels of an axis that one matrix product makes, see _runs
 
 
 def lncc(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e-5) -> Tensor:
-    """Local normalized cross-correlation as VoxelMorph defines it: minus the mean over voxels of
+    """Return local normalized cross-correlation as VoxelMorph defines it: minus the mean over voxels of
 
         cross^2 / (variance(fixed) * variance(warped) + epsilon),
 
@@ -113,7 +113,7 @@ class Judge:
 
 
 def multiresolution_lncc(fixed: Tensor, warped: Tensor, window: int = 7, scales: int = 3) -> Tensor:
-    """LapIRN's pyramid of LNCC: windows 7, 5, 3 on images of size 1, 1/2, 1/4, with weights 1, 1/2, 1/4.
+    """Return LapIRN's pyramid of LNCC: windows 7, 5, 3 on images of size 1, 1/2, 1/4, with weights 1, 1/2, 1/4.
 
     Args:
         fixed, warped: (batch, channel, i, j, k), the same shape, intensities in [0, 1].
@@ -136,13 +136,13 @@ def multiresolution_lncc(fixed: Tensor, warped: Tensor, window: int = 7, scales:
 
 
 def mse(fixed: Tensor, warped: Tensor) -> Tensor:
-    """Mean squared difference of two images (batch, channel, i, j, k) of the same shape; a scalar."""
+    """Return the mean squared difference of two images (batch, channel, i, j, k) of the same shape; a scalar."""
     fixed, warped = _pair(fixed, warped)
     return (fixed - warped).square().mean()
 
 
 def mind_ssc(image: Tensor, radius: int = 2, dilation: int = 2) -> Tensor:
-    """MIND-SSC, the self-similarity context descriptor (Heinrich et al., MICCAI 2013): alike across modalities.
+    """Compute MIND-SSC, the self-similarity context descriptor (Heinrich et al., MICCAI 2013): alike across modalities.
 
     Twelve pairs of patches around each voxel, ``dilation`` voxels from it, are compared by their mean squared
     difference over (2 radius + 1)^3 voxels; d becomes exp(-(d - least d) / mean d). Edge values hold beyond the image.
@@ -180,7 +180,7 @@ def mind_ssc(image: Tensor, radius: int = 2, dilation: int = 2) -> Tensor:
 class Similarity(ABC):
     """How alike two images are, in two parts: features of each image, and a loss between the features.
 
-    The features of the moving image may be computed once and warped afterwards, as the fit does, or from each warped
+    The features of the moving image may be computed once and warped afterward, as the fit does, or from each warped
     image again, as :meth:`__call__` does. A new measure is a subclass and a line in :data:`SIMILARITIES`.
 
     Attributes:
@@ -287,7 +287,7 @@ class _LNCC(torch.autograd.Function):
 
 
 def _lncc_parts(fixed: Tensor, warped: Tensor, window: int, epsilon: float) -> tuple[Tensor, ...]:
-    """Centered images, their box sums, the variances (each of both images), the cross sum and C / (U V + epsilon)."""
+    """Return centered images, their box sums, their variances, the cross sum and C / (U V + epsilon)."""
     n = window**3
     # U and V are small differences of large sums, so the images are centered first. What was zero outside is minus the
     # mean then; those voxels of each cube are added to the sums by their number.
@@ -307,7 +307,7 @@ def _lncc_parts(fixed: Tensor, warped: Tensor, window: int, epsilon: float) -> t
 
 
 def _lncc_gradient(images: Tensor, total: Tensor, variance: Tensor, slope: Tensor, window: int, of: int) -> Tensor:
-    """Derivative of LNCC with respect to image ``of`` (0 or 1); names as in ``_LNCC.forward``."""
+    """Return the derivative of LNCC with respect to image ``of`` (0 or 1); names as in ``_LNCC.forward``."""
     by_cross = slope * (2 / slope.numel())
     own = slope * variance[1 - of]
     by_variance = by_cross * own
@@ -390,7 +390,7 @@ def _band(n: int, window: int, padding: str, dtype: torch.dtype, device: torch.d
 
 @lru_cache(maxsize=64)
 def _runs(n: int, window: int) -> list[tuple[slice, slice]]:
-    """Cuts an axis into runs of about 64 voxels: (the run, the voxels its windows see).
+    """Cut an axis into runs of about 64 voxels: (the run, the voxels its windows see).
 
     A band is mostly zeros on a long axis; longer and shorter runs were slower (64 to 224 voxels, window 9).
     """
@@ -407,7 +407,7 @@ def _voxels_inside(window: int, image: Tensor) -> Tensor:
 
 
 def _pair(fixed: Tensor, warped: Tensor) -> tuple[Tensor, Tensor]:
-    """Both images in one floating type, at least float32."""
+    """Return both images in one floating type, float32 or better."""
     if fixed.ndim != 5 or fixed.shape != warped.shape:
         raise ValueError(
             f"Similarity needs two images of one shape (batch, channel, i, j, k), "

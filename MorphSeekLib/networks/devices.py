@@ -128,7 +128,7 @@ def training_autocast(device: torch.device, coarsest: int | None = None) -> torc
 
 @contextmanager
 def memory_advice(device: torch.device) -> Iterator[None]:
-    """Turns an allocation that failed into a sentence with advice.
+    """Turn an allocation that failed into a sentence with advice.
 
     Raises:
         MorphSeekError: the GPU's or the computer's memory did not suffice.

@@ -121,7 +121,7 @@ class RegistrationModel(nn.Module):
         return self.backbone.multiple_of
 
     def parameter_counts(self) -> dict[str, float]:
-        """Parameters of the backbone and of the policy head, and the head's share of the backbone's in percent."""
+        """Count the parameters of backbone and policy head; give the head's as percent of the backbone's."""
         backbone, head = (sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head))
         return {"backbone": backbone, "policy_head": head, "policy_head_percent": round(100 * head / backbone, 2)}
 
@@ -178,7 +178,7 @@ def draw(
     smooth: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Samples z = mu + tau sigma epsilon, detached.
+    """Draw samples z = mu + tau sigma epsilon, detached.
 
     Args:
         mu, log_sigma: (1, channels, ...).
@@ -201,7 +201,7 @@ def draw(
 
 
 def kl_to_standard_normal(latent: Latent) -> Tensor:
-    """KL(N(mu, sigma^2) || N(0, I)), the mean over the N dimensions (Docs/method.md, section B).
+    """Return KL(N(mu, sigma^2) || N(0, I)), the mean over the N dimensions (Docs/method.md, section B).
 
     1/2 (mu^2 + sigma^2 - 1 - log sigma^2), so that its weight does not depend on N.
     """
@@ -215,7 +215,7 @@ def take_steps(
     steps: int,
     on_step: Callable[[int, Tensor, Tensor], bool | None] | None = None,
 ) -> Tensor:
-    """T steps at tau = 0, composed (Docs/method.md, section D).
+    """Take T steps at tau = 0 and compose them (Docs/method.md, section D).
 
     Args:
         model: in eval mode; called under the caller's grad and autocast settings.

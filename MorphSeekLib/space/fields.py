@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def identity(shape: Sequence[int], like: Tensor | None = None) -> Tensor:
-    """Voxel coordinates of a grid.
+    """Return the voxel coordinates of a grid.
 
     Args:
         shape: the grid's size (i, j, k).
@@ -54,7 +54,7 @@ def sample(image: Tensor, points: Tensor, mode: str = "linear", padding: str = "
 
 
 def _interpolate(image: Tensor, moved: list[Tensor], start: list, mode: str, padding: str) -> Tensor:
-    """grid_sample at the voxel coordinates ``start[axis] + moved[axis]``, in as few passes over memory as it takes."""
+    """Interpolate at the voxel coordinates ``start[axis] + moved[axis]``, in as few passes over memory as possible."""
     if mode not in ("linear", "nearest"):
         raise ValueError(f"mode is '{mode}'; it must be 'linear' or 'nearest'.")
     # grid_sample wants (x, y, z) = the axes reversed, from -1 to 1 between the outer faces of the first and last voxel
@@ -129,7 +129,7 @@ def resize(displacement: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def integrate(velocity: Tensor, squarings: int = 7, padding: str = "zeros") -> Tensor:
-    """Exponential of a stationary velocity field by scaling and squaring: the displacement at time 1.
+    """Integrate a stationary velocity field by scaling and squaring: the displacement at time 1.
 
     Args:
         velocity: (batch, 3, i, j, k), voxels per unit of time.
@@ -143,7 +143,7 @@ def integrate(velocity: Tensor, squarings: int = 7, padding: str = "zeros") -> T
 
 
 def invert(displacement: Tensor, iterations: int = 50, tolerance: float = 1e-3) -> Tensor:
-    """Inverse field v on the same grid: v(y) = -u(y + v(y)), by fixed-point iteration.
+    """Invert a field on the same grid: v(y) = -u(y + v(y)), by fixed-point iteration.
 
     Converges where nothing is folded or stretched fourfold (eigenvalues of du/dx between -1 and 3). Where u folds there
     is no inverse; the iteration's last value stands there, and :func:`compose` of the two shows how far off it is.
@@ -165,7 +165,7 @@ def invert(displacement: Tensor, iterations: int = 50, tolerance: float = 1e-3) 
 
 
 def jacobian_determinant(displacement: Tensor) -> Tensor:
-    """Determinant of d(x + u(x))/dx: central differences inside, one-sided at the borders (numpy.gradient's rule).
+    """Return det d(x + u(x))/dx: central differences inside, one-sided at the borders (numpy.gradient's rule).
 
     The value does not depend on spacing or orientation: in voxels of one grid, source and target share the affine.
 
@@ -188,7 +188,7 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
 
 
 def corner_determinants(displacement: Tensor) -> Tensor:
-    """Determinants of d(x + u(x))/dx at the corners of each cell between eight voxel centers.
+    """Return det d(x + u(x))/dx at the corners of each cell between eight voxel centers.
 
     The one-sided differences are those of the trilinear map, so these are its determinants exactly; a fold that
     alternates from voxel to voxel, which central differences do not see, is seen (Liu et al., IJCV 2024).
@@ -316,7 +316,7 @@ def _at_corners(u: Tensor) -> Iterator[Tensor]:
 
 
 def _determinant(s: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """Determinant of the matrix with the columns s, t, r (3, ...)."""
+    """Return the determinant of the matrix with the columns s, t, r (3, ...)."""
     return s[0] * (t[1] * r[2] - t[2] * r[1]) + s[1] * (t[2] * r[0] - t[0] * r[2]) + s[2] * (t[0] * r[1] - t[1] * r[0])
 
 
@@ -326,5 +326,5 @@ def _check_axes(displacement: Tensor) -> None:
 
 
 def _precise(field: Tensor) -> Tensor:
-    """At least float32."""
+    """Return a tensor in float32 or better."""
     return field if field.dtype == torch.float64 else field.float()

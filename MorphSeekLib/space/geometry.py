@@ -95,7 +95,7 @@ class Grid:
         """Return whether both grids have the same voxels at the same places.
 
         Args:
-            tolerance_mm: the corners may lie so far apart, and no further than a tenth of a voxel.
+            tolerance_mm: the most that corners may lie apart; never more than a tenth of a voxel.
         """
         apart = min(tolerance_mm, 0.1 * float(self.spacing.min()))
         return self.shape == other.shape and float(np.abs(self.corners() - other.corners()).max()) < apart
@@ -108,7 +108,7 @@ class Grid:
         direction: np.ndarray,
         origin: Sequence[float] | np.ndarray,
     ) -> Grid:
-        """From ITK's parts: spacing (mm), direction (3, 3) and origin (LPS mm)."""
+        """Make a grid of ITK's parts: spacing (mm), direction (3, 3) and origin (LPS mm)."""
         affine = np.eye(4)
         affine[:3, :3] = np.asarray(direction, dtype=np.float64).reshape(3, 3) * np.asarray(spacing, dtype=np.float64)
         affine[:3, 3] = origin
@@ -181,14 +181,14 @@ class DenseTransform:
         tolerance_mm: float = 0.01,
         job: Job = SILENT,
     ) -> DenseTransform:
-        """Moving point -> fixed point on the nodes of ``grid`` (in moving space), by damped fixed-point iteration.
+        """Invert by damped fixed-point iteration: moving point -> fixed point, on the nodes of ``grid`` (moving space).
 
         The affine part is divided out first, so that the iteration only has to undo the rest; beyond the nodes of the
         transform it goes on as that affine. Where the transform folds there is no inverse and the last iterate stands.
 
         Args:
             grid: nodes for the inverse; it should cover the moving image.
-            iterations, tolerance_mm: stop after so many, or when no node moved by more than this and by more than a
+            iterations, tolerance_mm: stop after this many, or when no node moved by more than this and by more than a
                 hundredth of the distance between nodes.
             job: asked once an iteration.
         """
@@ -298,7 +298,7 @@ def resample(
 
 
 def orientation_matrix(code: str) -> np.ndarray:
-    """Return (3, 3) direction in LPS of an axis code such as "RAS": axis i runs towards R, j towards A, k towards S.
+    """Return the (3, 3) direction in LPS of an axis code such as "RAS": axis i runs toward R, j toward A, k toward S.
 
     Raises:
         ValueError: not three letters, one of each pair L/R, P/A, S/I.
@@ -422,7 +422,7 @@ def jacobian_volume(
     device: torch.device | str = "cpu",
     job: Job = SILENT,
 ) -> Volume:
-    """Jacobian determinant of a transform on another grid (the fixed image's own), slab by slab.
+    """Return the Jacobian determinant of a transform on another grid (the fixed image's own), slab by slab.
 
     Same values as :func:`fields.jacobian_determinant` of :func:`voxel_displacement`, in a fraction of its memory.
     """
@@ -469,7 +469,7 @@ def index_points(grid: Grid, transform: Transform | None, into: Grid, device: to
 def _landing_slabs(
     grid: Grid, transform: Transform | None, into: Grid, device: torch.device | str = "cpu"
 ) -> Iterator[Tensor]:
-    """:func:`index_points`, slab by slab along i, each (1, 3, length, j, k)."""
+    """Yield :func:`index_points` slab by slab along i, each (1, 3, length, j, k)."""
     to_index = np.linalg.inv(into.affine)
     if not isinstance(transform, DenseTransform):
         matrix = to_index @ grid.affine if transform is None else to_index @ transform @ grid.affine

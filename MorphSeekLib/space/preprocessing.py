@@ -129,7 +129,7 @@ def fine_grid(fixed: Grid, working: Grid) -> Grid:
 
 
 def sampled(values: Tensor, count: int = 250_000) -> Tensor:
-    """At most ``count`` of a tensor's values, (n,), drawn at random; the same ones every time and on every device.
+    """Draw at most ``count`` of a tensor's values, (n,), at random; the same ones every time and on every device.
 
     A stride would do for noise, but not for images: one that is a multiple of an axis reads a single slice of them.
     """
@@ -138,7 +138,7 @@ def sampled(values: Tensor, count: int = 250_000) -> Tensor:
 
 
 def sampled_places(length: int, count: int) -> Tensor:
-    """``count`` random places in a list of this length, (count,), the same ones every time."""
+    """Draw ``count`` random places in a list of this length, (count,), the same ones every time."""
     return torch.randint(length, (count,), generator=torch.Generator().manual_seed(_SEED))
 
 
@@ -165,7 +165,7 @@ def foreground_of(data: Tensor) -> Tensor:
 
 
 def normalize(data: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Intensities as the network saw them in training, any shape, float32.
+    """Scale intensities as the network saw them in training, any shape, float32.
 
     Percentiles are read off a random sample of the voxels, which moves them by less than the noise. Where the lower one
     would take a good part of the foreground with it, as in an image of few values, the background stands for it.
