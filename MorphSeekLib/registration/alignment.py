@@ -1,4 +1,4 @@
-"""The crude alignment before the network: centers, then rigid, then affine, by mutual information.
+"""Align before the network: centers, then rigid, then affine, by mutual information.
 
 All of it is computed on the images averaged to voxels of about 3 mm (images of an unusual size are first scaled to a
 usual one, so that a mouse is aligned as a human is), with SimpleITK's Mattes mutual information (Mattes
@@ -107,7 +107,7 @@ def _climb(
     initial: np.ndarray | None,
     job: Job,
 ) -> np.ndarray:
-    """:func:`align` of two scans; arguments as there."""
+    """Align two scans; arguments as for :func:`align`."""
     begin = np.eye(4) if initial is None else initial
     if kind == "center":
         job.report("align", 1.0, _WORDS)
@@ -213,7 +213,7 @@ class _Search:
         self.points = apply_affine(fixed.grid.affine, index)
 
     def cost(self, matrix: np.ndarray, coarse: bool = False) -> float:
-        """Negative mutual information of the samples; infinite where too few of them land in the moving image."""
+        """Return the negative mutual information of the samples; infinite if too few land in the moving image."""
         self.job.check()
         inside = self._inside(matrix)
         if inside.mean() < 0.25:
@@ -320,7 +320,7 @@ def _values(data: Tensor, grid: Grid, points: np.ndarray) -> Tensor:
 
 
 def _starts(fixed: _Scan, moving: _Scan) -> Iterator[np.ndarray]:
-    """Yield where to look first: as the files lie, center on center, top on top; each upright and tilted six ways."""
+    """Yield where to start: by world coordinates, by centers, by tops; each upright and tilted six ways."""
     centered = moving.center - fixed.center
     # two heads match at the top however much neck the scans show
     top = np.array([*centered[:2], np.percentile(moving.points[:, 2], 99) - np.percentile(fixed.points[:, 2], 99)])
@@ -334,7 +334,7 @@ def _starts(fixed: _Scan, moving: _Scan) -> Iterator[np.ndarray]:
 
 
 def _unit(*grids: Grid) -> float:
-    """1 for images of a usual size; for others, the size of the largest of them over the smallest usual one."""
+    """Return 1 for images of a usual size; for others, the size of the largest over the smallest usual one."""
     size = max(float(np.prod(grid.spacing * grid.shape)) ** (1 / 3) for grid in grids)
     return 1.0 if _USUAL[0] <= size <= _USUAL[1] else size / _USUAL[0]
 
@@ -393,7 +393,7 @@ def _without_fill(data: Tensor) -> Tensor:
 
 def _foreground(image: sitk.Image) -> sitk.Image:
     """Return the largest connected part that is not air, without table and noise."""
-    # Otsu's threshold parts dark tissue from bright; half of it parts tissue from air
+    # Otsu's threshold separates dark tissue from bright; half of it separates tissue from air
     otsu = sitk.OtsuThresholdImageFilter()
     otsu.Execute(image)
     low = float(_array(image).min())

@@ -1,4 +1,4 @@
-"""What cannot be right is said or refused here: no result of a kind that makes no sense is returned in silence.
+"""Warn of, or refuse, what cannot be right, so that no meaningless result is returned without a word.
 
 A function either raises :class:`MorphSeekLib.protocol.errors.MorphSeekError`, where nothing useful can follow, or
 returns the :class:`MorphSeekLib.protocol.job.Notice`s that go with the result.

@@ -48,11 +48,11 @@ class World:
             p.grad = grad.view_as(p).clone()
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over the processes."""
+        """Return the mean over the processes."""
         return values if self.size == 1 else self._fabric.all_reduce(values, reduce_op="mean")
 
     def mean_figures(self, figures: dict[str, float], count: int) -> dict[str, float]:
-        """Means over all processes' validation pairs, weighted by their numbers."""
+        """Return means over all processes' validation pairs, weighted by their numbers."""
         if self.size == 1:
             return figures
         gathered = self._gather((figures, count))

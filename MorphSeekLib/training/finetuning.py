@@ -250,7 +250,7 @@ class Finetuning(Task[list[PreparedPair]]):
         return dict(zip([*names, "gradient_norm"], values, strict=True))
 
     def _stop_if_collapsed(self, metrics: dict[str, float]) -> None:
-        """End a run that can learn nothing more.
+        """Stop a run that cannot learn any more.
 
         Raises:
             MorphSeekError: sigma at its floor, or no spread among the rewards for a long time.
@@ -290,7 +290,7 @@ def _usable_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
 
 
 def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
-    """Whether a backbone's learned features can stand for the labels of a data set."""
+    """Refuse a backbone whose learned features cannot stand for the labels of a data set."""
     count = model.backbone.learned_features
     if not count:
         raise MorphSeekError("loss.features needs a model whose backbone learns features; set it to 0.")
@@ -305,7 +305,7 @@ def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
 
 
 def score(figures: dict[str, float], folding_limit: float) -> float:
-    """Dice where folding keeps to its limit; else below all of those, the less folding the better."""
+    """Return Dice where folding keeps to its limit; else a lower score, the less folding the better."""
     folded = figures["folded_percent"]
     return figures.get("dice", 0.0) if folded <= folding_limit else -1 - folded
 

@@ -145,7 +145,7 @@ def sample_group(
 
 
 def advantages(group: Group, settings: PolicyGradientSettings, epsilon: float = 1e-4) -> list[Tensor]:
-    """For each part of the policy A of every trajectory, (J, 1, 1, 1, 1), or of each of its cells, (J, 1, a, b, c).
+    """Return A for each part of the policy: of every trajectory, (J, 1, 1, 1, 1), or of its cells, (J, 1, a, b, c).
 
     "group" with "std" is the method page's C.3: (R_j - mean R) / (std R + epsilon), std over the J
     trajectories; with local credit the spread is the root mean square over trajectories and cells, so that
@@ -161,7 +161,7 @@ def advantages(group: Group, settings: PolicyGradientSettings, epsilon: float = 
 
 
 def _compared(rewards: Tensor, rollout: Tensor, settings: PolicyGradientSettings, epsilon: float) -> Tensor:
-    """Rewards (J, 1, a, b, c) less their baseline, in the settings' scale."""
+    """Return rewards (J, 1, a, b, c) minus their baseline, in the settings' scale."""
     count = len(rewards)
     mean = rewards.mean(dim=0, keepdim=True)
     if settings.baseline == "mean_rollout":
@@ -177,7 +177,7 @@ def _compared(rewards: Tensor, rollout: Tensor, settings: PolicyGradientSettings
 
 
 def policy_loss(advantage: list[Tensor], log_likelihood: list[Tensor]) -> Tensor:
-    """L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (Docs/method.md, C.5); one A for all cells is the paper's."""
+    """Return L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (Docs/method.md, C.5); in the paper, one A for all cells."""
     total = reduce(add, ((a * log).sum() for a, log in zip(advantage, log_likelihood, strict=True)))
     return -total / len(log_likelihood[0])
 
@@ -198,7 +198,7 @@ def group_figures(group: Group, advantage: list[Tensor]) -> dict[str, Tensor]:
 
 
 def next_kl_weight(weight: float, kl: float, target: float, rate: float = 0.1) -> float:
-    """beta of the next iteration: up while KL is above its target, down while below, by at most ``rate``.
+    """Return the next iteration's beta: higher while KL is above its target, lower while below, by ``rate`` at most.
 
     The fixed-prior trust region of Docs/method.md, C.7 (after the adaptive controller of Ziegler et al., 2019).
     """

@@ -73,14 +73,14 @@ class Batch:
 
 
 def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Mean over structures of 2 sum(ab) / (sum(a^2) + sum(b^2)); (batch, structures, i, j, k) shares -> scalar."""
+    """Average 2 sum(ab) / (sum(a^2) + sum(b^2)) over structures; (batch, structures, i, j, k) shares -> scalar."""
     together = (fixed * warped).sum(dim=(2, 3, 4))
     apart = fixed.square().sum(dim=(2, 3, 4)) + warped.square().sum(dim=(2, 3, 4))
     return ((2 * together + epsilon) / (apart + epsilon)).mean()
 
 
 def feature_loss(learned: Tensor, shares: Tensor, structures: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Cross-entropy + (1 - soft Dice) of class-like features against the shares of structures.
+    """Return cross-entropy + (1 - soft Dice) of class-like features against the shares of structures.
 
     Args:
         learned: (batch, features, i, j, k), sum 1; feature c stands for label c, all that no structure claims for the
@@ -124,7 +124,7 @@ def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
 def warmup_loss(
     step: Step, batch: Batch, weights: LossSettings, kl_weight: float | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_warm of one step (Docs/method.md, section B), with soft Dice where labels and a weight are there.
+    """Return L_warm of one step (Docs/method.md, section B), with soft Dice where labels and a weight are given.
 
     Args:
         kl_weight: beta, where a controller rules it; else ``weights.kl``.

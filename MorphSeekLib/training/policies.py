@@ -244,7 +244,7 @@ def log_likelihood(parts: list[Gaussian], samples: list[Tensor], settings: Polic
 
 
 def log_likelihood_map(policy: Gaussian, samples: Tensor, tau: float, s: float) -> Tensor:
-    """LDVN log-likelihood, summed over channels alone: (J, 1, a, b, c); its sum is the method page's log pi~ (C.4).
+    """Return the LDVN log-likelihood by cell, (J, 1, a, b, c); its sum is the method page's log pi~ (C.4).
 
     -1/(2s) sum_channels [((z - mu) / (tau sigma))^2 + log(2 pi tau^2 sigma^2)], z detached. s = sqrt(N) keeps the
     spread of the sum over N independent dimensions at order one, on whichever grid and however credited.
@@ -260,5 +260,5 @@ def expand_latent(latent: Latent, count: int) -> Latent:
 
 
 def upsample(control: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Control-point displacements (J, 3, a, b, c), voxels, interpolated to (J, 3, *shape); magnitudes kept."""
+    """Interpolate control-point displacements (J, 3, a, b, c), voxels, to (J, 3, *shape); magnitudes are kept."""
     return F.interpolate(control, size=tuple(shape), mode="trilinear", align_corners=False)

@@ -106,7 +106,7 @@ def common_labels(fixed: Tensor, moving: Tensor) -> Tensor:
 
 
 def dice_gain(state: State, total: Tensor) -> Tensor:
-    """Gain in mean hard Dice: Dice(S_f, S_m o Phi_t) - Dice(S_f, S_m o Phi_(t-1)).
+    """Return the gain in mean hard Dice: Dice(S_f, S_m o Phi_t) - Dice(S_f, S_m o Phi_(t-1)).
 
     For one label with D the Dice before, A the fixed and B the candidate's warped structure,
     D' - D = (2|A and B| - D (|A| + |B|)) / (|A| + |B|) = sum_x [2 A B - D (A + B)](x) / (|A| + |B|):
@@ -129,12 +129,12 @@ def dice_gain(state: State, total: Tensor) -> Tensor:
 
 
 def folding(state: State, total: Tensor) -> Tensor:
-    """Minus the share of cells that fold at a corner, counted on the composed field."""
+    """Return minus the share of cells that fold at a corner, counted on the composed field."""
     return -_on_cells((fields.least_determinant(total) <= 0).float())
 
 
 def folding_magnitude(state: State, total: Tensor) -> Tensor:
-    """Minus the mean over cells of relu(-least corner determinant): how deep the folds are, not only how many."""
+    """Return minus the mean of relu(-least corner determinant) over cells: how deep the folds are, not how many."""
     return -_on_cells(torch.relu(-fields.least_determinant(total)))
 
 
@@ -144,7 +144,7 @@ def _on_cells(values: Tensor) -> Tensor:
 
 
 def landmarks(state: State, total: Tensor) -> Tensor:
-    """Gain in mean target registration error, mm; each landmark's gain lies at its fixed voxel."""
+    """Return the gain in mean target registration error, mm; each landmark's gain is at its fixed voxel."""
     if state.fixed_points is None or state.moving_points is None:
         raise ValueError("The reward 'landmarks' needs landmarks on both images.")
     where = state.fixed_points, state.moving_points, state.spacing
@@ -158,7 +158,7 @@ def landmarks(state: State, total: Tensor) -> Tensor:
 
 
 def lncc_gain(state: State, total: Tensor) -> Tensor:
-    """Gain in LNCC (window 9), label-free."""
+    """Return the gain in LNCC (window 9), label-free."""
     fixed = state.fixed.expand(len(total), -1, -1, -1, -1)
     after = lncc_map(fixed, fields.warp(state.moving, total))
     before = lncc_map(state.fixed, fields.warp(state.moving, state.total))
@@ -166,7 +166,7 @@ def lncc_gain(state: State, total: Tensor) -> Tensor:
 
 
 def mind_gain(state: State, total: Tensor) -> Tensor:
-    """Decrease of the mean squared difference of MIND-SSC descriptors, label-free and for any two contrasts."""
+    """Return the decrease of the mean squared difference of MIND-SSC descriptors: label-free, for any contrasts."""
     fixed = mind_ssc(state.fixed)
     before = (mind_ssc(fields.warp(state.moving, state.total)) - fixed).square().mean(dim=1, keepdim=True)
     after = [
@@ -176,7 +176,7 @@ def mind_gain(state: State, total: Tensor) -> Tensor:
 
 
 def surface_tail(state: State, total: Tensor, quantile: float = 0.5) -> Tensor:
-    """Gain in the upper half of the surface distances, mm: what HD95 looks at, credited where it arises.
+    """Return the gain in the upper half of the surface distances, mm: what HD95 measures, credited where it arises.
 
     Mean over surface elements of relu(d - q), q the ``quantile`` of d before the step, per label, averaged over labels
     and both directions: d of a warped hard label's surface voxel to the fixed surface, and of a fixed surface voxel,
@@ -253,7 +253,7 @@ def reward_map(state: State, total: Tensor, settings: RewardSettings) -> Tensor:
 
 
 def _classes(labels: Tensor, wanted: Tensor) -> Tensor:
-    """1..K for the wanted labels (ascending), 0 for all others."""
+    """Renumber the wanted labels (ascending) as 1..K and all others as 0."""
     if len(wanted) == 0:
         return torch.zeros_like(labels, dtype=torch.long)
     at = torch.searchsorted(wanted, labels).clamp(max=len(wanted) - 1)
@@ -261,7 +261,7 @@ def _classes(labels: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _counts(fixed: Tensor, warped: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Voxels of each class: in both (J, K), in the fixed image (1, K), in the warped one (J, K)."""
+    """Count voxels of each class: in both (J, K), in the fixed image (1, K), in the warped one (J, K)."""
 
     def histogram(classes: Tensor) -> Tensor:
         offset = torch.arange(len(classes), device=classes.device).view(-1, 1, 1, 1, 1) * (count + 1)

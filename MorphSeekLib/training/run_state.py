@@ -1,4 +1,4 @@
-"""Where a training stands, as it is kept beside its model while it is under way and read again to go on."""
+"""The state of an unfinished training, kept beside its model and read again to resume."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ Defects of the official code, as read in its repository; none is reproduced here
 - the registration loss makes gradients for the planner, whose features the actor needs, and throws them away
   (``planner_registers = false``);
 - mean and log-variance of a plan pass a LeakyReLU (backbone setting ``rectified_plan``);
-- its smoothness loss takes 0.01 from each difference before squaring: it draws fields towards that slope;
+- its smoothness loss takes 0.01 from each difference before squaring: it draws fields toward that slope;
 - the reward silently turns from NCC to the Dice of the whole foreground where labels are there: here ``reward`` says
   which, and Dice is the mean over structures;
 - composition takes zero displacement from beyond the image: here the edge value holds;
@@ -224,12 +224,12 @@ def log_density(plan: Plan, drawn: Tensor) -> Tensor:
 
 
 def kl(plan: Plan) -> Tensor:
-    """Mean over the plan's numbers of KL(N(mean, variance) || N(0, 1))."""
+    """Return KL(N(mean, variance) || N(0, 1)), the mean over the plan's numbers."""
     return kl_to_standard_normal(Latent(plan.mean, 0.5 * plan.log_variance, []))
 
 
 def critic_loss(learner: Learner, batch: Batch, run: SACRun, generator: torch.Generator | None = None) -> Tensor:
-    """Mean squared distance of both critics to r + gamma (1 - done) (min Q'(s', a') - alpha log pi(a'|s'))."""
+    """Return the critics' mean squared distance to r + gamma (1 - done) (min Q'(s', a') - alpha log pi(a'|s'))."""
     with torch.no_grad():
         plan = learner.backbone.planner(batch.after)
         drawn = sample(plan, generator)
@@ -243,7 +243,7 @@ def critic_loss(learner: Learner, batch: Batch, run: SACRun, generator: torch.Ge
 def planner_loss(
     learner: Learner, batch: Batch, run: SACRun, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """alpha log pi(a|s) - min Q(s, a) + weight KL for the planner, and the temperature's loss, which raises alpha while
+    """Return alpha log pi(a|s) - min Q(s, a) + weight KL, and the temperature's loss, which raises alpha while
     the entropy is below its target."""
     plan = learner.backbone.planner(batch.before)
     drawn = sample(plan, generator)
@@ -254,7 +254,7 @@ def planner_loss(
 
 
 def registration_loss(learner: Learner, batch: Batch, run: SACRun, generator: torch.Generator | None = None) -> Tensor:
-    """Similarity of the fixed image and the moving one after one more step, and the step's smoothness."""
+    """Return the similarity of the fixed image and the moving one after one more step, plus the step's smoothness."""
     backbone = learner.backbone
     plan = backbone.planner(batch.before)
     step = backbone.actor(sample(plan, generator), plan.features).float()
@@ -264,7 +264,7 @@ def registration_loss(learner: Learner, batch: Batch, run: SACRun, generator: to
 
 
 def descend(optimizer: torch.optim.Adam, loss: Tensor, parts: Sequence[nn.Module | nn.Parameter], clip: float) -> None:
-    """One step of these parts alone down a loss; the others' gradients are not even made."""
+    """Take one optimizer step of these parts alone; the others' gradients are not computed."""
     parameters = [p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
     optimizer.zero_grad(set_to_none=True)
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -282,7 +282,7 @@ def update(
     with_planner: bool,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
-    """Critics, planner and temperature where it is their turn, actor, targets; the losses by name."""
+    """Update critics, planner and temperature (when due), actor and targets; return the losses by name."""
     backbone, clip = learner.backbone, run.gradient_clip
     losses = {}
     precision = partial(training_autocast, batch.before.device, backbone.settings.coarsest[0])
