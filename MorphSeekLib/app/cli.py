@@ -112,7 +112,7 @@ NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetens
 @app.command()
 def register(
     fixed: Annotated[Path, typer.Argument(help="The image that stays: NIfTI, NRRD, MHA or a folder of DICOM slices.")],
-    moving: Annotated[Path, typer.Argument(help="The image that is brought onto it.")],
+    moving: Annotated[Path, typer.Argument(help="The image that is registered to FIXED.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.")],
     model: Model = "brain-mr",
     steps: Steps = None,
@@ -527,7 +527,7 @@ def terminal_job() -> Iterator[Job]:
         errors.print(str(error).encode(errors="backslashreplace").decode(), style="red")  # names need not be UTF-8
         code = 2
     except Cancelled:
-        errors.print("Cancelled.")
+        errors.print("Canceled.")
         code = 130
     except BrokenPipeError:
         code = 1

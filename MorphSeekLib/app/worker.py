@@ -428,7 +428,7 @@ def _save(data: np.ndarray, path: Path) -> None:
         np.save(path, data, allow_pickle=False)
     except OSError as error:
         raise MorphSeekError(
-            f"The results cannot be handed over through {path.parent} ({error.strerror}); free some disk space."
+            f"The results cannot be written to {path.parent} ({error.strerror}); free some disk space."
         ) from error
 
 

@@ -163,7 +163,7 @@ def check(
         dataset: from :func:`find_cases`.
         labels: whether the training needs them (warm-up alone does not).
         out: a JSON file to write the report to; None writes none.
-        job: told of every case, and asked before it.
+        job: told of every case, and checked before it.
 
     Raises:
         MorphSeekError: ``out`` cannot be written.
@@ -243,8 +243,8 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     needed = FEWEST - 2 + len(missing)
     if len(cases) < needed:
         raise MorphSeekError(
-            f"{dataset.path} leaves {len(cases)} usable training cases beside the held-out ones; at least {needed} are "
-            "needed."
+            f"{dataset.path} leaves {len(cases)} usable training cases besides the held-out ones; at least {needed} "
+            "are needed."
         )
     if missing and dataset.pairing is not None:
         one_side, other_side = paired_sides(cases, dataset.pairing)

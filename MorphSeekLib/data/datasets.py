@@ -544,7 +544,7 @@ class PairLoader:
 
     def _read(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
         if case.image is None:
-            raise MorphSeekError(f"{case.label} has no image beside it; training on images needs one per case.")
+            raise MorphSeekError(f"{case.label} has no image; training on images needs one per case.")
         image = _noted(read_image(case.image))
         labels = None
         if case.label is not None:

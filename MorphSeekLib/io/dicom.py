@@ -49,7 +49,7 @@ def read_series(folder: Path, member: Path | None = None) -> sitk.Image:
         one image; float32 when its slices store their numbers in different ways.
 
     Raises:
-        MorphSeekError: there is none, there are several, or the slices are no regular block.
+        MorphSeekError: there is none, there are several, or the slices do not form a regular block.
     """
     files = _choose(folder, member)
     name = shown(folder if member is None else member)
@@ -135,7 +135,7 @@ def _read_slices(files: Sequence[str], name: str) -> sitk.Image:
 
 
 def _check_stack(places: np.ndarray, cosines: np.ndarray, name: str, slices: str, several: str) -> np.ndarray:
-    """Refuse slices that are no regular block.
+    """Refuse slices that do not form a regular block.
 
     Args:
         places: (n, 3) LPS mm of their first voxels.
@@ -171,7 +171,7 @@ def _check_stack(places: np.ndarray, cosines: np.ndarray, name: str, slices: str
 
 def _irregular(name: str, slices: str) -> str:
     return (
-        f"{name} holds DICOM {slices} that are no regular block ({slices} missing, unevenly spaced, or a tilted "
+        f"{name} holds DICOM {slices} that do not form a regular block ({slices} missing, unevenly spaced, or a tilted "
         "gantry); load it in Slicer with acquisition geometry regularization on, and give the volume saved from there."
     )
 
@@ -282,7 +282,7 @@ def _read_plain_frames(path: Path, data: Dataset, name: str) -> sitk.Image:
     steps = np.diff(places)
     if len(places) != int(data.NumberOfFrames) or np.abs(steps - steps[0]).max() > 0.1 * abs(steps[0]):
         raise MorphSeekError(
-            f"{name} holds DICOM frames that are no regular block (several volumes, or frames missing or unevenly "
-            "spaced); export one volume of it, for instance from Slicer, and give that."
+            f"{name} holds DICOM frames that do not form a regular block (several volumes, or frames missing or "
+            "unevenly spaced); export one volume of it, for instance from Slicer, and give that."
         )
     return sitk.ReadImage(library_name(path))

@@ -355,8 +355,8 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
         return turned
     if _same_but_for_the_form(labels, image):
         text = (
-            f"{name} lies at the other of the two places that the header of its image, or its own, states; its voxels "
-            "were taken for those of the image."
+            f"{name} and its image were placed by different forms (qform, sform) of their headers, so the labels were "
+            "moved onto the image's voxels."
         )
         return dataclasses.replace(labels, grid=grid, notices=(*labels.notices, Notice("labels-place", text)))
     labeled = labels.data.nonzero().T.double()
@@ -366,8 +366,8 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
     inside = ((index >= -0.5) & (index <= limit)).all(dim=0)
     if not bool(inside.any()):
         raise MorphSeekError(
-            f"{name} labels nothing in its image: all its labels lie outside, in another place of the world; give the "
-            "segmentation of this very image, or one with the same origin and directions."
+            f"{name} labels nothing in its image: all its labels lie outside of it; give the segmentation of this "
+            "image, or one with the same origin and directions."
         )
     sizes = (f"{nifti.by(g.shape)} voxels of {nifti.by(g.spacing.round(3))} mm" for g in (labels.grid, grid))
     text = (
@@ -379,7 +379,7 @@ def check_labels(labels: Volume, image: Volume, name: str) -> Volume:
 
 
 def _same_but_for_the_form(labels: Volume, image: Volume) -> bool:
-    """Return whether labels have the voxels of an image, and lie where one of the two headers says as well."""
+    """Return whether labels have the voxels of an image, and lie where one of the two headers places the image."""
     if labels.data.shape != image.data.shape:
         return False
     pairs = ((labels.grid.affine, image.elsewhere), (labels.elsewhere, image.grid.affine))

@@ -265,7 +265,7 @@ def _check_sform(path: Path, header: Header) -> None:
 
 
 def not_finite(path: str | os.PathLike, count: int) -> str:
-    """Return the sentence for voxels that are no numbers."""
+    """Return the sentence for voxels that are not numbers."""
     return (
         f"{shown(path)} has {count} voxels that are NaN or infinite; replace them (with the background's value, for "
         "instance) and save it again."

@@ -120,7 +120,7 @@ def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
             moved = link.map_points(moved)
             if not np.isfinite(moved).all():
                 raise MorphSeekError(
-                    f"{path} moves points by amounts that are NaN or infinite; make the transform again."
+                    f"{path} moves points by amounts that are NaN or infinite; compute the transform again."
                 )
         slab.copy_(torch.from_numpy((moved - points).T).view(slab.shape))
     return DenseTransform(displacement, grid)
@@ -192,7 +192,7 @@ def _mapped(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
 
 def _read_itk(path: Path) -> sitk.Transform:
     damaged = MorphSeekError(
-        f"{path} is no transform that can be read: damaged, or of another program; give an ITK transform (.h5, .tfm, "
+        f"{path} cannot be read as a transform: it is damaged or of another program; give an ITK transform (.h5, .tfm, "
         ".txt, .mat), as Slicer and ANTs save them, or a displacement field image."
     )
     if path.suffix.lower() in (".h5", ".hdf5"):
@@ -220,5 +220,5 @@ def _matrix(transform: sitk.Transform, path: Path) -> np.ndarray:
         matrix[:3, axis] = (np.array(transform.TransformPoint(point)) - origin) / reach
     matrix[:3, 3] = origin
     if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
-        raise MorphSeekError(f"{path} holds a matrix that is singular or not finite; make the transform again.")
+        raise MorphSeekError(f"{path} holds a matrix that is singular or not finite; compute the transform again.")
     return matrix

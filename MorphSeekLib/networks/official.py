@@ -68,7 +68,7 @@ def import_checkpoint(
         raise MorphSeekError(f"{path.name} does not hold the weights of {architecture}: {problem}; {advice}.")
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
-        raise MorphSeekError(f"{path.name} holds weights that are no numbers ({named(broken)}); take another file.")
+        raise MorphSeekError(f"{path.name} holds weights that are NaN or infinite ({named(broken)}); use another file.")
     torch.manual_seed(0)  # of the policy's sigma
     model = RegistrationModel(ModelSettings(known.backbone, to_dict(settings), PolicySettings(mean="linear")))
     model.backbone.load_state_dict(state)

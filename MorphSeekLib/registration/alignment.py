@@ -68,7 +68,7 @@ def align(
         kind: "none"; "center" (shift the middle of one foreground onto the other's); "rigid" (shift and rotation from
             there, or from where the files lie when that fits better); "affine" (then scale and shear too).
         initial: fixed point -> moving point, LPS mm, to start from; the result contains it.
-        job: told the fraction done, 0 to 1; asked many times a second.
+        job: told the fraction done, 0 to 1; checked many times a second.
 
     Returns:
         Fixed point -> moving point: a (4, 4) matrix, LPS mm; a DenseTransform (on the grid of ``initial``) only when
@@ -78,7 +78,7 @@ def align(
         MorphSeekError: unknown ``kind``, or the images do not overlap after ``initial``.
     """
     if kind not in KINDS:
-        raise MorphSeekError(f"'{kind}' is no alignment; choose none, center, rigid or affine.")
+        raise MorphSeekError(f"There is no alignment '{kind}'; choose one of none, center, rigid, affine.")
     if kind == "none":
         return np.eye(4) if initial is None else initial
     unit = _unit(fixed.grid, moving.grid)
@@ -196,9 +196,9 @@ class _Scan:
 
 
 class _Search:
-    """Mutual information of two scans, and the climb to more of it.
+    """Mutual information of two scans, and the search for its maximum.
 
-    Matrices map points of ``fixed`` to points of ``moving``, which may be the caller's images the other way round.
+    Matrices map points of ``fixed`` to points of ``moving``, which may be the caller's images exchanged.
     """
 
     def __init__(self, fixed: _Scan, moving: _Scan, job: Job) -> None:

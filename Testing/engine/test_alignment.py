@@ -110,7 +110,7 @@ def test_none(brain):
     assert np.array_equal(align(brain, brain, "none"), np.eye(4))
     start = motion(brain.grid.center, shift=(1, 2, 3))
     assert np.array_equal(align(brain, brain, "none", start), start)
-    with pytest.raises(MorphSeekError, match="'fancy' is no alignment"):
+    with pytest.raises(MorphSeekError, match="There is no alignment 'fancy'"):
         align(brain, brain, "fancy")
 
 

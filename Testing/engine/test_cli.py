@@ -319,7 +319,7 @@ def test_ctrl_c_leaves_nothing(files, tmp_path):
             break
     rest = process.stderr.read()
     assert process.wait(timeout=300) == 130  # the limit only ends a hang
-    assert "Cancelled." in rest
+    assert "Canceled." in rest
     assert "iteration 2000 of 2000" not in rest
     assert not (tmp_path / "out").exists()
 

@@ -266,11 +266,11 @@ def turned(frame: Dataset) -> Dataset:
 @pytest.mark.parametrize(
     ("frames", "words"),
     [
-        ([frame_of(k) for k in (0, 1, 2, 4, 5, 6)], ["no regular block", "missing"]),
-        ([frame_of(2 * k) for k in range(6)], ["no regular block", "missing"]),  # evenly, but by their numbers
+        ([frame_of(k) for k in (0, 1, 2, 4, 5, 6)], ["not form a regular block", "missing"]),
+        ([frame_of(2 * k) for k in range(6)], ["not form a regular block", "missing"]),  # evenly, but by their numbers
         (
             [frame_of(k, PixelMeasuresSequence_SpacingBetweenSlices=1.0) for k in range(6)],
-            ["no regular block", "missing"],
+            ["not form a regular block", "missing"],
         ),
         ([frame_of(k, (0.0, 0.3, 2.0)) for k in range(6)], ["tilted"]),
         ([frame_of(k % 3) for k in range(6)], ["at one place"]),

@@ -157,7 +157,7 @@ def test_wrong_weights_get_one_sentence(vxm2, tmp_path):
     assert "it lacks extra.0.0.weight, extra.0.0.bias, extra.1.0.weight and 3 more" in sentence(lacking)
     assert "it has encoder.stem too many" in sentence(state | {"encoder.stem": torch.zeros(2)})
     assert "does not hold the weights of vxm" in sentence({"encoder.stem": torch.zeros(2)}, "vxm")
-    assert "no numbers (flow.bias)" in sentence(state | {"flow.bias": torch.full((3,), torch.nan)})
+    assert "NaN or infinite (flow.bias)" in sentence(state | {"flow.bias": torch.full((3,), torch.nan)})
     assert "There is no architecture 'resnet'; choose one of: vxm-1, " in sentence(state, "resnet")
     assert "holds no state dict" in sentence({"epoch": 3})
     assert "holds no state dict" in sentence(torch.zeros(3))

@@ -147,11 +147,11 @@ HEAD = "#Insight Transform File V1.0\n#Transform 0\nTransform: {}\nParameters: {
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.tfm", "hello", "no transform that can be read"),
-        ("a.h5", "hello", "no transform that can be read"),
+        ("a.tfm", "hello", "cannot be read as a transform"),
+        ("a.h5", "hello", "cannot be read as a transform"),
         ("a.mat", "1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "of another program"),
         ("a.lta", "type = 1", "of another program"),
-        ("a.tfm", HEAD.format("AffineTransform_double_3_3", "1 0 0"), "no transform that can be read"),
+        ("a.tfm", HEAD.format("AffineTransform_double_3_3", "1 0 0"), "cannot be read as a transform"),
         ("a.tfm", HEAD.format("AffineTransform_double_3_3", "0 0 0 0 1 0 0 0 1 0 0 0"), "singular"),
     ],
 )
@@ -168,7 +168,7 @@ def test_more_bad_files(tmp_path):
     refused(tmp_path / "t.h5", "damaged")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file.create_dataset("a", data=[1.0])
-    refused(tmp_path / "other.h5", "no transform")
+    refused(tmp_path / "other.h5", "cannot be read as a transform")
     sitk.WriteImage(sitk.GetImageFromArray(np.random.rand(4, 4, 4)), str(tmp_path / "scan.nii.gz"))
     refused(tmp_path / "scan.nii.gz", "1 instead of 3 numbers")
     sitk.WriteTransform(sitk.Euler2DTransform(), str(tmp_path / "flat.tfm"))
