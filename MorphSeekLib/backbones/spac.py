@@ -1,6 +1,6 @@
 """SPAC: the stochastic planner and actor of Luo et al. (2021), which registers in up to twenty small steps.
 
-A planner of strided convolutions sees the fixed image and the moving one as it stands, and says a Gaussian over 64
+A planner of strided convolutions sees the fixed image and the moving one as it stands, and outputs a Gaussian over 64
 numbers, the plan for the whole image. An actor turns a plan and the planner's features into one small step. The mean of
 the plan is the top feature, a single cell, so that steps at tau = 0 are the official inference. The reinforcement
 learning that trains planner and actor is :mod:`MorphSeekLib.training.sac`.
@@ -81,7 +81,7 @@ def conv(
 ) -> nn.Conv3d:
     """Make a convolution without bias, initialized after He et al. (2015), so that signals keep their size.
 
-    With the official code's initialization, PyTorch's own, a plan loses its say within the many layers.
+    With the official code's initialization, PyTorch's own, a plan loses its influence over the many layers.
     """
     layer = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(layer.weight, SLOPE)

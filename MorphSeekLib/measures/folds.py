@@ -116,7 +116,7 @@ def certify(
         transform: the map as written; every axis at least two nodes.
         fixed: the fixed image's grid; shares are of the cells whose center lies in it.
         mirrored: whether the alignment exchanges left and right, so that determinants count with the other sign.
-        job: asked once a slab.
+        job: checked once per slab.
 
     Raises:
         ValueError: the displacement is not finite.
@@ -283,7 +283,7 @@ class Region:
     Attributes:
         voxels, mm3: its size.
         determinant: the least one found in it.
-        position: LPS mm of the folded voxel next to its middle (the middle of a banana need not be folded).
+        position: LPS mm of the folded voxel next to its middle (the middle of a bent region need not be folded).
         radius_mm: how far its farthest voxel lies from there.
     """
 
@@ -331,13 +331,13 @@ def unfold(
 
     Each node of a cell with a corner determinant below 0.1 moves by the mean of the moves that would raise these, one
     by one, to 0.1 (averaged projections); where a cell stays folded its nodes move toward their neighbors now and
-    then, and a cell that folds between positive corners is asked for more. Only cells that are not proven and those
-    about them are worked on.
+    then, and a cell that folds between positive corners is asked for more. Only cells that are not proven and their
+    neighbors are changed.
 
     Args:
         transform, mirrored: as for :func:`certify`.
         iterations: the most; none where every cell is proven.
-        job: asked once an iteration.
+        job: checked once per iteration.
 
     Returns:
         the transform; it may still fold where the iterations did not suffice.

@@ -1,8 +1,8 @@
 """Image similarity as losses: the smaller, the more alike.
 
 Images are (batch, channel, i, j, k) on one grid. Everything is computed in float32 or better whatever autocast says,
-and nothing waits for the device. Definitions are those of the official codes whose values and
-gradients the tests compare with.
+and nothing waits for the device. Definitions are those of the official codes, with whose
+values and gradients the tests compare.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def lncc_map(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e
 
 
 class Judge:
-    """Tells which of several warped images is most like the fixed one: the one place where results are compared.
+    """Measures how like the fixed image warped images are: all results are compared by it.
 
     The figure is the mean of squared local correlation (:func:`lncc_map`) over the fixed image's foreground, as a share
     of what the fixed image reaches with itself: 1 is best. Neither the padding around an image nor its flat parts

@@ -20,10 +20,10 @@ class LoadedModel:
 
     Attributes:
         network: in eval mode.
-        card: what the model file says of itself.
+        card: the model file's card.
         name: how it was asked for.
         sha256: of its file.
-        device: where it lies.
+        device: where the network is.
     """
 
     network: RegistrationModel

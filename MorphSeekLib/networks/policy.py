@@ -28,7 +28,7 @@ class PolicySettings:
     """The head.
 
     Attributes:
-        mean: "tanh" (the paper), or "linear": mu = W_mu f, at first f itself, for weights that know no policy.
+        mean: "tanh" (the paper), or "linear": mu = W_mu f, at first f itself, for weights trained without a policy.
         lambda_scale: "tanh": mu lies in (-lambda_scale, lambda_scale).
         log_sigma_min, log_sigma_max: the clip of log sigma.
         s: normalizer of the log-likelihood: "sqrt_n" (LDVN), or a number (1 and N are the paper's two failures).
@@ -57,7 +57,7 @@ class ModelSettings:
         backbone_settings: its settings.
         policy: the head's.
         output: how the backbone's field is read: "displacement", or "velocity" (stationary; integrated by scaling and
-            squaring, which makes each step diffeomorphic up to discretisation).
+            squaring, which makes each step diffeomorphic up to discretization).
         squarings: for "velocity".
     """
 

@@ -47,14 +47,14 @@ def check_finite(values: Transform | Tensor | float | list[float], what: str) ->
 
 
 def unknown_sizes(sizes: Sequence[float], preprocessing: Preprocessing) -> tuple[list[Notice], float]:
-    """Say whether the two images show objects of a size that the model was trained on.
+    """Warn of objects of a size that the model was not trained on.
 
     Args:
         sizes: of the fixed and the moving image's object, mm.
         preprocessing: of the model's card.
 
     Returns:
-        the notices, and how many times coarser the working grid should be: 1, but for an object of another world.
+        the notices, and how many times coarser the working grid should be: 1, except for another species or unit.
     """
     notices = []
     beyond = [preprocessing.beyond(size) for size in sizes]
@@ -106,9 +106,9 @@ def small_foreground(voxels: int) -> list[Notice]:
 
 
 def few_values(image: Tensor, name: str) -> list[Notice]:
-    """Say whether an image shows more than an outline.
+    """Warn of an image that shows hardly more than an outline.
 
-    No figure tells then which of two results is better inside of it: every measure rises while the inside gets worse.
+    Then no figure tells which of two results is better inside of it: every measure rises while the inside gets worse.
     A level that holds a good part of the image's faces is air, or what fills the grid around the field of view.
 
     Args:
@@ -154,7 +154,7 @@ def lowered_by_alignment(kind: str, measure: str, before: float | None, after: f
 
 
 def no_step_helped(figures: Sequence[StepSection], answer: int, taken: int) -> list[Notice]:
-    """Say whether all steps of this call were in vain.
+    """Warn if no step of this call brought the images closer.
 
     Args:
         figures: a row for each step; index 0: the alignment.
@@ -173,13 +173,13 @@ def no_step_helped(figures: Sequence[StepSection], answer: int, taken: int) -> l
 
 
 def fit_fell(similarity: Similarity, aligned: float, before: float, after: float) -> list[Notice]:
-    """Say whether fitting the pair ended with less similarity than it began with.
+    """Warn if the fit lowered the similarity.
 
-    Across modalities what is fitted is another measure, so that only a fall below the alignment counts.
+    Across modalities the fit uses another measure than the judge, so that only a fall below the alignment counts.
 
     Args:
         similarity: what was fitted.
-        aligned, before, after: the judge's figures after the alignment, at the fit's begin and at its end.
+        aligned, before, after: the judge's figures after the alignment, before and after the fit.
     """
     if after >= aligned and (similarity.across_modalities or before - after <= NOTABLE):
         return []

@@ -1,4 +1,4 @@
-"""The network's steps on a pair, and the best of the places they lead to."""
+"""The network's steps on a pair, and the best of the displacements that they lead to."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NetworkSteps:
 
 
 class _Walk:
-    """Takes steps, and keeps the best of all places they led to.
+    """Takes steps, and keeps the best of all displacements that they led to.
 
     Attributes:
         figures: after each step, those of earlier calls included.

@@ -190,7 +190,7 @@ class DenseTransform:
             grid: nodes for the inverse; it should cover the moving image.
             iterations, tolerance_mm: stop after this many, or when no node moved by more than this and by more than a
                 hundredth of the distance between nodes.
-            job: asked once an iteration.
+            job: checked once per iteration.
         """
         back = np.linalg.inv(self.affine_part())
         to_index = np.linalg.inv(self.grid.affine)
@@ -267,7 +267,7 @@ def resample(
         mode: "linear", or "nearest" (halves round up, as ITK does) for labels, which keep their integer type.
         background: the value outside.
         device: where to compute; the result is on the CPU.
-        job: asked once a slab.
+        job: checked once per slab.
 
     Returns:
         On ``onto``: float32 for "linear", the volume's own type for "nearest".

@@ -115,7 +115,7 @@ def finetune(
     world: World | None = None,
     job: Job = SILENT,
 ) -> Path:
-    """Fine-tune a model, or go on where a killed run of the same settings stood.
+    """Fine-tune a model, or resume a killed run of the same settings.
 
     Args:
         dataset: labeled cases of the split "training"; pairs of "registration_val" choose the weights to keep.
@@ -124,7 +124,7 @@ def finetune(
         out: the model file to write; what lies beside it meanwhile: see :class:`MorphSeekLib.training.trainer.Trainer`.
         device: where to train.
         world: the processes that share the work; alone by default.
-        job: told of every iteration, and asked before it.
+        job: told of every iteration, and checked before it.
 
     Raises:
         MorphSeekError: unusable data, settings or ``out``, or a run that collapsed (with what to change).

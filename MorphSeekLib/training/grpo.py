@@ -177,7 +177,7 @@ def _compared(rewards: Tensor, rollout: Tensor, settings: PolicyGradientSettings
 
 
 def policy_loss(advantage: list[Tensor], log_likelihood: list[Tensor]) -> Tensor:
-    """Return L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (Docs/method.md, C.5); in the paper, one A for all cells."""
+    """Return L_policy = -(1/J) sum_j sum_cells A_j log pi~_j (Docs/method.md, C.5); in the paper A is one number."""
     total = reduce(add, ((a * log).sum() for a, log in zip(advantage, log_likelihood, strict=True)))
     return -total / len(log_likelihood[0])
 

@@ -25,7 +25,7 @@ OLD_NAMES = {"score": "score", "best/iteration": "best_iteration"}
 
 @dataclass
 class RunState:
-    """All that a training's coming iterations and its end depend on, beside weights, optimizer and the task's memory.
+    """All that a training's remaining iterations depend on, besides weights, optimizer and the task's memory.
 
     Attributes:
         done: iterations.

@@ -18,7 +18,7 @@ Defects of the official code, as read in its repository; none is reproduced here
 
 Differences that are choices of the official code are settings with its values as defaults: steps are limited to one
 voxel in training and to three at inference, the target entropy is -16 for 64 numbers, planner and critics learn five
-times slower than the actor. A run that was killed goes on from its state, but fills its replay buffer again first.
+times slower than the actor. A killed run resumes from its state, but fills its replay buffer again first.
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ def train_spac(
     device: torch.device | str = "cpu",
     job: Job = SILENT,
 ) -> Path:
-    """Train a SPAC model, or go on where a killed run of the same settings stood.
+    """Train a SPAC model, or resume a killed run of the same settings.
 
     Args:
         dataset: cases of the split "training", labeled for the reward "dice"; pairs of "registration_val" choose the
@@ -335,7 +335,7 @@ def train_spac(
         config: the settings.
         out: the model file to write; what lies beside it meanwhile: see :class:`MorphSeekLib.training.trainer.Trainer`.
         device: where to train.
-        job: told of every iteration, and asked before it.
+        job: told of every iteration, and checked before it.
 
     Raises:
         MorphSeekError: unusable data or settings, or a loss that is not a number.

@@ -47,7 +47,7 @@ def warmup(
     init: Path | str | None = None,
     job: Job = SILENT,
 ) -> Path:
-    """Train from scratch or from a model, or go on where a killed run of the same settings stood.
+    """Train from scratch or from a model, or resume a killed run of the same settings.
 
     Args:
         dataset: cases of the split "training"; pairs of the split "registration_val" are validated on.
@@ -55,7 +55,7 @@ def warmup(
         out: the model file to write; what lies beside it meanwhile: see :class:`MorphSeekLib.training.trainer.Trainer`.
         device: where to train.
         init: a model of the same settings whose weights to start from.
-        job: told of every iteration, and asked before it.
+        job: told of every iteration, and checked before it.
 
     Raises:
         MorphSeekError: unusable data, settings or ``out``, a state of other settings, or a loss that is not a number.
