@@ -310,7 +310,7 @@ def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) ->
 
 
 def _held_out(figures: dict[str, Evaluation]) -> dict[str, object]:
-    """For card and panel: the finished model's figures as `morphseek evaluate` gives them ("pairs", "mean",
+    """Return, for card and panel, the finished model's figures as `morphseek evaluate` gives them ("pairs", "mean",
     "definitions"), and in "start" the same means of what it was started from, where there was something."""
     result = figures["result"]
     found: dict[str, object] = {

@@ -133,7 +133,7 @@ class VoxelMorph(Backbone):
         start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of a pair: the skips from fine to coarse (the raw pair first), and the top feature."""
+        """Return the features of a pair: the skips from fine to coarse (the raw pair first), and the top feature."""
         x = torch.cat([moving, fixed], dim=1)
         for scale in range(self.settings.forces):
             with torch.no_grad():
@@ -153,7 +153,7 @@ class VoxelMorph(Backbone):
         return skips, x
 
     def learned(self, skips: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Of what ``encode`` found, the learned features of moving and fixed, (batch, features, i/2, j/2, k/2) each."""
+        """Return the learned features of moving and fixed from the skips, (batch, features, i/2, j/2, k/2) each."""
         if self.features is None:
             return None
         moving, fixed = F.avg_pool3d(skips[0][:, -2 * self.settings.features :], 2).chunk(2, dim=1)
@@ -175,13 +175,13 @@ class VoxelMorph(Backbone):
 
 
 def structure_force(moving: Tensor, fixed: Tensor) -> Tensor:
-    """:func:`descriptor_force` between the MIND-SSC descriptors of two images (batch, 1, i, j, k)."""
+    """Return :func:`descriptor_force` between the MIND-SSC descriptors of two images (batch, 1, i, j, k)."""
     with torch.autocast(moving.device.type, enabled=False):
         return descriptor_force(*(mind_ssc(image.float(), radius=1) for image in (moving, fixed)))
 
 
 def descriptor_force(moving: Tensor, fixed: Tensor) -> Tensor:
-    """Gauss-Newton step, voxel by voxel, towards equal descriptors (a demons force on what they describe).
+    """Return a Gauss-Newton step at each voxel toward equal descriptors (a demons force on what they describe).
 
     f = sum_c (F_c - M_c) grad M_c / (sum_c |grad M_c|^2 + sum_c (F_c - M_c)^2), each sum averaged over 3x3x3 voxels
     first; after Vercauteren et al. (2009) and Heinrich et al. (2013).

@@ -223,7 +223,7 @@ class _Rows:
             raise MorphSeekError(f"{self._path} cannot be written ({error.strerror}); free some space.") from error
 
     def remove(self) -> None:
-        """Remove the file; the result has all."""
+        """Remove the file; the result holds all rows."""
         self._path.unlink(missing_ok=True)
 
 

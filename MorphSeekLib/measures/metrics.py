@@ -102,13 +102,13 @@ class FoldingFigures:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the finite values; None without any. What could not be measured is left out, never counted."""
+    """Return the mean of the finite values; None without any. What could not be measured is left out, never counted."""
     kept = _finite(values)
     return statistics.fmean(kept) if kept else None
 
 
 def deviation(values: Iterable[float | None]) -> float | None:
-    """Standard deviation (of the whole population) of the finite values; None without any."""
+    """Return the standard deviation (of the whole population) of the finite values; None without any."""
     kept = _finite(values)
     return statistics.pstdev(kept) if kept else None
 
@@ -154,7 +154,7 @@ def dice_per_label(
     labels: Iterable[int] | None = None,
     moving_labels: Tensor | None = None,
 ) -> dict[int, float]:
-    """Dice overlap 2|A and B| / (|A| + |B|) of each label, background 0 left out.
+    """Return the Dice overlap 2|A and B| / (|A| + |B|) of each label, background 0 left out.
 
     Learn2Reg's rule: a label that is absent from the fixed or from the UNWARPED moving image cannot be judged and is
     left out of the result; one that is in both but was lost in warping scores 0.
@@ -189,7 +189,7 @@ def hd95_per_label(
     labels: Iterable[int] | None = None,
     moving_labels: Tensor | None = None,
 ) -> dict[int, float]:
-    """95 % Hausdorff distance of each label's surfaces, in mm (voxels at unit spacing, which is what Learn2Reg prints).
+    """Return each label's 95 % Hausdorff distance in mm (in voxels at unit spacing, which is what Learn2Reg prints).
 
     Learn2Reg's definition, which is that of DeepMind's surface-distance: a surface element sits at each corner shared
     by eight voxels that are not all alike; its distance is that to the nearest element of the other surface, its weight
@@ -228,7 +228,7 @@ def hd95_per_label(
 
 
 def folding(displacement: Tensor | None = None, jacobian: Tensor | None = None) -> FoldingFigures:
-    """Folding and unevenness of a deformation; see :class:`FoldingFigures` for the definitions.
+    """Measure folding and unevenness of a deformation; see :class:`FoldingFigures` for the definitions.
 
     Args:
         displacement: (1, 3, i, j, k), voxels of the fixed image's own grid (:func:`geometry.voxel_displacement`).
@@ -269,7 +269,7 @@ def sdlogj_learn2reg(displacement: Tensor | None = None, jacobian: Tensor | None
 
 
 def landmark_errors(total: Tensor, fixed_points: Tensor, moving_points: Tensor, spacing: Sequence[float]) -> Tensor:
-    """Distance between each fixed landmark, mapped by displacements, and its partner on the same grid.
+    """Return the distance of each fixed landmark, mapped by displacements, to its partner on the same grid.
 
     Args:
         total: (J, 3, i, j, k), voxels of the grid.
@@ -290,7 +290,7 @@ def target_registration_error(
     fixed_points_mm: np.ndarray,
     moving_points_mm: np.ndarray,
 ) -> np.ndarray:
-    """Distance between each mapped fixed landmark and its partner in the moving image.
+    """Return the distance of each mapped fixed landmark to its partner in the moving image.
 
     Args:
         transform_points: maps (n, 3) LPS mm of the fixed space to moving space (:meth:`DenseTransform.map_points`).
@@ -340,7 +340,7 @@ def _finite(values: Iterable[float | None]) -> list[float]:
 
 
 def _count(labels: Tensor, name: str) -> dict[int, int]:
-    """{label: voxels} of what occurs, background left out, ascending."""
+    """Return {label: voxels} of the labels that occur, background left out, ascending."""
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"Labels must be whole numbers, not {labels.dtype}.")
     if labels.numel() == 0:
@@ -367,7 +367,7 @@ def _judged(in_fixed: dict[int, int], labels: Iterable[int] | None, moving_label
 
 
 def _renumbered(labels: Tensor, judged: list[int]) -> np.ndarray:
-    """Judged labels as 1, 2, ... in their order, everything else 0."""
+    """Renumber judged labels as 1, 2, ... in their order, everything else as 0."""
     array = labels.cpu().numpy().astype(np.int64, copy=False)
     if not judged:
         return np.zeros(array.shape, np.int32)
@@ -390,7 +390,7 @@ def _surface(
 
 
 def _percentile_95(elements: np.ndarray, area: np.ndarray, others: np.ndarray, spacing: np.ndarray) -> float:
-    """Area-weighted 95th percentile of the distances of ``elements`` to the nearest of ``others``."""
+    """Return the area-weighted 95th percentile of the distances of ``elements`` to the nearest of ``others``."""
     # lattice points: halving boxes takes a third of the time of the default, which looks for medians
     tree = KDTree(others * spacing, balanced_tree=False, compact_nodes=False)
     nearest = tree.query(elements * spacing)[1]

@@ -55,7 +55,7 @@ class Card:
 
 
 def software() -> dict[str, str]:
-    """Versions that provenance and reports name."""
+    """Return the versions that provenance and reports name."""
     return {
         "morphseek": __version__,
         "python": platform.python_version(),

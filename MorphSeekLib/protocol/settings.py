@@ -96,7 +96,7 @@ def _default(field: dataclasses.Field, base: Any) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """``value`` as the type hint says, or MorphSeekError."""
+    """Convert ``value`` to what the type hint says, or raise MorphSeekError."""
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast("type[Any]", hint), value, where, default)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

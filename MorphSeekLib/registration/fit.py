@@ -188,7 +188,7 @@ Objective = Callable[[Tensor], Tensor]
 
 
 def objective(fixed: Tensor, moving_at: Callable[[Tensor], Tensor], settings: FitOptions) -> Objective:
-    """Field (1, 3, i, j, k) -> the scalar that the fit lowers; see the module's text.
+    """Return the scalar that the fit lowers, of a field (1, 3, i, j, k); see the module's docstring.
 
     Args:
         fixed: (1, channels, i, j, k), the fixed image's features as the similarity prepares them.
@@ -215,7 +215,7 @@ def optimize(
     settings: FitOptions,
     on_iteration: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """K iterations on one pair, z first and then the field.
+    """Fit one pair by K iterations, z first and then the field.
 
     Args:
         model: its weights are left alone.
@@ -251,7 +251,7 @@ def fit(
     stride: int,
     on_iteration: Callable[[], None] = lambda: None,
 ) -> Fitted:
-    """Iterations on the field alone: a correction on control points, added to the start's field.
+    """Fit the field alone: a correction on control points, added to the start's field.
 
     Args:
         start: the field, and the objectives met so far.
@@ -277,7 +277,7 @@ def _descend(
     on_iteration: Callable[[], None],
     field_of: Callable[[], Tensor],
 ) -> Fitted:
-    """Adam on one variable; the best field so far, and all objectives."""
+    """Descend on one variable by Adam; return the best field so far, and all objectives."""
     optimizer = torch.optim.Adam([variable], lr=rate)
     for _ in range(iterations):
         optimizer.zero_grad(set_to_none=True)

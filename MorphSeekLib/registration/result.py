@@ -203,7 +203,7 @@ def make_report(pair: Pair, model: LoadedModel, outcome: Outcome, figures: Figur
 
 
 def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: Job) -> DiceSection:
-    """Hard Dice per label on the fixed grid: as the images came, after the alignment, after the registration."""
+    """Measure hard Dice per label on the fixed grid: as given, after the alignment, after the registration."""
     stages = {
         "input": resample(moving, fixed.grid, mode="nearest", job=job).data,
         "aligned": resample(moving, fixed.grid, start, mode="nearest", job=job).data,
@@ -220,7 +220,7 @@ def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: 
 
 
 def _folding(jacobian: Volume, certificate: Certificate, least: Volume) -> FoldingSection:
-    """Central differences, the proof, and the folded regions in LPS mm, the largest ones in full."""
+    """Return central differences, the proof, and the folded regions in LPS mm, the largest ones in full."""
     found = regions(least)
     listed = {"regions": [vars(region).copy() for region in found[:MOST_REGIONS]], "region_count": len(found)}
     cells = {"cells": vars(certificate.count).copy()}
@@ -228,7 +228,7 @@ def _folding(jacobian: Volume, certificate: Certificate, least: Volume) -> Foldi
 
 
 def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed: Grid, moving: Grid) -> InverseSection:
-    """|inverse(T(p)) - p| in mm over up to 20,000 points p of the fixed grid that land in the moving image."""
+    """Measure |inverse(T(p)) - p|, mm, at up to 20,000 points p of the fixed grid that land in the moving image."""
     generator = np.random.default_rng(0)
     index = generator.uniform(0, 1, (20_000, 3)) * (np.array(fixed.shape) - 1)
     points = apply_affine(fixed.affine, index)

@@ -272,7 +272,7 @@ class _Panel:
     def show(
         self, values: np.ndarray, colors: Any = None, low: float = 0, high: float = 1, smooth: bool = True
     ) -> None:
-        """(down, right) values, or (down, right, 4) colors; NaN stays black."""
+        """Show (down, right) values, or (down, right, 4) colors; NaN stays black."""
         self.axes.imshow(
             values,
             cmap=colors,
@@ -291,7 +291,7 @@ class _Panel:
         self.axes.contour(across, down, values, levels=levels, colors=color, linewidths=width, linestyles="solid")
 
     def circle(self, point: np.ndarray, radius_mm: float) -> None:
-        """Around a point in LPS mm."""
+        """Draw a circle around a point in LPS mm."""
         index = geometry.apply_affine(np.linalg.inv(self.grid.affine), point[None])[0, :2] + 0.5
         center = (self.left + index[0] * self.pixel, self.top + index[1] * self.pixel)
         radius = radius_mm / float(self.grid.spacing[0]) * self.pixel
@@ -300,7 +300,7 @@ class _Panel:
         circle.set_clip_path(frame.get_path(), frame.get_transform() + self.axes.transData)
 
     def letters(self) -> None:
-        """Orientation letters inside the four edges."""
+        """Draw orientation letters inside the four edges."""
         x, y, rim = (self.left + self.right) / 2, (self.top + self.bottom) / 2, 0.05
         places = (
             (self.left + rim, y, "left", "center"),
@@ -331,7 +331,7 @@ class _Scene:
     # --- where to cut
 
     def _view(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Middle of the foreground (a voxel's LPS mm), and the box along the world's axes to show: foreground and rim.
+        """Return the foreground's middle (a voxel's LPS mm), and the box along the world's axes to show, with a rim.
 
         Air all around would only make the pictures smaller.
         """
@@ -428,7 +428,7 @@ class _Scene:
         self._folds(panel)
 
     def _outline(self, panel: _Panel, levels: list[float], color: str, width: float) -> None:
-        """The fixed image's own borders."""
+        """Draw the fixed image's own borders."""
         fixed = np.nan_to_num(_cut(self.pictures.fixed, panel.grid), nan=self.fixed_window[0])
         panel.contour(ndimage.gaussian_filter(fixed, 0.7), levels, color, width)
 
@@ -498,7 +498,7 @@ class _Scene:
         return buffer.getvalue()
 
     def _scales(self) -> dict[Callable, tuple[Any, tuple[str, str, str]]]:
-        """Colors and what stands below their ends and middle, of the columns that have a scale."""
+        """Return colors and the texts below their ends and middle, for the columns that have a scale."""
         difference = (_DIFFERENCE, ("fixed\nbrighter", "equal", "moving\nbrighter"))
         limit = f"{self.volume_limit:g}"
         return {
@@ -529,7 +529,7 @@ def _subsample(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _window(*volumes: Volume) -> tuple[tuple[float, float], list[float]]:
-    """Gray window that shows the foreground's contrast, and two levels: background | tissue | brighter tissue."""
+    """Return a gray window for the foreground's contrast, and two levels: background | tissue | bright tissue."""
     values = np.concatenate([_subsample(volume)[0] for volume in volumes])
     first, last = np.percentile(values, [0.1, 99.9])
     if last > first:  # metal and other specks would take the whole histogram
@@ -546,7 +546,7 @@ def _window(*volumes: Volume) -> tuple[tuple[float, float], list[float]]:
 
 
 def _otsu_levels(image: sitk.Image) -> tuple[float, ...]:
-    """Two thresholds by Otsu's method."""
+    """Return two thresholds by Otsu's method."""
     otsu = sitk.OtsuMultipleThresholdsImageFilter()
     otsu.SetNumberOfThresholds(2)
     otsu.SetNumberOfHistogramBins(128)
@@ -555,7 +555,7 @@ def _otsu_levels(image: sitk.Image) -> tuple[float, ...]:
 
 
 def _scaled(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    """Gray values from 0 to 1."""
+    """Scale gray values to 0 to 1."""
     return np.clip((values - window[0]) / (window[1] - window[0]), 0, 1)
 
 

@@ -137,7 +137,7 @@ def export_results(
 
 
 def earlier_files(folder: Path | str) -> set[str]:
-    """Names of the files in a folder that an earlier registration wrote there, as its report.json lists them."""
+    """Return the files in a folder that an earlier registration wrote there, as its report.json lists them."""
     try:
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
         listed = set(report["files"]) if "morphseek" in report else set()

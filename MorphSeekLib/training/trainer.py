@@ -199,7 +199,7 @@ def training_cases(dataset: Dataset, name: str, labeled: bool = False, most: int
 
 
 class Trainer:
-    """Runs a task to its end, or goes on where a killed run of the same settings stood.
+    """Runs a task to its end, or resumes a killed run of the same settings.
 
     While training, it keeps beside ``out``: ``out.state`` (to resume from; removed once the model is written),
     ``out.log`` (TensorBoard) and ``out.jsonl`` (the same figures, a line an iteration). A cancelled run keeps its
@@ -259,7 +259,7 @@ class Trainer:
                 self._conclude(state.owed)
 
     def _conclude(self, metrics: dict[str, float]) -> None:
-        """End an iteration: validate where that is due, log, tell, save.
+        """End an iteration: validate where that is due, log, report, save.
 
         Cancelled in its validation, it can be done again by a resumed run.
         """
@@ -323,7 +323,7 @@ class Trainer:
 
 
 def _check_weights(model: nn.Module, done: int) -> None:
-    """Refuse to validate or keep weights that are no numbers any more.
+    """Refuse to validate or keep weights that are NaN or infinite.
 
     Raises:
         MorphSeekError: with what to change.
@@ -395,7 +395,7 @@ def validate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, run: RunSettings, iteration: int) -> float:
-    """From the settings' rate to a hundredth of it along half a cosine."""
+    """Lower the rate from the settings' to a hundredth of it along half a cosine."""
     rate = run.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * iteration / run.iterations)))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -403,7 +403,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, run: RunSettings, iterat
 
 
 def check_finite(values: list[float], iteration: int) -> None:
-    """Stop a run whose loss or gradient is no number any more.
+    """Stop a run whose loss or gradient is not finite.
 
     Raises:
         MorphSeekError: with what to change.
