@@ -39,14 +39,14 @@ class CorrMLPSettings:
         decoder_width: channels of the decoder at full resolution, doubled likewise; divisible by 4.
         windows: sizes in voxels along each axis.
         official_upsampling: see :func:`MorphSeekLib.backbones.siamese.double`.
-        checkpointing: less memory and more time in training.
+        recompute: less memory and more time in training.
     """
 
     encoder_width: int = 8
     decoder_width: int = 16
     windows: tuple[int, ...] = (3, 5, 7)
     official_upsampling: bool = False
-    checkpointing: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.encoder_width < 1:
@@ -70,7 +70,7 @@ class CorrMLP(Siamese):
         decoder = [settings.decoder_width * 2**level for level in range(LEVELS)]
         self.top_channels = decoder[-1]
         self.multiple_of = 2 ** (LEVELS - 1)
-        self.pyramid = Pyramid(settings.encoder_width, LEVELS, settings.checkpointing)
+        self.pyramid = Pyramid(settings.encoder_width, LEVELS, settings.recompute)
         # lists of the decoder go from fine to coarse, as the skips do
         self.compare = nn.ModuleList(Block(a, b, settings.windows) for a, b in zip(encoder, decoder, strict=True))
         self.join = nn.ModuleList(Block(width, width, settings.windows) for width in decoder[:-1])
@@ -93,7 +93,7 @@ class CorrMLP(Siamese):
         return field
 
     def _run(self, block: nn.Module, a: Tensor, b: Tensor) -> Tensor:
-        return run(block, a, b, save=self.settings.checkpointing)
+        return run(block, a, b, save=self.settings.recompute)
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def run(block: Callable[..., Tensor], *inputs: Tensor, save: bool) -> Tensor:
     """Return ``block(*inputs)``; to ``save`` memory in training, its inner values are computed again for the gradient.
 
-    Backbones with a setting ``checkpointing`` run their blocks through it.
+    Backbones with a setting ``recompute`` run their blocks through it.
     """
     if save and is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)

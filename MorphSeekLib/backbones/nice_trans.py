@@ -36,7 +36,7 @@ class NICETransSettings:
         depth: attention layers at each of the four coarse levels.
         window: attention sees this many voxels along each axis; every second layer's windows are shifted by half.
         official_upsampling: see :func:`MorphSeekLib.backbones.siamese.double`.
-        checkpointing: less memory and more time in training.
+        recompute: less memory and more time in training.
     """
 
     encoder_width: int = 8
@@ -45,7 +45,7 @@ class NICETransSettings:
     depth: int = 4
     window: int = 5
     official_upsampling: bool = False
-    checkpointing: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if min(self.encoder_width, self.decoder_width, self.head_width, self.depth) < 1 or self.window < 2:
@@ -67,7 +67,7 @@ class NICETrans(Siamese):
         decoder = [settings.decoder_width * 2**level for level in range(LEVELS)]
         self.top_channels = decoder[-1]
         self.multiple_of = 2 ** (LEVELS - 1)
-        self.pyramid = Pyramid(settings.encoder_width, LEVELS, settings.checkpointing)
+        self.pyramid = Pyramid(settings.encoder_width, LEVELS, settings.recompute)
         # lists of the decoder go from fine to coarse, as the skips do; the finest level has convolutions alone
         inputs = [2 * e + d for e, d in zip(encoder, decoder, strict=True)]
         inputs[-1] = 2 * encoder[-1]
@@ -99,7 +99,7 @@ class NICETrans(Siamese):
             fixed, moving = skips[level].chunk(2, dim=1)
             x = torch.cat([fixed, self.expand[level](x).to(fixed.dtype), fields.warp(moving, field).to(fixed.dtype)], 1)
             if level == 0:
-                x = run(self.finest, x, save=self.settings.checkpointing)
+                x = run(self.finest, x, save=self.settings.recompute)
             else:
                 x = self.attend[level - 1](self.fuse[level - 1](x))
             field = field + self.flow[level](x)
@@ -127,7 +127,7 @@ def affine_field(parameters: Tensor, shape: Sequence[int]) -> Tensor:
 def swin_stage(width: int, settings: NICETransSettings) -> SwinStage:
     """Make the layers of windowed attention of one level, on (batch, width, i, j, k)."""
     heads, window = width // settings.head_width, (settings.window,) * 3
-    return SwinStage(width, heads, window, settings.depth, settings.checkpointing)
+    return SwinStage(width, heads, window, settings.depth, settings.recompute)
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,10 +22,10 @@ from .memory import run
 class Pyramid(nn.ModuleList):
     """Features of one image at 1, 1/2, 1/4, ..., of ``width``, 2 ``width``, 4 ``width``, ... channels."""
 
-    def __init__(self, width: int, levels: int, checkpointing: bool = False) -> None:
+    def __init__(self, width: int, levels: int, recompute: bool = False) -> None:
         widths = [width * 2**level for level in range(levels)]
         super().__init__(conv_block(a, b) for a, b in zip([1, *widths], widths, strict=False))
-        self.checkpointing = checkpointing
+        self.recompute = recompute
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return (batch, 1, i, j, k) to (batch, channels, ...), fine to coarse."""
@@ -34,7 +34,7 @@ class Pyramid(nn.ModuleList):
             raise MorphSeekError(f"This network needs images of more than {coarsest} voxels along one axis at least.")
         features: list[Tensor] = []
         for block in self:
-            features.append(run(block, F.avg_pool3d(features[-1], 2) if features else image, save=self.checkpointing))
+            features.append(run(block, F.avg_pool3d(features[-1], 2) if features else image, save=self.recompute))
         return features
 
 

@@ -44,7 +44,7 @@ class TransMorphSettings:
         squarings: 0, or the number of squarings that integrate a velocity field (DIFFEOMORPHIC).
         official_defects: with ``flow_stride`` 2, the official codes' treatment of the half-resolution field; see
             :meth:`TransMorph.decode`.
-        checkpointing: less memory and more time in training.
+        recompute: less memory and more time in training.
     """
 
     channels: int = 96
@@ -55,7 +55,7 @@ class TransMorphSettings:
     flow_stride: int = 1
     squarings: int = 0
     official_defects: bool = False
-    checkpointing: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.channels % 2 or self.channels < 2:
@@ -210,7 +210,7 @@ class TransMorph(Backbone):
         for stage, norm, merge in zip(self.stages, self.norms, [*self.merges, None], strict=True):
             x = x.to(norm.weight.dtype)  # the sum that blocks add to is float32 whatever autocast says
             for block in stage.children():
-                x = run(block, x, save=self.settings.checkpointing)
+                x = run(block, x, save=self.settings.recompute)
             skips.append(norm(x).permute(0, 4, 1, 2, 3).contiguous())
             if merge is not None:
                 x = merge(x)
@@ -233,7 +233,7 @@ class TransMorph(Backbone):
             with torch.autocast(x.device.type, enabled=False):  # which would have the largest tensors in float32
                 x = F.interpolate(x, scale_factor=2, mode="trilinear")
                 x = torch.cat([x, skip.to(x.dtype)], dim=1)
-            x = run(block, x, save=self.settings.checkpointing)
+            x = run(block, x, save=self.settings.recompute)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the field to a hundredth of itself
             field = self.flow(x.to(self.flow.weight.dtype))
             squarings = self.settings.squarings

@@ -87,13 +87,13 @@ class SwinStage(nn.Module):
         heads: attention heads; they divide the channels.
         window: tokens of a window along (i, j, k).
         depth: layers.
-        checkpointing: less memory and more time in training.
+        recompute: less memory and more time in training.
     """
 
-    def __init__(self, channels: int, heads: int, window: Sequence[int], depth: int, checkpointing: bool) -> None:
+    def __init__(self, channels: int, heads: int, window: Sequence[int], depth: int, recompute: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            SwinLayer(channels, heads, window, shifted=number % 2 == 1, checkpointing=checkpointing)
+            SwinLayer(channels, heads, window, shifted=number % 2 == 1, recompute=recompute)
             for number in range(depth)
         )
 
@@ -109,10 +109,10 @@ class SwinLayer(nn.Module):
     """Attention and a two-layer perceptron, each on normalized tokens and added to them."""
 
     def __init__(
-        self, channels: int, heads: int, window: Sequence[int], shifted: bool, checkpointing: bool = False
+        self, channels: int, heads: int, window: Sequence[int], shifted: bool, recompute: bool = False
     ) -> None:
         super().__init__()
-        self.checkpointing = checkpointing
+        self.recompute = recompute
         self.norm1 = nn.LayerNorm(channels)
         self.attn = SwinAttention(channels, heads, window, shifted)
         self.norm2 = nn.LayerNorm(channels)
@@ -120,8 +120,8 @@ class SwinLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, i, j, k, channels) -> the same."""
-        x = x + run(self._attended, x, save=self.checkpointing)
-        return x + run(self._mixed, x, save=self.checkpointing)
+        x = x + run(self._attended, x, save=self.recompute)
+        return x + run(self._mixed, x, save=self.recompute)
 
     def _attended(self, x: Tensor) -> Tensor:
         return self.attn(self.norm1(x))

@@ -18,7 +18,7 @@ from .errors import MorphSeekError
 
 T = TypeVar("T")
 
-OLD_NAMES = {"licence": "license"}
+OLD_NAMES = {"licence": "license", "checkpointing": "recompute"}
 """What settings and cards written by an earlier version call by another name."""
 
 

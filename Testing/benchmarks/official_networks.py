@@ -185,7 +185,7 @@ def siamese(name: str, shape: tuple[int, int, int], clones: Path) -> Official:
     classes = {k.replace("_", "").replace("-", "").lower(): v for k, v in inspect.getmembers(networks, inspect.isclass)}
     kind = classes[word]
     takes = inspect.signature(kind).parameters
-    # checkpointing trades time for memory; here time is measured
+    # recomputing trades time for memory; here time is measured
     network = kind(**{key: False for key in takes if "checkpoint" in key})
 
     def run(moving: Tensor, fixed: Tensor) -> Pair:

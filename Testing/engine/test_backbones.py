@@ -226,3 +226,7 @@ def test_learned_features_move_the_network_and_are_one_for_both_images():
     assert float(network.features.out.weight.grad.abs().max()) > 0
     with pytest.raises(ValueError, match="features need forces"):
         VoxelMorphSettings(features=4)
+
+
+def test_settings_of_before_are_read_by_their_old_names():
+    assert build_backbone("transmorph", {"checkpointing": True}).settings.recompute

@@ -140,10 +140,10 @@ class Whole(torch.nn.Module):
 
 
 @both
-def test_checkpointing_saves_memory_and_changes_nothing(name):
+def test_recomputing_saves_memory_and_changes_nothing(name):
     kept, gradients = [], []
-    for checkpointing in (False, True):
-        network = awake(name, checkpointing=checkpointing)
+    for recompute in (False, True):
+        network = awake(name, recompute=recompute)
         size = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:

@@ -250,11 +250,11 @@ def test_wrong_settings_are_named(wrong, words):
         TransMorphSettings(**wrong)
 
 
-def test_checkpointing_saves_memory_and_changes_nothing():
+def test_recomputing_saves_memory_and_changes_nothing():
     """With blocks that are dropped at random: the second time, the same ones are dropped."""
     settings = replace(SMALL_NETWORK, channels=8, depths=(4, 4), drop_path=0.5)
     plain = TransMorph(settings)
-    thrifty = TransMorph(replace(settings, checkpointing=True))
+    thrifty = TransMorph(replace(settings, recompute=True))
     thrifty.load_state_dict(plain.state_dict())
     pair = torch.rand(2, 1, 1, 32, 24, 24)
     kept, gradients = [], []

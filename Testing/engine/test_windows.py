@@ -56,7 +56,7 @@ def test_attention_of_any_grid_is_that_of_every_pair_of_tokens(size, shifted):
 
 
 def test_every_second_layer_is_shifted():
-    stage = SwinStage(4, 2, (3, 3, 3), 4, checkpointing=False)
+    stage = SwinStage(4, 2, (3, 3, 3), 4, recompute=False)
     assert [layer.attn.shifted for layer in stage.blocks] == [False, True, False, True]
 
 
