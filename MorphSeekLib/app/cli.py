@@ -603,7 +603,7 @@ def check_config(config: str | None) -> Path | None:
 
 
 def use_threads(threads: int | None) -> None:
-    """Compute with this many threads; None: with all."""
+    """Set the number of threads to compute with; None: all."""
     if threads is not None:
         from ..networks.devices import use_threads as use
 

@@ -5,7 +5,7 @@
 
 Versions, devices and their free memory, threads, folders, models with their check sums, and the last lines of the log.
 Names of patients, files and users are taken out (:class:`Redaction`). Only the standard library is imported before the
-examination, which goes on where a part of the engine cannot be imported: that is when it is needed most.
+examination, which continues where a part of the engine cannot be imported: that is when it is needed most.
 
 Slicer's panel starts ``python -m MorphSeekLib.app.doctor`` and hands over a :class:`Told` as JSON on its standard
 input.

@@ -1,6 +1,6 @@
 """A training in a folder (:mod:`MorphSeekLib.protocol.run_folder`): `morphseek train FOLDER` does what run.json says.
 
-The same command goes on after a stop or a crash.
+The same command resumes after a stop or a crash.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run(folder: Path | str, job: Job = SILENT) -> Path:
 
     Raises:
         MorphSeekError: unusable settings or cases, a run that collapsed, or a folder that another process works in.
-        Cancelled: it was stopped; the same call goes on.
+        Cancelled: it was stopped; the same call resumes it.
     """
     folder = Path(folder).resolve()
     check_run(folder)
@@ -278,7 +278,7 @@ def seconds_per_iteration(
 
 
 def planned_iterations(minutes: float, iteration: float, validation: float) -> tuple[int, int]:
-    """Return (iterations, iterations between validations) that take so many minutes.
+    """Return (iterations, iterations between validations) that take the given minutes.
 
     The learning rate falls along the whole run, so its length must be known before it begins.
 

@@ -62,7 +62,7 @@ OFFICIAL = CorrMLPSettings(official_upsampling=True)
 
 @register("corrmlp", CorrMLPSettings)
 class CorrMLP(Siamese):
-    """See the module's text. Input sizes must be divisible by ``multiple_of``."""
+    """See the module's docstring. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: CorrMLPSettings) -> None:
         super().__init__(settings)

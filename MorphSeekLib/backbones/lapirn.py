@@ -112,7 +112,7 @@ class Level(nn.Module):
 
 @register("lapirn", LapIRNSettings)
 class LapIRN(Backbone):
-    """See the module's text. Input sizes must be divisible by ``multiple_of``."""
+    """See the module's docstring. Input sizes must be divisible by ``multiple_of``."""
 
     multiple_of = 8
 

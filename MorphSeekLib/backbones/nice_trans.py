@@ -59,7 +59,7 @@ OFFICIAL = NICETransSettings(official_upsampling=True)
 
 @register("nice_trans", NICETransSettings)
 class NICETrans(Siamese):
-    """See the module's text. Input sizes must be divisible by ``multiple_of``."""
+    """See the module's docstring. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: NICETransSettings) -> None:
         super().__init__(settings)

@@ -142,7 +142,7 @@ class Actor(nn.Module):
 
 @register("spac", SPACSettings)
 class SPAC(Backbone):
-    """See the module's text. Sizes divisible by ``multiple_of`` are taken; one is right, the others are resampled."""
+    """See the module's docstring. Sizes divisible by ``multiple_of`` are accepted; all but ``size`` are resampled."""
 
     def __init__(self, settings: SPACSettings) -> None:
         super().__init__(settings)

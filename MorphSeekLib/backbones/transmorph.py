@@ -168,7 +168,7 @@ class ConvBlock(nn.Sequential):
 
 @register("transmorph", TransMorphSettings)
 class TransMorph(Backbone):
-    """See the module's text. Input sizes must be divisible by ``multiple_of``."""
+    """See the module's docstring. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: TransMorphSettings) -> None:
         super().__init__(settings)

@@ -105,7 +105,7 @@ class FeatureNet(nn.Module):
 
 @register("voxelmorph", VoxelMorphSettings)
 class VoxelMorph(Backbone):
-    """See the module's text. Input sizes must be divisible by ``multiple_of``."""
+    """See the module's docstring. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: VoxelMorphSettings) -> None:
         super().__init__(settings)
@@ -205,7 +205,7 @@ def descriptor_force(moving: Tensor, fixed: Tensor) -> Tensor:
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the TransMorph repository's weights under our names; the warp's grid is no weight."""
+    """Rename the TransMorph repository's weights as ours; the warp's grid is not a weight."""
     ours = {"unet_model.downarm.": "down.", "unet_model.uparm.": "up.", "unet_model.extras.": "extra.", ".main.": ".0."}
     renamed = {}
     for name, value in state.items():

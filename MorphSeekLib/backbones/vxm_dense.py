@@ -65,7 +65,7 @@ DISPLACEMENT = VxmDenseSettings(squarings=0)
 
 @register("vxm_dense", VxmDenseSettings)
 class VxmDense(Backbone):
-    """See the module's text. Input sizes must be divisible by ``multiple_of``."""
+    """See the module's docstring. Input sizes must be divisible by ``multiple_of``."""
 
     def __init__(self, settings: VxmDenseSettings) -> None:
         super().__init__(settings)

@@ -1,7 +1,7 @@
 """Attention within windows of a 3D grid, every second layer with its windows shifted (Liu et al., ICCV 2021).
 
 What TransMorph and NICE-Trans share, and the stage of NICE-Trans. Their official codes differ in what they do with a
-grid that is no whole number of windows, or smaller than one; each network's layer says how.
+grid that is not a whole number of windows, or smaller than one; each network's layer says how.
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ class SwinStage(nn.Module):
     def __init__(self, channels: int, heads: int, window: Sequence[int], depth: int, recompute: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            SwinLayer(channels, heads, window, shifted=number % 2 == 1, recompute=recompute)
-            for number in range(depth)
+            SwinLayer(channels, heads, window, shifted=number % 2 == 1, recompute=recompute) for number in range(depth)
         )
 
     def forward(self, x: Tensor) -> Tensor:

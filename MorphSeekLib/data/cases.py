@@ -271,7 +271,7 @@ def _draw(cases: list[Case], groups: int) -> list[list[Case]]:
 
 
 def _across(fixed: list[Case], moving: list[Case]) -> list[Pair]:
-    """Pair every held-out case of either side at least once."""
+    """Pair every held-out case of both sides at least once."""
     return [Pair(fixed[n % len(fixed)], moving[n % len(moving)]) for n in range(max(len(fixed), len(moving)))]
 
 

@@ -293,7 +293,7 @@ class _Description:
 
 
 def _whole(value: object) -> int | None:
-    """Return the whole number that a JSON value is or spells; None where it is none."""
+    """Return the whole number that a JSON value is or spells; None if it is neither."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
@@ -333,7 +333,7 @@ def paired_sides(cases: Sequence[Case], pairing: tuple[str, str]) -> tuple[list[
 
 
 def training_pair(cases: Sequence[Case], pairing: tuple[str, str] | None, generator: torch.Generator) -> Pair:
-    """Draw a pair to train on: two cases, or one of either side of a pairing.
+    """Draw a pair to train on: two cases, or one of each side of a pairing.
 
     Raises:
         MorphSeekError: as :func:`paired_sides`.

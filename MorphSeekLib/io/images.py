@@ -115,7 +115,7 @@ def read_labels(path: str | os.PathLike, nifti_form: str | None = None) -> Volum
         path, nifti_form: as for :func:`read_image`; give the form that was taken for the image of these labels.
 
     Raises:
-        MorphSeekError: as :func:`read_image`, and for values that are no labels or a file without any label.
+        MorphSeekError: as :func:`read_image`, and for values that are not labels or a file without any label.
     """
     volume = _volume(_read(path, nifti_form=nifti_form), shown(path), torch.float64)
     missing = int(volume.data.isnan().sum())
@@ -235,7 +235,7 @@ def _with_nan(image: sitk.Image, where: np.ndarray) -> sitk.Image:
 
 
 def form_notices(path: str | os.PathLike) -> tuple[Notice, ...]:
-    """Return what there is to say of where a NIfTI file lies, from its header alone; nothing for other and unreadable
+    """Return notices about where a NIfTI file lies, from its header alone; nothing for other and unreadable
     files.
 
     For an application that has read the file by itself, with ITK.
@@ -272,7 +272,7 @@ def _form_of(image: sitk.Image | sitk.ImageFileReader, header: nifti.Header) -> 
 
 
 def _form_notice(path: Path, header: nifti.Header, taken: str | None, wanted: str | None) -> Notice | None:
-    """Return what to say of a header whose two forms differ, or whose only one is sheared.
+    """Return the notice about a header whose two forms differ, or whose only one is sheared.
 
     Args:
         taken: the form by which ITK places the image; None when it refuses the image.
@@ -328,7 +328,7 @@ def check_overlap(fixed: Volume, moving: Volume, transform: Transform | None = N
 
 
 def use_simpleitk_threads(count: int | None = None) -> None:
-    """Let SimpleITK compute with so many threads from now on; None for as many as it took at the start."""
+    """Set the number of SimpleITK's threads; None for as many as it took at the start."""
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count or _ALL_THREADS)
 
 
@@ -557,7 +557,7 @@ def _unreadable(path: Path, reason: str) -> str:
 
 
 def _check_kind(size: Collection[int], components: int, pixel: int, name: str, wanted: int = 1) -> None:
-    """Refuse what is not one 3D image of so many real numbers a voxel; trailing axes of one (time) are fine."""
+    """Refuse what is not one 3D image with ``wanted`` real numbers a voxel; trailing axes of one (time) are fine."""
     size = tuple(size)
     if pixel in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
         raise MorphSeekError(f"{name} holds complex numbers; save its magnitude as an image of its own and give that.")

@@ -30,7 +30,7 @@ from ..space.geometry import DenseTransform, Grid, Volume, apply_affine
 MARGIN = 1e-9
 """A determinant above it counts as positive: far more than float64 rounds away."""
 HALVINGS = 5
-"""A cell that its coefficients do not decide is halved along each axis at most so many times."""
+"""A cell that its coefficients do not decide is halved along each axis at most this many times."""
 _CLEAR = 0.01  # a cell whose cheap bound exceeds it needs no coefficients
 _BLOCK_NODES = 100_000  # of these a block's numbers stay in the processor's cache
 _CHUNK = 8_000  # cells whose coefficients are computed together

@@ -185,7 +185,7 @@ class Similarity(ABC):
 
     Attributes:
         padding: what lies beyond the features where they are warped: "zeros", or "border" for the nearest value.
-        counts_voxels: features look at neighbors so many voxels away, so that the features of two images compare only
+        counts_voxels: features compare neighbors this many voxels away, so that the features of two images compare only
             where the images have voxels of one size.
         across_modalities: the loss does not compare intensities with intensities.
         fit_weight: what the loss is multiplied by in the fit, so that the same weights of the regularizers suit all.

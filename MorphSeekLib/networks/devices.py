@@ -55,7 +55,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def use_threads(count: int | None = None) -> None:
-    """Compute with so many threads of the processor from now on, in PyTorch and in SimpleITK.
+    """Set the number of the processor's threads to compute with, in PyTorch and in SimpleITK.
 
     Args:
         count: 1 or more; None for as many as there were at the start, which is all unless the environment says less.

@@ -92,7 +92,7 @@ def rewrite_card(path: Path | str, card: Card) -> None:
     """Put another card on a model file; its weights stay as they are, bit by bit.
 
     Raises:
-        MorphSeekError: the file is no model, or cannot be written.
+        MorphSeekError: the file is not a model, or cannot be written.
     """
     path = Path(path)
     read_card(path)

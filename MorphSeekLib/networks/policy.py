@@ -183,7 +183,7 @@ def draw(
     Args:
         mu, log_sigma: (1, channels, ...).
         count: how many; even for ``antithetic``, which draws noise in pairs of opposite sign.
-        smooth: noise is one value in blocks of so many cells along each axis.
+        smooth: noise is one value in blocks of this many cells along each axis.
         generator: of the CPU, where the noise is drawn, so that one seed gives the same samples on every device.
 
     Returns:

@@ -97,7 +97,7 @@ def _deformed(
 
 
 def _earlier(start: Transform | State | None, steps: int) -> State | None:
-    """Return the state to go on from by so many steps; None where the registration begins."""
+    """Return the state from which to take ``steps`` more steps; None for a new registration."""
     if not isinstance(start, State):
         return None
     taken = len(start.figures) - 1

@@ -28,7 +28,7 @@ def quiet_background(data: Tensor) -> Tensor:
     resonance data based on statistical models", Magn Reson Imaging 27(10), 2009, doi:10.1016/j.mri.2009.05.025): blocks
     below Otsu's threshold, the darkest tenth first, then all within two standard deviations of their level. They are
     taken for air only if they are noise (the blocks differ far less from each other than the voxels within them), are
-    clearly darker than tissue, and are no mere rim. Neither shape nor place of the object counts, nor the scale and
+    clearly darker than tissue, and are more than a rim. Neither shape nor place of the object counts, nor the scale and
     offset of the intensities. Air is then where the mean of 3x3x3 voxels is within two standard deviations of the
     level, or is darker (padding), and the voxels beside it that are within three themselves.
 
@@ -60,7 +60,7 @@ def _around(data: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
 
 
 def _air(data: Tensor) -> tuple[float, float] | None:
-    """Return level and standard deviation of noisy air; None where there is none."""
+    """Return level and standard deviation of noisy air; None without such air."""
     size = [min(_BLOCK, n) for n in data.shape]
     count = [n // s for n, s in zip(data.shape, size, strict=True)]
     image = data[tuple(slice(n * s) for n, s in zip(count, size, strict=True))]
@@ -80,7 +80,7 @@ def _air(data: Tensor) -> tuple[float, float] | None:
     mean, order = mean[noisy].sort()
     deviations = variance[noisy][order].sqrt()
     known, taken = 0, max(1, len(mean) // 10)
-    for _ in range(100):  # until the set holds what its own level and deviation say
+    for _ in range(100):  # until the set no longer changes
         level, deviation = float(mean[:taken].median()), float(deviations[:taken].median())
         known, taken = taken, int((mean <= level + _WITHIN * deviation).sum())
         if taken == known:

@@ -75,7 +75,7 @@ class Preprocessing:
         return size / min(max(size, self.knows[0]), self.knows[1])
 
     def scaled(self, factor: float) -> Preprocessing:
-        """Return the same on a working grid that is so many times coarser."""
+        """Return the same on a working grid that is ``factor`` times coarser."""
         if self.spacing is None:
             return self
         i, j, k = self.spacing

@@ -62,7 +62,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that exchanges nothing, and leave it with all other processes: when one of them cannot go on, all
+        """Run a block that exchanges nothing, and leave it with all other processes: when one of them fails, all
         raise, so that none waits for it in the next exchange.
 
         Raises:

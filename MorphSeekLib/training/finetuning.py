@@ -46,7 +46,7 @@ class FinetuneRun(RunSettings):
 
     Attributes:
         pairs: pairs per iteration (over all processes).
-        labels: use only the first so many labeled training cases; None for all.
+        labels: use only this many labeled training cases, the first ones; None for all.
         folding_limit: the kept weights have the best validation Dice among those with at most this share of folded
             cells (percent).
         augmentation: strength of the random deformations and contrasts of training images; see

@@ -59,7 +59,7 @@ class Walk:
 
 
 class Learned(NamedTuple):
-    """What a step leads to: the accumulated displacement (1, 3, i, j, k) to go on from, and figures, on the device."""
+    """What a step leads to: the accumulated displacement (1, 3, i, j, k) to continue from; figures, on the device."""
 
     total: Tensor
     figures: dict[str, Tensor]

@@ -35,7 +35,7 @@ class PolicyGradientSettings:
     Attributes:
         trajectories: J.
         weight: lambda_policy, of L_policy.
-        share: "field": the policy's gradient at the field is made no longer than so many times that of the losses, so
+        share: "field": the policy's gradient at the field is made no longer than this many times that of the losses, so
             that one weight serves networks whose fields answer to their weights more or less.
         tau: temperature of the samples, above 0.
         place: "latent" (the paper) or "field" (control points of the decoder's field, displacement or velocity).
@@ -44,11 +44,11 @@ class PolicyGradientSettings:
         cell: "field": voxels between control points.
         sigma: standard deviation (times tau) where no head says it: of a control point, in voxels; of a skip, in units
             of that feature's root mean square.
-        smooth: noise is alike in blocks of so many cells along each axis; 1 for independent noise. The likelihood stays
+        smooth: noise is equal in blocks of this many cells a side; 1 for independent noise. The likelihood stays
             that of independent noise: its gradient is then the reward's, averaged over the blocks (the covariance of
             the noise preconditions it).
         credit: "trajectory" (one advantage per trajectory, the paper) or "local" (one per cell of the place's grid).
-        reach: "local": a cell is credited with the rewards of the cells up to so many away from it, too.
+        reach: "local": a cell is also credited with the rewards of cells up to this many away from it.
         baseline: what a reward is compared with: "group" (the group's mean), "leave_one_out" (the mean of the others)
             or "mean_rollout" (the roll-out at tau = 0).
         scale: "std" divides advantages by the group's spread (over trajectories and, for "local", over cells), "none"

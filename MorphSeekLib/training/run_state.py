@@ -55,7 +55,7 @@ M = TypeVar("M", bound=Memory)
 
 
 def state_file(out: Path) -> Path:
-    """Return where an unfinished training of a model keeps what it needs to go on."""
+    """Return where an unfinished training of a model keeps what it needs to resume."""
     return out.with_name(out.name + ".state")
 
 

@@ -2,7 +2,7 @@
 
 One iteration is one episode: a pair is registered in small steps whose plans are drawn, each step is rewarded with the
 gain in Dice (or LNCC), and goes into a replay buffer. Every few steps a batch from the buffer teaches, in this order,
-two critics (soft Q-learning against slowly following targets), every so often the planner and the temperature, and the
+two critics (soft Q-learning against slowly following targets), now and then the planner and the temperature, and the
 actor by the registration loss, with the planner on it.
 
 Defects of the official code, as read in its repository; none is reproduced here unless a setting says so:
@@ -63,7 +63,7 @@ class SACRun(RunSettings):
         learning_rate: of the actor and the temperature, constant.
         slower: planner and critics learn by this share of it.
         steps: of an episode, and of inference.
-        labels: use only the first so many labeled training cases; None for all.
+        labels: use only this many labeled training cases, the first ones; None for all.
         reward: "dice" (mean over structures, of labels) or "lncc"; a step is rewarded with 100 times its gain.
         goal, bonus: an episode that reaches this value ends with this reward on top.
         max_step: limit of a step in training, voxels of the network's grid.
@@ -77,7 +77,7 @@ class SACRun(RunSettings):
         target_entropy: what alpha steers the plan's entropy to.
         regularization: weight of the step's diffusion beside the multi-resolution LNCC (windows 9, 7, 5).
         kl: weight of the plan's KL to N(0, I) in the planner's and in the registration loss.
-        planner_registers: whether the registration loss teaches the planner, too (see the module's text).
+        planner_registers: whether the registration loss teaches the planner, too (see the module's docstring).
     """
 
     iterations: int = 2000
@@ -375,7 +375,7 @@ class SoftActorCritic(Task[PreparedPair]):
         return self.pair(self.generator("pairs", iteration))
 
     def update(self, iteration: int, batch: PreparedPair) -> dict[str, float]:
-        """Take one episode, with the updates that fall due in it."""
+        """Take one episode, with the updates that are due in it."""
         run, backbone = self.run, self.trained.backbone
         generator = self.generator("policy", iteration)
         state = self._start(batch)
@@ -428,7 +428,7 @@ class SoftActorCritic(Task[PreparedPair]):
         return float(state.dice(state.warped_classes(state.total)).mean())
 
     def _learn(self, generator: torch.Generator) -> list[dict[str, float]]:
-        """Do an update, where one falls due; return its losses."""
+        """Do an update, if one is due; return its losses."""
         run = self.run
         self.memory.steps += 1
         taken = self.memory.steps

@@ -218,7 +218,7 @@ class Trainer:
         """Train, and write the model; return its path.
 
         Raises:
-            MorphSeekError: weights that are no numbers any more, or what the task refuses.
+            MorphSeekError: weights that are NaN or infinite, or what the task refuses.
             Cancelled: the user stopped it; the state is saved.
         """
         if self.world.rank == 0:
@@ -296,7 +296,7 @@ class Trainer:
         return found
 
     def _keep_state(self) -> None:
-        """Write what a killed run needs to go on; one process does it for all."""
+        """Write what a killed run needs to resume; one process does it for all."""
         if self.world.rank == 0:
             task = self.task
             _check_weights(task.trained, self.state.done)
