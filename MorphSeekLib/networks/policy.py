@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import build_backbone
+from ..protocol.settings import current_names
 from ..space import fields
 
 OUTPUTS = ("displacement", "velocity")
@@ -68,6 +69,7 @@ class ModelSettings:
     squarings: int = 7
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "backbone_settings", current_names(self.backbone_settings))
         if self.output not in OUTPUTS:
             raise ValueError(f"output is '{self.output}'; it must be one of {', '.join(OUTPUTS)}")
 

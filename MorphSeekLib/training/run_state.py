@@ -123,6 +123,6 @@ def load_state(
 def _fingerprint(text: str) -> str:
     """Return the settings of a state, by today's names, as a training writes them."""
     try:
-        return json.dumps(current_names(json.loads(text)), sort_keys=True)
-    except (ValueError, AttributeError):
+        return json.dumps(json.loads(text, object_hook=current_names), sort_keys=True)
+    except ValueError:
         return text

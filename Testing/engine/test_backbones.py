@@ -9,7 +9,7 @@ from cases import SHIPPED, TINY
 from MorphSeekLib.backbones import Backbone, build_backbone
 from MorphSeekLib.backbones.architectures import ARCHITECTURES
 from MorphSeekLib.backbones.voxelmorph import VXM1, VXM2, VoxelMorph, VoxelMorphSettings, from_official, structure_force
-from MorphSeekLib.networks.policy import GaussianHead, PolicySettings
+from MorphSeekLib.networks.policy import GaussianHead, ModelSettings, PolicySettings
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.settings import to_dict
 
@@ -230,3 +230,4 @@ def test_learned_features_move_the_network_and_are_one_for_both_images():
 
 def test_settings_of_before_are_read_by_their_old_names():
     assert build_backbone("transmorph", {"checkpointing": True}).settings.recompute
+    assert ModelSettings("transmorph", {"checkpointing": True}) == ModelSettings("transmorph", {"recompute": True})

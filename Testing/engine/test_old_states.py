@@ -21,6 +21,7 @@ from MorphSeekLib.networks.model_file import read_card
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.training.finetuning import FinetuneConfig, finetune
+from MorphSeekLib.training.run_state import Memory, RunState, load_state, save_state
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
 OLD = Path(__file__).parent / "old_states"
@@ -79,3 +80,14 @@ def test_a_fine_tuning_goes_on_with_its_controller_and_its_best_weights(dataset,
     assert rows[0].metrics["kl_weight"] == standing["memory"]["kl_weight"]
     assert read_card(out).provenance["best_iteration"] == standing["memory"]["best/iteration"]
     assert all(torch.equal(value, stored[f"best.{name}"]) for name, value in load_file(out).items())
+
+
+def test_settings_of_a_state_count_by_todays_names(tmp_path):
+    """Also those within others, such as a network's."""
+    network = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(network.parameters())
+    old = {"licence": "none", "model": {"backbone_settings": {"checkpointing": True}}}
+    new = {"license": "none", "model": {"backbone_settings": {"recompute": True}}}
+    save_state(tmp_path / "x.state", json.dumps(old, sort_keys=True), RunState(done=3), Memory(), network, optimizer)
+    state, _ = load_state(tmp_path / "x.state", json.dumps(new, sort_keys=True), Memory(), network, optimizer)
+    assert state.done == 3
