@@ -309,28 +309,25 @@ def _parse(raw: bytes) -> Header | None:
         raise EOFError
     length = {struct.unpack_from(order + "i", raw)[0]: order for order in "<>"}
     if 348 in length:
-        return _parse_1(raw, length[348])
+        return _header(1, raw, length[348], struct.unpack_from(length[348] + "f", raw, 108)[0])
     if 540 in length and raw[4:12] == _MAGIC_2:
-        return _parse_1(_as_version_1(raw, length[540]), length[540], raw)
+        order = length[540]
+        return _header(2, _as_version_1(raw, order), order, struct.unpack_from(order + "q", raw, 168)[0])
     return None
 
 
-def _parse_1(raw: bytes, order: str, second: bytes | None = None) -> Header:
-    """Return a header of NIfTI-1; ``second``: the NIfTI-2 header that it was made from, whose numbers are more
-    precise."""
+def _header(version: int, raw: bytes, order: str, offset: float) -> Header:
+    """Return what a header of NIfTI-1 says, of a file of some version whose voxels begin at ``offset``."""
     dim = struct.unpack_from(order + "8h", raw, 40)
     shape = dim[1 : dim[0] + 1]
     datatype, bits = struct.unpack_from(order + "2h", raw, 70)
     pixdim = struct.unpack_from(order + "8f", raw, 76)
-    offset = struct.unpack_from(order + "f", raw, 108)[0]
-    if second is not None:
-        offset = struct.unpack_from(order + "q", second, 168)[0]
     if not 1 <= dim[0] <= 7 or min(shape) < 1 or not 0 <= offset < 2**31:
         raise EOFError
     mm = np.diag([*[_MM.get(raw[123] & 7, 1.0)] * 3, 1.0])
     rows = np.reshape(struct.unpack_from(order + "12f", raw, 280), (3, 4))
     return Header(
-        1 if second is None else 2,
+        version,
         order,
         shape,
         datatype,
@@ -347,13 +344,18 @@ def _as_version_1(raw: bytes, order: str) -> bytes:
     """Return a NIfTI-2 header as one of NIfTI-1, 352 bytes: what places and scales the voxels, which follow it at once.
 
     Raises:
-        EOFError: it is too short, or an axis is longer than NIfTI-1 can say.
+        EOFError: it is too short, or an axis is longer than NIfTI-1 can say. Numbers beyond single precision become
+            infinite, for the caller to refuse where they matter.
     """
     if len(raw) < _LENGTH_2:
         raise EOFError
 
     def field(format: str, at: int) -> tuple:
         return struct.unpack_from(order + format, raw, at)
+
+    def single(format: str, at: int) -> list[float]:
+        with np.errstate(over="ignore"):
+            return np.asarray(field(format, at)).astype(np.float32).tolist()
 
     dim, codes, units = field("8q", 16), field("2i", 344), field("i", 500)[0]
     if not all(-(2**15) <= n < 2**15 for n in (*dim, *codes)):
@@ -364,13 +366,13 @@ def _as_version_1(raw: bytes, order: str) -> bytes:
         ("8h", 40, dim),
         ("h", 68, (min(max(field("i", 504)[0], 0), 2**15 - 1),)),  # the intent: a vector, a label
         ("2h", 70, field("2h", 12)),
-        ("8f", 76, field("8d", 104)),
+        ("8f", 76, single("8d", 104)),
         ("f", 108, (float(_LENGTH),)),
-        ("2f", 112, field("2d", 176)),
+        ("2f", 112, single("2d", 176)),
         ("B", 123, (units & 255,)),
         ("2h", 252, codes),
-        ("6f", 256, field("6d", 352)),
-        ("12f", 280, field("12d", 400)),
+        ("6f", 256, single("6d", 352)),
+        ("12f", 280, single("12d", 400)),
         ("4s", 344, (b"n+1\0",)),
     ):
         struct.pack_into(order + format, out, at, *values)

@@ -115,10 +115,10 @@ def few_values(image: Tensor, name: str) -> list[Notice]:
         image: its intensities as the network sees them, (i, j, k), from 0 on.
         name: what to call it.
     """
-    top = float(image.max()) or 1.0
+    top, highest = float(image.max()) or 1.0, round(1 / FLAT)
     faces = torch.cat([image.select(axis, end).flatten() for axis in range(3) for end in (0, -1)])
     count, around = (
-        torch.bincount((values / (FLAT * top)).round().long().clamp(min=0), minlength=round(1 / FLAT) + 1)
+        torch.bincount((values / (FLAT * top)).round().long().clamp(0, highest), minlength=highest + 1)
         for values in (sampled(image), faces)
     )
     shown, inside = count[1:], torch.where(around < ON_FACES * len(faces), count, 0)

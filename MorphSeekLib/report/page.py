@@ -154,13 +154,13 @@ def render_page(report: Report, sheets: list[Sheet]) -> str:
 
 def said(report: Report) -> list[tuple[str, str]]:
     """Return the verdict by the default limits in words: (color, sentence) each; "none" for what has no color."""
-    found = folds(report)
-    verdict = judge(figures(report), DEFAULT_LIMITS, found)
+    found, values = folds(report), figures(report)
+    verdict = judge(values, DEFAULT_LIMITS, found)
     lines: list[tuple[str, str]] = [(verdict.color or "none", HEADLINES[verdict.color])]
     if found is not None:
         lines.append((verdict.folds or "none", found.sentence))
     lines += [(beyond.color, beyond.sentence()) for beyond in verdict.beyond]
-    if figures(report)["dice"] is None:
+    if values["dice"] is None:
         lines.append(("none", "No labels to measure overlap: judge the match by eye."))
     return lines
 

@@ -268,6 +268,17 @@ def test_a_nifti_2_file_is_read_like_its_nifti_1_twin(tmp_path, ending, order):
     assert first.dtype == second.dtype
 
 
+def test_numbers_of_a_nifti_2_file_beyond_single_precision_are_refused_where_they_matter(tmp_path):
+    nibabel.save(nibabel.Nifti2Image(np.ones((6, 7, 8), np.float32), np.eye(4)), tmp_path / "x.nii")
+    whole = bytearray((tmp_path / "x.nii").read_bytes())
+    struct.pack_into("<d", whole, 104 + 7 * 8, 1e300)  # the size along an axis that the image does not have
+    (tmp_path / "x.nii").write_bytes(whole)
+    assert nifti.read_header(tmp_path / "x.nii").shape == (6, 7, 8)
+    struct.pack_into("<d", whole, 104 + 8, 1e300)
+    (tmp_path / "x.nii").write_bytes(whole)
+    refused(tmp_path / "x.nii", "voxels measure inf x 1 x 1 mm")
+
+
 def test_a_nifti_2_file_cut_short_is_refused(tmp_path):
     nibabel.save(nibabel.Nifti2Image(np.ones((6, 7, 8), np.float32), np.eye(4)), tmp_path / "x.nii")
     whole = (tmp_path / "x.nii").read_bytes()
