@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .networks.loading import LoadedModel, load_model
     from .protocol.errors import Cancelled, MorphSeekError
     from .protocol.job import Event, Job
-    from .protocol.options import FitOptions, RegistrationOptions
+    from .protocol.options import RegistrationOptions
     from .registration.pipeline import register
     from .registration.result import Registration
     from .report.results import write_results
@@ -38,7 +38,6 @@ __all__ = [
     "DenseTransform",
     "Event",
     "FinetuneConfig",
-    "FitOptions",
     "Grid",
     "Job",
     "LoadedModel",
@@ -77,7 +76,7 @@ _MODULES = {
     "networks.loading": ("LoadedModel", "load_model"),
     "protocol.errors": ("Cancelled", "MorphSeekError"),
     "protocol.job": ("Event", "Job"),
-    "protocol.options": ("FitOptions", "RegistrationOptions"),
+    "protocol.options": ("RegistrationOptions",),
     "registration.pipeline": ("register",),
     "registration.result": ("Registration",),
     "report.results": ("write_results",),

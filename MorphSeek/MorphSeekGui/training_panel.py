@@ -17,7 +17,7 @@ import qt
 import slicer
 import slicer.util
 
-from MorphSeekLib.protocol.options import FIT_SIMILARITIES, TrainingOptions
+from MorphSeekLib.protocol.options import SIMILARITIES, TrainingOptions
 from MorphSeekLib.protocol.run_folder import CASES, STAGES
 from MorphSeekLib.protocol.startup import MAX_STEPS
 
@@ -112,7 +112,7 @@ class TrainingPanel(Panel):
         ui.stepsBox.maximum = MAX_STEPS
         for name, box in (_BOXES | _FINETUNE_BOXES).items():
             getattr(ui, box).value = getattr(TrainingOptions, name)
-        for name in FIT_SIMILARITIES:
+        for name in SIMILARITIES:
             ui.similarityBox.addItem(name)
         ui.similarityBox.setCurrentText(TrainingOptions.similarity)
         self._show_budget()

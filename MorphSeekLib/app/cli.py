@@ -25,15 +25,17 @@ from rich.text import Text
 
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job
-from ..protocol.options import FitOptions, RegistrationOptions
+from ..protocol.options import RegistrationOptions
 from ..protocol.report import Report
 from ..protocol.run_folder import KEEP
 from ..protocol.settings import from_dict
 from ..protocol.startup import (
+    AUTO,
     check_alignment,
     check_device,
     check_iterations,
     check_model,
+    check_model_choice,
     check_output_file,
     check_output_folder,
     check_readable,
@@ -50,8 +52,10 @@ if TYPE_CHECKING:
     from ..data.cases import CheckReport
     from ..networks.model_file import Card
 
-OLD_NAMES = {"refine": "fit", "refine-fine": "fit-fine", "refine-by": "fit-by"}
+OLD_NAMES = {"refine-by": "similarity"}
 """Options of before -> of now; the old ones still work, hidden, for one release."""
+FORMER = "--model brain-mr --search off --fit off"
+"""What gives the answer that a command without options gave before."""
 
 app = typer.Typer(
     add_completion=False,
@@ -64,7 +68,10 @@ app = typer.Typer(
 console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
-Model = Annotated[str, typer.Option(help="A bundled model's name, or a .safetensors file.")]
+Model = Annotated[
+    str,
+    typer.Option(help="A bundled model, a .safetensors file, none (any anatomy), or auto: what suits the images."),
+]
 Device = Annotated[str, typer.Option(help="auto (the first GPU, else the processor), cpu or cuda:N.")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the processor to compute with.", show_default="all", metavar="N")
@@ -73,26 +80,25 @@ Steps = Annotated[
     int | None, typer.Option(help="Steps of the network, 1 to 20.", show_default="what the model was trained with")
 ]
 Align = Annotated[
-    str | None,
-    typer.Option(help="Alignment before the network: none, center, rigid or affine.", show_default="the model's own"),
+    str,
+    typer.Option(help="Alignment: none, center, rigid, affine, or auto: the model's own, else what fits best."),
+]
+PresetOption = Annotated[str, typer.Option(help="best, or fast: about a third of the time.")]
+SearchOption = Annotated[str, typer.Option(help="Search for large motion: on, off, or auto, where it helps.")]
+FitOption = Annotated[
+    str,
+    typer.Option(help="Fit this pair, without labels: on, off, or auto: unless the model was better without."),
+]
+SimilarityOption = Annotated[
+    str,
+    typer.Option(help="What search and fit compare by: lncc, mind (across modalities), mse, or auto, by the images."),
 ]
 FitIterations = Annotated[
-    int,
-    typer.Option(
-        "--fit", help="Iterations that fit this pair after the network, without labels: slower and more exact."
-    ),
+    str | None,
+    typer.Option(help="Iterations of the fit, coarse to fine, such as 60/60/30.", show_default="the preset's"),
 ]
-FitFine = Annotated[
-    int,
-    typer.Option("--fit-fine", help="More iterations, on the fixed image's own grid: the most exact, and the slowest."),
-]
-FitBy = Annotated[
-    str,
-    typer.Option(
-        "--fit-by",
-        help="Similarity measure of the fit: lncc or mse for images of the same modality, mind across modalities.",
-    ),
-]
+OldIterations = Annotated[int, typer.Option("--refine", hidden=True)]
+OldFine = Annotated[int, typer.Option("--refine-fine", hidden=True)]
 Config = Annotated[
     str | None,
     typer.Option(
@@ -114,14 +120,18 @@ def register(
     fixed: Annotated[Path, typer.Argument(help="The image that stays: NIfTI, NRRD, MHA or a folder of DICOM slices.")],
     moving: Annotated[Path, typer.Argument(help="The image that is registered to FIXED.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.")],
-    model: Model = "brain-mr",
-    steps: Steps = None,
+    model: Model = AUTO,
+    preset: PresetOption = "best",
     device: Device = "auto",
     threads: Threads = None,
-    align: Align = None,
-    fit: FitIterations = 0,
-    fit_fine: FitFine = 0,
-    fit_by: FitBy = "lncc",
+    align: Align = "auto",
+    search: SearchOption = "auto",
+    steps: Steps = None,
+    fit: FitOption = "auto",
+    similarity: SimilarityOption = "auto",
+    fit_iterations: FitIterations = None,
+    refine: OldIterations = 0,
+    refine_fine: OldFine = 0,
     initial_transform: Annotated[
         Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
     ] = None,
@@ -146,11 +156,15 @@ def register(
                 check_readable(path)
         check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
         check_output_folder(output)
+        options = registration_options(
+            steps=steps, align=align, stop_early=stop_early, inverse=inverse, preset=preset, search=search,
+            fit=fit_or_old(fit, refine, refine_fine), similarity=similarity, fit_iterations=counts_of(fit_iterations),
+        )  # fmt: skip
 
         from ..io.images import check_labels, read_image, read_labels
         from ..io.transforms import read_transform
         from ..networks.devices import pick_device
-        from ..networks.loading import load_model
+        from ..registration.choice import chosen_model
         from ..registration.pipeline import register as run
         from ..report.results import check_outputs, write_results
         from ..space.geometry import covering_grid
@@ -158,7 +172,6 @@ def register(
         begin = time.perf_counter()
         use_threads(threads)
         pick_device(device)
-        options = RegistrationOptions(steps, align, stop_early, inverse, fit_options(fit, fit_fine, fit_by))
         check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
         job.report("read", 0.0, "Reading the images")
         images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
@@ -173,9 +186,13 @@ def register(
             initial = read_transform(initial_transform, covering_grid(images[0].grid))
         read = time.perf_counter()
         job.report("load", 0.01, "Loading the model")
-        loaded_model = load_model(model, device)
+        loaded_model, where, words = chosen_model(model, images, device, job)
+        tell(f"{words} (The answer of earlier versions: {FORMER}.)" if model == AUTO else words)
         loaded = time.perf_counter()
-        result = run(*images, loaded_model, options, job.part(0.01, 0.95), labels=(labels[0], labels[1]), start=initial)
+        result = run(
+            *images, loaded_model, options, job.part(0.01, 0.95),
+            labels=(labels[0], labels[1]), start=initial, device=where,
+        )  # fmt: skip
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
         job.report("write", 0.95, "Writing the results")
         names = {"fixed": shown(fixed), "moving": shown(moving)}
@@ -191,29 +208,38 @@ def evaluate(
     model: Model,
     out: Annotated[Path, typer.Option(help="The JSON file to write.")],
     split: Annotated[str, typer.Option(help="Which pairs of the data set.")] = "registration_test",
-    steps: Steps = None,
+    preset: PresetOption = "best",
     device: Device = "auto",
     threads: Threads = None,
-    align: Align = None,
-    fit: FitIterations = 0,
-    fit_fine: FitFine = 0,
-    fit_by: FitBy = "lncc",
+    align: Align = "auto",
+    search: SearchOption = "auto",
+    steps: Steps = None,
+    fit: FitOption = "auto",
+    similarity: SimilarityOption = "auto",
+    fit_iterations: FitIterations = None,
+    refine: OldIterations = 0,
+    refine_fine: OldFine = 0,
 ) -> None:
     """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ of each pair, and their means."""
     with terminal_job() as job:
         check_readable(dataset)
         check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
         check_output_file(out, inputs=[dataset, model])
+        if model == AUTO:
+            raise MorphSeekError("An evaluation is of one model: give its name or file, or none.")
+        options = registration_options(
+            steps=steps, align=align, preset=preset, search=search, fit=fit_or_old(fit, refine, refine_fine),
+            similarity=similarity, fit_iterations=counts_of(fit_iterations),
+        )  # fmt: skip
 
         from ..data.datasets import load_dataset
         from ..evaluation.evaluate import evaluate as run
-        from ..networks.loading import load_model
+        from ..registration.choice import chosen_model
 
         use_threads(threads)
-        options = RegistrationOptions(steps, align, fit=fit_options(fit, fit_fine, fit_by))
         data = load_dataset(dataset)
-        loaded = load_model(model, device)
-        result = run(data, split, loaded, out, options, job)
+        loaded, where, _ = chosen_model(model, (), device, job)
+        result = run(data, split, loaded, out, options, job, device=where)
     table = Table("figure", "mean", "standard deviation", title=f"{result['dataset']}, {len(result['pairs'])} pairs")
     for name in result["mean"]:
         values = (result[key][name] for key in ("mean", "std"))
@@ -553,15 +579,15 @@ def check_choices(
         MorphSeekError: which of them, and what there is.
     """
     if model is not None:
-        check_model(model)
+        check_model_choice(model)
     if device is not None:
         check_device(device)
     if threads is not None:
         check_threads(threads)
     if steps is not None:
         check_steps(steps)
-    if align is not None:
-        check_alignment(align)
+    if align not in (None, AUTO):
+        check_alignment(str(align))
     if iterations is not None:
         check_iterations(iterations)
 
@@ -610,14 +636,48 @@ def use_threads(threads: int | None) -> None:
         use(threads)
 
 
-def fit_options(iterations: int, fine_iterations: int, similarity: str) -> FitOptions:
-    """Return the fit that was asked for.
+def registration_options(**values: object) -> RegistrationOptions:
+    """Return the choices of a registration.
 
     Raises:
-        MorphSeekError: too many iterations, or an unknown similarity.
+        MorphSeekError: one that there is not.
     """
-    values = {"iterations": iterations, "fine_iterations": fine_iterations, "similarity": similarity}
-    return from_dict(FitOptions, values, "fit")
+    return from_dict(RegistrationOptions, values, "the options")
+
+
+def counts_of(text: str | None) -> list[int] | None:
+    """Return the numbers of a text such as 60/60/30.
+
+    Raises:
+        MorphSeekError: it is not made of whole numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split("/")]
+    except ValueError as error:
+        raise MorphSeekError(
+            f"--fit-iterations is '{text}'; give whole numbers, coarse to fine, such as 60/60/30."
+        ) from error
+
+
+def fit_or_old(fit: str, refine: int, refine_fine: int) -> str:
+    """Return whether to fit; the options of before ask for it with a note."""
+    if not refine and not refine_fine:
+        return fit
+    errors.print(
+        "--refine and --refine-fine are --fit on now, and go with the next release; their numbers were of another fit "
+        "and are not used (--fit-iterations sets those of today's).",
+        style="yellow",
+        markup=False,
+        soft_wrap=True,
+    )
+    return "on"
+
+
+def tell(words: str) -> None:
+    """Print a line about the work, on the error stream, where progress is shown too."""
+    errors.print(words, markup=False, soft_wrap=True)
 
 
 def print_written(out: Path) -> None:
@@ -632,9 +692,7 @@ def print_report(report: Report) -> None:
         mean = dice["mean"]
         table.add_row("Dice, as given / aligned / registered", " / ".join(f"{mean[k]:.3f}" for k in mean))
     similarity = report["similarity"]
-    table.add_row(
-        "Similarity (LNCC), aligned / registered", f"{similarity['aligned']:.3f} / {similarity['warped']:.3f}"
-    )
+    table.add_row("Similarity, aligned / registered", f"{similarity['aligned']:.3f} / {similarity['warped']:.3f}")
     folding = report["folding"]
     cells = folding["cells"]
     table.add_row("Folded cells", f"{cells['folded_percent']:.4f} % ({cells['folded']:,} of {cells['cells']:,})")

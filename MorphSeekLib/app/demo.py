@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..io.images import read_image
-from ..networks.loading import load_model
+from ..networks.devices import pick_device
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import Job
 from ..protocol.report import Report
@@ -27,7 +27,6 @@ from ..space.geometry import DenseTransform, Volume, apply_affine, covering_grid
 from ..space.preprocessing import sampled_places
 
 COLIN27 = Path("/usr/share/mricron/templates/ch2.nii.gz")
-MODEL = "brain-mr"
 
 
 def template() -> Volume:
@@ -79,8 +78,7 @@ def run_demo(output: Path, device: str, job: Job) -> tuple[Report, list[str]]:
         moving, name = read_image(COLIN27), "Colin27 (mricron-data)"
     else:
         (moving, truth), name = deformed(fixed), "MNI152 deformed, other contrast"
-    model = load_model(MODEL, device)
-    result = register(fixed, moving, model, job=job.part(0.0, 0.95))
+    result = register(fixed, moving, job=job.part(0.0, 0.95), device=pick_device(device))
     job.report("write", 0.95, "Writing the results")
     names = {"fixed": "MNI152 T1 template (nilearn)", "moving": name}
     report = write_results(output, result, fixed, names, job)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..protocol.startup import bundled, check_model, find, wait_passively
+from ..protocol.startup import AUTO, NO_MODEL, bundled, check_model_choice, find, wait_passively
 
 if __name__ == "__main__":
     wait_passively()  # before torch is imported
@@ -43,6 +43,7 @@ from ..protocol.job import Event, Job
 from ..protocol.options import RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.version import __version__
+from ..registration.choice import chosen_model
 from ..registration.pair import State
 from ..registration.pipeline import register
 from ..report.page import RegistrationPictures
@@ -102,8 +103,8 @@ class Worker:
 
     def load(self, number: Any, params: dict) -> dict:
         """Load a model ahead of the first registration."""
-        model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
-        return {"card": to_dict(model.card), "device": str(model.device)}
+        model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"), ())[0]
+        return {} if model is None else {"card": to_dict(model.card), "device": str(model.device)}
 
     def info(self, number: Any, params: dict) -> dict:
         """Return a model's card."""
@@ -146,12 +147,15 @@ class Worker:
 
         read = time.perf_counter()
         job.report("load", 0.01, "Loading the model")
-        model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"))
+        name, device = _get(params, "model", str), _get(params, "device", str, "auto")
+        model, where, words = self._model(name, device, (fixed, moving))
+        job.report("load", 0.01, words)
         loaded = time.perf_counter()
         job = self._job(number, on_picture if _get(params, "show_steps", bool, False) else None)
         result = register(
-            fixed, moving, model, options, job.part(0.01, 0.95), labels=(labels[0], labels[1]), start=start
-        )
+            fixed, moving, model, options, job.part(0.01, 0.95),
+            labels=(labels[0], labels[1]), start=start, device=where,
+        )  # fmt: skip
         job.report("write", 0.95, "Handing over the results")
         registered = time.perf_counter()
         answer: dict[str, object] = {
@@ -212,14 +216,20 @@ class Worker:
         )
         return to_dict(report)
 
-    def _model(self, name: str, device: str) -> LoadedModel:
-        """Return the model, from memory if its file has not changed; only the last one is kept."""
+    def _model(
+        self, name: str, device: str, images: tuple[Volume, ...]
+    ) -> tuple[LoadedModel | None, torch.device, str]:
+        """Return the model, its device and a sentence about it, from memory if its file has not changed; only the last
+        one is kept."""
+        if name in (AUTO, NO_MODEL):
+            return chosen_model(name if images else NO_MODEL, images, device)
         path = find(name)
         key = (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size, device)
         if key not in self.models:
             self.models.clear()
             self.models[key] = load_model(name, device)
-        return self.models[key]
+        model = self.models[key]
+        return model, model.device, "Loading the model"
 
     def _read(self) -> None:
         """Queue requests, cancel at once, and end the process at the end of the input; runs in a thread."""
@@ -324,7 +334,7 @@ def _options(params: dict) -> RegistrationOptions:
     Raises:
         MorphSeekError: a model, device or option that cannot be.
     """
-    check_model(_get(params, "model", str))
+    check_model_choice(_get(params, "model", str))
     pick_device(_get(params, "device", str, "auto"))
     use_threads(_get(params, "threads", int, None))
     return from_dict(RegistrationOptions, _get(params, "options", dict, {}), "options")

@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TypedDict
 
+import torch
+
 from ..data.datasets import Dataset, Pair, given, read_pair, scored_pairs
 from ..io.files import write_atomically
 from ..measures.metrics import FoldingFigures, deviation, judged_labels, mean
@@ -40,10 +42,8 @@ class Settings(TypedDict):
 
     dataset: str
     split: str
-    model: dict[str, str]
-    align: str
-    steps: int
-    refinement: dict[str, object]
+    model: dict[str, str] | None
+    options: dict[str, object]
     device: str
 
 
@@ -64,10 +64,11 @@ class Evaluation(Settings):
 def evaluate(
     dataset: Dataset,
     split: str,
-    model: LoadedModel,
+    model: LoadedModel | None,
     out: Path | str,
     options: RegistrationOptions | None = None,
     job: Job = SILENT,
+    device: torch.device | None = None,
 ) -> Evaluation:
     """Register every pair of a split and write the figures.
 
@@ -77,10 +78,11 @@ def evaluate(
 
     Args:
         dataset, split: pairs with label maps on both sides.
-        model: from :func:`MorphSeekLib.networks.loading.load_model`.
+        model: from :func:`MorphSeekLib.networks.loading.load_model`; None: no network.
         out: the JSON file.
         options: of each registration; None for the defaults. No inverse is computed.
         job: told of every pair.
+        device: where to compute without a model.
 
     Returns:
         what was written: settings, definitions, mean and standard deviation, lost labels, and a row per pair.
@@ -96,11 +98,9 @@ def evaluate(
     settings: Settings = {
         "dataset": dataset.about.get("name", dataset.path.name),
         "split": split,
-        "model": {"name": model.name, "sha256": model.sha256, "title": model.card.title},
-        "align": options.align or model.card.preprocessing.align,
-        "steps": options.steps or model.card.preprocessing.steps,
-        "refinement": to_dict(options.fit),
-        "device": str(model.device),
+        "model": None if model is None else {"name": model.name, "sha256": model.sha256, "title": model.card.title},
+        "options": to_dict(options),
+        "device": str(device or torch.device("cpu") if model is None else model.device),
     }
     done = _Rows(out, {**settings, "evaluated": dataset.evaluated, "labels": dataset.labels, "software": software()})
     rows = []
@@ -109,7 +109,7 @@ def evaluate(
         job.report("step", index / len(pairs), f"Pair {index + 1} of {len(pairs)}", index + 1, len(pairs))
         row = done.find(pair)
         if row is None:
-            row = _measure(pair, dataset, model, options, job.heard_by(None))
+            row = _measure(pair, dataset, model, options, job.heard_by(None), device)
             done.add(pair, row)
         rows.append(row)
     result: Evaluation = {
@@ -155,11 +155,19 @@ def check_judged(fixed_labels: Volume, moving_labels: Volume, pair: Pair, datase
         )
 
 
-def _measure(pair: Pair, dataset: Dataset, model: LoadedModel, options: RegistrationOptions, job: Job) -> PairRow:
+def _measure(
+    pair: Pair,
+    dataset: Dataset,
+    model: LoadedModel | None,
+    options: RegistrationOptions,
+    job: Job,
+    device: torch.device | None,
+) -> PairRow:
     """Register a pair and return its figures."""
     (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
     check_judged(fixed_labels, moving_labels, pair, dataset)
-    result = register(fixed, moving, model, options, job, labels=(fixed_labels, moving_labels))
+    labels = fixed_labels, moving_labels
+    result = register(fixed, moving, model, options, job, labels=labels, device=device)
     assert result.warped_labels is not None  # labels were given
     report = result.report
     overlap, folds = report["dice"], report["folding"]
@@ -174,8 +182,8 @@ def _measure(pair: Pair, dataset: Dataset, model: LoadedModel, options: Registra
         folds["max_jacobian"],
     )
     cells = folds["cells"]
-    labels = label_maps(fixed_labels, result.warped_labels, moving_labels, dataset)
-    row = score(labels, figures, cells["folded_percent"], cells["no_fold_proven"])
+    maps = label_maps(fixed_labels, result.warped_labels, moving_labels, dataset)
+    row = score(maps, figures, cells["folded_percent"], cells["no_fold_proven"])
     judged = judged_labels(fixed_labels.data, moving_labels.data, dataset.evaluated)
     dice = [overlap["labels"][str(label)] for label in judged]
     return dataclasses.replace(

@@ -331,6 +331,11 @@ class _BoxMean(torch.autograd.Function):
         return _box_sum_(maps, ctx.window, "edge", transposed=True).div_(ctx.window**3), None
 
 
+def box_sum(maps: Tensor, window: int) -> Tensor:
+    """Return the sums over a cube of ``window`` (odd) voxels around each; zero beyond the image. (..., i, j, k)."""
+    return _box_sum_(maps.clone(memory_format=torch.contiguous_format), window)
+
+
 def _box_sum_(maps: Tensor, window: int, padding: str = "zeros", transposed: bool = False) -> Tensor:
     """Sum over a cube around each voxel, in place, as one product with a band of ones for each axis.
 

@@ -2,14 +2,16 @@
 
 ``schema`` counts the changes of its meaning. 1 (files without the key): folds were judged by central differences alone.
 2: ``folding.cells``, ``folding.regions`` and ``verdict`` are there; every key of before keeps its meaning, so
-``folding.njd_percent`` is by central differences.
+``folding.njd_percent`` is by central differences. 3: ``steps`` has a row for each stage, with its name; ``fit`` took
+the place of ``refinement``; ``model`` is null where none was used; the similarity is that of the fit.
 """
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Literal, TypedDict
 
-SCHEMA = 2
+SCHEMA = 3
+Stage = Literal["align", "search", "network", "fit"]
 
 
 class GridSection(TypedDict):
@@ -45,38 +47,36 @@ class WarpedSection(TypedDict):
 
 
 class StepSection(TypedDict, total=False):
-    """The figures after a step of the network; the first is before all, and ``answer`` is true in one."""
+    """The figures after a stage, or after a step of the network; the first is the alignment, ``answer`` is true in one.
 
+    ``step`` counts the network's steps so far, ``seconds`` are those of the stage.
+    """
+
+    stage: Stage
     step: int
     similarity: float
     mean_displacement_mm: float
     folded_percent: float
     njd_percent: float
+    seconds: float
     answer: bool
 
 
-class CourseSection(TypedDict, total=False):
-    """The objective of a fit at its start, its least, and all that was met; empty without an iteration."""
+class LevelSection(GridSection):
+    """A level of the fit: its voxels, and the objective before each iteration."""
 
-    start: float
-    refined: float
-    curve: list[float]
-
-
-class FineSection(GridSection):
-    """The fit on the fixed image's own grid."""
-
-    objective: CourseSection
+    objective: list[float]
 
 
 class FitSection(TypedDict):
-    """The fit: its settings, its course on both grids, the figures of the network's answer and of the fitted one."""
+    """The fit: what it compared by, with which weights, its levels, and what computed it."""
 
-    settings: dict[str, object]
-    objective: CourseSection
-    fine: FineSection | None
-    network: StepSection
-    refined: StepSection
+    similarity: str
+    iterations: list[int]
+    regularization: float
+    folding: float
+    levels: list[LevelSection]
+    kernels: str
     definition: str
 
 
@@ -172,7 +172,7 @@ class _Measured(Figures):
     """What is known once a registration is done."""
 
     schema: int
-    model: ModelSection
+    model: ModelSection | None
     fixed: ImageSection
     moving: ImageSection
     warped: WarpedSection
@@ -182,7 +182,8 @@ class _Measured(Figures):
     align: str
     mirrored: bool
     steps: list[StepSection]
-    refinement: FitSection | None
+    preset: str
+    fit: FitSection | None
     similarity: SimilaritySection
     displacement_mm: dict[str, float]
     warnings: list[WarningSection]

@@ -27,6 +27,8 @@ _OLD_MODELS = "Checkpoints"  # where the bundled models lay before; a path into 
 _SUFFIXES = {"model": ".safetensors", "recipe": ".toml"}
 ALIGNMENTS = ("none", "center", "rigid", "affine")
 MAX_STEPS = 20
+AUTO, NO_MODEL = "auto", "none"
+"""In a model's place: chosen by the images, and no network."""
 FORMAT = 1
 """Of the card in a model file."""
 
@@ -82,7 +84,9 @@ def find(name: str | Path, kind: Kind = "model") -> Path:
         return names[path.stem]
     known = ", ".join(names) or "none are installed"
     if kind == "model":
-        raise MorphSeekError(f"There is no model '{name}': give a bundled name ({known}) or a .safetensors file.")
+        raise MorphSeekError(
+            f"There is no model '{name}': give a bundled name ({known}), a .safetensors file, auto or none."
+        )
     raise MorphSeekError(f"There are no settings '{name}': give a bundled name ({known}) or a .toml or .json file.")
 
 
@@ -161,6 +165,15 @@ def check_model(model: str | Path) -> Path:
     path = find(model)
     read_header(path)
     return path
+
+
+def check_model_choice(name: str) -> Path | None:
+    """Return the file of a model as :func:`check_model`; None for "auto" and "none".
+
+    Raises:
+        MorphSeekError: as :func:`check_model`.
+    """
+    return None if name in (AUTO, NO_MODEL) else check_model(name)
 
 
 def check_device(name: str) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..measures.similarity import Similarity
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import Notice
 from ..protocol.report import StepSection
@@ -153,39 +152,42 @@ def lowered_by_alignment(kind: str, measure: str, before: float | None, after: f
     return [Notice("alignment-lowers", words)]
 
 
-def no_step_helped(figures: Sequence[StepSection], answer: int, taken: int) -> list[Notice]:
-    """Warn if no step of this call brought the images closer.
+def no_step_helped(figures: Sequence[StepSection], answer: int, first: int) -> list[Notice]:
+    """Warn if no step of the network brought the images closer, or the trusted ones led away from the alignment.
 
     Args:
-        figures: a row for each step; index 0: the alignment.
+        figures: a row for each stage and step; index 0: the alignment.
         answer: the row that was chosen.
-        taken: steps of earlier calls.
+        first: the row of the first step of this call.
     """
-    new = [row["similarity"] for row in figures[taken + 1 :]]
-    if answer > taken or not new:
+    new = [row["similarity"] for row in figures[first:]]
+    if not new:
         return []
-    where = "alignment" if answer == 0 else f"result after step {answer}"
+    before = figures[first - 1]
+    if answer < first:
+        where = {"align": "alignment", "search": "search"}.get(before["stage"], f"result after step {before['step']}")
+        words = (
+            f"No step of the network brought the images closer than the {where} did (similarity "
+            f"{figures[answer]['similarity']:.3f}, at best {max(new):.3f} after a step), so the answer is the {where}."
+        )
+        return [Notice("no-step-helped", words)]
+    aligned, after = figures[0]["similarity"], figures[answer]["similarity"]
+    if after >= aligned - NOTABLE:
+        return []
     words = (
-        f"No step of the network brought the images closer than the {where} did (similarity "
-        f"{figures[answer]['similarity']:.3f}, at best {max(new):.3f} after a step), so the answer is the {where}."
+        f"The network's steps lowered the similarity from {aligned:.3f} to {after:.3f}; they are kept because this "
+        "model was better on labeled pairs than images alone. Compare with the result without a model."
     )
-    return [Notice("no-step-helped", words)]
+    return [Notice("steps-fell", words)]
 
 
-def fit_fell(similarity: Similarity, aligned: float, before: float, after: float) -> list[Notice]:
-    """Warn if the fit lowered the similarity.
-
-    Across modalities the fit uses another measure than the judge, so that only a fall below the alignment counts.
-
-    Args:
-        similarity: what was fitted.
-        aligned, before, after: the judge's figures after the alignment, before and after the fit.
-    """
-    if after >= aligned and (similarity.across_modalities or before - after <= NOTABLE):
+def stage_fell(stage: str, before: float, after: float) -> list[Notice]:
+    """Say that a stage's result was taken back; not of the search, which is a try."""
+    if stage == "search":
         return []
     words = (
-        f"Fitting the pair ended at a similarity of {after:.3f}; it was {before:.3f} before the fit and {aligned:.3f} "
-        "after the alignment. Compare with the result without the fit."
+        f"Fitting the pair lowered the similarity from {before:.3f} to {after:.3f}, so the answer is the one from "
+        "before the fit."
     )
     return [Notice("fit-fell", words)]
 

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from ..io.images import air_value, check_overlap
 from ..io.transforms import rounded
-from ..measures.similarity import Judge
 from ..networks.loading import LoadedModel
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job, Notice
-from ..protocol.report import FitSection, StepSection
+from ..protocol.report import FitSection, Stage, StepSection
 from ..space import fields
 from ..space.background import quiet_background
 from ..space.geometry import (
@@ -32,10 +31,13 @@ from ..space.geometry import (
     map_voxels,
     resample,
     smooth_for_spacing,
+    voxel_displacement,
 )
-from ..space.preprocessing import Preprocessing, foreground_of, normalize, normalized, working_grid
+from ..space.preprocessing import Preprocessing, foreground_of, general, normalize, normalized, working_grid
 from . import guards
 from .alignment import align, object_size
+from .judge import Judge
+from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around
 
 # working grids beyond this would need more memory than any machine of the field has
 MAX_WORKING_VOXELS = 512**3
@@ -63,8 +65,7 @@ class State:
         start: fixed point -> moving point, the alignment before the network.
         align: its name.
         total: (1, 3, i, j, k) voxels of the working grid, the answer so far.
-        figures: after each step, index 0 before the first; "answer" tells which of them ``total`` is, or began with
-            when it was fitted.
+        figures: after each stage and step, the alignment first; "answer" tells which of them ``total`` is.
     """
 
     start: Transform
@@ -99,21 +100,19 @@ class Outcome:
 
     Attributes:
         total: (1, 3, i, j, k) voxels of the working grid.
-        transform: the whole map as it is delivered, alignment included, rounded as its file is.
-        figures: after each step, index 0: before; "answer" is true in one of them.
-        answer: its index.
+        figures: a row for each stage and each step of the network; the first is the alignment.
+        answer: the row of ``total``.
         similarity: of ``total``, as the judge has it.
-        before: the displacement from which the step to the answer was taken; None when no step of this call was.
+        found: the same displacement on the nodes on which a stage found it, finer than the working grid; None: there.
         fitted: what the fit did, for the report; None without one.
         notices: what the user should know.
     """
 
     total: Tensor
-    transform: DenseTransform
     figures: list[StepSection]
     answer: int
     similarity: float
-    before: Tensor | None = None
+    found: DenseTransform | None = None
     fitted: FitSection | None = None
     notices: list[Notice] = field(default_factory=list)
 
@@ -123,41 +122,55 @@ class Pair:
 
     Args:
         fixed, moving: the images, on any grids.
-        model: from :func:`MorphSeekLib.networks.loading.load_model`; its card says how images are prepared.
+        model: from :func:`MorphSeekLib.networks.loading.load_model`; its card says how images are prepared. None: by
+            what the images show.
+        device: where to compute; that of the model where there is one.
         job: asked for cancellation while images are made and warped.
 
     Raises:
         MorphSeekError: the working grid would not fit into any memory.
 
     Attributes:
-        grid: the working grid.
+        grid: the working grid: the model's, or without one the nodes of the fit's finest level.
         notices: what there is to say about the two images.
         alignment: from :meth:`align` or :meth:`go_on_from`.
-        moving_intensities: (1, 1, i, j, k), as the network takes them, on the moving image's own grid.
-        fixed_intensities: (1, 1, i, j, k), on the working grid.
-        seen: (1, 1, i, j, k), bool, where the fixed image lies.
-        judge: of warped images, where both lie after the alignment.
+        similarity: what the pair is compared by, from :meth:`prepare`.
+        seen: (1, 1, i, j, k), bool, which voxels of the working grid lie in the fixed image.
+        judge: of displacements.
     """
 
     alignment: Alignment
-    fixed_intensities: Tensor
-    moving_intensities: Tensor
+    similarity: str
     seen: Tensor
     judge: Judge
 
-    def __init__(self, fixed: Volume, moving: Volume, model: LoadedModel, job: Job = SILENT) -> None:
-        self.fixed, self.moving, self.device, self.job = fixed, moving, model.device, job
+    def __init__(
+        self,
+        fixed: Volume,
+        moving: Volume,
+        model: LoadedModel | None = None,
+        device: torch.device | None = None,
+        job: Job = SILENT,
+    ) -> None:
+        self.fixed, self.moving, self.job = fixed, moving, job
+        self.device = torch.device("cpu") if device is None else device
         self.background = air_value(moving.data)
-        self.preprocessing, found = _known_world(fixed, moving, model.card.preprocessing, job)
+        card = None if model is None else model.card.preprocessing
+        self.preprocessing, found = _known_world(fixed, moving, card, job)
         self.notices = [*fixed.notices, *moving.notices, *found]
-        self.grid = working_grid(fixed.grid, self.preprocessing, model.network.multiple_of)
+        if model is None:
+            self.grid = nodes_around(lattice_of(fixed.grid))
+        else:
+            self.device = model.device
+            self.grid = working_grid(fixed.grid, self.preprocessing, model.network.multiple_of)
         _check_size(self.grid, fixed)
 
     def align(self, kind: str, initial: Transform | None, job: Job = SILENT) -> None:
         """Bring the moving image roughly onto the fixed one.
 
         Args:
-            kind: "none", "center", "rigid" or "affine".
+            kind: "none", "center", "rigid" or "affine"; "auto": "none", "center" or "affine", whichever leaves the
+                images most alike.
             initial: fixed point -> moving point (LPS mm), to start from.
             job: told how far it is.
 
@@ -165,9 +178,24 @@ class Pair:
             MorphSeekError: the images do not overlap, or the alignment is not made of finite numbers.
         """
         job.report("align", 0.0, "Aligning the images" if kind != "none" else "Checking that the images overlap")
-        found = align(self.fixed, self.moving, kind, initial=initial, job=job)
+        found = {
+            k: self._aligned(k, initial, job) for k in (("none", "center", "affine") if kind == "auto" else (kind,))
+        }
+        if len(found) > 1:
+            kind = max(found, key=lambda k: self._alike_after(found[k]))
         before = None if kind == "none" else np.eye(4) if initial is None else initial
-        self._use(Alignment(found, kind, before))
+        self._use(Alignment(found[kind], kind, before))
+
+    def _aligned(self, kind: str, initial: Transform | None, job: Job) -> Transform:
+        return align(self.fixed, self.moving, kind, initial=initial, job=job)
+
+    def _alike_after(self, alignment: Transform) -> float:
+        """Return how alike the images are after an alignment, by features that heed no contrast."""
+        return float(Judge(Coarse.of(self.crop, self.source, alignment), "mind")(None, alignment))
+
+    def alike_by_features(self) -> float:
+        """Return how alike the images are after their alignment, by features that heed no contrast."""
+        return float(Judge(self.coarse, "mind")(None, self.alignment.transform))
 
     def go_on_from(self, state: State) -> None:
         """Take over the alignment of an earlier call.
@@ -185,29 +213,64 @@ class Pair:
         self.alignment = alignment
         self.notices += guards.mirrored_alignment(alignment.mirrored)
 
-    def prepare(self) -> None:
-        """Make the intensities that the network takes, and the judge of what it answers."""
-        self.fixed_intensities, self.moving_intensities = self.intensities_on(self.grid)
+    def prepare(self, similarity: str = "auto") -> None:
+        """Choose what the pair is compared by, and make the judge.
+
+        Args:
+            similarity: a key of SIMILARITIES, or "auto".
+        """
+        self.similarity = self._chosen() if similarity == "auto" else similarity
         shown = Volume(foreground_of(quiet_background(self.fixed.data)).to(torch.uint8), self.fixed.grid)
         foreground = resample(shown, self.grid, mode="nearest", job=self.job).data.bool()
         # what one image does not see must not count as black there: a stretch of thin slices would be taken for a gain
         self.seen = self._inside(self.fixed.grid, np.eye(4))
-        by_both = self.seen & self._inside(self.moving.grid, self.alignment.transform)
-        self.judge = Judge(self.fixed_intensities, foreground[None, None].to(self.device), by_both)
-        self.notices += guards.small_foreground(self.judge.voxels)
+        self.shown = foreground[None, None].to(self.device)
+        self.judge = Judge(self.coarse, self.similarity)
+        self.notices += guards.small_foreground(int(self.shown.sum()))
         for volume, role in ((self.fixed, "The fixed image"), (self.moving, "The moving image")):
             self.notices += guards.few_values(normalize(volume.data, self.preprocessing), volume.called(role))
 
-    def intensities_on(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Return the two images as the network takes them, (1, 1, i, j, k).
+    def _chosen(self) -> str:
+        """Return the similarity that suits the pair."""
+        return "lncc"
 
-        The fixed one lies on ``grid``, the moving one on its own, as smooth as that.
-        """
-        spacing = world_spacing(grid)
+    @functools.cached_property
+    def intensities(self) -> tuple[Volume, Volume]:
+        """The two images with intensities in [0, 1], each on its own grid."""
         roles = ((self.fixed, "The fixed image"), (self.moving, "The moving image"))
-        images = [smooth_for_spacing(normalized(v, self.preprocessing, v.called(r)), spacing) for v, r in roles]
-        on_grid = resample(images[0], grid, job=self.job).data
-        return on_grid[None, None].to(self.device), images[1].data[None, None].to(self.device)
+        fixed, moving = (normalized(v, self.preprocessing, v.called(r)) for v, r in roles)
+        return fixed, moving
+
+    @functools.cached_property
+    def fixed_intensities(self) -> Tensor:
+        """(1, 1, i, j, k), as the network takes them, on the working grid."""
+        smooth = smooth_for_spacing(self.intensities[0], world_spacing(self.grid))
+        return resample(smooth, self.grid, job=self.job).data[None, None].to(self.device)
+
+    @functools.cached_property
+    def moving_intensities(self) -> Tensor:
+        """(1, 1, i, j, k), as the network takes them, as smooth as the working grid, on the moving image's own."""
+        return smooth_for_spacing(self.intensities[1], world_spacing(self.grid)).data[None, None].to(self.device)
+
+    @property
+    def source(self) -> Volume:
+        """The moving image with intensities in [0, 1]."""
+        return self.intensities[1]
+
+    @functools.cached_property
+    def crop(self) -> Crop:
+        """The fixed image around what it shows."""
+        return Crop.of(self.intensities[0], self.device, self.job)
+
+    @functools.cached_property
+    def coarse(self) -> Coarse:
+        """The images as they are judged."""
+        return Coarse.of(self.crop, self.source, self.alignment.transform)
+
+    @functools.cached_property
+    def pyramid(self) -> Pyramid:
+        """The images as they are fitted."""
+        return Pyramid.of(self.crop, self.source, self.alignment.transform, self.job)
 
     def nothing(self) -> Tensor:
         """Return the displacement that moves nothing, (1, 3, i, j, k)."""
@@ -219,12 +282,6 @@ class Pair:
         points = map_voxels(total, self.grid, self.alignment.transform, self.moving.grid)
         return self.seen * fields.sample(self.moving_intensities, points)
 
-    def moving_by(self, transform: Transform) -> Tensor:
-        """Warp the moving image by a whole map, (1, 1, i, j, k)."""
-        return fields.sample(
-            self.moving_intensities, map_voxels(self.nothing(), self.grid, transform, self.moving.grid)
-        )
-
     def warped(self, transform: Transform) -> Volume:
         """Warp the moving image by a whole map at full resolution, on the fixed image's grid."""
         out = resample(
@@ -232,43 +289,66 @@ class Pair:
         )
         return replace(out, dtype=self.moving.dtype)
 
-    def delivered(self, displacement: Tensor, grid: Grid) -> DenseTransform:
-        """Return a displacement (1, 3, i, j, k) in voxels of a grid as the whole map that is written.
+    def delivered(self, outcome: Outcome) -> DenseTransform:
+        """Return the whole map of an outcome as it is written, alignment included.
 
         Raises:
-            MorphSeekError: the displacement is not made of finite numbers.
+            MorphSeekError: it is not made of finite numbers.
         """
-        transform = rounded(dense_from_voxels(displacement, grid, self.alignment.transform))
+        found, alignment = outcome.found, self.alignment.transform
+        if found is None:
+            return self.whole(outcome.total)
+        transform = rounded(dense_from_voxels(voxel_displacement(found, found.grid), found.grid, alignment))
         guards.check_finite(transform, "The registration")
         return transform
 
-    def similarity(self, total: Tensor) -> float:
-        """Return what the judge says of a displacement."""
-        return float(self.judge(self.moving_at(total)))
+    def whole(self, total: Tensor) -> DenseTransform:
+        """Return the whole map of a displacement on the working grid, alignment included.
+
+        Raises:
+            MorphSeekError: it is not made of finite numbers.
+        """
+        transform = rounded(dense_from_voxels(total, self.grid, self.alignment.transform))
+        guards.check_finite(transform, "The registration")
+        return transform
+
+    def alike(self, displacement: DenseTransform) -> Tensor:
+        """Return what the judge says of a displacement before the alignment, a scalar."""
+        there = voxel_displacement(displacement, self.coarse.grid, self.device)
+        return self.judge(there, self.alignment.transform)
 
     def similarity_as_given(self) -> float | None:
         """Return what the judge says of the images before their alignment; None where this call aligned none."""
         before = self.alignment.before
-        return None if before is None else float(self.judge(self.moving_by(before)))
+        return None if before is None else float(self.judge(None, before))
 
     def overlap(self, total: Tensor) -> float:
         """Return the share of what the fixed image shows that lands in the moving image; 1 where it shows nothing."""
-        inside = self._inside(self.moving.grid, self.alignment.transform, total)[self.judge.shown]
+        inside = self._inside(self.moving.grid, self.alignment.transform, total)[self.shown]
         return float(inside.float().mean()) if inside.numel() else 1.0
 
-    def look(self, step: int, total: Tensor, warped: Tensor) -> StepSection:
-        """Return the figures after a step, of its displacement and of the moving image warped by it.
+    def look(self, stage: Stage, step: int, total: Tensor, found: DenseTransform | None = None) -> StepSection:
+        """Return the figures after a stage.
+
+        Args:
+            stage: what was done.
+            step: how many steps of the network were taken so far.
+            total: the displacement, (1, 3, i, j, k) voxels of the working grid.
+            found: the same on nodes of its own, see :class:`Outcome`.
 
         Raises:
             MorphSeekError: the displacement is not made of finite numbers.
         """
+        displacement = dense_from_voxels(total, self.grid) if found is None else found
+        cells = total if found is None else voxel_displacement(found, found.grid, self.device)
         length = displacement_mm(total, self.grid).norm(dim=0)
-        determinants = (fields.least_determinant(total), fields.jacobian_determinant(total))
+        determinants = (fields.least_determinant(cells), fields.jacobian_determinant(cells))
         shares = [100 * (j <= 0).float().mean() for j in determinants]
-        values = torch.stack([self.judge(warped), length.mean(), *shares]).tolist()
-        guards.check_finite(values, f"Step {step}")
+        values = torch.stack([self.alike(displacement), length.mean(), *shares]).tolist()
+        guards.check_finite(values, NAMES[stage].format(step=step))
         similarity, mean_displacement, folded, njd = values
         return {
+            "stage": stage,
             "step": step,
             "similarity": similarity,
             "mean_displacement_mm": mean_displacement,
@@ -284,6 +364,15 @@ class Pair:
         return ((points >= -0.5) & (points <= limit)).all(dim=1, keepdim=True)
 
 
+NAMES: dict[str, str] = {
+    "align": "The alignment",
+    "search": "The search",
+    "network": "Step {step}",
+    "fit": "The fit",
+}
+"""What the stages are called."""
+
+
 def world_spacing(grid: Grid) -> np.ndarray:
     """Return a grid's spacing along the world's axes, (3,) mm."""
     return np.linalg.norm(grid.direction * grid.spacing, axis=1)
@@ -295,10 +384,12 @@ def displacement_mm(total: Tensor, grid: Grid) -> Tensor:
 
 
 def _known_world(
-    fixed: Volume, moving: Volume, preprocessing: Preprocessing, job: Job
+    fixed: Volume, moving: Volume, preprocessing: Preprocessing | None, job: Job
 ) -> tuple[Preprocessing, list[Notice]]:
-    """Return the card's preprocessing, with a coarser grid for objects of another size than the model was trained
-    on."""
+    """Return the card's preprocessing, with a coarser grid for objects of another size than the model was trained on;
+    without a card what suits the images."""
+    if preprocessing is None:
+        return general(fixed.data, moving.data), []
     if preprocessing.knows is None:
         return preprocessing, []
     sizes = [object_size(volume, job) for volume in (fixed, moving)]

@@ -1,14 +1,18 @@
 """The main job: two images in, a transform, a warped image and a report out.
 
-fixed, moving -> alignment (mm) -> working grid and intensities as the model's card says -> the network, T times,
-composed -> the fit, where it is asked for -> one dense transform (mm) -> everything else from that transform: the
-warped image at full resolution by one interpolation, Jacobian and folding on the fixed image's own grid, the inverse,
-the figures.
+fixed, moving -> alignment (mm) -> search for large motion -> the network's steps -> the fit -> unfolding -> one dense
+transform (mm) -> everything else from that transform: the warped image at full resolution by one interpolation,
+Jacobian and folding on the fixed image's own grid, the inverse, the figures. Each stage is optional, and one judge
+compares what they find (:mod:`.judge`).
 """
 
 from __future__ import annotations
 
+import torch
+
 from ..io.labels import check_label_values
+from ..io.transforms import rounded
+from ..measures.folds import unfold
 from ..measures.metrics import dice_per_label
 from ..networks.devices import memory_advice
 from ..networks.loading import LoadedModel
@@ -16,94 +20,122 @@ from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.options import RegistrationOptions
 from ..protocol.startup import MAX_STEPS
-from ..space.geometry import Transform, Volume
-from .fit import Fit
+from ..space.geometry import DenseTransform, Transform, Volume
+from .find import FAR, Search
+from .fit import Fit, start_of
 from .pair import Clock, Outcome, Pair, State
-from .result import Labels, Pictures, Registration, deliver
+from .pictures import Pictures
+from .result import Labels, Registration, deliver
 from .steps import NetworkSteps
 
 
 def register(
     fixed: Volume,
     moving: Volume,
-    model: LoadedModel,
+    model: LoadedModel | None = None,
     options: RegistrationOptions | None = None,
     job: Job = SILENT,
     *,
     labels: Labels = (None, None),
     start: Transform | State | None = None,
+    device: torch.device | None = None,
 ) -> Registration:
     """Register a moving image to a fixed one.
 
-    The answer is the one of all steps, none included, after which the images are most alike
-    (:class:`MorphSeekLib.measures.similarity.Judge`); a fit begins there.
-
     Args:
         fixed, moving: finite, not constant; any grids.
-        model: from :func:`MorphSeekLib.networks.loading.load_model`.
+        model: from :func:`MorphSeekLib.networks.loading.load_model`; None: no network, which suits any anatomy.
         options: the choices; None for the defaults.
-        job: told of every phase and asked often; given each step's picture, from 0 (aligned) on, and the answer's again
-            after a fit.
+        job: told of every phase and asked often; given a picture after each stage, from 0 (aligned) on.
         labels: integer label maps on their image's grid: fixed, moving; both for Dice; the moving ones are warped.
         start: an initial transform, fixed point -> moving point (LPS mm), from which the alignment starts; or the state
-            of an earlier call with the same images and model, from whose answer ``options.steps`` more are taken.
+            of an earlier call with the same images and model, from whose answer the stages go on.
+        device: where to compute without a model; None: the CPU.
 
     Raises:
         MorphSeekError: unusable options, images that do not overlap, not enough memory.
         Cancelled: the job was cancelled.
     """
-    options, card = options or RegistrationOptions(), model.card.preprocessing
-    steps = NetworkSteps(model.network, options.steps or card.steps, options.stop_early)
-    state = _earlier(start, steps.steps)
+    options = options or RegistrationOptions()
     _check_labels(labels)
-    clock = Clock()
+    _check_steps_left(start, model, options)
+    clock, pictures = Clock(), Pictures(job)
     with clock("align"):
-        pair = Pair(fixed, moving, model, job)
+        pair = Pair(fixed, moving, model, device, job)
         pair.notices += [notice for volume in labels if volume is not None for notice in volume.notices]
-        if isinstance(start, State):
-            pair.go_on_from(start)
-        else:
-            kind = options.align or (card.align if start is None else "none")
-            pair.align(kind, start, job.part(0.02, 0.3))
-    pictures = Pictures(pair, job)
-    if state is None:
-        with clock("resample"), memory_advice(pair.device):
-            pictures.show_aligned()
-    outcome = _deformed(pair, model, options, steps, state, pictures, clock, job)
-    return deliver(pair, model, outcome, options, labels, pictures, clock, job.part(0.7, 1.0))
+        _align(pair, model, options, start, job.part(0.02, 0.2))
+    with clock("resample"), memory_advice(pair.device):
+        pictures.show_aligned(pair)
+    with memory_advice(pair.device):
+        outcome = _deformed(pair, model, options, start, pictures, clock, job.part(0.2, 0.7))
+        transform = pair.delivered(outcome)
+        if options.fit != "off":
+            with clock("unfold"):
+                transform = _unfolded(pair, transform, job)
+    return deliver(pair, model, outcome, transform, options, labels, pictures, clock, job.part(0.7, 1.0))
+
+
+def _align(
+    pair: Pair, model: LoadedModel | None, options: RegistrationOptions, start: Transform | State | None, job: Job
+) -> None:
+    """Align the pair as the options, the card or an earlier call says."""
+    if isinstance(start, State):
+        pair.go_on_from(start)
+        return
+    kind = options.align
+    if kind == "auto" and start is not None:
+        kind = "none"
+    elif kind == "auto" and model is not None:
+        kind = model.card.preprocessing.align
+    pair.align(kind, start, job)
 
 
 def _deformed(
     pair: Pair,
-    model: LoadedModel,
+    model: LoadedModel | None,
     options: RegistrationOptions,
-    steps: NetworkSteps,
-    state: State | None,
+    start: Transform | State | None,
     pictures: Pictures,
     clock: Clock,
     job: Job,
 ) -> Outcome:
-    """Return the network's steps, and the fit after them."""
-    done = 0.35 if options.fit.total else 0.7  # the progress bar's share at the end of the steps
-    with memory_advice(pair.device):
+    """Run the stages that were chosen, one after the other."""
+    card = None if model is None else model.card.preprocessing
+    with clock("prepare"), torch.no_grad():
+        job.report("align", 0.0, "Preparing the images")
+        pair.prepare(options.similarity)
+        outcome = start_of(pair, start if isinstance(start, State) else None)
+    wanted = card is None or card.search
+    if options.search == "on" or (options.search == "auto" and wanted and _is_far(pair, outcome)):
+        with clock("search"), torch.no_grad():
+            outcome = Search().run(pair, outcome, job.part(0.05, 0.3))
+    if model is not None and card is not None:
+        steps = NetworkSteps(model.network, options.steps or card.steps, options.stop_early, not card.fit)
         with clock("network"):
-            job.report("step", 0.3, "Preparing the images")
-            pair.prepare()
-            outcome = steps.run(pair, state, pictures.show, job.part(0.3, done))
-        if options.fit.total:
-            with clock("refinement"):
-                outcome = Fit(options.fit, model.network).run(pair, outcome, job.part(done, 0.7))
+            outcome = steps.run(pair, outcome, pictures, job.part(0.3, 0.6))
+    if options.fit == "on" or (options.fit == "auto" and (card is None or card.fit)):
+        with clock("fit"), torch.no_grad():
+            outcome = Fit(options).run(pair, outcome, job.part(0.6, 1.0))
     return outcome
 
 
-def _earlier(start: Transform | State | None, steps: int) -> State | None:
-    """Return the state from which to take ``steps`` more steps; None for a new registration."""
-    if not isinstance(start, State):
-        return None
-    taken = len(start.figures) - 1
-    if taken + steps > MAX_STEPS:
+def _is_far(pair: Pair, outcome: Outcome) -> bool:
+    """Return whether large motion is left: never where an earlier call has searched."""
+    return len(outcome.figures) == 1 and pair.alike_by_features() < FAR
+
+
+def _unfolded(pair: Pair, transform: DenseTransform, job: Job) -> DenseTransform:
+    """Return the transform with its folds pulled apart, rounded as its file is."""
+    return rounded(unfold(transform, pair.alignment.mirrored, job=job))
+
+
+def _check_steps_left(start: Transform | State | None, model: LoadedModel | None, options: RegistrationOptions) -> None:
+    """Refuse more steps than there may be in all."""
+    if model is None or not isinstance(start, State):
+        return
+    taken = start.figures[-1]["step"]
+    if taken + (options.steps or model.card.preprocessing.steps) > MAX_STEPS:
         raise MorphSeekError(f"{taken} steps were taken already, and {MAX_STEPS} are the most.")
-    return start
 
 
 def _check_labels(labels: Labels) -> None:

@@ -14,7 +14,7 @@ from ..networks.devices import memory_advice, network_precision
 from ..networks.loading import LoadedModel
 from ..protocol.job import Job
 from ..protocol.options import RegistrationOptions
-from ..protocol.report import SCHEMA, DiceSection, Figures, FoldingSection, InverseSection, Report
+from ..protocol.report import SCHEMA, DiceSection, Figures, FoldingSection, InverseSection, ModelSection, Report
 from ..space.geometry import (
     DenseTransform,
     Grid,
@@ -28,6 +28,7 @@ from ..space.geometry import (
 from ..space.preprocessing import sampled
 from . import guards
 from .pair import Clock, Outcome, Pair, State, displacement_mm
+from .pictures import Pictures
 
 Labels = tuple[Volume | None, Volume | None]
 """The label maps of the fixed and of the moving image."""
@@ -68,8 +69,9 @@ class Registration:
 
 def deliver(
     pair: Pair,
-    model: LoadedModel,
+    model: LoadedModel | None,
     outcome: Outcome,
+    transform: DenseTransform,
     options: RegistrationOptions,
     labels: Labels,
     pictures: Pictures,
@@ -77,11 +79,11 @@ def deliver(
     job: Job,
 ) -> Registration:
     """Make everything else from the transform that was found: the warped image, folding, the inverse, the report."""
-    fixed, transform, alignment = pair.fixed, outcome.transform, pair.alignment
+    fixed, alignment = pair.fixed, pair.alignment
     with clock("resample"), memory_advice(pair.device):
         job.report("resample", 0.05, "Warping the moving image at full resolution")
-        warped = pictures.answer(outcome)
-        aligned = pictures.aligned()
+        warped = pictures.answer(pair, outcome, transform)
+        aligned = pictures.aligned(pair)
         warped_labels = None
         if labels[1] is not None:
             warped_labels = resample(labels[1], fixed.grid, transform, mode="nearest", device=pair.device, job=job)
@@ -105,62 +107,32 @@ def deliver(
 
     figures: Figures = {"folding": _folding(jacobian, certificate, least), "dice": dice, "inverse": residual}
     with memory_advice(pair.device):
-        report = make_report(pair, model, outcome, figures, clock)
+        report = make_report(pair, model, outcome, transform, options, figures, clock)
     job.check()
     state = State(alignment.transform, alignment.kind, outcome.total.detach().cpu(), outcome.figures)
     folded = Volume((least.data <= 0).to(torch.uint8), fixed.grid)
     return Registration(transform, warped, aligned, jacobian, folded, warped_labels, inverse, state, report)
 
 
-class Pictures:
-    """The moving image at full resolution after each stage, for the live view; none is warped twice.
-
-    Args:
-        pair: aligned.
-        job: given each picture, where somebody looks.
-    """
-
-    def __init__(self, pair: Pair, job: Job) -> None:
-        self._pair, self._job = pair, job
-        self._aligned: Volume | None = None
-        self._shown: tuple[int, Volume] | None = None
-
-    def show_aligned(self) -> None:
-        """Show the images after their alignment, as step 0."""
-        if self._job.is_watched:
-            self._job.show(0, self.aligned())
-
-    def show(self, step: int, total: torch.Tensor) -> None:
-        """Show a step's displacement, (1, 3, i, j, k) voxels of the working grid."""
-        if self._job.is_watched:
-            self._shown = step, self._pair.warped(self._pair.delivered(total, self._pair.grid))
-            self._job.show(*self._shown)
-
-    def aligned(self) -> Volume:
-        """Return the moving image after the alignment alone."""
-        if self._aligned is None:
-            self._aligned = self._pair.warped(self._pair.alignment.transform)
-        return self._aligned
-
-    def answer(self, outcome: Outcome) -> Volume:
-        """Return the moving image warped by the answer; shown once more where it was fitted after its step."""
-        if outcome.fitted is None and self._shown is not None and self._shown[0] == outcome.answer:
-            return self._shown[1]
-        warped = self._pair.warped(outcome.transform)
-        if outcome.fitted is not None and self._job.is_watched:
-            self._job.show(outcome.answer, warped)
-        return warped
-
-
-def make_report(pair: Pair, model: LoadedModel, outcome: Outcome, figures: Figures, clock: Clock) -> Report:
+def make_report(
+    pair: Pair,
+    model: LoadedModel | None,
+    outcome: Outcome,
+    transform: DenseTransform,
+    options: RegistrationOptions,
+    figures: Figures,
+    clock: Clock,
+) -> Report:
     """Return what report.json holds of a registration, but for the files and versions.
 
     Args:
+        transform: the whole map as it is delivered.
         figures: "folding", "dice" and "inverse".
     """
-    card, alignment = model.card, pair.alignment
+    alignment = pair.alignment
     with torch.no_grad():
         as_given = pair.similarity_as_given()
+        similarity = float(pair.judge(None, transform))
         notices = pair.notices + outcome.notices + guards.small_overlap(pair.overlap(outcome.total))
     aligned = outcome.figures[0]["similarity"]
     notices += guards.lowered_by_alignment(alignment.kind, "similarity", as_given, aligned)
@@ -169,14 +141,7 @@ def make_report(pair: Pair, model: LoadedModel, outcome: Outcome, figures: Figur
         notices += guards.lowered_by_alignment(alignment.kind, "mean Dice", dice["input"], dice["aligned"])
     return {
         "schema": SCHEMA,
-        "model": {
-            "name": model.name,
-            "sha256": model.sha256,
-            "backbone": card.model.backbone,
-            "title": card.title,
-            "licence": card.license,
-            "output": card.model.output,
-        },
+        "model": None if model is None else _model(model),
         "fixed": {**pair.fixed.grid.describe()},
         "moving": {**pair.moving.grid.describe()},
         "warped": {"type": pair.moving.dtype, "outside": pair.background, "definition": WARPED},
@@ -186,12 +151,13 @@ def make_report(pair: Pair, model: LoadedModel, outcome: Outcome, figures: Figur
         "align": alignment.kind,
         "mirrored": alignment.mirrored,
         "steps": outcome.figures,
-        "refinement": outcome.fitted,
+        "preset": options.preset,
+        "fit": outcome.fitted,
         "similarity": {
-            "name": "LNCC, window 9, fixed image's foreground on the working grid, where both images lie (1 is best)",
+            "name": pair.judge.definition,
             "input": as_given,
             "aligned": aligned,
-            "warped": outcome.similarity,
+            "warped": similarity,
         },
         "folding": figures["folding"],
         "displacement_mm": _displacement(outcome.total, pair.grid),
@@ -199,6 +165,19 @@ def make_report(pair: Pair, model: LoadedModel, outcome: Outcome, figures: Figur
         "inverse": figures["inverse"],
         "warnings": [{"code": notice.code, "message": notice.message} for notice in notices],
         "seconds": clock.seconds,
+    }
+
+
+def _model(model: LoadedModel) -> ModelSection:
+    """Return what the report says of the model."""
+    card = model.card
+    return {
+        "name": model.name,
+        "sha256": model.sha256,
+        "backbone": card.model.backbone,
+        "title": card.title,
+        "licence": card.license,
+        "output": card.model.output,
     }
 
 

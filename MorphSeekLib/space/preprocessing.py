@@ -15,8 +15,8 @@ from ..protocol.startup import ALIGNMENTS
 from .background import quiet_background
 from .geometry import Grid, Volume, covering_grid
 
-FINE_VOXELS = 16_000_000
-"""The most of a grid that is fitted: the fit takes about 400 bytes of memory a voxel."""
+HOUNSFIELD = (-1000.0, 600.0)
+"""What CT is seen by without a model: from air to bone."""
 _SEED = 1
 _LEAST_SHARE = 0.01  # of the voxels, that make a value the background though it is not the least
 _MOST_CLIPPED = 0.1  # of the foreground, that the lower percentile may take with it
@@ -35,6 +35,10 @@ class Preprocessing:
         low, high: see intensity. Values outside are clipped.
         align: what to do before the network when nothing is asked for: "none", "center", "rigid" or "affine".
         steps: steps of the network when nothing is asked for (the T of training).
+        search: whether large motion is searched for before the steps when nothing is asked for.
+        fit: whether the pair is fitted after the steps when nothing is asked for. False where the model was trained on
+            labels and was better without on its validation pairs; then its steps are kept even where the images say
+            otherwise.
         knows: smallest and largest size in mm of what the training images showed
             (:func:`MorphSeekLib.registration.alignment.object_size`); None: it was not measured.
     """
@@ -47,6 +51,8 @@ class Preprocessing:
     high: float = 99.5
     align: str = "affine"
     steps: int = 2
+    search: bool = True
+    fit: bool = True
     knows: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -107,25 +113,20 @@ def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) ->
     return grid
 
 
-def fine_grid(fixed: Grid, working: Grid) -> Grid:
-    """Return the fixed image's own grid, but no more than twice as fine as the working grid and of FINE_VOXELS at most.
+def general(*images: Tensor) -> Preprocessing:
+    """Return how images reach search and fit where no model says it: CT by a window, others by percentiles.
 
-    Args:
-        fixed, working: the fixed image's grid, and the network's that covers it.
-
-    Returns:
-        a grid along the fixed image's axes that covers its voxels' centers; an image that has more than FINE_VOXELS on
-        the working grid already keeps that one's spacing.
+    Images are taken for CT if each reaches far below zero, as air does, and shows tissue of a usual density.
     """
-    coarsest = np.linalg.norm(fixed.direction.T @ working.direction * working.spacing, axis=1)  # along fixed's axes
-    least = coarsest / 2
-    length = fixed.spacing * np.maximum(np.array(fixed.shape) - 1, 1)  # between the first and the last center
-    crowd = np.prod(length / np.maximum(fixed.spacing, least)) / FINE_VOXELS
-    if crowd > 1:
-        least = np.minimum(np.maximum(fixed.spacing, least) * crowd ** (1 / 3), coarsest)
-    shape = np.maximum(fixed.shape, 2)  # a fold or a slope needs two voxels
-    shape = np.where(fixed.spacing < least, np.ceil(length / least - 1e-6).astype(int) + 1, shape)
-    return Grid.from_parts(shape.tolist(), length / (shape - 1), fixed.direction, fixed.origin)
+    window = Preprocessing(intensity="window", low=HOUNSFIELD[0], high=HOUNSFIELD[1])
+    return window if all(_is_ct(sampled(image)) for image in images) else Preprocessing()
+
+
+def _is_ct(values: Tensor) -> bool:
+    """Return whether values may be Hounsfield units."""
+    tissue = values[values > HOUNSFIELD[0]]
+    least = float(values.float().quantile(0.01))
+    return least < HOUNSFIELD[0] / 2 and tissue.numel() > 0 and float(tissue.median()) < HOUNSFIELD[1]
 
 
 def sampled(values: Tensor, count: int = 250_000) -> Tensor:

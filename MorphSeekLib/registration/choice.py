@@ -1,0 +1,47 @@
+"""Which model a pair is registered by, where nothing is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..networks.devices import pick_device
+from ..networks.loading import LoadedModel, load_model
+from ..networks.model_file import read_card
+from ..protocol.job import SILENT, Job
+from ..protocol.startup import AUTO, NO_MODEL, bundled
+from ..space.geometry import Volume
+from ..space.preprocessing import general
+from .alignment import object_size
+
+
+def chosen_model(
+    name: str, images: Sequence[Volume], device: str = "auto", job: Job = SILENT
+) -> tuple[LoadedModel | None, torch.device, str]:
+    """Return the model of a name, the device, and a sentence that says which and why.
+
+    Args:
+        name: a bundled model's, a file's, "none", or "auto": the bundled model that was trained on labels, was better
+            on labeled pairs than a fit, and knows objects of the size that both images show; else none.
+        images: fixed and moving.
+        device: as for :func:`MorphSeekLib.networks.loading.load_model`.
+
+    Raises:
+        MorphSeekError: unknown model or device, unusable file, or not enough memory.
+    """
+    where = pick_device(device)
+    if name not in (AUTO, NO_MODEL):
+        return load_model(name, device), where, f"Model: {name}."
+    if name == NO_MODEL:
+        return None, where, "Model: none."
+    if general(*(image.data for image in images)).intensity == "window":
+        return None, where, "Model: none, as the images look like CT, which no bundled model knows."
+    sizes = [object_size(image, job) for image in images]
+    for own, path in bundled().items():
+        card = read_card(path).preprocessing
+        if not card.fit and all(card.beyond(size) == 1 for size in sizes):
+            shown = " and ".join(f"{size:.0f}" for size in sizes)
+            words = f"Model: {own}, which was trained on labels of objects of the size of these ({shown} mm)."
+            return load_model(own, device), where, words
+    return None, where, "Model: none, as no bundled model is better on such images than the fit alone."

@@ -1,0 +1,252 @@
+"""Descend on a fit's objective from coarse to fine, by Adam on the control points of each level."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .objective import EPSILON, WANTED, Level, Objective, finer
+
+RATE, DECAYS = 0.1, (0.8, 0.9)
+"""Adam's steps in voxels of the level, and how it forgets."""
+SHOWN = 0.02
+"""Of the range of intensities: darker voxels of both images are background."""
+_AROUND = 2  # blocks around what is shown that count too
+
+OnIteration = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where a level's iterations ended.
+
+    Attributes:
+        control: (1, 3, a, b, c), voxels of the level.
+        objectives: (n,), before each iteration.
+    """
+
+    control: Tensor
+    objectives: Tensor
+
+
+class _Stepper(Protocol):
+    """Takes iterations on a level; ``control`` is where it stands."""
+
+    control: Tensor
+
+    def step(self) -> Tensor | float:
+        """Take an iteration; return the objective before it."""
+
+
+def descend(
+    levels: Sequence[Level],
+    iterations: Sequence[int],
+    start: Tensor | None = None,
+    rate: float = RATE,
+    threads: int = 1,
+    on_iteration: OnIteration = lambda _: None,
+) -> list[Descent]:
+    """Fit from coarse to fine.
+
+    Args:
+        levels: each with twice as many voxels along each axis as the one before.
+        iterations: on each of them.
+        start: (1, 3, a, b, c) control points of the first level; None: zero.
+        rate: Adam's, in voxels of each level.
+        threads: of the compiled kernels, where they are used.
+        on_iteration: given the level's number after each iteration; may raise to cancel.
+
+    Returns:
+        where each level ended; the last one's control points are the answer.
+    """
+    first = levels[0]
+    control = first.fixed.new_zeros(1, 3, *first.points) if start is None else start
+    ends = []
+    for number, (level, count) in enumerate(zip(levels, iterations, strict=True)):
+        if number:
+            control = finer(control)
+        objectives = []
+        if count:
+            stepper = stepper_for(level, control, rate, threads)
+            for _ in range(count):
+                objectives.append(stepper.step())
+                on_iteration(number)
+            control = stepper.control
+        values = [torch.as_tensor(value, dtype=torch.float32, device=control.device) for value in objectives]
+        ends.append(Descent(control, torch.stack(values) if values else control.new_zeros(0)))
+    return ends
+
+
+def stepper_for(level: Level, control: Tensor, rate: float, threads: int) -> _Stepper:
+    """Return what takes the iterations: compiled kernels on the CPU where numba is there, else torch."""
+    if control.device.type == "cpu" and control.dtype == torch.float32 and compiled():
+        return CompiledStepper(level, control, rate, threads)
+    return TorchStepper(level, control, rate)
+
+
+@functools.cache
+def compiled() -> bool:
+    """Return whether the compiled kernels can be used."""
+    try:
+        from . import kernels  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def kernels_used(device: torch.device) -> str:
+    """Return what computes a fit on a device, for the report."""
+    if device.type != "cpu" or not compiled():
+        return f"torch {torch.__version__}"
+    import numba
+
+    return f"numba {numba.__version__}"
+
+
+class TorchStepper:
+    """Adam on a level by torch, on any device; nothing waits for it."""
+
+    def __init__(self, level: Level, control: Tensor, rate: float) -> None:
+        self.control = control.clone()
+        self._objective, self._rate = Objective(level), rate
+        self._first, self._second = torch.zeros_like(control), torch.zeros_like(control)
+        self._taken = 0
+
+    def step(self) -> Tensor:
+        """Take an iteration; return the objective before it."""
+        value, gradient = self._objective(self.control)
+        self._taken += 1
+        decay, decay2 = DECAYS
+        self._first.mul_(decay).add_(gradient, alpha=1 - decay)
+        self._second.mul_(decay2).addcmul_(gradient, gradient, value=1 - decay2)
+        scale = (self._second / (1 - decay2**self._taken)).sqrt_().add_(1e-8)
+        self.control.addcdiv_(self._first, scale, value=-self._rate / (1 - decay**self._taken))
+        return value
+
+
+class CompiledStepper:
+    """Adam on a level by :mod:`.kernels`, in slabs of planes that run side by side.
+
+    The sums of two slabs are added in the slabs' order, so that a number of threads always gives the same answer.
+    """
+
+    def __init__(self, level: Level, control: Tensor, rate: float, threads: int) -> None:
+        from . import kernels
+
+        self._kernels = kernels
+        self.control = control.clone()
+        self._level, self._rate, self._taken = level, rate, 0
+        self._u = self.control[0].numpy()
+        self._counted = level.counted.to(torch.uint8).contiguous().numpy()
+        ranges = _ranges(level.counted)
+        self._ranges = ranges.numpy()
+        self._state = [torch.zeros_like(control)[0].numpy() for _ in range(4)]
+        a, b, c = level.points
+        self._slabs = _slabs(ranges, threads)
+        self._pool = ThreadPoolExecutor(len(self._slabs)) if len(self._slabs) > 1 else None
+        if level.features is None:
+            objective = Objective(level)
+            self._images = level.moving[0, 0].contiguous().numpy(), level.fixed[0, 0].contiguous().numpy()
+            self._sum, self._variance = (x[0, 0].contiguous().numpy() for x in objective.fixed_sums)
+            self._warped = torch.zeros(2 * a, 2 * b, 2 * c).numpy()
+            self._sums, self._weights = (torch.zeros(a, 3, b, c).numpy() for _ in range(2))
+        else:
+            self._images = (
+                level.moving[0].movedim(0, 3).contiguous().numpy(),
+                level.fixed[0].movedim(0, 3).contiguous().numpy(),
+            )
+
+    def step(self) -> float:
+        """Take an iteration; return the objective before it."""
+        self._taken += 1
+        value = 0.0
+        if self._level.features is None:
+            self._each(self._warp)
+            value -= self._each(self._correlate)
+        value += self._each(self._pull)
+        self._each(self._move)
+        return value
+
+    def _each(self, work: Callable[[int, int, int], float]) -> float:
+        """Do the work on every slab; return the sum of what it returns."""
+        numbered = [(n, *slab) for n, slab in enumerate(self._slabs)]
+        if self._pool is None:
+            return sum(work(*slab) for slab in numbered)
+        return sum(self._pool.map(lambda slab: work(*slab), numbered))
+
+    def _warp(self, _: int, begin: int, end: int) -> float:
+        moving, fixed = self._images
+        self._kernels.warp_blocks(
+            self._u, moving, fixed, self._ranges, self._counted, self._warped, self._sums, begin, end
+        )
+        return 0.0
+
+    def _correlate(self, _: int, begin: int, end: int) -> float:
+        return self._kernels.correlate(
+            self._sums, self._sum, self._variance, np.float32(EPSILON), self._weights, begin, end
+        )
+
+    def _pull(self, number: int, begin: int, end: int) -> float:
+        moving, fixed = self._images
+        level, gradient = self._level, self._state[number % 2]
+        value = 0.0
+        if level.features is None:
+            self._kernels.pull(
+                self._u, moving, fixed, self._ranges, self._counted, self._warped, self._weights, gradient, begin, end
+            )
+        else:
+            value += self._kernels.pull_features(
+                self._u, moving, fixed, self._ranges, self._counted, gradient, np.float32(level.features), begin, end
+            )
+        diffusion, folding = np.float32(level.diffusion * 2 / 9), np.float32(level.folding)
+        return value + self._kernels.regularize(self._u, diffusion, folding, np.float32(WANTED), gradient, begin, end)
+
+    def _move(self, _: int, begin: int, end: int) -> float:
+        even, odd, first, second = self._state
+        decay, decay2 = DECAYS
+        step = self._kernels.adam
+        step(self._u, even, odd, first, second, self._rate, decay, decay2, self._taken, begin, end)
+        return 0.0
+
+
+def _slabs(ranges: Tensor, threads: int) -> list[tuple[int, int]]:
+    """Cut the planes into one slab for each thread, of about the same number of blocks, none thinner than two."""
+    work = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum(dim=1).double() + 0.05 * ranges.shape[1]
+    planes = len(work)
+    done = work.cumsum(0) / work.sum()
+    cuts = [0]
+    for n in range(1, min(threads, planes // 2)):
+        cut = int((done < n / threads).sum())
+        if cut - cuts[-1] >= 2 and planes - cut >= 2:
+            cuts.append(cut)
+    return list(zip(cuts, [*cuts[1:], planes], strict=True))
+
+
+def halved(image: Tensor) -> Tensor:
+    """Return the means over 2x2x2 voxels of (n, channels, i, j, k)."""
+    return F.avg_pool3d(image, 2)
+
+
+def counted_blocks(*images: Tensor) -> Tensor:
+    """Return the blocks in which one of the images (1, 1, 2 a, 2 b, 2 c) shows something or is near to it, (a, b, c)
+    bool."""
+    shown = torch.stack([image[0, 0] for image in images]).amax(dim=0)[None, None]
+    shown = F.max_pool3d(shown, 2)
+    return F.max_pool3d(shown, 2 * _AROUND + 1, stride=1, padding=_AROUND)[0, 0] > SHOWN
+
+
+def _ranges(counted: Tensor) -> Tensor:
+    """Return (a, b, 2) int32: the first block of each row that counts and the one after the last; equal for none."""
+    n = counted.shape[2]
+    index = torch.arange(n, dtype=torch.int32)
+    low = torch.where(counted, index, n).amin(dim=2)
+    high = torch.where(counted, index + 1, 0).amax(dim=2)
+    return torch.stack([torch.minimum(low, high), high], dim=2).to(torch.int32)

@@ -1,0 +1,40 @@
+"""The search for large motion, as a stage of a registration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..measures.similarity import mind_ssc
+from ..protocol.job import Job
+from .fit import taken_over
+from .pair import Outcome, Pair
+from .search import MOST_CELLS, PASSES, search
+
+FAR = 0.8
+"""Images that are more alike than this after the alignment, by MIND, are near enough for the fit alone."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Looks for large motion over all displacements within reach."""
+
+    def run(self, pair: Pair, begin: Outcome, job: Job) -> Outcome:
+        """Search from the alignment on.
+
+        Args:
+            pair: aligned and prepared.
+            begin: the alignment's outcome.
+            job: checked often.
+
+        Returns:
+            what was found, or ``begin`` where the judge finds that more alike.
+        """
+        job.report("search", 0.0, "Searching for large motion")
+        pyramid = pair.pyramid
+        level, cells = 0, pyramid.crop.image.numel() / PASSES[0].cell ** 3
+        while cells > MOST_CELLS:
+            level, cells = level + 1, cells / 8
+        fixed, moving, _ = pyramid.images(level)
+        control = search(mind_ssc(fixed), mind_ssc(moving), check=job.check)
+        job.report("search", 1.0, "Searching for large motion")
+        return taken_over(pair, begin, "search", pyramid.displacement(control, level))

@@ -1,0 +1,309 @@
+"""The two images as search, fit and judge see them: along the fixed image's axes, at several resolutions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..measures.similarity import SIMILARITIES
+from ..protocol.job import SILENT, Job
+from ..space import fields
+from ..space.geometry import (
+    DenseTransform,
+    Grid,
+    Transform,
+    Volume,
+    dense_from_voxels,
+    index_points,
+    resample,
+    smooth_for_spacing,
+    voxel_displacement,
+)
+from .descent import SHOWN, counted_blocks, halved
+from .objective import Level
+
+COARSEST = 2
+"""The level on which a fit begins and results are judged: voxels are 2^2 times as long as those of level 0."""
+MOST_VOXELS = 20_000_000
+"""The most on level 0."""
+_UNEVEN = 2.0  # times longer than the shortest, an edge of a voxel is divided
+_MULTIPLE = 16
+_RIM = 4  # voxels around what the fixed image shows
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A fixed image around what it shows.
+
+    Attributes:
+        grid: along the fixed image's axes; sizes are multiples of 16.
+        lattice: the same voxels as far as the fixed image reaches.
+        offset: (3,) the grid's first voxel in the lattice; even.
+        image: (1, 1, i, j, k) in [0, 1]; edge values beyond the lattice.
+        seen: (1, 1, i, j, k) bool, where the lattice is.
+    """
+
+    grid: Grid
+    lattice: Grid
+    offset: tuple[int, int, int]
+    image: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, fixed: Volume, device: torch.device, job: Job = SILENT) -> Crop:
+        """Crop a fixed image whose intensities lie in [0, 1]."""
+        lattice, data = lattice_of(fixed.grid), fixed.data
+        if not lattice.same_as(fixed.grid):
+            data = resample(smooth_for_spacing(fixed, _world_spacing(lattice)), lattice, device=device, job=job).data
+        begin, size = _box(data > SHOWN)
+        affine = lattice.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ begin
+        image = _cut(data.float(), begin, size, "replicate").to(device)
+        seen = _cut(torch.ones(lattice.shape), begin, size, "constant").to(device) > 0
+        i, j, k = begin.tolist()
+        return cls(_grid(size, affine), lattice, (i, j, k), image, seen)
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """Two images as they are judged: the fixed one on the coarsest level, the moving one as smooth on its own grid.
+
+    Attributes:
+        grid: of the fixed image; an even number of voxels along each axis.
+        fixed, moving: (1, 1, i, j, k) in [0, 1].
+        counted: blocks of 2x2x2 voxels that count, bool.
+        moving_grid: of the moving image.
+    """
+
+    grid: Grid
+    fixed: Tensor
+    counted: Tensor
+    moving: Tensor
+    moving_grid: Grid
+
+    @classmethod
+    def of(cls, crop: Crop, moving: Volume, alignment: Transform) -> Coarse:
+        """Return the images of a crop and a moving image, both in [0, 1]; what either does not see is not counted.
+
+        Args:
+            alignment: fixed point -> moving point, LPS mm: where the moving image lies.
+        """
+        fixed, seen = crop.image, crop.seen.float()
+        for _ in range(COARSEST):
+            fixed, seen = halved(fixed), halved(seen)
+        scale = 2**COARSEST
+        to_crop = np.diag([scale, scale, scale, 1.0])
+        to_crop[:3, 3] = (scale - 1) / 2
+        grid = _grid(fixed.shape[2:], crop.grid.affine @ to_crop)
+        averaged = _averaged(moving, grid)
+        sees = _inside(grid, alignment, moving.grid, fixed.device) & (seen > 0.99)
+        counted = counted_blocks(fixed) & _whole_blocks(sees)
+        return cls(grid, fixed, counted, averaged.data[None, None].to(fixed.device), averaged.grid)
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """A fixed and an aligned moving image on the crop's grid, and what either makes on other levels.
+
+    Attributes:
+        crop: the fixed image.
+        source: the moving image on its own grid, in [0, 1].
+        alignment: fixed point -> moving point, LPS mm.
+        moving: (1, 1, i, j, k), brought onto the crop's grid by the alignment; edge values beyond the image.
+        seen: (1, 1, i, j, k) bool, where both images lie.
+    """
+
+    crop: Crop
+    source: Volume
+    alignment: Transform
+    moving: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, crop: Crop, moving: Volume, alignment: Transform, job: Job = SILENT) -> Pyramid:
+        """Bring a moving image whose intensities lie in [0, 1] onto the crop's grid."""
+        device = crop.image.device
+        moved = _moved(moving, crop.grid, alignment, device, job)
+        seen = crop.seen & _inside(crop.grid, alignment, moving.grid, device)
+        return cls(crop, moving, alignment, moved, seen)
+
+    def images(self, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return fixed, moving and where both are seen, (1, 1, i, j, k), of a level.
+
+        Args:
+            level: 0 for the crop's own grid; each above it is coarser by a factor of two, -1 finer by two.
+        """
+        if level < 0:
+            return self._finer
+        fixed, moving, seen = self.crop.image, self.moving, self.seen.float()
+        for _ in range(level):
+            fixed, moving, seen = halved(fixed), halved(moving), halved(seen)
+        return fixed, moving, seen > 0.99
+
+    @cached_property
+    def _finer(self) -> tuple[Tensor, Tensor, Tensor]:
+        fixed = F.interpolate(self.crop.image, scale_factor=2, mode="trilinear", align_corners=False)
+        moving = _moved(self.source, self.grid(-1), self.alignment, fixed.device, SILENT)
+        return fixed, moving, F.interpolate(self.seen.float(), scale_factor=2) > 0
+
+    def level(self, number: int, similarity: str, diffusion: float, folding: float) -> Level:
+        """Return what a fit compares on a level; the number as for :meth:`images`, the weights as in
+        :class:`.objective.Level`."""
+        fixed, moving, seen = self.images(number)
+        counted = counted_blocks(fixed, moving) & _whole_blocks(seen)
+        if similarity == "lncc":
+            return Level(fixed, moving, counted, None, diffusion, folding)
+        measure = SIMILARITIES[similarity]
+        features = measure.prepare(fixed), measure.prepare(moving)
+        return Level(*features, counted, measure.fit_weight / features[0].shape[1], diffusion, folding)
+
+    def grid(self, level: int) -> Grid:
+        """Return the grid of a level's voxels."""
+        size = 2.0**level
+        to_crop = np.diag([size, size, size, 1.0])
+        to_crop[:3, 3] = (size - 1) / 2
+        return _grid(np.array(self.crop.grid.shape) / size, self.crop.grid.affine @ to_crop)
+
+    def displacement(self, control: Tensor, level: int) -> DenseTransform:
+        """Return the map that control points of a level make before the alignment, on nodes that are control points.
+
+        The nodes go on beyond the crop, with the outermost values, until they cover the fixed image.
+
+        Args:
+            control: (1, 3, a, b, c), voxels of the level.
+        """
+        return dense_from_voxels(*self._nodes(control, level))
+
+    def transform(self, control: Tensor, level: int) -> DenseTransform:
+        """Return the whole map, alignment included, as :meth:`displacement` does."""
+        return dense_from_voxels(*self._nodes(control, level), self.alignment)
+
+    def control(self, displacement: DenseTransform, level: int) -> Tensor:
+        """Return control points of a level, (1, 3, a, b, c) voxels, of a displacement before the alignment."""
+        return 2 * voxel_displacement(displacement, self.grid(level + 1), self.crop.image.device)
+
+    def _nodes(self, control: Tensor, level: int) -> tuple[Tensor, Grid]:
+        """Return a displacement, and the grid in whose voxels it is."""
+        points = np.array(control.shape[2:])
+        before, after = _beyond(np.array(self.crop.offset), points, self.crop.lattice.shape, level)
+        pad = [int(n) for axis in (2, 1, 0) for n in (before[axis], after[axis])]
+        grid = _nodes(self.crop.lattice, np.array(self.crop.offset), points, level, before, after)
+        return F.pad(control / 2, pad, mode="replicate"), grid
+
+
+def nodes_around(lattice: Grid) -> Grid:
+    """Return the grid of level 0's control points that covers a lattice; a crop's lie on it, as its offset is even."""
+    none, points = np.zeros(3, int), (np.array(lattice.shape) + 1) // 2
+    before, after = _beyond(none, points, lattice.shape, 0)
+    return _nodes(lattice, none, points, 0, before, after)
+
+
+def _beyond(
+    offset: np.ndarray, points: np.ndarray, shape: tuple[int, int, int], level: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many control points of a level lie before and after a crop's to cover a lattice of a shape."""
+    step = 2.0 * 2.0**level  # voxels of the lattice between control points
+    first = offset + (step - 1) / 2
+    last = first + step * (points - 1)
+    before = np.maximum(np.ceil(first / step - 1e-6), 0).astype(int)
+    return before, np.maximum(np.ceil((np.array(shape) - 1 - last) / step - 1e-6), 0).astype(int)
+
+
+def _nodes(
+    lattice: Grid, offset: np.ndarray, points: np.ndarray, level: int, before: np.ndarray, after: np.ndarray
+) -> Grid:
+    """Return the grid of control points of a level, with some more before and after."""
+    step = 2.0 * 2.0**level
+    to_lattice = np.diag([step, step, step, 1.0])
+    to_lattice[:3, 3] = offset + (step - 1) / 2 - step * before
+    return _grid(points + before + after, lattice.affine @ to_lattice)
+
+
+def lattice_of(fixed: Grid) -> Grid:
+    """Return the fixed image's voxels, but for edges that are much longer than others, or too many of them.
+
+    Returns:
+        a grid along the same axes over the same extent.
+    """
+    spacing, shape = fixed.spacing, np.array(fixed.shape)
+    wanted = spacing
+    if spacing.max() > _UNEVEN * spacing.min():
+        wanted = np.full(3, float(np.prod(spacing)) ** (1 / 3))
+    crowd = float(np.prod(shape * spacing / wanted)) / MOST_VOXELS
+    if crowd > 1:
+        wanted = wanted * crowd ** (1 / 3)
+    count = np.maximum(np.round(shape * spacing / wanted), 2).astype(int)
+    if (count == shape).all():
+        return fixed
+    scale = shape / count
+    to_fixed = np.diag([*scale, 1.0])
+    to_fixed[:3, 3] = (scale - 1) / 2
+    return _grid(count, fixed.affine @ to_fixed)
+
+
+def _grid(shape: torch.Size | np.ndarray, affine: np.ndarray) -> Grid:
+    i, j, k = (int(n) for n in shape)
+    return Grid((i, j, k), affine)
+
+
+def _box(shown: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return first index (even) and size (a multiple of 16) along each axis of a box around what is shown."""
+    begin, size = np.zeros(3, int), np.zeros(3, int)
+    for axis in range(3):
+        one, other = (a for a in range(3) if a != axis)
+        where = shown.any(dim=other).any(dim=one).nonzero()[:, 0]
+        low, high = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, shown.shape[axis])
+        size[axis] = math.ceil((high - low + 2 * _RIM) / _MULTIPLE) * _MULTIPLE
+        begin[axis] = low - (size[axis] - (high - low)) // 2
+        begin[axis] -= begin[axis] % 2
+    return begin, size
+
+
+def _cut(data: Tensor, begin: np.ndarray, size: np.ndarray, mode: str) -> Tensor:
+    """Return (1, 1, *size): a box of data (i, j, k), padded where it reaches beyond."""
+    ends = begin + size
+    inside = [slice(max(b, 0), min(e, n)) for b, e, n in zip(begin, ends, data.shape, strict=True)]
+    beyond = [(max(-b, 0), max(e - n, 0)) for b, e, n in zip(begin, ends, data.shape, strict=True)]
+    return F.pad(data[tuple(inside)][None, None], [int(n) for pair in beyond[::-1] for n in pair], mode=mode)
+
+
+def _moved(moving: Volume, grid: Grid, alignment: Transform, device: torch.device, job: Job) -> Tensor:
+    """Return (1, 1, *grid.shape): a moving image as smooth as the grid, with edge values beyond it."""
+    smooth = smooth_for_spacing(moving, _world_spacing(grid)).data[None, None].to(device)
+    job.check()
+    return fields.sample(smooth, index_points(grid, alignment, moving.grid, device), padding="border")
+
+
+def _inside(grid: Grid, alignment: Transform, into: Grid, device: torch.device) -> Tensor:
+    """Return (1, 1, *grid.shape) bool: which voxels lie in an image's box after the alignment."""
+    points = index_points(grid, alignment, into, device)
+    limit = torch.tensor(into.shape, device=device).view(1, 3, 1, 1, 1) - 0.5
+    return ((points >= -0.5) & (points <= limit)).all(dim=1, keepdim=True)
+
+
+def _whole_blocks(seen: Tensor) -> Tensor:
+    """Return (a, b, c): the blocks of which all voxels (1, 1, 2 a, 2 b, 2 c) are seen."""
+    return F.avg_pool3d(seen.float(), 2)[0, 0] > 0.99
+
+
+def _averaged(volume: Volume, onto: Grid) -> Volume:
+    """Return the means of blocks of voxels that are about as large as those of a grid."""
+    spacing = float(onto.spacing.max())
+    size = [
+        int(max(1, min(round(spacing / s), n))) for s, n in zip(volume.grid.spacing, volume.grid.shape, strict=True)
+    ]
+    data = F.avg_pool3d(volume.data.float()[None, None], size)[0, 0].contiguous()
+    to_first = np.diag([*size, 1.0])
+    to_first[:3, 3] = (np.array(size) - 1) / 2
+    return Volume(data, _grid(data.shape, volume.grid.affine @ to_first))
+
+
+def _world_spacing(grid: Grid) -> np.ndarray:
+    """Return a grid's spacing along the world's axes, (3,) mm."""
+    return np.linalg.norm(grid.direction * grid.spacing, axis=1)
