@@ -44,6 +44,7 @@ from ..protocol.options import RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.version import __version__
 from ..registration.choice import chosen_model
+from ..registration.compiled import compile_ahead
 from ..registration.pair import State
 from ..registration.pipeline import register
 from ..report.page import RegistrationPictures
@@ -448,6 +449,7 @@ def main() -> None:
     os.dup2(2, 1)  # a library's print goes to the log
     sys.stdout = sys.stderr
     source = os.fdopen(os.dup(0), encoding="utf-8", errors="replace")
+    compile_ahead()
     Worker(source, sink).serve()
 
 

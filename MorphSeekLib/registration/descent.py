@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import kernels
 from .objective import EPSILON, WANTED, Level, Objective, finer
 
 RATE, DECAYS = 0.1, (0.8, 0.9)
@@ -87,24 +88,15 @@ def descend(
 
 def stepper_for(level: Level, control: Tensor, rate: float, threads: int) -> _Stepper:
     """Return what takes the iterations: compiled kernels on the CPU where numba is there, else torch."""
-    if control.device.type == "cpu" and control.dtype == torch.float32 and compiled():
-        return CompiledStepper(level, control, rate, threads)
+    module = kernels() if control.device.type == "cpu" and control.dtype == torch.float32 else None
+    if module is not None:
+        return CompiledStepper(module, level, control, rate, threads)
     return TorchStepper(level, control, rate)
-
-
-@functools.cache
-def compiled() -> bool:
-    """Return whether the compiled kernels can be used."""
-    try:
-        from . import kernels  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def kernels_used(device: torch.device) -> str:
     """Return what computes a fit on a device, for the report."""
-    if device.type != "cpu" or not compiled():
+    if device.type != "cpu" or kernels() is None:
         return f"torch {torch.__version__}"
     import numba
 
@@ -138,10 +130,8 @@ class CompiledStepper:
     The sums of two slabs are added in the slabs' order, so that a number of threads always gives the same answer.
     """
 
-    def __init__(self, level: Level, control: Tensor, rate: float, threads: int) -> None:
-        from . import kernels
-
-        self._kernels = kernels
+    def __init__(self, module: ModuleType, level: Level, control: Tensor, rate: float, threads: int) -> None:
+        self._kernels = module
         self.control = control.clone()
         self._level, self._rate, self._taken = level, rate, 0
         self._u = self.control[0].numpy()
