@@ -43,6 +43,7 @@ class Settings(TypedDict):
     dataset: str
     split: str
     model: dict[str, str] | None
+    steps: int | None
     options: dict[str, object]
     device: str
 
@@ -99,6 +100,7 @@ def evaluate(
         "dataset": dataset.about.get("name", dataset.path.name),
         "split": split,
         "model": None if model is None else {"name": model.name, "sha256": model.sha256, "title": model.card.title},
+        "steps": None if model is None else options.steps or model.card.preprocessing.steps,
         "options": to_dict(options),
         "device": str(device or torch.device("cpu") if model is None else model.device),
     }

@@ -69,49 +69,6 @@ def lncc_map(fixed: Tensor, warped: Tensor, window: int = 9, epsilon: float = 1e
     return cross * slope
 
 
-class Judge:
-    """Measures how like the fixed image warped images are: all results are compared by it.
-
-    The figure is the mean of squared local correlation (:func:`lncc_map`) over the fixed image's foreground, as a share
-    of what the fixed image reaches with itself: 1 is best. Neither the padding around an image nor its flat parts
-    count. The square makes it blind to the sign of contrast.
-
-    Attributes:
-        shown: (1, 1, i, j, k), bool, where the fixed image shows something.
-        where: which of these voxels are judged.
-    """
-
-    def __init__(self, fixed: Tensor, foreground: Tensor, seen: Tensor | None = None) -> None:
-        """
-        Args:
-            fixed: (1, 1, i, j, k), intensities in [0, 1].
-            foreground: (1, 1, i, j, k), bool: where to judge.
-            seen: (1, 1, i, j, k), bool, where both images lie: nothing beyond it counts; None: everywhere.
-        """
-        self.fixed, self.seen = fixed, torch.ones_like(foreground)
-        own = self._map(fixed)
-        self.shown = foreground & (own > 0.5)  # elsewhere no more than rounding varies
-        self.where = self.shown
-        if seen is not None and not bool(seen.all()):
-            self.fixed, self.seen = fixed * seen, seen
-            own = self._map(fixed)
-            self.where = self.shown & seen & (own > 0.5)
-        self.best = (own * self.where).sum()
-
-    @property
-    def voxels(self) -> int:
-        """How many voxels show something."""
-        return int(self.shown.sum())
-
-    def __call__(self, warped: Tensor) -> Tensor:
-        """Return the figure of an image (1, 1, i, j, k), a scalar; 0 where nothing can be judged."""
-        return (self._map(warped) * self.where).sum() / self.best.clamp(min=0.5)
-
-    def _map(self, warped: Tensor) -> Tensor:
-        with torch.autocast(warped.device.type, enabled=False):
-            return lncc_map(self.fixed, warped * self.seen)
-
-
 def multiresolution_lncc(fixed: Tensor, warped: Tensor, window: int = 7, scales: int = 3) -> Tensor:
     """Return LapIRN's pyramid of LNCC: windows 7, 5, 3 on images of size 1, 1/2, 1/4, with weights 1, 1/2, 1/4.
 

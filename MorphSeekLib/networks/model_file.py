@@ -40,6 +40,10 @@ class Card:
         model: how to rebuild the network.
         parameters: of the backbone and of its policy head, and the head's share; written by :func:`save`.
         preprocessing: how to feed it.
+        search: whether large motion is searched for before the steps when nothing is asked for.
+        fit: whether the pair is fitted after the steps when nothing is asked for. False where the model was trained on
+            labels and was better without on its validation pairs; then its steps are kept even where the images say
+            otherwise.
         provenance: data, labels used, training settings, steps, seed, seconds, software; free keys.
         results: figures that were measured, each with its definition; free keys.
         license: of the weights, with the reason.
@@ -52,6 +56,8 @@ class Card:
     provenance: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     license: str = ""
+    search: bool = True
+    fit: bool = True
 
 
 def software() -> dict[str, str]:

@@ -39,8 +39,8 @@ def chosen_model(
         return None, where, "Model: none, as the images look like CT, which no bundled model knows."
     sizes = [object_size(image, job) for image in images]
     for own, path in bundled().items():
-        card = read_card(path).preprocessing
-        if not card.fit and all(card.beyond(size) == 1 for size in sizes):
+        card = read_card(path)
+        if not card.fit and all(card.preprocessing.beyond(size) == 1 for size in sizes):
             shown = " and ".join(f"{size:.0f}" for size in sizes)
             words = f"Model: {own}, which was trained on labels of objects of the size of these ({shown} mm)."
             return load_model(own, device), where, words

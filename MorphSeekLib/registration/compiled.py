@@ -1,6 +1,4 @@
-"""Whether numba's kernels can be used, where what it compiled is kept, and how that is made ahead of the first use.
-
-    python -m MorphSeekLib.registration.compiled     compiles all of them
+"""Whether numba's kernels can be used, and where what it compiled is kept.
 
 numba keeps compiled functions in files that it unpickles, so they lie in a folder of the user's own that nobody else
 may write to.
@@ -73,23 +71,6 @@ def compile_ahead() -> subprocess.Popen | None:
     """
     if util.find_spec("numba") is None or any(cache_folder().rglob("*.nbc")):
         return None
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-m", __name__.replace("compiled", "compile_kernels")]
     null = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
-
-
-def main() -> None:
-    """Compile every kernel by fitting a small pair in each way."""
-    import torch
-
-    from .descent import descend
-    from .objective import Level
-
-    image = torch.rand(1, 2, 16, 16, 16)
-    counted = torch.ones(8, 8, 8, dtype=torch.bool)
-    descend([Level(image[:, :1], image[:, 1:], counted)], [1])
-    descend([Level(image, image, counted, 1.0)], [1])
-
-
-if __name__ == "__main__":
-    main()

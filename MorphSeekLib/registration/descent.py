@@ -20,6 +20,7 @@ RATE, DECAYS = 0.1, (0.8, 0.9)
 """Adam's steps in voxels of the level, and how it forgets."""
 SHOWN = 0.02
 """Of the range of intensities: darker voxels of both images are background."""
+_OFF = 1e-3  # voxels that zero is off: on a voxel's center itself, linear interpolation has two slopes
 _AROUND = 2  # blocks around what is shown that count too
 
 OnIteration = Callable[[int], None]
@@ -69,7 +70,7 @@ def descend(
         where each level ended; the last one's control points are the answer.
     """
     first = levels[0]
-    control = first.fixed.new_zeros(1, 3, *first.points) if start is None else start
+    control = first.fixed.new_full((1, 3, *first.points), _OFF) if start is None else start
     ends = []
     for number, (level, count) in enumerate(zip(levels, iterations, strict=True)):
         if number:
@@ -157,13 +158,25 @@ class CompiledStepper:
     def step(self) -> float:
         """Take an iteration; return the objective before it."""
         self._taken += 1
+        value = self._pulled()
+        self._each(self._move)
+        return value
+
+    def energy(self) -> tuple[float, Tensor]:
+        """Return the objective and its gradient, as :class:`.objective.Objective` does."""
+        value = self._pulled()
+        even, odd = self._state[:2]
+        gradient = torch.from_numpy(even + odd)[None]
+        even[:], odd[:] = 0, 0
+        return value, gradient
+
+    def _pulled(self) -> float:
+        """Return the objective, and add its gradient to what the next step follows."""
         value = 0.0
         if self._level.features is None:
             self._each(self._warp)
             value -= self._each(self._correlate)
-        value += self._each(self._pull)
-        self._each(self._move)
-        return value
+        return value + self._each(self._pull)
 
     def _each(self, work: Callable[[int, int, int], float]) -> float:
         """Do the work on every slab; return the sum of what it returns."""

@@ -178,16 +178,13 @@ class Pair:
             MorphSeekError: the images do not overlap, or the alignment is not made of finite numbers.
         """
         job.report("align", 0.0, "Aligning the images" if kind != "none" else "Checking that the images overlap")
-        found = {
-            k: self._aligned(k, initial, job) for k in (("none", "center", "affine") if kind == "auto" else (kind,))
-        }
+        kinds = ("none", "center", "affine") if kind == "auto" else (kind,)
+        heard = {k: job if k == kinds[-1] else job.heard_by(None) for k in kinds}
+        found = {k: align(self.fixed, self.moving, k, initial, heard[k]) for k in kinds}
         if len(found) > 1:
             kind = max(found, key=lambda k: self._alike_after(found[k]))
         before = None if kind == "none" else np.eye(4) if initial is None else initial
         self._use(Alignment(found[kind], kind, before))
-
-    def _aligned(self, kind: str, initial: Transform | None, job: Job) -> Transform:
-        return align(self.fixed, self.moving, kind, initial=initial, job=job)
 
     def _alike_after(self, alignment: Transform) -> float:
         """Return how alike the images are after an alignment, by features that heed no contrast."""

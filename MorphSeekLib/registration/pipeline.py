@@ -100,7 +100,7 @@ def _deformed(
     job: Job,
 ) -> Outcome:
     """Run the stages that were chosen, one after the other."""
-    card = None if model is None else model.card.preprocessing
+    card = None if model is None else model.card
     with clock("prepare"), torch.no_grad():
         job.report("align", 0.0, "Preparing the images")
         pair.prepare(options.similarity)
@@ -110,7 +110,7 @@ def _deformed(
         with clock("search"), torch.no_grad():
             outcome = Search().run(pair, outcome, job.part(0.05, 0.3))
     if model is not None and card is not None:
-        steps = NetworkSteps(model.network, options.steps or card.steps, options.stop_early, not card.fit)
+        steps = NetworkSteps(model.network, options.steps or card.preprocessing.steps, options.stop_early, not card.fit)
         with clock("network"):
             outcome = steps.run(pair, outcome, pictures, job.part(0.3, 0.6))
     if options.fit == "on" or (options.fit == "auto" and (card is None or card.fit)):

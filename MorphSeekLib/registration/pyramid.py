@@ -29,7 +29,9 @@ from .descent import SHOWN, counted_blocks, halved
 from .objective import Level
 
 COARSEST = 2
-"""The level on which a fit begins and results are judged: voxels are 2^2 times as long as those of level 0."""
+"""The level on which results are judged: voxels are 2^2 times as long as those of level 0 ..."""
+_LEAST = 16
+"""... but for images that would have fewer voxels than this along an axis there."""
 MOST_VOXELS = 20_000_000
 """The most on level 0."""
 _UNEVEN = 2.0  # times longer than the shortest, an edge of a voxel is divided
@@ -94,10 +96,10 @@ class Coarse:
         Args:
             alignment: fixed point -> moving point, LPS mm: where the moving image lies.
         """
-        fixed, seen = crop.image, crop.seen.float()
-        for _ in range(COARSEST):
-            fixed, seen = halved(fixed), halved(seen)
-        scale = 2**COARSEST
+        fixed, seen, level = crop.image, crop.seen.float(), 0
+        while level < COARSEST and min(fixed.shape[2:]) >= 2 * _LEAST:
+            fixed, seen, level = halved(fixed), halved(seen), level + 1
+        scale = 2**level
         to_crop = np.diag([scale, scale, scale, 1.0])
         to_crop[:3, 3] = (scale - 1) / 2
         grid = _grid(fixed.shape[2:], crop.grid.affine @ to_crop)

@@ -35,10 +35,6 @@ class Preprocessing:
         low, high: see intensity. Values outside are clipped.
         align: what to do before the network when nothing is asked for: "none", "center", "rigid" or "affine".
         steps: steps of the network when nothing is asked for (the T of training).
-        search: whether large motion is searched for before the steps when nothing is asked for.
-        fit: whether the pair is fitted after the steps when nothing is asked for. False where the model was trained on
-            labels and was better without on its validation pairs; then its steps are kept even where the images say
-            otherwise.
         knows: smallest and largest size in mm of what the training images showed
             (:func:`MorphSeekLib.registration.alignment.object_size`); None: it was not measured.
     """
@@ -51,8 +47,6 @@ class Preprocessing:
     high: float = 99.5
     align: str = "affine"
     steps: int = 2
-    search: bool = True
-    fit: bool = True
     knows: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:

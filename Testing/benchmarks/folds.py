@@ -1,6 +1,6 @@
 """What the proof that a transform does not fold costs, beside a central-difference Jacobian of the same field.
 
-    python Testing/benchmarks/folds.py [--shared ../shared] [--rounds 9] [--fit 30] [--no-real] [--out FILE]
+    python Testing/benchmarks/folds.py [--shared ../shared] [--rounds 9] [--no-real] [--out FILE]
 
 Figures are seconds of the processor, one thread, the least of all rounds, in which the two take turns; the goal is a
 ratio of at most 4. Made fields follow from a seed. "open" is the share of cells that the cheapest bound
@@ -31,7 +31,7 @@ from MorphSeekLib.measures import folds
 from MorphSeekLib.measures.regularizers import folding_penalty
 from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import software, write_atomically
-from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import DenseTransform, Grid, dense_from_voxels, is_mirrored, voxel_displacement
@@ -84,7 +84,7 @@ def made() -> Iterator[tuple[str, DenseTransform, Grid]]:
     yield "4 % folded, 55,000 nodes", folded, folded.grid
 
 
-def real(shared: Path, fit: int) -> Iterator[tuple[str, DenseTransform, Grid]]:
+def real(shared: Path) -> Iterator[tuple[str, DenseTransform, Grid]]:
     """Transforms of the first pair of each data set, without and with a fit."""
     for name, model_name in REAL.items():
         dataset = shared / "data" / name / "dataset.json"
@@ -93,10 +93,8 @@ def real(shared: Path, fit: int) -> Iterator[tuple[str, DenseTransform, Grid]]:
             continue
         model = load_model(model_name, "cpu")
         (fixed, _), (moving, _) = read_pair(load_dataset(dataset).split("registration_test")[0])
-        for iterations in (0, fit):
-            settings = FitOptions(iterations=iterations)
-            found = register(fixed, moving, model, RegistrationOptions(inverse=False, fit=settings))
-            kind = f"fit of {iterations}, delivered" if iterations else "network"
+        for fit, kind in (("off", "network"), ("on", "fitted, delivered")):
+            found = register(fixed, moving, model, RegistrationOptions(inverse=False, fit=fit))
             yield f"{name}, {kind}", found.transform, fixed.grid
 
 
@@ -145,13 +143,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--fit", type=int, default=30, help="iterations of the real fits")
     parser.add_argument("--no-real", action="store_true", help="made fields only")
     parser.add_argument("--out", type=Path, default=ROOT / "Testing/benchmarks/results/folds.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for fields_of in (made(),) if options.no_real else (made(), real(options.shared, options.fit)):
+    for fields_of in (made(),) if options.no_real else (made(), real(options.shared)):
         for name, transform, fixed in fields_of:
             rows.append(measure(name, transform, fixed, options.rounds))
             row = rows[-1]

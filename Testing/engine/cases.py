@@ -11,6 +11,7 @@ import torch
 from MorphSeekLib.backbones import BACKBONES
 from MorphSeekLib.backbones.voxelmorph import VoxelMorph
 from MorphSeekLib.io.images import write_image
+from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.space.geometry import Grid, Volume
 
 TINY = {
@@ -93,3 +94,8 @@ def follow_forces(backbone: VoxelMorph, gain: float = 0.3) -> None:
         for sign, channel in ((1, axis), (-1, axis + 3)):  # LeakyReLU(f) - LeakyReLU(-f) is a multiple of f
             carry[channel, axis - 6, 1, 1, 1] = carry[channel, axis - 3, 1, 1, 1] = sign
             flow[axis, channel] = sign * gain / 27
+
+
+def steps_only(**choices: object) -> RegistrationOptions:
+    """Return the choices of a registration by the network's steps alone."""
+    return RegistrationOptions(**({"search": "off", "fit": "off"} | choices))

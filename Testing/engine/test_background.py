@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import TINY, blob_grid, blob_labels
+from cases import TINY, blob_grid, blob_labels, steps_only
 
 from MorphSeekLib.backbones.voxelmorph import structure_force
 from MorphSeekLib.data.datasets import Case, Pair, PairLoader
@@ -18,7 +18,6 @@ from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import Card
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
-from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.background import quiet_background
 from MorphSeekLib.space.geometry import Volume
@@ -103,7 +102,7 @@ def network_inputs(blob, tmp_path_factory):
     loaded, seen = load_model(folder / "tiny.safetensors", "cpu"), []
     loaded.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     volumes = [Volume(rician(blob[1], 2.3, seed), grid) for seed in (0, 1)]
-    register(*volumes, loaded, RegistrationOptions(inverse=False))
+    register(*volumes, loaded, steps_only(inverse=False))
     moving, fixed = seen[0][:2]
     for name, volume in zip(("fixed", "moving"), volumes, strict=True):
         write_image(volume, folder / f"{name}.nrrd")

@@ -66,7 +66,20 @@ def test_register_as_a_process(files, tmp_path):
     assert "Step 1 of 2" in done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["fixed"]["path"].endswith("fixed.nii.gz")
-    phases = {"read", "load", "align", "network", "resample", "metrics", "inverse", "write", "total"}
+    phases = {
+        "read",
+        "load",
+        "align",
+        "prepare",
+        "network",
+        "fit",
+        "unfold",
+        "resample",
+        "metrics",
+        "inverse",
+        "write",
+        "total",
+    }
     assert set(report["seconds"]) == phases
     assert report["dice"]["mean"]["warped"] > 0
 
@@ -82,7 +95,7 @@ def test_other_formats(files, tmp_path, suffix):
 def test_initial_transform_file(files, tmp_path):
     shift = sitk.TranslationTransform(3, (30.0, 0.0, 0.0))
     sitk.WriteTransform(shift, str(tmp_path / "shift.tfm"))
-    run(*registering(files, tmp_path / "out", initial_transform=tmp_path / "shift.tfm", steps=1))
+    run(*registering(files, tmp_path / "out", initial_transform=tmp_path / "shift.tfm", search="off"))
     transform = sitk.ReadTransform(str(tmp_path / "out" / "transform.h5"))
     assert transform.TransformPoint((0.0, 0.0, 0.0))[0] == pytest.approx(30, abs=8)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -310,7 +323,7 @@ def test_unwritable_folder(files, tmp_path):
 
 def test_ctrl_c_leaves_nothing(files, tmp_path):
     """Of the longest fit there is: what it said tells that it was not finished."""
-    arguments = registering(files, tmp_path / "out", refine=1000, refine_fine=1000)
+    arguments = registering(files, tmp_path / "out", fit="on", fit_iterations="1000/1000/1000")
     command = [sys.executable, "-m", "MorphSeekLib.app.cli", *map(str, arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
@@ -320,7 +333,7 @@ def test_ctrl_c_leaves_nothing(files, tmp_path):
     rest = process.stderr.read()
     assert process.wait(timeout=300) == 130  # the limit only ends a hang
     assert "Canceled." in rest
-    assert "iteration 2000 of 2000" not in rest
+    assert "iteration 3000 of 3000" not in rest
     assert not (tmp_path / "out").exists()
 
 
@@ -330,6 +343,6 @@ def test_the_options_of_before_still_work_and_are_hidden(files, tmp_path):
     done = CliRunner().invoke(app, [str(c) for c in [*command, "--refine", "2", "--refine-by", "mse"]])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["refinement"]["settings"]["iterations"] == 2
-    assert report["refinement"]["settings"]["similarity"] == "mse"
+    assert report["fit"]["similarity"] == "mse"
+    assert "--refine and --refine-fine are --fit on now" in done.output
     assert "--refine" not in CliRunner().invoke(app, ["register", "--help"]).output

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import blob_grid, blob_image, blob_labels, write_dataset
+from cases import blob_grid, blob_image, blob_labels, steps_only, write_dataset
 from test_registration import random_model
 from typer.testing import CliRunner
 
@@ -21,7 +21,6 @@ from MorphSeekLib.io.images import write_image
 from MorphSeekLib.measures.scores import WORKING, definitions
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
-from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.space.geometry import Grid, Volume
 from MorphSeekLib.training.trainer import VALIDATION_FIGURES, validate
 
@@ -167,7 +166,7 @@ def test_rows_of_other_settings_or_changed_files_are_not_taken(tmp_path, model):
     write_image(blob_labels(7, blob_grid()), label)
     assert evaluate(load_dataset(path), "registration_test", model, out)["pairs"][0]["dice"] != row["dice"]
     stopped_after(1, load_dataset(path), model, out)
-    found = evaluate(load_dataset(path), "registration_test", model, out, RegistrationOptions(steps=1))
+    found = evaluate(load_dataset(path), "registration_test", model, out, steps_only(steps=1))
     assert found["steps"] == 1
     assert found["pairs"][0]["dice"] != row["dice"]
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import SHIPPED, TINY, blob_grid, blob_image, blob_labels, write_dataset
+from cases import SHIPPED, TINY, blob_grid, blob_image, blob_labels, steps_only, write_dataset
 
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.networks import model_file
@@ -16,7 +16,6 @@ from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import Card
 from MorphSeekLib.networks.policy import ModelSettings, PolicySettings, RegistrationModel, take_steps
 from MorphSeekLib.protocol.job import Job
-from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.background import quiet_background
@@ -139,7 +138,7 @@ def test_an_image_of_any_size_is_padded_and_cropped_back(name, tmp_path):
         fixed,
         moving,
         load_model(written, "cpu"),
-        RegistrationOptions(inverse=False),
+        steps_only(inverse=False),
         Job(on_picture=shown.__setitem__),
     )
     shape = working_grid(grid, preprocessing, model.multiple_of).shape
@@ -193,8 +192,8 @@ def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
         assert all(torch.isfinite(value).all() for value in tuned.values())
     fixed, moving = (blob_image(blob_labels(seed, blob_grid()), seed) for seed in range(2))
     loaded = load_model(files[-1], "cpu")
-    report = register(fixed, moving, loaded, RegistrationOptions(inverse=False, fit=FitOptions(iterations=2))).report
-    assert [row["step"] for row in report["steps"]] == [0, 1, 2]
-    assert report["refinement"]["objective"]["refined"] <= report["refinement"]["objective"]["start"]
+    report = register(fixed, moving, loaded, steps_only(inverse=False, fit="on", fit_iterations=(2, 2))).report
+    assert [row["step"] for row in report["steps"]] == [0, 1, 2, 2]
+    assert [len(level["objective"]) for level in report["fit"]["levels"]] == [2, 2]
     assert report["displacement_mm"]["max"] > 0
     assert dataclasses.asdict(loaded.card)["parameters"]["policy_head"] > 0

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from cases import steps_only
 from test_cli import run
 from test_transmorph import UNUSED
 
@@ -18,7 +19,6 @@ from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.official import import_checkpoint
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.job import Job
-from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Grid, Volume
@@ -96,9 +96,7 @@ def test_an_imported_network_registers_as_the_official_one(reference, tmp_path, 
     grid = Grid.from_parts(flow.shape[2:], (1.0, 1.0, 1.0), np.eye(3), (0.0, 0.0, 0.0))
     volumes = [Volume(official[side][0, 0], grid) for side in ("fixed", "moving")]
     shown = {}  # untrained, it moves images apart: what the step did, not the answer
-    found = register(
-        *volumes, load_model(out, "cpu"), RegistrationOptions(inverse=False), Job(on_picture=shown.__setitem__)
-    )
+    found = register(*volumes, load_model(out, "cpu"), steps_only(inverse=False), Job(on_picture=shown.__setitem__))
     moved = found.report["steps"][1]["mean_displacement_mm"]
     assert moved == pytest.approx(float(expected.norm(dim=1).mean()), abs=2e-4)
     last = torch.tensor(flow.shape[2:]).view(3, 1, 1, 1) - 1

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from MorphSeekLib.measures import similarity
-from MorphSeekLib.measures.similarity import MIND, SIMILARITIES, Judge, lncc, mind_ssc, mse, multiresolution_lncc
+from MorphSeekLib.measures.similarity import MIND, SIMILARITIES, lncc, mind_ssc, mse, multiresolution_lncc
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "lncc.py"
 
@@ -288,38 +288,3 @@ def test_benchmark_runs(monkeypatch, tmp_path, capsys):
     for row in rows.values():  # all ways are the same function
         assert row["value_error"] < 1e-5
         assert row["gradient_error"] < 1e-3
-
-
-def test_the_judge_gives_an_image_1_with_itself_and_with_its_negative():
-    """Whatever padding surrounds it, and with flat parts inside."""
-    image = torch.zeros(1, 1, 40, 40, 40)
-    image[..., 12:28, 12:28, 12:28] = torch.rand(16, 16, 16, generator=torch.Generator().manual_seed(0))
-    image[..., 16:24, 16:24, 16:24] = 0.5
-    judge = Judge(image, image > 0)
-    assert float(judge(image)) == pytest.approx(1)
-    assert float(judge(1 - image)) == pytest.approx(1, abs=1e-3)
-    assert -float(lncc(image, image)) < 0.3, "the mean over all voxels counts the padding"
-
-
-def test_the_judge_ranks_by_the_foreground_and_is_0_where_there_is_none():
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 1, 24, 24, 24, generator=generator)
-    judge = Judge(image, torch.ones_like(image, dtype=torch.bool))
-    near, far = (image + s * torch.rand(image.shape, generator=generator) for s in (0.3, 3.0))
-    assert 1 > float(judge(near)) > float(judge(far)) > 0
-    nowhere = Judge(image, torch.zeros_like(image, dtype=torch.bool))
-    assert (nowhere.voxels, float(nowhere(near))) == (0, 0)
-
-
-def test_what_only_one_of_two_images_sees_is_not_judged():
-    """Thin slices stretched beyond themselves show more of the object, but not more that is right."""
-    whole = torch.rand(1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
-    seen = torch.zeros_like(whole, dtype=torch.bool)
-    seen[..., 10:14] = True
-    thin = whole * seen
-    stretched = thin[..., 8:16].repeat_interleave(2, dim=-1)
-    stretched = torch.cat((whole[..., :4] * 0, stretched, whole[..., :4] * 0), dim=-1)
-    judge = Judge(whole, whole > 0, seen)
-    assert float(judge(thin)) == pytest.approx(1, abs=1e-4)
-    assert float(judge(whole)) == pytest.approx(1, abs=1e-4)
-    assert float(judge(stretched)) < 0.8

@@ -11,13 +11,12 @@ import threading
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from cases import blob_grid, blob_image, blob_labels
+from cases import blob_grid, blob_image, blob_labels, steps_only
 from test_nifti import two_forms
 from test_registration import random_model
 
 from MorphSeekLib.io.images import read_image
 from MorphSeekLib.networks.loading import load_model
-from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.geometry import Volume
 
@@ -84,7 +83,11 @@ def reference(volume: Volume, path) -> dict:
 def request_of(tmp_path, model_file):
     """Parameters of a registration of two blobs."""
     labels = [blob_labels(seed, blob_grid()) for seed in (0, 1)]
-    params = {"model": model_file, "device": "cpu", "options": {"steps": 2, "align": "none"}}
+    params = {
+        "model": model_file,
+        "device": "cpu",
+        "options": {"steps": 2, "align": "none", "search": "off", "fit": "off"},
+    }
     for name, volume, seed in (("fixed", labels[0], 0), ("moving", labels[1], 1)):
         params[name] = reference(blob_image(volume, seed), tmp_path / f"{name}.npy")
         params[f"{name}_labels"] = reference(volume, tmp_path / f"{name}_labels.npy")
@@ -107,7 +110,7 @@ def test_register_gives_what_the_engine_gives(client, request_of, model_file):
     result = client.call("register", request_of)["result"]
     labels = [blob_labels(seed, blob_grid()) for seed in (0, 1)]
     images = [blob_image(volume, seed) for seed, volume in enumerate(labels)]
-    expected = register(*images, load_model(model_file, "cpu"), RegistrationOptions(steps=2, align="none"))
+    expected = register(*images, load_model(model_file, "cpu"), steps_only(steps=2, align="none"))
     for name in ("warped", "jacobian"):
         data = np.load(result[name]["path"], mmap_mode="r")
         np.testing.assert_allclose(data, getattr(expected, name).data.numpy(), atol=1e-3)
@@ -203,13 +206,13 @@ def test_slicers_axis_order_needs_no_copy(client, request_of, tmp_path):
     np.testing.assert_array_equal(np.load(second["warped"]["path"]), warped)
 
 
-ONE_STEP = {"options": {"steps": 1, "align": "none"}}
-LONGEST = {"iterations": 1000, "fine_iterations": 1000}
+ONE_STEP = {"options": {"steps": 1, "align": "none", "search": "off", "fit": "off"}}
+LONGEST = {"fit": "on", "fit_iterations": [1000, 1000, 1000, 1000]}
 """A fit of minutes."""
 
 
 def test_cancel_ends_the_job_and_the_worker_lives(client, request_of):
-    number = client.send("register", request_of | {"options": {"fit": LONGEST}})
+    number = client.send("register", request_of | {"options": LONGEST})
     while client.lines.get(timeout=300).get("params", {}).get("phase") != "fit":  # the limit only ends a hang
         pass
     client.write(json.dumps({"jsonrpc": "2.0", "method": "cancel", "params": {"id": number}}))
@@ -222,7 +225,7 @@ def test_cancel_ends_the_job_and_the_worker_lives(client, request_of):
 
 def test_a_request_that_waits_is_cancelled_at_once(client, request_of):
     """The one under way goes on: a panel that asks no more must not end another panel's registration."""
-    running = client.send("register", request_of | {"options": {"fit": LONGEST}})
+    running = client.send("register", request_of | {"options": LONGEST})
     while client.lines.get(timeout=300).get("params", {}).get("phase") != "fit":  # the limit only ends a hang
         pass
     waiting = client.send("hello")
@@ -315,7 +318,7 @@ def test_bad_requests_are_refused_and_survived(client, request_of, spoil, code, 
         ({"device": "cuda:99"}, "cuda:99"),
         ({"options": {"steps": 0}}, "choose 1 to"),
         ({"options": {"align": "elastic"}}, "no alignment 'elastic'"),
-        ({"options": {"fit": {"similarity": "touch"}}}, "options.fit.similarity is 'touch'; choose one of lncc"),
+        ({"options": {"similarity": "touch"}}, "similarity is 'touch'; it must be one of auto, lncc"),
         ({"threads": 0}, "0 threads were asked for"),
     ],
 )
@@ -347,7 +350,7 @@ def test_a_pickled_array_is_never_run(client, request_of, tmp_path):
 
 def test_it_ends_at_once_when_its_input_closes_in_the_middle(request_of):
     client = Client()
-    client.send("register", request_of | {"options": {"fit": LONGEST}})
+    client.send("register", request_of | {"options": LONGEST})
     client.lines.get(timeout=300)
     client.process.stdin.close()
     assert client.process.wait(timeout=300) == 0

@@ -39,7 +39,7 @@ from MorphSeekLib.networks.model_file import read_card, sha256, software
 from MorphSeekLib.networks.policy import ModelSettings
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.job import SILENT, Job
-from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
+from MorphSeekLib.protocol.options import RegistrationOptions, Switch
 from MorphSeekLib.protocol.settings import from_dict, override, to_dict, to_json
 from MorphSeekLib.protocol.startup import find
 from MorphSeekLib.registration.alignment import align
@@ -104,7 +104,8 @@ class Arm:
         baseline: the arm of the same network that it is compared with; "" for none.
         minutes: of training.
         warmup, finetune, spac: the training's settings, one of them; the task's and the network's come over them.
-        refinement: of every pair, by the start's model; nothing is trained. The task says by which similarity.
+        fit: fit every pair, from the steps of the start's model on; nothing is trained. The task says by which
+            similarity.
         checkpoint: a bundled model or a .safetensors file to take as it is; nothing is trained.
     """
 
@@ -115,17 +116,17 @@ class Arm:
     warmup: TrainingConfig | None = None
     finetune: FinetuneConfig | None = None
     spac: SACConfig | None = None
-    refinement: FitOptions | None = None
+    fit: bool = False
     checkpoint: str = ""
 
     def __post_init__(self) -> None:
         trains = sum(config is not None for config in (self.warmup, self.finetune, self.spac))
-        if trains + (self.refinement is not None) + (self.checkpoint != "") != 1:
-            raise ValueError("an arm needs one of warmup, finetune, spac, refinement and checkpoint")
+        if trains + self.fit + (self.checkpoint != "") != 1:
+            raise ValueError("an arm needs one of warmup, finetune, spac, fit and checkpoint")
         if (self.minutes > 0) != (trains > 0):
             raise ValueError("an arm that trains needs minutes, another must have none")
-        if self.refinement is not None and not self.start:
-            raise ValueError("an arm that refines needs a start")
+        if self.fit and not self.start:
+            raise ValueError("an arm that fits needs a start")
 
 
 @dataclass(frozen=True)
@@ -342,9 +343,9 @@ def _do(
     if run.method in settings.networks:
         path, training = _model(settings, run, dataset, out, device, job)
         model = load_model(path, str(device))
-        fit = settings.arms[run.arm].refinement or FitOptions()
-        fit = dataclasses.replace(fit, similarity=task.similarity)
-        options = RegistrationOptions(align=task.preprocessing.align, inverse=False, fit=fit)
+        fit: Switch = "on" if settings.arms[run.arm].fit else "off"
+        align, similarity = task.preprocessing.align, task.similarity
+        options = RegistrationOptions(align=align, inverse=False, search="off", fit=fit, similarity=similarity)
 
         def method(fixed: Volume, moving: Volume) -> Transform:
             return register(fixed, moving, model, options).transform
@@ -409,7 +410,7 @@ def _model(
 ) -> tuple[Path, dict[str, Any]]:
     """The run's model, trained if it is not there, and what there is to say of its training."""
     arm = settings.arms[run.arm]
-    if arm.refinement is not None:
+    if arm.fit:
         return _model(settings, run.start, dataset, out, device, job)
     if arm.checkpoint:
         path = find(arm.checkpoint)

@@ -1,0 +1,20 @@
+"""Compile the fit's kernels ahead of their first use: ``python -m MorphSeekLib.registration.compile_kernels``."""
+
+from __future__ import annotations
+
+import torch
+
+from .descent import descend
+from .objective import Level
+
+
+def main() -> None:
+    """Compile every kernel by fitting a small pair in each way."""
+    image = torch.rand(1, 2, 16, 16, 16)
+    counted = torch.ones(8, 8, 8, dtype=torch.bool)
+    descend([Level(image[:, :1], image[:, 1:], counted)], [1])
+    descend([Level(image, image, counted, 1.0)], [1])
+
+
+if __name__ == "__main__":
+    main()

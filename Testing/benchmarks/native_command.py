@@ -1,0 +1,135 @@
+"""``morphseek register --model none`` on whole 1 mm brains as a user calls it, against greedy on its own files.
+
+    python Testing/benchmarks/native_command.py [--shared ../shared] [--pairs 20] [--threads 1] [--torch] [--out FILE]
+
+Every ordered pair of the five native scans. Both are processes of their own, with the same number of threads; counted
+are user + system seconds of the process and its children, start, reading and writing included. greedy: affine from the
+images' centers, NCC 2x2x2, 100x50x10. The kernels' cache is filled before. ``--torch`` hides numba from the engine.
+Rows that are in FILE are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from comparison.scoring import ROW, score
+
+from MorphSeekLib.data.datasets import Dataset
+from MorphSeekLib.io.files import write_atomically
+from MorphSeekLib.io.images import read_image, read_labels
+from MorphSeekLib.io.transforms import read_transform
+from MorphSeekLib.networks.model_file import software
+from MorphSeekLib.protocol.settings import to_json
+from MorphSeekLib.space.geometry import Volume
+
+ROOT = Path(__file__).resolve().parents[2]
+GREEDY = """
+import sys
+from picsl_greedy import Greedy3D
+fixed, moving, folder, threads = sys.argv[1:]
+base = f"-d 3 -V 0 -seed 1 -threads {threads}"
+common = f"{base} -m NCC 2x2x2 -n 100x50x10 -i {fixed} {moving}"
+Greedy3D().execute(f"{common} -a -ia-image-centers -o {folder}/affine.mat")
+Greedy3D().execute(f"{common} -it {folder}/affine.mat -o {folder}/warp.nii.gz")
+Greedy3D().execute(
+    f"{base} -rf {fixed} -rm {moving} {folder}/out.nii.gz -rc {folder}/whole.nii.gz "
+    f"-r {folder}/warp.nii.gz {folder}/affine.mat"
+)
+"""
+HIDE = "import sys; sys.modules['numba'] = None; from MorphSeekLib.app.cli import main; main()"
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Run a process; return its and its children's user + system seconds, and those of the clock."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return cpu, time.perf_counter() - begin
+
+
+def row_of(transform, fixed_labels: Volume, moving_labels: Volume, seconds: tuple[float, float]) -> dict:
+    """Return the figures of a transform."""
+    found = score(fixed_labels, moving_labels, transform, Dataset(Path()))
+    row = found.to_json(name for name in ROW if name not in ("fixed", "moving", "peak_gb"))
+    return {**row, "cpu_seconds": seconds[0], "seconds": seconds[1]}
+
+
+def main() -> None:
+    """Do what is not done, and print the means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--preset", default="best")
+    parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--no-greedy", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("native_command.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    native = options.shared / "data" / "brain_oasis" / "native"
+    scans = sorted(path.name.removesuffix("_t1.nii.gz") for path in native.glob("*_t1.nii.gz"))
+    start = [sys.executable, "-c", HIDE] if options.torch else [sys.executable, "-m", "MorphSeekLib.app.cli"]
+    if not options.torch:
+        subprocess.run([sys.executable, "-m", "MorphSeekLib.registration.compile_kernels"], cwd=ROOT, check=True)
+    result = {"pairs": []}
+    if options.out.is_file():
+        result = json.loads(options.out.read_text(encoding="utf-8"))
+    for fixed, moving in list(itertools.permutations(scans, 2))[: options.pairs]:
+        if any((row["fixed"], row["moving"]) == (fixed, moving) for row in result["pairs"]):
+            continue
+        images = [native / f"{name}_t1.nii.gz" for name in (fixed, moving)]
+        labels = [read_labels(native / f"{name}_seg.nii.gz") for name in (fixed, moving)]
+        rows = {}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            command = [*start, "register", *map(str, images), "-o", f"{folder}/out", "--model", "none"]
+            seconds = run([*command, "--threads", str(options.threads), "--preset", options.preset])
+            report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+            transform = read_transform(folder / "out" / "transform.h5", read_image(images[0]).grid)
+            rows["morphseek"] = {**row_of(transform, *labels, seconds), "phases": report["seconds"]}
+            if not options.no_greedy:
+                seconds = run([sys.executable, "-c", GREEDY, *map(str, images), name, str(options.threads)])
+                transform = read_transform(folder / "whole.nii.gz", read_image(images[0]).grid)
+                rows["greedy"] = row_of(transform, *labels, seconds)
+        result["pairs"].append({"fixed": fixed, "moving": moving, "methods": rows})
+        result |= {"threads": options.threads, "preset": options.preset, "torch_alone": options.torch}
+        result |= {"date": time.strftime("%Y-%m-%d"), "software": software(), "mean": means(result["pairs"])}
+        write_atomically(options.out, to_json(result, indent=1).encode())
+        print(
+            fixed, moving, {k: (round(v["dice"], 4), round(v["cpu_seconds"], 1)) for k, v in rows.items()}, flush=True
+        )
+    print(json.dumps(result["mean"], indent=1))
+
+
+def means(pairs: list[dict]) -> dict[str, dict]:
+    """Return means over the pairs, and the ratio of seconds."""
+    found = {}
+    for name in pairs[0]["methods"]:
+        rows = [pair["methods"][name] for pair in pairs]
+        found[name] = {
+            k: sum(row[k] for row in rows) / len(rows)
+            for k in ("dice", "hd95", "folded_percent", "sdlogj", "cpu_seconds", "seconds")
+        }
+        found[name]["proven"] = sum(row["no_fold_proven"] for row in rows)
+    phases = [pair["methods"]["morphseek"]["phases"] for pair in pairs]
+    found["morphseek"]["phases"] = {k: sum(p[k] for p in phases) / len(phases) for k in phases[0]}
+    if "greedy" in found:
+        found["times_greedy"] = {k: found["morphseek"][k] / found["greedy"][k] for k in ("cpu_seconds", "seconds")}
+    return found
+
+
+if __name__ == "__main__":
+    main()
