@@ -2,7 +2,7 @@
 
 Features of both images are averaged over cells, compared at every displacement of some cells each way, and the field is
 found by turns: each cell takes the displacement that is best by features and near to its neighbors' mean, then the mean
-is taken anew, while nearness counts more and more. Both directions are searched and made consistent with each other.
+is taken again, while nearness counts more and more. Both directions are searched and made consistent with each other.
 
 Source: Siebert, Hansen, Heinrich, "Fast 3D registration with accurate optimisation and little learning for Learn2Reg
 2021" (ConvexAdam), whose settings are kept where nothing else was measured to be better.
@@ -10,14 +10,19 @@ Source: Siebert, Hansen, Heinrich, "Fast 3D registration with accurate optimisat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..space import fields
+from .descent import compiled
 
 _NEARNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _CONSISTENT = 15  # iterations
@@ -33,18 +38,46 @@ class Pass:
 
 PASSES = (Pass(4, 5), Pass(3, 3))
 """The second begins where the first has ended."""
-MOST_CELLS = 32_000
-"""Of a level's first pass: their costs take 170 MB in each direction."""
+MOST_COSTS = 45_000_000
+"""Of a pass, numbers of four bytes: 180 MB."""
+_FEWEST_CELLS = 4_000
+
+
+def costs_of(one: Pass, shape: Sequence[float]) -> int:
+    """Return how many costs a pass compares in each direction on a grid of this many voxels along each axis."""
+    return math.prod(math.ceil(n / one.cell) for n in shape) * (2 * one.reach + 1) ** 3
+
+
+def level_for(shape: Sequence[int], passes: Sequence[Pass] = PASSES) -> int:
+    """Return the level of a pyramid to search on: the finest on which no pass has more than :data:`MOST_COSTS`.
+
+    Args:
+        shape: voxels of level 0; those of each coarser level are twice as long.
+        passes: of the search.
+
+    Returns:
+        the level's number; -1, voxels of half the length, where level 0 has few cells.
+    """
+    first = math.prod(n / passes[0].cell for n in shape)
+    level = -1 if first < _FEWEST_CELLS else 0
+    while max(costs_of(one, [n / 2.0**level for n in shape]) for one in passes) > MOST_COSTS:
+        level += 1
+    return level
 
 
 def search(
-    fixed: Tensor, moving: Tensor, passes: tuple[Pass, ...] = PASSES, check: Callable[[], None] = lambda: None
+    fixed: Tensor,
+    moving: Tensor,
+    passes: tuple[Pass, ...] = PASSES,
+    threads: int = 1,
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Return control points of the displacement from fixed to moving.
 
     Args:
         fixed, moving: (1, channels, i, j, k) features on one grid; even sizes.
         passes: one after the other.
+        threads: of the compiled kernels, where they are used.
         check: called between steps; may raise to cancel.
 
     Returns:
@@ -57,7 +90,7 @@ def search(
         if number:
             points = F.interpolate(total, size=tuple(shape), mode="trilinear", align_corners=False)
             warped = fields.warp(moving, points, padding="border")
-        step = _searched(fixed, warped, one, check)
+        step = _searched(fixed, warped, one, threads, check)
         total = step if not number else _after(total, step)
     return total
 
@@ -67,10 +100,10 @@ def _after(outer: Tensor, step: Tensor) -> Tensor:
     return 2 * fields.compose(outer / 2, step / 2)
 
 
-def _searched(fixed: Tensor, moving: Tensor, one: Pass, check: Callable[[], None]) -> Tensor:
+def _searched(fixed: Tensor, moving: Tensor, one: Pass, threads: int, check: Callable[[], None]) -> Tensor:
     """Return control points of the displacement that a pass finds, consistent in both directions."""
     cells = [_cells(features, one.cell) for features in (fixed, moving)]
-    there, back = (_one_way(a, b, one.reach, check) for a, b in (cells, cells[::-1]))
+    there, back = (_one_way(a, b, one.reach, threads, check) for a, b in (cells, cells[::-1]))
     for _ in range(_CONSISTENT):
         there, back = (
             0.5 * (there - fields.warp(back, there, padding="border")),
@@ -88,40 +121,110 @@ def _cells(features: Tensor, size: int) -> Tensor:
     return F.avg_pool3d(F.pad(features, pad, mode="replicate"), size)
 
 
-def _one_way(fixed: Tensor, moving: Tensor, reach: int, check: Callable[[], None]) -> Tensor:
+def _one_way(fixed: Tensor, moving: Tensor, reach: int, threads: int, check: Callable[[], None]) -> Tensor:
     """Return the displacement of each cell, (1, 3, a, b, c) cells."""
-    costs = _costs(fixed, moving, reach, check)  # (displacements, a, b, c)
-    shape = fixed.shape[2:]
-    side = torch.arange(-reach, reach + 1, device=fixed.device, dtype=costs.dtype)
-    moves = torch.stack(torch.meshgrid(side, side, side, indexing="ij")).view(3, -1)
-    squares = moves.square().sum(dim=0)
-    flat = costs.flatten(1)
-    found = moves[:, flat.argmin(dim=0)].view(1, 3, *shape)
+    costs: _Costs
+    if fixed.device.type == "cpu" and compiled():
+        costs = CompiledCosts(fixed, moving, reach, threads, check)
+    else:
+        costs = TorchCosts(fixed, moving, reach, check)
+    found = costs.best(fixed.new_zeros(1, 3, *fixed.shape[2:]), 0.0)
     for nearness in _NEARNESS:
         check()
-        mean = _mean(found)
-        # |m - mean|^2 without what is the same for all displacements m
-        near = torch.addmm(squares[:, None].expand(-1, flat.shape[1]), moves.T, mean[0].flatten(1), alpha=-2.0)
-        found = moves[:, torch.add(flat, near, alpha=nearness).argmin(dim=0)].view(1, 3, *shape)
+        found = costs.best(_mean(found), nearness)
     return _mean(found)
 
 
-def _costs(fixed: Tensor, moving: Tensor, reach: int, check: Callable[[], None]) -> Tensor:
-    """Return the sum of squared differences at each displacement, blurred over cells: (displacements, a, b, c)."""
-    a, b, c = fixed.shape[2:]
-    side = 2 * reach + 1
-    padded = F.pad(moving, [reach] * 6, mode="replicate")[0]
-    costs = fixed.new_empty(side, side, side, a, b, c)
-    for x in range(side):
+class _Costs(Protocol):
+    """How unlike the cells of two images are at every displacement."""
+
+    def best(self, mean: Tensor, nearness: float) -> Tensor:
+        """Return the displacement of each cell with the least cost + nearness |displacement - mean|^2.
+
+        Args:
+            mean: (1, 3, a, b, c) cells.
+            nearness: weight.
+
+        Returns:
+            (1, 3, a, b, c) cells.
+        """
+
+
+class TorchCosts:
+    """The costs by torch, on any device; nothing waits for it."""
+
+    def __init__(self, fixed: Tensor, moving: Tensor, reach: int, check: Callable[[], None] = lambda: None) -> None:
+        side = torch.arange(-reach, reach + 1, device=fixed.device, dtype=fixed.dtype)
+        self._moves = torch.stack(torch.meshgrid(side, side, side, indexing="ij")).view(3, -1)
+        self._squares = self._moves.square().sum(dim=0)[:, None]
+        self.costs = self._compared(fixed, moving, reach, check)  # (displacements, a, b, c)
+
+    def best(self, mean: Tensor, nearness: float) -> Tensor:
+        flat = self.costs.flatten(1)
+        # |m - mean|^2 without what is the same for all displacements m
+        near = torch.addmm(self._squares.expand(-1, flat.shape[1]), self._moves.T, mean[0].flatten(1), alpha=-2.0)
+        return self._moves[:, torch.add(flat, near, alpha=nearness).argmin(dim=0)].view_as(mean)
+
+    @staticmethod
+    def _compared(fixed: Tensor, moving: Tensor, reach: int, check: Callable[[], None]) -> Tensor:
+        a, b, c = fixed.shape[2:]
+        side = 2 * reach + 1
+        padded = F.pad(moving, [reach] * 6, mode="replicate")[0]
+        costs = fixed.new_empty(side, side, side, a, b, c)
+        for x in range(side):
+            check()
+            for y in range(side):
+                # (side, channels, a, b, c): all displacements along the last axis at once
+                rows = padded[:, x : x + a, y : y + b].unfold(3, c, 1).movedim(3, 0)
+                costs[x, y] = (rows - fixed).square_().sum(dim=1)
+        flat = costs.view(-1, 1, a, b, c)
+        for axis in (2, 3, 4):
+            flat = _blurred(flat, axis)
+        return flat[:, 0]
+
+
+class CompiledCosts:
+    """The costs by :mod:`.search_kernels`, in slabs that run side by side."""
+
+    def __init__(
+        self,
+        fixed: Tensor,
+        moving: Tensor,
+        reach: int,
+        threads: int = 1,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        from . import search_kernels
+
+        self._kernels, self._reach, self._threads = search_kernels, reach, threads
+        padded = F.pad(moving.float(), [reach] * 6, mode="replicate")[0]
+        rows = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4).flatten(3).contiguous().numpy()
+        cells = fixed[0].float().movedim(0, 3).contiguous().numpy()
+        self._shape = cells.shape[:3]
+        self.costs = np.empty((*self._shape, (2 * reach + 1) ** 3), np.float32)
         check()
-        for y in range(side):
-            # (channels, a, b, c, side): all displacements along the last axis at once
-            rows = padded[:, x : x + a, y : y + b].unfold(3, c, 1).movedim(3, 0)
-            costs[x, y] = (rows - fixed).square_().sum(dim=1)
-    flat = costs.view(-1, 1, a, b, c)
-    for axis in (2, 3, 4):
-        flat = _blurred(flat, axis)
-    return flat[:, 0]
+        self._each(self._shape[0], lambda *slab: search_kernels.compare(cells, rows, reach, self.costs, *slab))
+        check()
+        self._each(self._shape[1], lambda *slab: search_kernels.blur_planes(self.costs, *slab))
+
+    def best(self, mean: Tensor, nearness: float) -> Tensor:
+        near, weight = mean[0].float().contiguous().numpy(), np.float32(nearness)
+        found = np.empty((3, *self._shape), np.float32)
+        self._each(
+            self._shape[0],
+            lambda *slab: self._kernels.choose(self.costs, near, weight, self._reach, found, *slab),
+        )
+        return torch.from_numpy(found)[None].to(mean.dtype)
+
+    def _each(self, planes: int, work: Callable[[int, int], None]) -> None:
+        """Do the work on slabs of planes, one for each thread."""
+        count = max(1, min(self._threads, planes))
+        cuts = [planes * n // count for n in range(count + 1)]
+        if count == 1:
+            work(0, planes)
+            return
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(work, cuts[:-1], cuts[1:]))
 
 
 def _blurred(maps: Tensor, axis: int) -> Tensor:
