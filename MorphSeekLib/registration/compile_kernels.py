@@ -6,6 +6,7 @@ import torch
 
 from .descent import descend
 from .objective import Level
+from .search import Pass, search
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     counted = torch.ones(8, 8, 8, dtype=torch.bool)
     descend([Level(image[:, :1], image[:, 1:], counted)], [1])
     descend([Level(image, image, counted, 1.0)], [1])
+    search(image, image, (Pass(4, 1),))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ may write to.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import stat
@@ -21,22 +22,26 @@ _LOG = logging.getLogger(__name__)
 
 
 @functools.cache
-def kernels() -> ModuleType | None:
-    """Return :mod:`.kernels`; None where numba is missing or cannot be loaded, which the log says."""
+def kernels(name: str) -> ModuleType | None:
+    """Return a module of compiled functions, "kernels" or "search_kernels".
+
+    Returns:
+        None where numba is missing or cannot be loaded, which the log says.
+    """
     if util.find_spec("numba") is None:
-        _LOG.info("numba is not installed; the fit uses torch, which gives the same answer more slowly.")
+        _LOG.info("numba is not installed; search and fit use torch, which gives the same answer more slowly.")
         return None
     try:
         import numba
 
         numba.config.CACHE_DIR = str(cache_folder())  # type: ignore[attr-defined]
-        from . import kernels as module
+        return importlib.import_module(f".{name}", __package__)
     except Exception as error:  # numba refuses a numpy or a processor that it does not know in its own ways
-        _LOG.warning("numba cannot be used (%s); the fit uses torch, which gives the same answer more slowly.", error)
+        _LOG.warning("numba cannot be used (%s); torch takes its place, more slowly.", error)
         return None
-    return module
 
 
+@functools.cache
 def cache_folder() -> Path:
     """Return the folder of compiled kernels, which only the user may read and write; a new one where that cannot be."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -89,7 +89,7 @@ def descend(
 
 def stepper_for(level: Level, control: Tensor, rate: float, threads: int) -> _Stepper:
     """Return what takes the iterations: compiled kernels on the CPU where numba is there, else torch."""
-    module = kernels() if control.device.type == "cpu" and control.dtype == torch.float32 else None
+    module = kernels("kernels") if control.device.type == "cpu" and control.dtype == torch.float32 else None
     if module is not None:
         return CompiledStepper(module, level, control, rate, threads)
     return TorchStepper(level, control, rate)
@@ -97,7 +97,7 @@ def stepper_for(level: Level, control: Tensor, rate: float, threads: int) -> _St
 
 def kernels_used(device: torch.device) -> str:
     """Return what computes a fit on a device, for the report."""
-    if device.type != "cpu" or kernels() is None:
+    if device.type != "cpu" or kernels("kernels") is None:
         return f"torch {torch.__version__}"
     import numba
 

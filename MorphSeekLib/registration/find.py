@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..measures.similarity import mind_ssc
 from ..protocol.job import Job
 from .fit import taken_over
 from .pair import Outcome, Pair
-from .search import MOST_CELLS, PASSES, search
+from .search import level_for, search
 
 FAR = 0.8
 """Images that are more alike than this after the alignment, by MIND, are near enough for the fit alone."""
@@ -31,10 +33,8 @@ class Search:
         """
         job.report("search", 0.0, "Searching for large motion")
         pyramid = pair.pyramid
-        level, cells = 0, pyramid.crop.image.numel() / PASSES[0].cell ** 3
-        while cells > MOST_CELLS:
-            level, cells = level + 1, cells / 8
+        level = level_for(pyramid.crop.grid.shape)
         fixed, moving, _ = pyramid.images(level)
-        control = search(mind_ssc(fixed), mind_ssc(moving), check=job.check)
+        control = search(mind_ssc(fixed), mind_ssc(moving), threads=torch.get_num_threads(), check=job.check)
         job.report("search", 1.0, "Searching for large motion")
         return taken_over(pair, begin, "search", pyramid.displacement(control, level))

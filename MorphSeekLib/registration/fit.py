@@ -6,7 +6,7 @@ What is compared, and how it is lowered, stands in :mod:`.objective` and :mod:`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,6 +51,12 @@ PLANS = {
     ("features", "fast"): Plan((2, 1), (40, 20), 0.2, 0.4, 240.0),
 }
 """By what is compared, block correlation or features, and by preset."""
+AFTER_SEARCH = {"best": ((1, 0), (60, 40)), "fast": ((1, 0), (40, 15))}
+"""Levels and iterations by correlation where a search has found the large motion; coarser ones undo some of it."""
+FINER = 10
+"""Iterations more on voxels of half the length, by the best preset ..."""
+FEW_VOXELS = 1_500_000
+"""... on a crop of fewer voxels."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Fit:
         Returns:
             the fitted one, or ``begin`` where the judge finds it more alike.
         """
-        plan = plan_for(pair.similarity, self.options)
+        plan = plan_for(pair, begin, self.options)
         pyramid = pair.pyramid
         levels = [pyramid.level(n, pair.similarity, plan.regularization, plan.folding) for n in plan.levels]
         start = None
@@ -96,15 +102,20 @@ class Fit:
         return after
 
 
-def plan_for(similarity: str, options: RegistrationOptions) -> Plan:
+def plan_for(pair: Pair, begin: Outcome, options: RegistrationOptions) -> Plan:
     """Return how a pair is fitted; iterations that were asked for stand on as many of the finest levels."""
-    plan = PLANS["lncc" if similarity == "lncc" else "features", options.preset]
+    preset, by_correlation = options.preset, pair.similarity == "lncc"
+    plan = PLANS["lncc" if by_correlation else "features", preset]
+    if by_correlation and begin.figures[begin.answer]["stage"] == "search":
+        levels, iterations = AFTER_SEARCH[preset]
+        plan = replace(plan, levels=levels, iterations=iterations)
+    elif by_correlation and preset == "best" and pair.crop.image.numel() < FEW_VOXELS:
+        plan = replace(plan, levels=(*plan.levels, -1), iterations=(*plan.iterations, FINER))
     counts = options.fit_iterations
     if counts is None:
         return plan
     finest = plan.levels[-1]
-    levels = tuple(range(finest + len(counts) - 1, finest - 1, -1))
-    return Plan(levels, counts, plan.rate, plan.regularization, plan.folding)
+    return replace(plan, levels=tuple(range(finest + len(counts) - 1, finest - 1, -1)), iterations=counts)
 
 
 def displacement_of(pair: Pair, outcome: Outcome) -> DenseTransform:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..space import fields
-from .descent import compiled
+from .compiled import kernels
 
 _NEARNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _CONSISTENT = 15  # iterations
@@ -36,8 +37,8 @@ class Pass:
     reach: int
 
 
-PASSES = (Pass(4, 5), Pass(3, 3))
-"""The second begins where the first has ended."""
+PASSES = (Pass(4, 5), Pass(3, 3), Pass(2, 2))
+"""Each begins where the one before has ended."""
 MOST_COSTS = 45_000_000
 """Of a pass, numbers of four bytes: 180 MB."""
 _FEWEST_CELLS = 4_000
@@ -124,8 +125,9 @@ def _cells(features: Tensor, size: int) -> Tensor:
 def _one_way(fixed: Tensor, moving: Tensor, reach: int, threads: int, check: Callable[[], None]) -> Tensor:
     """Return the displacement of each cell, (1, 3, a, b, c) cells."""
     costs: _Costs
-    if fixed.device.type == "cpu" and compiled():
-        costs = CompiledCosts(fixed, moving, reach, threads, check)
+    module = kernels("search_kernels") if fixed.device.type == "cpu" else None
+    if module is not None:
+        costs = CompiledCosts(module, fixed, moving, reach, threads, check)
     else:
         costs = TorchCosts(fixed, moving, reach, check)
     found = costs.best(fixed.new_zeros(1, 3, *fixed.shape[2:]), 0.0)
@@ -188,24 +190,23 @@ class CompiledCosts:
 
     def __init__(
         self,
+        module: ModuleType,
         fixed: Tensor,
         moving: Tensor,
         reach: int,
         threads: int = 1,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        from . import search_kernels
-
-        self._kernels, self._reach, self._threads = search_kernels, reach, threads
+        self._kernels, self._reach, self._threads = module, reach, threads
         padded = F.pad(moving.float(), [reach] * 6, mode="replicate")[0]
         rows = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4).flatten(3).contiguous().numpy()
         cells = fixed[0].float().movedim(0, 3).contiguous().numpy()
         self._shape = cells.shape[:3]
         self.costs = np.empty((*self._shape, (2 * reach + 1) ** 3), np.float32)
         check()
-        self._each(self._shape[0], lambda *slab: search_kernels.compare(cells, rows, reach, self.costs, *slab))
+        self._each(self._shape[0], lambda *slab: module.compare(cells, rows, reach, self.costs, *slab))
         check()
-        self._each(self._shape[1], lambda *slab: search_kernels.blur_planes(self.costs, *slab))
+        self._each(self._shape[1], lambda *slab: module.blur_planes(self.costs, *slab))
 
     def best(self, mean: Tensor, nearness: float) -> Tensor:
         near, weight = mean[0].float().contiguous().numpy(), np.float32(nearness)

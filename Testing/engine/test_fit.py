@@ -42,7 +42,7 @@ from MorphSeekLib.space.geometry import Grid, Volume, apply_affine, map_voxels
 
 VOXELS = (16, 20, 24)
 POINTS = (8, 10, 12)
-needs_numba = pytest.mark.skipif(kernels() is None, reason="numba is not installed")
+needs_numba = pytest.mark.skipif(kernels("kernels") is None, reason="numba is not installed")
 
 
 def smooth(seed: int, channels: int = 1) -> Tensor:
@@ -104,7 +104,7 @@ def test_what_is_not_counted_changes_nothing():
 def test_the_kernels_give_the_same_values_and_gradients(features, threads):
     one, at = level(features), control()
     expected = Objective(level(features, torch.float64))(at.double())
-    value, gradient = CompiledStepper(kernels(), one, at, 0.0, threads).energy()
+    value, gradient = CompiledStepper(kernels("kernels"), one, at, 0.0, threads).energy()
     assert value == pytest.approx(float(expected.value), rel=1e-5)
     error = (gradient.double() - expected.gradient).abs().max()
     assert float(error) < 1e-5 * float(expected.gradient.abs().max())
@@ -116,7 +116,7 @@ def test_whole_fits_by_kernels_and_by_torch_end_at_the_same_place(features, monk
     coarse, fine = level(features), level(features)
     coarse = Level(*(descent.halved(x) for x in (coarse.fixed, coarse.moving)), coarse.counted[::2, ::2, ::2], features)
     ends = [descend([coarse, fine], [10, 10], threads=2)[-1]]
-    monkeypatch.setattr(descent, "kernels", lambda: None)
+    monkeypatch.setattr(descent, "kernels", lambda _: None)
     ends.append(descend([coarse, fine], [10, 10])[-1])
     apart = (ends[0].control - ends[1].control).abs().max()
     assert float(apart) < 1e-3
@@ -262,7 +262,7 @@ def test_the_report_tells_what_was_fitted(fitted):
     assert [len(level["objective"]) for level in fit["levels"]] == fit["iterations"]
     for level in fit["levels"]:
         assert level["objective"][-1] < level["objective"][0]
-    assert fit["kernels"].startswith("numba" if kernels() is not None else "torch")
+    assert fit["kernels"].startswith("numba" if kernels("kernels") is not None else "torch")
     assert [e.step for e in events if e.phase == "fit"] == list(range(1, sum(fit["iterations"]) + 1))
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from MorphSeekLib.protocol.errors import Cancelled
 from MorphSeekLib.registration import search as searching
-from MorphSeekLib.registration.descent import compiled
+from MorphSeekLib.registration.compiled import kernels
 from MorphSeekLib.registration.search import Pass, search
 from MorphSeekLib.space import fields
 
-needs_numba = pytest.mark.skipif(not compiled(), reason="numba is not installed")
+needs_numba = pytest.mark.skipif(kernels("search_kernels") is None, reason="numba is not installed")
 SHAPE = (32, 36, 28)
 
 
@@ -31,7 +31,7 @@ def inner(field: torch.Tensor, rim: int) -> torch.Tensor:
 def form(request, monkeypatch):
     """Search by each of the two forms."""
     if request.param == "torch":
-        monkeypatch.setattr(searching, "compiled", lambda: False)
+        monkeypatch.setattr(searching, "kernels", lambda _: None)
     return request.param
 
 
@@ -62,7 +62,7 @@ def test_the_two_directions_undo_each_other(form):
 def test_the_compiled_costs_are_those_of_torch(reach, channels):
     fixed, moving = (smooth_features(seed, (7, 9, 6), channels) for seed in (4, 5))
     expected = searching.TorchCosts(fixed, moving, reach).costs
-    got = torch.from_numpy(searching.CompiledCosts(fixed, moving, reach).costs).movedim(3, 0)
+    got = torch.from_numpy(searching.CompiledCosts(kernels("search_kernels"), fixed, moving, reach).costs).movedim(3, 0)
     assert torch.allclose(got, expected, atol=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_the_compiled_costs_are_those_of_torch(reach, channels):
 def test_the_compiled_search_finds_what_torch_finds(monkeypatch):
     fixed, moving = smooth_features(6), smooth_features(7)
     got = search(fixed, moving, passes=(Pass(4, 3), Pass(3, 2)))
-    monkeypatch.setattr(searching, "compiled", lambda: False)
+    monkeypatch.setattr(searching, "kernels", lambda _: None)
     expected = search(fixed, moving, passes=(Pass(4, 3), Pass(3, 2)))
     # rounding decides where two displacements are equally good
     assert float(((got - expected).abs() > 1e-3).float().mean()) < 0.01
