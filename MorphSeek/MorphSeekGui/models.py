@@ -6,13 +6,14 @@ PyTorch is.
 
 from __future__ import annotations
 
+import contextlib
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from MorphSeekLib.protocol.errors import MorphSeekError
-from MorphSeekLib.protocol.startup import bundled, read_header
+from MorphSeekLib.protocol.startup import bundled, find, read_header
 
 from .scene import _
 
@@ -45,14 +46,15 @@ def available(folder: str | Path | None = None, more: Iterable[str] = ()) -> lis
 
     Args:
         folder: a folder of .safetensors files; None or a folder that does not exist: none.
-        more: names or paths that must be in the list if they exist.
+        more: names or paths that must be in the list if they exist, also paths to where bundled models were before.
     """
     models = [_model(name, path) for name, path in bundled().items()]
     if folder and Path(folder).is_dir():
         models += [_model(str(path), path) for path in sorted(Path(folder).glob("*.safetensors"))]
     for name in more:
-        if name not in {m.name for m in models} and Path(name).is_file():
-            models.append(_model(name, Path(name)))
+        if name not in {m.name for m in models}:
+            with contextlib.suppress(MorphSeekError):
+                models.append(_model(name, find(name)))
     return models
 
 
