@@ -164,15 +164,7 @@ def _measure(pair: Pair, dataset: Dataset, model: LoadedModel, options: Registra
     report = result.report
     overlap, folds = report["dice"], report["folding"]
     assert overlap is not None  # as above
-    figures = FoldingFigures(
-        folds["njd_percent"],
-        folds["folded_voxels"],
-        folds["voxels"],
-        folds["sdlogj"],
-        folds["sdlogj_learn2reg"],
-        folds["min_jacobian"],
-        folds["max_jacobian"],
-    )
+    figures = FoldingFigures.from_report(folds)
     cells = folds["cells"]
     labels = label_maps(fixed_labels, result.warped_labels, moving_labels, dataset)
     row = score(labels, figures, cells["folded_percent"], cells["no_fold_proven"])
