@@ -276,7 +276,7 @@ class EngineClient:
         request.done = True
 
     def _handle_end(self) -> None:
-        """The worker's stdout has ended."""
+        """End the requests of a worker whose stdout has ended."""
         if self._process is None:
             return
         try:

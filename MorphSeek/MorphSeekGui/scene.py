@@ -150,7 +150,7 @@ def matrix_to_space(node, space=None) -> np.ndarray:
 
 
 def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Labels:
-    """Labels on the grid of a volume.
+    """Read labels on the grid of a volume.
 
     A label map on another grid is resampled (nearest neighbor). The segments of a segmentation get the numbers 1, 2,
     3, ... in their order unless ``numbers`` says otherwise; where segments overlap, the later one wins, and the labels'
@@ -312,7 +312,7 @@ def load_image(reference: dict | None) -> Image | None:
 
 @contextmanager
 def all_or_nothing(scene) -> Iterator[None]:
-    """Whatever nodes the block adds to the scene are removed again if it fails."""
+    """Remove the nodes that the block adds to the scene if it fails."""
     before = {node.GetID() for node in _all_nodes(scene)}
     try:
         yield
@@ -326,8 +326,8 @@ def all_or_nothing(scene) -> Iterator[None]:
 def create_nodes(
     result: dict, fixed, moving, moving_to_space=None, labels: Labels | None = None, into: dict | None = None
 ) -> RegistrationNodes:
-    """Nodes from the worker's answer to "register". All is read before the first node is made, and if anything fails
-    none is left.
+    """Make nodes of the worker's answer to "register". All is read before the first node is made, and if anything
+    fails none is left.
 
     Args:
         result: {"warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels", "report"}:
@@ -761,7 +761,7 @@ def _add_segment(node, mask: Image, name: str, color) -> None:
 
 
 def _fill_labels(node, warped: Image, labels: Labels, new: _New):
-    """The warped labels as they were given: segments as a segmentation, a label map as a label map."""
+    """Store the warped labels as they were given: segments as a segmentation, a label map as a label map."""
     if not labels.names:
         if node is None:
             node = new.node("vtkMRMLLabelMapVolumeNode", "labels")
