@@ -127,7 +127,7 @@ class _Doctor:
         OSError: it cannot be started.
     """
 
-    def __init__(self, python: str, environment: Mapping[str, str] | None, told: dict) -> None:
+    def __init__(self, python: str, environment: Mapping[str, str] | None, told: Mapping[str, object]) -> None:
         self.text = self.reason = ""
         self._until = time.monotonic() + _PATIENCE
         self._folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)

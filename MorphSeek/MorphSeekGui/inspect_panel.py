@@ -13,6 +13,7 @@ import slicer
 import slicer.util
 import vtk
 
+from MorphSeekLib.protocol.messages import Progress
 from MorphSeekLib.protocol.verdict import DEFAULT_LIMITS, Folds, Limits, Verdict, folds, judge, shown
 
 from . import quality, scene
@@ -423,7 +424,7 @@ class InspectPanel(Panel):
         self._show_export(True)
         self._poll.start()
 
-    def _show_progress(self, progress: dict) -> None:
+    def _show_progress(self, progress: Progress) -> None:
         self.ui.exportProgressBar.value = round(100 * progress.get("fraction", 0))
         self.ui.exportLabel.text = escape(progress.get("message", ""))
 

@@ -7,9 +7,12 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 SCHEMA = 2
+SavedReport = Mapping[str, Any]
+"""A report as a file or a scene has it: of any schema, so any section may be missing."""
 
 
 class GridSection(TypedDict):
