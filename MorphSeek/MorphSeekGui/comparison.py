@@ -17,7 +17,7 @@ def gray(array: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def checkerboard(first: np.ndarray, second: np.ndarray, tile: tuple[int, int, int]) -> np.ndarray:
-    """Blocks of the one and the other in turn, along all three axes, so that every slice shows a board.
+    """Return blocks of the one and the other in turn, along all three axes, so that every slice shows a board.
 
     Args:
         first, second: arrays of one shape.

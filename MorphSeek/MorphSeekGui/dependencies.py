@@ -139,7 +139,7 @@ def _what_is_left() -> InstallError | None:
 
 
 def _present() -> dict[str, str]:
-    """Every installed distribution and its version."""
+    """Return every installed distribution and its version."""
     found = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]

@@ -101,7 +101,7 @@ class CopyDetails:
         self._finish(_("No Python could examine the installation; please report this with Slicer's log."))
 
     def _note(self, reason: str) -> None:
-        """The engine's Python cannot even examine itself: that is a finding."""
+        """Note that the engine's Python cannot examine itself, which is a finding too."""
         self._told["about"]["engine's Python"] += f", fails: {reason}"
 
     def _poll(self) -> None:
@@ -127,7 +127,7 @@ class _Doctor:
         OSError: it cannot be started.
     """
 
-    def __init__(self, python: str, environment: Mapping[str, str] | None, told: dict) -> None:
+    def __init__(self, python: str, environment: Mapping[str, str] | None, told: Mapping[str, object]) -> None:
         self.text = self.reason = ""
         self._until = time.monotonic() + _PATIENCE
         self._folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)

@@ -23,9 +23,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from . import engine_root
 from .faults import Fault, FaultError
+
+if TYPE_CHECKING:
+    from MorphSeekLib.protocol.messages import Answer, ErrorMessage, Params, Progress
 
 CANCELLED = -32800  # the code with which the worker answers a cancelled request
 _TAIL = 60  # lines of the worker's log that are kept
@@ -60,13 +64,13 @@ class Request:
 
     id: int
     method: str
-    on_progress: Callable[[dict], None] | None = None
+    on_progress: Callable[[Progress], None] | None = None
     done: bool = False
-    result: dict = field(default_factory=dict)
+    result: Answer = field(default_factory=dict)
     error: EngineError | None = None
     cancelled_at: float | None = None
 
-    def value(self) -> dict:
+    def value(self) -> Answer:
         """Return the result of a finished request.
 
         Raises:
@@ -126,7 +130,9 @@ class EngineClient:
         """The process's number, None before the first request."""
         return self._process.pid if self._process else None
 
-    def request(self, method: str, params: dict | None = None, on_progress: Callable | None = None) -> Request:
+    def request(
+        self, method: str, params: Params | None = None, on_progress: Callable[[Progress], None] | None = None
+    ) -> Request:
         """Ask, without waiting. Call :meth:`poll` (from a timer) until the returned request is done.
 
         Args:
@@ -157,10 +163,10 @@ class EngineClient:
     def call(
         self,
         method: str,
-        params: dict | None = None,
-        on_progress: Callable[[dict], None] | None = None,
+        params: Params | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
-    ) -> dict:
+    ) -> Answer:
         """Ask and wait for the answer.
 
         Args:
@@ -242,7 +248,7 @@ class EngineClient:
         for reader in self._readers:
             reader.start()
 
-    def _send(self, message: dict) -> None:
+    def _send(self, message: Mapping[str, object]) -> None:
         line = json.dumps(message).encode() + b"\n"
         if self._process is None or self._process.stdin is None:
             return
@@ -264,7 +270,7 @@ class EngineClient:
         if message.get("method") == "progress":
             request = self._pending.get(params.get("id", 0))
             if request is not None and request.on_progress is not None:
-                request.on_progress(params)
+                request.on_progress(cast("Progress", params))
             return
         request = self._pending.pop(message.get("id", 0), None)
         if request is None:
@@ -276,7 +282,7 @@ class EngineClient:
         request.done = True
 
     def _handle_end(self) -> None:
-        """The worker's stdout has ended."""
+        """End the requests of a worker whose stdout has ended."""
         if self._process is None:
             return
         try:
@@ -350,7 +356,15 @@ def default_python() -> str:
     return shutil.which("PythonSlicer") or sys.executable
 
 
-def process_of_its_own(environment: Mapping[str, str] | None = None) -> dict:
+class ProcessArguments(TypedDict, total=False):
+    """Arguments of subprocess.Popen."""
+
+    env: dict[str, str]
+    creationflags: int
+    start_new_session: bool
+
+
+def process_of_its_own(environment: Mapping[str, str] | None = None) -> ProcessArguments:
     """Return the arguments of subprocess.Popen for a process of the engine.
 
     It finds MorphSeekLib, and has a group of its own: the whole tree can be ended (Slicer's PythonSlicer is a launcher
@@ -437,7 +451,7 @@ def _read(stream, name: str, inbox: queue.SimpleQueue) -> None:
     inbox.put((name, None))
 
 
-def _parse(line: str) -> dict | None:
+def _parse(line: str) -> Mapping[str, Any] | None:
     """Return the JSON-RPC message of a line; None if it is something else."""
     try:
         message = json.loads(line)
@@ -446,7 +460,7 @@ def _parse(line: str) -> dict | None:
     return message if isinstance(message, dict) and message.get("jsonrpc") == "2.0" else None
 
 
-def _error(error: dict) -> EngineError:
+def _error(error: ErrorMessage) -> EngineError:
     code, text, data = error.get("code", 0), str(error.get("message", "")), error.get("data")
     details = data if isinstance(data, str) else json.dumps(data) if data else ""
     if code == CANCELLED:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from MorphSeekLib.protocol.messages import Params, Progress
+
 from . import scene
 from .engine_client import EngineClient, shared_client
 from .scene import InputError, RegistrationNodes, _
@@ -34,7 +36,7 @@ class Export:
         output: the folder that will hold the files.
     """
 
-    params: dict
+    params: Params
     output: Path
     folder: tempfile.TemporaryDirectory
 
@@ -92,7 +94,7 @@ def export(
     wanted: Collection[str] = EXPORTS,
     *,
     client: EngineClient | None = None,
-    on_progress: Callable[[dict], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Path:
     """Write a registration's files. Waits for the end.

@@ -13,6 +13,7 @@ import slicer
 import slicer.util
 import vtk
 
+from MorphSeekLib.protocol.messages import Progress
 from MorphSeekLib.protocol.verdict import DEFAULT_LIMITS, Folds, Limits, Verdict, folds, judge, shown
 
 from . import quality, scene
@@ -71,7 +72,7 @@ class InspectPanel(Panel):
     # ----------------------------------------------------------------------------------- what the module's widget calls
 
     def setMRMLScene(self, mrml_scene) -> None:
-        """The scene whose results can be chosen; None at the application's end."""
+        """Take the scene whose results can be chosen; None when the application ends."""
         self._forget()
         self.removeObservers()
         super().setMRMLScene(mrml_scene)
@@ -133,7 +134,7 @@ class InspectPanel(Panel):
         self._show_export(False)
 
     def _choose(self, transform) -> None:
-        """The selector has another transform node."""
+        """Show the registration of the transform node that was chosen."""
         if self._nodes is None or transform is not self._nodes.transform:
             self._look_at(transform)
 
@@ -268,7 +269,7 @@ class InspectPanel(Panel):
     # ------------------------------------------------------------------------------------------------------------- show
 
     def _toggle_layer(self, name: str, on: bool) -> None:
-        """One layer at a time: the slice views have one foreground."""
+        """Show or remove a layer; one at a time, since the slice views have one foreground."""
         self._say("")
         if self._views is None:
             self._layer_buttons[name].checked = False
@@ -340,7 +341,7 @@ class InspectPanel(Panel):
             self._views.flip()
 
     def _draw_again(self) -> None:
-        """After a slider came to rest."""
+        """Draw again what depends on a slider, once it has come to rest."""
         if self._layer == "checkerboard":
             self._toggle_layer("checkerboard", True)
         if self.ui.gridCheckBox.checked:
@@ -367,7 +368,7 @@ class InspectPanel(Panel):
             self._views.go_to(self._regions[row].position)
 
     def _restore(self) -> None:
-        """All switches off, the views as they were."""
+        """Switch all off and show the views as they were."""
         self._flicker.stop()
         self._redraw.stop()
         self._layer = None
@@ -423,7 +424,7 @@ class InspectPanel(Panel):
         self._show_export(True)
         self._poll.start()
 
-    def _show_progress(self, progress: dict) -> None:
+    def _show_progress(self, progress: Progress) -> None:
         self.ui.exportProgressBar.value = round(100 * progress.get("fraction", 0))
         self.ui.exportLabel.text = escape(progress.get("message", ""))
 
@@ -469,7 +470,7 @@ class InspectPanel(Panel):
 
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _node_leaves(self, _caller, _event, node) -> None:
-        """Before a node of the registration goes, nothing may show it any more."""
+        """Stop showing the registration before one of its nodes is removed."""
         if self._nodes is not None and any(node is part for part in vars(self._nodes).values()):
             name = node.GetName()
             self._forget()

@@ -6,13 +6,15 @@ PyTorch is.
 
 from __future__ import annotations
 
+import contextlib
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from MorphSeekLib.protocol.card import CardValues
 from MorphSeekLib.protocol.errors import MorphSeekError
-from MorphSeekLib.protocol.startup import bundled, read_header
+from MorphSeekLib.protocol.startup import bundled, find, read_header
 
 from .scene import _
 
@@ -31,7 +33,7 @@ class Model:
 
     name: str
     path: Path
-    card: dict = field(default_factory=dict)
+    card: CardValues = field(default_factory=CardValues)
     problem: str = ""
 
     @property
@@ -45,14 +47,15 @@ def available(folder: str | Path | None = None, more: Iterable[str] = ()) -> lis
 
     Args:
         folder: a folder of .safetensors files; None or a folder that does not exist: none.
-        more: names or paths that must be in the list if they exist.
+        more: names or paths that must be in the list if they exist, also paths to where bundled models were before.
     """
     models = [_model(name, path) for name, path in bundled().items()]
     if folder and Path(folder).is_dir():
         models += [_model(str(path), path) for path in sorted(Path(folder).glob("*.safetensors"))]
     for name in more:
-        if name not in {m.name for m in models} and Path(name).is_file():
-            models.append(_model(name, Path(name)))
+        if name not in {m.name for m in models}:
+            with contextlib.suppress(MorphSeekError):
+                models.append(_model(name, find(name)))
     return models
 
 
@@ -81,7 +84,7 @@ def _model(name: str, path: Path) -> Model:
         return Model(name, path, problem=str(problem))
 
 
-def _trained_on(card: dict) -> str:
+def _trained_on(card: CardValues) -> str:
     provenance = card.get("provenance") or {}
     data = provenance.get("data")
     name = data.get("name", "") if isinstance(data, dict) else str(data or "")
@@ -90,7 +93,7 @@ def _trained_on(card: dict) -> str:
     return ", ".join(filter(None, map(str, parts))) or _("not stated")
 
 
-def _grid(card: dict) -> str:
+def _grid(card: CardValues) -> str:
     preprocessing = card.get("preprocessing") or {}
     spacing = preprocessing.get("spacing")
     grid = " x ".join(f"{s:g}" for s in spacing) + " mm" if spacing else _("the fixed volume's own grid")
@@ -99,8 +102,8 @@ def _grid(card: dict) -> str:
     )
 
 
-def _figures(card: dict) -> list[str]:
-    """Mean Dice before and after and folding of each data set that the card holds figures of."""
+def _figures(card: CardValues) -> list[str]:
+    """Return mean Dice before and after, and folding, for each data set that the card holds figures of."""
     found = []
     for name, value in (card.get("results") or {}).items():
         mean = value.get("mean") if isinstance(value, dict) else None

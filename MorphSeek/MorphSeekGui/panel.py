@@ -98,10 +98,10 @@ class Panel(VTKObservationMixin):
         self.widget.setMRMLScene(scene)
 
     def enter(self) -> None:
-        """The user opens the module."""
+        """Do what is due when the user opens the module."""
 
     def exit(self) -> None:
-        """The user goes to another module; what runs goes on."""
+        """Do what is due when the user goes to another module; what runs goes on."""
 
     def cleanup(self) -> None:
         """End everything: the module is reloaded, or Slicer ends."""

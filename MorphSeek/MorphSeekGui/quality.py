@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from MorphSeekLib.protocol.report import SavedReport
 from MorphSeekLib.protocol.verdict import (
     AMBER,
     DEFAULT_LIMITS,
@@ -45,7 +46,7 @@ class Region:
     position: tuple[float, float, float]
 
 
-def folded_regions(report: dict) -> list[Region]:
+def folded_regions(report: SavedReport) -> list[Region]:
     """Return the folded regions that a report lists, largest first; it lists the largest ones only."""
     regions = []
     for region in (report.get("folding") or {}).get("regions") or []:
@@ -54,7 +55,7 @@ def folded_regions(report: dict) -> list[Region]:
     return regions
 
 
-def count_regions(report: dict) -> int:
+def count_regions(report: SavedReport) -> int:
     """Return how many folded regions there are, those included that the report does not list."""
     folding = report.get("folding") or {}
     return int(number(folding.get("region_count")) or len(folding.get("regions") or []))
@@ -86,7 +87,7 @@ class Figure:
         return WORSE.get(self.key, "")
 
 
-def measure(report: dict) -> list[Figure]:
+def measure(report: SavedReport) -> list[Figure]:
     """Return the figures of a registration, in the order of the table."""
     values, definitions = figures(report), _definitions(report)
     return [Figure(key, label, definitions[key], values[key]) for key, label in labels().items()]
@@ -110,7 +111,7 @@ def labels() -> dict[str, str]:
     }
 
 
-def _definitions(report: dict) -> dict[str, str]:
+def _definitions(report: SavedReport) -> dict[str, str]:
     """Return the tool tip of each figure."""
     folding = report.get("folding") or {}
     cells = (folding.get("cells") or {}).get("definition", "")
@@ -248,7 +249,7 @@ def limits_from_text(text: str | None) -> dict[str, Limits]:
 
 
 def structures(
-    report: dict, names: dict[int, str] | None = None
+    report: SavedReport, names: dict[int, str] | None = None
 ) -> list[tuple[str, float | None, float | None, float | None]]:
     """Return the Dice of each structure: (name, as given, after the alignment, after the registration).
 

@@ -10,7 +10,7 @@ A panel that must not block uses :func:`prepare` and a :class:`Run`, which a tim
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import numpy as np
 import slicer
 
 from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.messages import Answer, ArrayReference, Params, Progress, StateReference
 from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.report import WarningSection
 from MorphSeekLib.protocol.settings import from_dict, to_dict
 
 from . import scene
@@ -47,18 +49,18 @@ class Job:
         params: what the worker's "register" takes.
     """
 
-    params: dict
+    params: Params
     fixed: slicer.vtkMRMLScalarVolumeNode
     moving: slicer.vtkMRMLScalarVolumeNode
     moving_to_space: np.ndarray
     labels: scene.Labels | None
-    into: dict
-    places: list  # where the two volumes stand, LPS
+    into: scene.Into
+    places: list[np.ndarray]  # where the two volumes stand, LPS
     folder: tempfile.TemporaryDirectory
-    warnings: list[dict] = field(default_factory=list)  # of the nodes, to go with the engine's into the report
+    warnings: list[WarningSection] = field(default_factory=list)  # of the nodes; they go into the report, too
 
-    def finish(self, result: dict) -> RegistrationNodes:
-        """Nodes from the worker's answer; the folder is removed in any case.
+    def finish(self, result: Answer) -> RegistrationNodes:
+        """Make nodes of the worker's answer; the folder is removed in any case.
 
         Raises:
             InputError: a volume left the scene meanwhile.
@@ -74,10 +76,10 @@ class Job:
                     )
             report = result.get("report") or {}
             if self.warnings:
-                report = report | {"warnings": self.warnings + (report.get("warnings") or [])}
+                report = {**report, "warnings": self.warnings + (report.get("warnings") or [])}
             if np.linalg.det(self.moving_to_space) < 0:  # the transform node contains the mirroring parent
-                report = report | {"mirrored": report.get("mirrored") is not True}
-            result = result | {"report": report}
+                report = {**report, "mirrored": report.get("mirrored") is not True}
+            result = {**result, "report": report}
             state = _read_state(result.get("state"), self.places)
             nodes = scene.create_nodes(
                 result, self.fixed, self.moving, self.moving_to_space, self.labels, into=self.into
@@ -107,7 +109,7 @@ class Run:
         self,
         job: Job,
         client: EngineClient,
-        on_progress: Callable[[dict], None] = lambda message: None,
+        on_progress: Callable[[Progress], None] = lambda message: None,
         on_picture: Callable[[int, scene.Image], None] = lambda step, image: None,
     ) -> None:
         self.job, self.client = job, client
@@ -118,7 +120,7 @@ class Run:
             job.discard()
             raise
 
-    def _hear(self, message: dict) -> None:
+    def _hear(self, message: Progress) -> None:
         if self.request.cancelled_at is not None:
             return  # what was on its way when Cancel was pressed
         if message["phase"] == "picture":
@@ -172,8 +174,8 @@ class Request:
     fixed_labels_node: slicer.vtkMRMLNode | None = None
     moving_labels_node: slicer.vtkMRMLNode | None = None
     show_steps: bool = False
-    state: dict | None = None
-    into: dict = field(default_factory=dict)
+    state: scene.StepState | None = None
+    into: scene.Into = field(default_factory=dict)
 
     @classmethod
     def of(cls, **choices) -> Request:
@@ -238,10 +240,10 @@ def _write(
     images: tuple[scene.Image, scene.Image],
     labels: tuple[scene.Labels | None, scene.Labels | None],
     initial: np.ndarray | scene.Image | None,
-) -> dict:
+) -> dict[str, object]:
     """Write the arrays into a folder; return the parameters of the worker's "register"."""
 
-    def save(image: scene.Image | None, name: str) -> dict | None:
+    def save(image: scene.Image | None, name: str) -> ArrayReference | None:
         return None if image is None else scene.save_image(image, path / f"{name}.npy")
 
     def labels_on(own: scene.Labels | None, image: scene.Image) -> scene.Image | None:
@@ -273,7 +275,7 @@ def register(
     moving_node,
     *,
     client: EngineClient | None = None,
-    on_progress: Callable[[dict], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     **choices,
 ) -> RegistrationNodes:
@@ -304,13 +306,13 @@ def register(
 class Outcome:
     """What became of one pair of a batch: its nodes, or the reason why there are none."""
 
-    pair: dict
+    pair: Mapping[str, object]
     nodes: RegistrationNodes | None = None
     error: str = ""
 
 
 def register_batch(
-    pairs: Iterable[dict],
+    pairs: Iterable[Mapping[str, object]],
     *,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
     cancelled: Callable[[], bool] | None = None,
@@ -339,7 +341,7 @@ def register_batch(
     return outcomes
 
 
-def _check_outputs(into: dict, fixed_node, moving_node, initial_transform_node) -> None:
+def _check_outputs(into: scene.Into, fixed_node, moving_node, initial_transform_node) -> None:
     """Refuse to write a result over what it is computed from."""
     for node in into.values():
         if node is None:
@@ -354,7 +356,7 @@ def _check_outputs(into: dict, fixed_node, moving_node, initial_transform_node) 
             )
 
 
-def _read_state(state: dict | None, places: list) -> dict | None:
+def _read_state(state: StateReference | None, places: list[np.ndarray]) -> scene.StepState | None:
     """Return the worker's state with its arrays in memory: the folder they lie in will go."""
     if state is None:
         return None
@@ -366,7 +368,7 @@ def _read_state(state: dict | None, places: list) -> dict | None:
     return {"start": start, "align": state["align"], "figures": state["figures"], "total": total, "places": places}
 
 
-def _write_state(state: dict, folder: Path) -> dict:
+def _write_state(state: scene.StepState, folder: Path) -> StateReference:
     """Return the state as the worker takes it, its arrays in the folder."""
     start = dict(state["start"])
     if "displacement" in start:

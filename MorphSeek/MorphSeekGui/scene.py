@@ -13,16 +13,20 @@ moving volume appears as the warped volume does.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import slicer
 import slicer.util
 import vtk
 from vtk.util import numpy_support
+
+from MorphSeekLib.protocol.messages import Answer, ArrayReference
+from MorphSeekLib.protocol.report import SavedReport, StepSection
 
 try:
     from slicer.i18n import tr as _
@@ -73,6 +77,21 @@ class Labels:
     warning: str = ""
 
 
+class StepState(TypedDict):
+    """What the engine needs to take further steps, its arrays in memory; see
+    :class:`MorphSeekLib.protocol.messages.StateReference`. ``places``: where the two volumes stood, (4, 4) LPS."""
+
+    start: dict[str, list[list[float]] | Image]
+    align: str
+    figures: list[StepSection]
+    total: np.ndarray
+    places: list[np.ndarray]
+
+
+Into = Mapping[str, object]
+"""Field of :class:`RegistrationNodes` -> the node that takes the result instead of a new one, or None."""
+
+
 @dataclass
 class RegistrationNodes:
     """What a registration leaves in the scene.
@@ -101,8 +120,8 @@ class RegistrationNodes:
     inverse: slicer.vtkMRMLTransformNode | None = None
     aligned: slicer.vtkMRMLScalarVolumeNode | None = None
     warped_labels: slicer.vtkMRMLSegmentationNode | slicer.vtkMRMLLabelMapVolumeNode | None = None
-    report: dict = field(default_factory=dict)
-    state: dict | None = None
+    report: SavedReport = field(default_factory=dict)
+    state: StepState | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- nodes in
@@ -150,7 +169,7 @@ def matrix_to_space(node, space=None) -> np.ndarray:
 
 
 def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Labels:
-    """Labels on the grid of a volume.
+    """Read labels on the grid of a volume.
 
     A label map on another grid is resampled (nearest neighbor). The segments of a segmentation get the numbers 1, 2,
     3, ... in their order unless ``numbers`` says otherwise; where segments overlap, the later one wins, and the labels'
@@ -293,13 +312,13 @@ def _through(transform, points: np.ndarray) -> np.ndarray:
     return numpy_support.vtk_to_numpy(after.GetData())
 
 
-def save_image(image: Image, path: Path) -> dict:
+def save_image(image: Image, path: Path) -> ArrayReference:
     """Write voxels as .npy (no copy is made of a volume's own) and return the reference that the worker takes."""
     np.save(path, image.array)
     return {"path": str(path), "affine": image.affine.tolist()}
 
 
-def load_image(reference: dict | None) -> Image | None:
+def load_image(reference: ArrayReference | None) -> Image | None:
     """Return the worker's reference as a memory-mapped image; None stays None."""
     if reference is None:
         return None
@@ -312,7 +331,7 @@ def load_image(reference: dict | None) -> Image | None:
 
 @contextmanager
 def all_or_nothing(scene) -> Iterator[None]:
-    """Whatever nodes the block adds to the scene are removed again if it fails."""
+    """Remove the nodes that the block adds to the scene if it fails."""
     before = {node.GetID() for node in _all_nodes(scene)}
     try:
         yield
@@ -324,10 +343,10 @@ def all_or_nothing(scene) -> Iterator[None]:
 
 
 def create_nodes(
-    result: dict, fixed, moving, moving_to_space=None, labels: Labels | None = None, into: dict | None = None
+    result: Answer, fixed, moving, moving_to_space=None, labels: Labels | None = None, into: Into | None = None
 ) -> RegistrationNodes:
-    """Nodes from the worker's answer to "register". All is read before the first node is made, and if anything fails
-    none is left.
+    """Make nodes of the worker's answer to "register". All is read before the first node is made, and if anything
+    fails none is left.
 
     Args:
         result: {"warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels", "report"}:
@@ -399,7 +418,7 @@ class _New:
         self.names = free_names(scene, plain)
         self.nodes: list = []
 
-    def node(self, kind: str, role: str, mark: dict | None = None):
+    def node(self, kind: str, role: str, mark: SavedReport | None = None):
         """Return a new node of a class, with its role's name."""
         node = self._scene.CreateNodeByClass(kind)
         node.UnRegister(None)
@@ -412,7 +431,7 @@ class _New:
         """Return a new scalar volume."""
         return self.node("vtkMRMLScalarVolumeNode", role)
 
-    def transform(self, role: str, report: dict | None = None):
+    def transform(self, role: str, report: SavedReport | None = None):
         """Return a new transform; with a report it is known as a registration's result."""
         return self.node("vtkMRMLTransformNode", role, report)
 
@@ -651,7 +670,7 @@ def _read_segmentation(node, to_labels: np.ndarray, shape, numbers: dict[str, in
     return Labels(array, names, warning=_overlap(node, geometry, ids, values, names, array))
 
 
-def _overlap(node, geometry, ids, values, names: dict, merged: np.ndarray) -> str:
+def _overlap(node, geometry, ids, values, names: dict[int, tuple], merged: np.ndarray) -> str:
     """Say which segments lost voxels to later ones, for a label map holds one label a voxel; "" where none did."""
     if node.GetSegmentation().GetNumberOfLayers() == 1:  # segments of one layer cannot overlap
         return ""
@@ -729,13 +748,13 @@ def _fill_volume(node, image: Image):
     return node
 
 
-def _mark(transform_node, report: dict | None) -> None:
+def _mark(transform_node, report: SavedReport | None) -> None:
     """Make a transform node known as a registration's result, with its figures."""
     if report is not None:
         transform_node.SetAttribute(REPORT, json.dumps(report))
 
 
-def _fill_transform(node, transform, onto, applied_to, report: dict | None = None):
+def _fill_transform(node, transform, onto, applied_to, report: SavedReport | None = None):
     _mark(node, report)
     node.SetAndObserveTransformNodeID(None)
     node.SetAndObserveTransformFromParent(transform)
@@ -761,7 +780,7 @@ def _add_segment(node, mask: Image, name: str, color) -> None:
 
 
 def _fill_labels(node, warped: Image, labels: Labels, new: _New):
-    """The warped labels as they were given: segments as a segmentation, a label map as a label map."""
+    """Store the warped labels as they were given: segments as a segmentation, a label map as a label map."""
     if not labels.names:
         if node is None:
             node = new.node("vtkMRMLLabelMapVolumeNode", "labels")

@@ -20,7 +20,7 @@ class Steps:
         self._kept: list[str] = []
 
     def add(self, step: int, image: Image) -> None:
-        """A step's image, in world coordinates on the fixed grid; it is shown at once."""
+        """Add a step's image, in world coordinates on the fixed grid, and show it at once."""
         if self.volume is None:
             self._make()
         slicer.util.updateVolumeFromArray(self.volume, image.array.transpose(2, 1, 0))
@@ -45,7 +45,7 @@ class Steps:
             self.browser.SetSelectedItemNumber(item)
 
     def keep(self) -> None:
-        """What is there now stays."""
+        """Keep what is there now."""
         self._kept = [self.sequence.GetNthIndexValue(n) for n in range(self.count)]
 
     def undo(self) -> None:
@@ -61,7 +61,7 @@ class Steps:
             self.remove()
 
     def remove(self) -> None:
-        """All nodes go."""
+        """Remove all nodes."""
         # the display node last: a volume that a slice view shows without one is given a new one at once
         display = self.volume.GetDisplayNode() if self.volume is not None else None
         for node in (self.browser, self.sequence, self.volume, display):

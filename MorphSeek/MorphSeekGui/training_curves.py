@@ -99,7 +99,7 @@ class TrainingCurves:
         self._nodes: list = []
 
     def chart(self, name: str):
-        """The chart node of that name in :data:`CHARTS`, None as long as there is nothing to draw in it."""
+        """Return the chart node of that name in :data:`CHARTS`, None as long as there is nothing to draw in it."""
         return self._charts.get(name)
 
     def update(self, title: str, rows: list[dict[str, float]]) -> None:

@@ -17,6 +17,7 @@ import qt
 import slicer
 import slicer.util
 
+from MorphSeekLib.protocol.messages import Answer, Progress
 from MorphSeekLib.protocol.options import SIMILARITIES, TrainingOptions
 from MorphSeekLib.protocol.run_folder import CASES, STAGES
 from MorphSeekLib.protocol.startup import MAX_STEPS
@@ -287,7 +288,7 @@ class TrainingPanel(Panel):
             raise InputError(_("The engine is not installed yet; press Install in the section Register."))
         return python
 
-    def _on_check_progress(self, progress: dict) -> None:
+    def _on_check_progress(self, progress: Progress) -> None:
         self.ui.checkProgress.maximum = max(1, progress["steps"])
         self.ui.checkProgress.value = progress["step"]
         self._checked.say(progress["message"])
@@ -362,7 +363,7 @@ class TrainingPanel(Panel):
             self._exported.cleanup()
             self._exported = None
 
-    def _show_report(self, report: dict) -> None:
+    def _show_report(self, report: Answer) -> None:
         self._report = report
         table = self.ui.casesTable
         table.setRowCount(len(report["cases"]))

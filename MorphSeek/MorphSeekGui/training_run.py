@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.run_folder import (
@@ -30,6 +31,7 @@ from MorphSeekLib.protocol.run_folder import (
     STAGES,
     STATUS,
     STOP,
+    HeldOut,
     curves_file,
     holder,
     is_locked,
@@ -67,7 +69,7 @@ class RunStatus:
     fraction: float = 0.0
     message: str = ""
     last_words: str = ""
-    held_out: dict = field(default_factory=dict)
+    held_out: HeldOut = field(default_factory=HeldOut)
     model: str = ""
 
     @property
@@ -96,7 +98,7 @@ class TrainingRun:
         """The name of the model."""
         return self.settings().get("name") or self.folder.name
 
-    def settings(self) -> dict:
+    def settings(self) -> Mapping[str, Any]:
         """Return run.json; empty if it cannot be read."""
         return read_json(self.folder / SETTINGS)
 

@@ -6,6 +6,8 @@ import os
 from html import escape
 from pathlib import Path
 
+from MorphSeekLib.protocol.run_folder import HeldOut
+
 from .faults import Fault
 from .messages import fault_sentence
 from .scene import _
@@ -20,7 +22,7 @@ _FIGURES = {
 }
 
 
-def figures_table(held_out: dict, better_ink: str, worse_ink: str) -> str:
+def figures_table(held_out: HeldOut, better_ink: str, worse_ink: str) -> str:
     """Return the figures before and after as rich text; what got better and what got worse has a color of its own."""
     start, result = held_out.get("start"), held_out["mean"]
     lines = []

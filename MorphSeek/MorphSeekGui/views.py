@@ -47,16 +47,16 @@ class ResultViews:
         self._seen_in_3d = False
 
     def overlay(self, on: bool, opacity: float = 0.5) -> None:
-        """The warped volume over the fixed one, in all slice views."""
+        """Show the warped volume over the fixed one, in all slice views."""
         self._switch("overlay", self.nodes.warped if on else None, opacity)
 
     def flicker(self, on: bool) -> None:
-        """The warped volume in place of the fixed one, and with every :meth:`flip` back and forth: what moves between
-        the two jumps to the eye."""
+        """Show the warped volume in place of the fixed one; every :meth:`flip` changes between the two, which makes
+        differences easy to see."""
         self._switch("flicker", self.nodes.warped if on else None, 1.0)
 
     def flip(self) -> None:
-        """The other one of the two that flicker."""
+        """Show the other one of the two volumes that flicker."""
         if "flicker" in self._front:
             volume, opacity = self._front["flicker"]
             self._front["flicker"] = (volume, 1.0 - opacity)
@@ -70,7 +70,7 @@ class ResultViews:
             self._show_layers()
 
     def checkerboard(self, on: bool, tile_mm: float = 20.0, opacity: float = 1.0) -> None:
-        """Fixed and warped volume in turn, in blocks of ``tile_mm``: borders should run on from block to block.
+        """Show fixed and warped volume in turn, in blocks of ``tile_mm``: borders should run on from block to block.
 
         Raises:
             InputError: the fixed volume is no longer the one that was registered.
@@ -90,8 +90,8 @@ class ResultViews:
         self._switch("checkerboard", picture, opacity)
 
     def difference(self, on: bool, before: bool = False, opacity: float = 1.0) -> None:
-        """Moving minus fixed volume in gray values: black where equal, orange where the moving one is brighter, blue
-        where the fixed one is. Both stages are shown on one scale.
+        """Show moving minus fixed volume in gray values: black where equal, orange where the moving one is brighter,
+        blue where the fixed one is. Both stages are shown on one scale.
 
         Args:
             on: show or remove it.
@@ -119,9 +119,9 @@ class ResultViews:
         self._switch(name, self._picture(name, title, lambda: values, (-limit, limit), colors), opacity)
 
     def jacobian(self, on: bool, opacity: float = 0.6) -> None:
-        """The Jacobian determinant, by central differences, over the fixed volume: purple where volume shrinks (from
-        fixed to moving), white where it stays, orange where it grows, even in the logarithm; half and double have the
-        full color."""
+        """Show the Jacobian determinant, by central differences, over the fixed volume: purple where volume shrinks
+        (from fixed to moving), white where it stays, orange where it grows, even in the logarithm; half and double
+        have the full color."""
         if on:
             display = self.nodes.jacobian.GetDisplayNode()
             display.SetAndObserveColorNodeID(jacobian_colors(self._scene).GetID())
@@ -130,8 +130,9 @@ class ResultViews:
         self._switch("jacobian", self.nodes.jacobian if on else None, opacity)
 
     def grid(self, on: bool, spacing_mm: float | None = None, region=None, in_3d: bool = False) -> None:
-        """The deformation as a grid: straight lines of the fixed volume's space, drawn where the transform takes them
-        (fixed -> moving), without the affine part of the motion, which would only push the grid out of the picture.
+        """Show the deformation as a grid: straight lines of the fixed volume's space, drawn where the transform takes
+        them (fixed -> moving), without the affine part of the motion, which would only push the grid out of the
+        picture.
 
         Slicer would draw the transform node itself the other way round and would have to invert it for that, which
         fails where it folds; so a twin is drawn, which is for display only and is not saved with the scene.
@@ -167,7 +168,7 @@ class ResultViews:
         self._look_in_3d(in_3d, oblique=True)
 
     def folding(self, on: bool, in_3d: bool = True) -> None:
-        """Voxels that meet a folded cell of the transform, red: filled in the slices, as a closed surface in 3D."""
+        """Show voxels that meet a folded cell of the transform in red: filled in slices, as a closed surface in 3D."""
         node = self.nodes.folding
         if on and in_3d:
             node.CreateClosedSurfaceRepresentation()
@@ -198,8 +199,8 @@ class ResultViews:
                 crosshair.SetCrosshairMode(slicer.vtkMRMLCrosshairNode.ShowBasic)
 
     def restore(self) -> None:
-        """Everything off, and the slice views as they were before the first switch, unless someone else has given them
-        other volumes meanwhile; where they are stays."""
+        """Switch everything off and show in the slice views what they showed before the first switch, unless someone
+        else has given them other volumes meanwhile; where they are stays."""
         self._front.clear()
         self.folding(False)
         self._remove_twin()
@@ -255,7 +256,7 @@ class ResultViews:
         return comparison.gray(slicer.util.arrayFromVolume(volume), window)
 
     def _picture(self, name: str, title: str, make: Callable[[], np.ndarray], window, color_node_id: str):
-        """A volume for display only, on the fixed grid; made once and filled again."""
+        """Return a volume for display only, on the fixed grid; made once and filled again."""
         values = make()
         node = self._pictures.get(name)
         if node is None or not self._scene.IsNodePresent(node):
@@ -375,8 +376,8 @@ def look_at_everything_in_3d(oblique: bool = False) -> None:
 
 
 def jacobian_colors(scene):
-    """The color table for Jacobian determinants from 0 to 2, made once in a scene: as steep in log J as it is even,
-    so that halving and doubling a volume look equally strong. Purple, white, orange: red is left to folding."""
+    """Return the color table for Jacobian determinants from 0 to 2, made once in a scene: even in log J, so that
+    halving and doubling a volume look equally strong. Purple, white, orange: red is left to folding."""
     values = np.linspace(0.0, _JACOBIAN_LIMIT, 256)
     steps = np.clip(np.log(np.maximum(values, 1e-6)) / np.log(_JACOBIAN_LIMIT), -1.0, 1.0)
     ends = np.where(steps[:, None] < 0, (0.33, 0.15, 0.53), (0.90, 0.45, 0.02))
@@ -385,8 +386,8 @@ def jacobian_colors(scene):
 
 
 def difference_colors(scene):
-    """The color table for differences, made once in a scene: dark in the middle as a subtraction image is, blue below
-    and orange above, ever brighter."""
+    """Return the color table for differences, made once in a scene: dark in the middle as a subtraction image is, blue
+    below and orange above, ever brighter."""
     stops = ((0.50, 0.83, 1.0), (0.12, 0.44, 0.82), (0.0, 0.0, 0.0), (0.82, 0.48, 0.06), (1.0, 0.88, 0.54))
     where = np.linspace(0, 1, 256)
     channels = [np.interp(where, np.linspace(0, 1, len(stops)), channel) for channel in zip(*stops, strict=True)]
@@ -395,7 +396,7 @@ def difference_colors(scene):
 
 
 def _color_table(scene, name: str, names: list[str], colors: np.ndarray):
-    """The scene's table of that name; made without a file when it is not there yet."""
+    """Return the scene's table of that name; made without a file when it is not there yet."""
     table = scene.GetFirstNodeByName(name)
     if table is None:
         table = scene.AddNewNodeByClass("vtkMRMLColorTableNode", name)
@@ -413,12 +414,12 @@ def composites(scene) -> list:
 
 
 def _first_slice(scene):
-    """The red slice's node, which is the axial one unless the user turned it; None without slice views."""
+    """Return the red slice's node, which is the axial one unless the user turned it; None without slice views."""
     return scene.GetFirstNode("Red", "vtkMRMLSliceNode") or scene.GetFirstNodeByClass("vtkMRMLSliceNode")
 
 
 def _grid_twin(scene, nodes: RegistrationNodes):
-    """A transform node whose TransformToParent is fixed -> moving without its affine part; for display only."""
+    """Make a transform node whose TransformToParent is fixed -> moving without its affine part, for display only."""
     displacement = displacement_of(nodes.transform)
     affine = _affine_part(displacement, nodes.warped)
     twin = scene.CreateNodeByClass("vtkMRMLTransformNode")

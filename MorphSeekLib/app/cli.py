@@ -12,10 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -716,7 +716,7 @@ def print_report(report: Report) -> None:
 def print_card(card: Card, file: Path) -> None:
     """Print a model's card as a table, with its file and checksums."""
     preprocessing, trained, counts = card.preprocessing, card.provenance, card.parameters
-    data = trained.get("data")
+    data: object = trained.get("data")
     data = data if isinstance(data, dict) else {"name": data}
     told = [data.get("name"), data.get("description"), f"{trained['cases']} cases" if "cases" in trained else None]
     told += ["images synthesized from labels" if trained.get("synthetic") else None, trained.get("stage")]
@@ -769,7 +769,7 @@ _FIGURE_NAMES = {
 }
 
 
-def _figures(results: dict) -> list[str]:
+def _figures(results: Mapping[str, Any]) -> list[str]:
     """Return a line for each data set whose means a card holds."""
     lines = []
     for name, value in results.items():

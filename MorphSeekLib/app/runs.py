@@ -29,7 +29,7 @@ from ..networks.policy import ModelSettings
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Event, Job
 from ..protocol.options import TrainingOptions
-from ..protocol.run_folder import SETTINGS, STAGES, STATUS, STOP, Stage, Status, locked
+from ..protocol.run_folder import SETTINGS, STAGES, STATUS, STOP, HeldOut, Stage, Status, locked
 from ..protocol.settings import from_dict, override, to_dict, to_json
 from ..protocol.startup import bundled, check_output_file, check_run, find
 from ..space.preprocessing import Preprocessing
@@ -309,11 +309,11 @@ def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) ->
     return found
 
 
-def _held_out(figures: dict[str, Evaluation]) -> dict[str, object]:
+def _held_out(figures: dict[str, Evaluation]) -> HeldOut:
     """Return, for card and panel, the finished model's figures as `morphseek evaluate` gives them ("pairs", "mean",
     "definitions"), and in "start" the same means of what it was started from, where there was something."""
     result = figures["result"]
-    found: dict[str, object] = {
+    found: HeldOut = {
         "pairs": len(result["pairs"]),
         "mean": {name: result["mean"][name] for name in (*_FIGURES, "dice_aligned")},
         "definitions": definitions(DELIVERED, _FIGURES),

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,6 +40,15 @@ from ..networks.loading import LoadedModel, load_model
 from ..networks.model_file import read_card, software
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job
+from ..protocol.messages import (
+    Answer,
+    ArrayReference,
+    ErrorMessage,
+    Params,
+    RegisterAnswer,
+    StartReference,
+    StateReference,
+)
 from ..protocol.options import RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.version import __version__
@@ -54,7 +63,7 @@ from ..space.geometry import DenseTransform, Grid, Transform, Volume
 PROTOCOL = 1
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS, INTERNAL = -32700, -32600, -32601, -32602, -32603
 REFUSED, CANCELLED = -32000, -32800
-CANCELLATION = {"code": CANCELLED, "message": "cancelled"}
+CANCELLATION: ErrorMessage = {"code": CANCELLED, "message": "cancelled"}
 
 
 class _InvalidParamsError(Exception):
@@ -66,13 +75,13 @@ class Worker:
 
     def __init__(self, source: TextIO, sink: TextIO) -> None:
         self.source, self.sink = source, sink
-        self.inbox: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.cancelled: set[Any] = set()
         self.waiting: set[Any] = set()  # requests that have not begun
         self.beginning = threading.Lock()
         self.writing = threading.Lock()
         self.models: dict[tuple, LoadedModel] = {}
-        self.methods: dict[str, Callable[[Any, dict], dict]] = {
+        self.methods: dict[str, Callable[[Any, Params], Mapping[str, object]]] = {
             "hello": self.hello,
             "load": self.load,
             "info": self.info,
@@ -90,7 +99,7 @@ class Worker:
             if message["method"] == "shutdown":
                 return
 
-    def hello(self, number: Any, params: dict) -> dict:
+    def hello(self, number: Any, params: Params) -> Answer:
         """Return versions, devices, bundled models and backbones."""
         models = [{"name": n, "title": read_card(p).title, "path": str(p)} for n, p in bundled().items()]
         return {
@@ -102,16 +111,16 @@ class Worker:
             "backbones": sorted(BACKBONES),
         }
 
-    def load(self, number: Any, params: dict) -> dict:
+    def load(self, number: Any, params: Params) -> Answer:
         """Load a model ahead of the first registration."""
         model = self._model(_get(params, "model", str), _get(params, "device", str, "auto"), ())[0]
         return {} if model is None else {"card": to_dict(model.card), "device": str(model.device)}
 
-    def info(self, number: Any, params: dict) -> dict:
+    def info(self, number: Any, params: Params) -> Answer:
         """Return a model's card."""
         return {"card": to_dict(read_card(find(_get(params, "model", str))))}
 
-    def register(self, number: Any, params: dict) -> dict:
+    def register(self, number: Any, params: Params) -> RegisterAnswer:
         """Register a pair, as the module's docstring says, into ``output``, which the client made and will remove."""
         begin = time.perf_counter()
         output = Path(_get(params, "output", str))
@@ -159,15 +168,16 @@ class Worker:
         )  # fmt: skip
         job.report("write", 0.95, "Handing over the results")
         registered = time.perf_counter()
-        answer: dict[str, object] = {
+        answer: RegisterAnswer = {
             "warped": _reference(result.warped, output / "warped.npy"),
             "aligned": _reference(result.aligned, output / "aligned.npy"),
             "jacobian": _reference(result.jacobian, output / "jacobian.npy"),
             "folding": _reference(result.folding, output / "folding.npy"),
-            "warped_labels": _reference(result.warped_labels, output / "warped_labels.npy"),
+            "warped_labels": _optional_reference(result.warped_labels, output / "warped_labels.npy"),
             "displacement": _reference(result.transform, output / "displacement.npy"),
-            "inverse": _reference(result.inverse, output / "inverse.npy"),
+            "inverse": _optional_reference(result.inverse, output / "inverse.npy"),
             "state": _write_state(result.state, output),
+            "report": result.report,
         }
         end = time.perf_counter()
         seconds = {"read": read - begin, "load": loaded - read, "write": end - registered, "total": end - begin}
@@ -179,7 +189,7 @@ class Worker:
         }
         return answer
 
-    def export(self, number: Any, params: dict) -> dict:
+    def export(self, number: Any, params: Params) -> Answer:
         """Write files of an earlier registration into a folder of the user's. Takes the references that
         "register" answered with, its ``report``, what is ``wanted`` (results.EXPORTS) and the ``output`` folder."""
         job = self._job(number)
@@ -208,7 +218,7 @@ class Worker:
         )
         return {"files": files}
 
-    def check(self, number: Any, params: dict) -> dict:
+    def check(self, number: Any, params: Params) -> Answer:
         """Check the cases of a training; see :mod:`MorphSeekLib.data.cases`."""
         report = check(
             find_cases(_get(params, "dataset", str)),
@@ -267,13 +277,13 @@ class Worker:
             self.waiting.discard(number)
         self._send({"id": number, "error": CANCELLATION})
 
-    def _answer(self, message: dict) -> None:
+    def _answer(self, message: Mapping[str, Any]) -> None:
         number, method = message["id"], message["method"]
         with self.beginning:
             if number not in self.waiting:
                 return  # cancelled while it waited, and answered
             self.waiting.discard(number)
-        error: dict[str, Any]
+        error: ErrorMessage
         try:
             if method not in self.methods:
                 known = ", ".join(self.methods)
@@ -309,14 +319,14 @@ class Worker:
 
         return Job(tell, lambda: number in self.cancelled, on_picture)
 
-    def _send(self, message: dict) -> None:
+    def _send(self, message: Mapping[str, object]) -> None:
         text = to_json({"jsonrpc": "2.0", **message})
         with self.writing:
             self.sink.write(text + "\n")
             self.sink.flush()
 
 
-def _get(params: dict, name: str, kind: type, *default: Any) -> Any:
+def _get(params: Params, name: str, kind: type, *default: Any) -> Any:
     """Return a parameter of the right type; null counts as absent."""
     value = params.get(name)
     if value is None:
@@ -328,7 +338,7 @@ def _get(params: dict, name: str, kind: type, *default: Any) -> Any:
     return value
 
 
-def _options(params: dict) -> RegistrationOptions:
+def _options(params: Params) -> RegistrationOptions:
     """Return the choices of a "register" request, checked before its arrays are read; its threads are used from here
     on.
 
@@ -341,7 +351,7 @@ def _options(params: dict) -> RegistrationOptions:
     return from_dict(RegistrationOptions, _get(params, "options", dict, {}), "options")
 
 
-def _array(reference: dict, name: str, axes: int) -> np.ndarray:
+def _array(reference: Params, name: str, axes: int) -> np.ndarray:
     path = _get(reference, "path", str)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -352,7 +362,7 @@ def _array(reference: dict, name: str, axes: int) -> np.ndarray:
     return array
 
 
-def _affine(reference: dict, name: str, key: str = "affine") -> np.ndarray:
+def _affine(reference: Params, name: str, key: str = "affine") -> np.ndarray:
     try:
         affine = np.array(reference[key], dtype=np.float64)
         if affine.shape == (4, 4) and np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0:
@@ -362,7 +372,7 @@ def _affine(reference: dict, name: str, key: str = "affine") -> np.ndarray:
     raise _InvalidParamsError(f"{name}: {key} must be an invertible 4x4 matrix")
 
 
-def _grid(shape: tuple[int, ...], reference: dict, name: str) -> Grid:
+def _grid(shape: tuple[int, ...], reference: Params, name: str) -> Grid:
     try:
         i, j, k = shape
         return Grid((i, j, k), _affine(reference, name))
@@ -370,7 +380,7 @@ def _grid(shape: tuple[int, ...], reference: dict, name: str) -> Grid:
         raise _InvalidParamsError(f"{name}: {error}") from error
 
 
-def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
+def _volume(reference: Params, name: str, dtype: torch.dtype) -> Volume:
     """Read a volume from {"path": .npy (i, j, k), "affine": 4x4 voxel -> LPS mm, "file": what the client read it
     from}."""
     array = _array(reference, name, 3)
@@ -390,14 +400,14 @@ def _volume(reference: dict, name: str, dtype: torch.dtype) -> Volume:
     return Volume(torch.from_numpy(own), grid, () if file is None else form_notices(file), kind)
 
 
-def _transform(reference: dict, name: str) -> Transform:
+def _transform(reference: Params, name: str) -> Transform:
     """Read {"matrix": 4x4} or {"displacement": {"path": .npy, "affine": 4x4}}, LPS mm, fixed -> moving."""
     if "matrix" in reference:
         return _affine(reference, name, "matrix")
     return _displacement(_get(reference, "displacement", dict), name)
 
 
-def _displacement(reference: dict, name: str) -> DenseTransform:
+def _displacement(reference: Params, name: str) -> DenseTransform:
     """Read a transform from {"path": .npy (3, i, j, k), "affine": 4x4}, LPS mm."""
     array = _array(reference, name, 4)
     if array.shape[0] != 3 or not np.isfinite(array).all():
@@ -405,7 +415,7 @@ def _displacement(reference: dict, name: str) -> DenseTransform:
     return DenseTransform(torch.from_numpy(np.array(array, dtype=np.float32)), _grid(array.shape[1:], reference, name))
 
 
-def _state(given: dict) -> State:
+def _state(given: Params) -> State:
     """Read the "state" of an earlier answer."""
     total = _array({"path": _get(given, "total", str)}, "state", 4)
     figures = _get(given, "figures", list)
@@ -416,22 +426,25 @@ def _state(given: dict) -> State:
     return State(start, _get(given, "align", str), values, figures)
 
 
-def _write_state(state: State, output: Path) -> dict:
+def _write_state(state: State, output: Path) -> StateReference:
     """Write what a later request needs to continue from here; return its figures."""
     if isinstance(state.start, np.ndarray):
-        start: dict[str, Any] = {"matrix": state.start.tolist()}
+        start: StartReference = {"matrix": state.start.tolist()}
     else:
         start = {"displacement": _reference(state.start, output / "start.npy")}
     _save(state.total[0].numpy(), output / "total.npy")
     return {"start": start, "align": state.align, "total": str(output / "total.npy"), "figures": state.figures}
 
 
-def _reference(result: Volume | DenseTransform | None, path: Path) -> dict | None:
+def _reference(result: Volume | DenseTransform, path: Path) -> ArrayReference:
     """Write a result and return where it is."""
-    if result is None:
-        return None
     _save(stored_values(result) if isinstance(result, Volume) else result.displacement.numpy(), path)
     return {"path": str(path), "affine": result.grid.affine.tolist(), "shape": list(result.grid.shape)}
+
+
+def _optional_reference(result: Volume | DenseTransform | None, path: Path) -> ArrayReference | None:
+    """Do :func:`_reference` where there is a result."""
+    return None if result is None else _reference(result, path)
 
 
 def _save(data: np.ndarray, path: Path) -> None:

@@ -16,7 +16,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -141,6 +141,8 @@ def load_dataset(path: Path | str) -> Dataset:
     return _Description(path, values).dataset()
 
 
+Row = Mapping[str, Any]
+"""A row of a split as dataset.json has it, not checked yet."""
 _CASE, _PAIR = ("image", "label", "landmarks"), ("fixed", "moving")
 _SPLITS = {"training": "image", "registration_val": "fixed", "registration_test": "fixed"}
 """Names that are splits, whatever they hold, and what their rows must name."""
@@ -188,7 +190,7 @@ class _Description:
             {k: v for k, v in self.values.items() if isinstance(v, str)},
         )
 
-    def rows(self, name: str) -> list[dict] | None:
+    def rows(self, name: str) -> list[Row] | None:
         """Return the rows of a split; None where the name stands for something else, or for nothing."""
         rows = self.values[name]
         keys = {*_CASE, *_PAIR}
@@ -204,7 +206,7 @@ class _Description:
                 self.refuse(f"has a '{name}[{number}]' that is not an object; {self.example(name)}")
         return rows or None
 
-    def is_pairs(self, name: str, rows: list[dict]) -> bool:
+    def is_pairs(self, name: str, rows: list[Row]) -> bool:
         return _SPLITS.get(name, "fixed" if "fixed" in rows[0] else "image") == "fixed"
 
     def example(self, name: str) -> str:
@@ -212,13 +214,13 @@ class _Description:
             return 'write each row as {"fixed": "images/a.nii.gz", "moving": "images/b.nii.gz"}'
         return 'write each row as {"image": "images/a.nii.gz", "label": "labels/a.nii.gz"}'
 
-    def case(self, row: dict, where: str) -> Case:
+    def case(self, row: Row, where: str) -> Case:
         image, label, landmarks = (self.file(row, kind, where) for kind in _CASE)
         if image is None and label is None:
             self.refuse(f"has a '{where}' that names neither an image nor a label map; {self.example('training')}")
         return Case(image, label, landmarks)
 
-    def pair(self, row: dict, where: str, known: dict[str, Case]) -> Pair:
+    def pair(self, row: Row, where: str, known: dict[str, Case]) -> Pair:
         sides = []
         for side in _PAIR:
             name = row.get(side)
@@ -232,7 +234,7 @@ class _Description:
             sides.append(Case(image, label, landmarks))
         return Pair(*sides)
 
-    def file(self, row: dict, key: str, where: str) -> Path | None:
+    def file(self, row: Row, key: str, where: str) -> Path | None:
         """Return the file that a row names; None where it names none."""
         name = row.get(key)
         if name is None:

@@ -174,15 +174,7 @@ def _measure(
     report = result.report
     overlap, folds = report["dice"], report["folding"]
     assert overlap is not None  # as above
-    figures = FoldingFigures(
-        folds["njd_percent"],
-        folds["folded_voxels"],
-        folds["voxels"],
-        folds["sdlogj"],
-        folds["sdlogj_learn2reg"],
-        folds["min_jacobian"],
-        folds["max_jacobian"],
-    )
+    figures = FoldingFigures.from_report(folds)
     cells = folds["cells"]
     maps = label_maps(fixed_labels, result.warped_labels, moving_labels, dataset)
     row = score(maps, figures, cells["folded_percent"], cells["no_fold_proven"])

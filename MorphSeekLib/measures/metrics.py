@@ -7,12 +7,14 @@ follow the Learn2Reg challenge's evaluation, so that published tables can stand 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +101,11 @@ class FoldingFigures:
         "the border; NJD: share of voxels with J <= 0; SDlogJ: standard deviation of ln J over voxels with J > 0; "
         "SDlogJ (Learn2Reg): of ln(J + 3), two voxels cropped from every side."
     )
+
+    @classmethod
+    def from_report(cls, section: Mapping[str, Any]) -> FoldingFigures:
+        """Return the figures that a report's section "folding" holds, its other keys left out."""
+        return cls(**{figure.name: section[figure.name] for figure in dataclasses.fields(cls)})
 
 
 def mean(values: Iterable[float | None]) -> float | None:

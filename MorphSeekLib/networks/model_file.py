@@ -22,6 +22,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ..io.files import write_atomically
+from ..protocol.card import ParameterCounts, Provenance
 from ..protocol.errors import MorphSeekError
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.startup import FORMAT, read_header
@@ -44,16 +45,16 @@ class Card:
         fit: whether the pair is fitted after the steps when nothing is asked for. False where the model was trained on
             labels and was better without on its validation pairs; then its steps are kept even where the images say
             otherwise.
-        provenance: data, labels used, training settings, steps, seed, seconds, software; free keys.
+        provenance: data, settings, seconds, software; see :class:`MorphSeekLib.protocol.card.Provenance`.
         results: figures that were measured, each with its definition; free keys.
         license: of the weights, with the reason.
     """
 
     title: str = ""
     model: ModelSettings = field(default_factory=ModelSettings)
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: ParameterCounts = field(default_factory=ParameterCounts)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
     results: dict[str, Any] = field(default_factory=dict)
     license: str = ""
     search: bool = True

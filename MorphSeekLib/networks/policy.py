@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import build_backbone
+from ..protocol.card import ParameterCounts
 from ..protocol.settings import current_names
 from ..space import fields
 
@@ -122,7 +123,7 @@ class RegistrationModel(nn.Module):
         """Every image size must be divisible by this."""
         return self.backbone.multiple_of
 
-    def parameter_counts(self) -> dict[str, float]:
+    def parameter_counts(self) -> ParameterCounts:
         """Count the parameters of backbone and policy head; give the head's as percent of the backbone's."""
         backbone, head = (sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head))
         return {"backbone": backbone, "policy_head": head, "policy_head_percent": round(100 * head / backbone, 2)}

@@ -8,10 +8,13 @@ the place of ``refinement``; ``model`` is null where none was used; the similari
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
 
 SCHEMA = 3
 Stage = Literal["align", "search", "network", "fit"]
+SavedReport = Mapping[str, Any]
+"""A report as a file or a scene has it: of any schema, so any section may be missing."""
 
 
 class GridSection(TypedDict):

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from .errors import InUseError
 from .lock import try_lock
@@ -34,6 +34,18 @@ SETTINGS, STATUS, LOCK, STOP, KEEP, LOG = "run.json", "status.json", "lock", "st
 CASES = "cases"
 Stage = Literal["warmup", "finetune"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+class HeldOut(TypedDict, total=False):
+    """The finished model's figures on the held-out pairs, as `morphseek evaluate` gives them; empty before.
+
+    ``start``: the same means of what it was started from, where there was something.
+    """
+
+    pairs: int
+    mean: dict[str, float | None]
+    definitions: dict[str, str]
+    start: dict[str, float | None]
 
 
 @dataclass
@@ -53,7 +65,7 @@ class Status:
     stage: str = ""
     fraction: float = 0.0
     message: str = ""
-    held_out: dict[str, Any] = field(default_factory=dict)
+    held_out: HeldOut = field(default_factory=HeldOut)
     model: str = ""
 
 

@@ -116,6 +116,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return {str(k): _convert(arguments[1], v, where) for k, v in value.items()}
+    if typing.is_typeddict(hint) and isinstance(value, dict):
+        return dict(value)
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -13,8 +13,9 @@ import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from .card import CardValues
 from .errors import MorphSeekError
 from .run_folder import SETTINGS
 from .settings import current_names
@@ -90,7 +91,7 @@ def find(name: str | Path, kind: Kind = "model") -> Path:
     raise MorphSeekError(f"There are no settings '{name}': give a bundled name ({known}) or a .toml or .json file.")
 
 
-def read_header(path: Path | str) -> dict[str, Any]:
+def read_header(path: Path | str) -> CardValues:
     """Return the card of a model file, without its format number and by today's names; no weights are read.
 
     Raises:
@@ -118,7 +119,7 @@ def read_header(path: Path | str) -> dict[str, Any]:
         raise MorphSeekError(f"The card of {path.name} is damaged ({error}); copy the file again.") from error
     if number != FORMAT:
         raise MorphSeekError(f"{path.name} has format {number}, this MorphSeek reads {FORMAT}; update MorphSeek.")
-    return current_names(card)
+    return cast("CardValues", current_names(card))
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
+from .report import SavedReport
+
 Color = Literal["green", "amber", "red"]
 GREEN: Color = "green"
 AMBER: Color = "amber"
@@ -140,7 +142,7 @@ class Folds:
 _COUNTS = ("cells", "folded", "undecided", "folded_outside", "undecided_outside", "folded_percent")
 
 
-def folds(report: Mapping[str, Any]) -> Folds | None:
+def folds(report: SavedReport) -> Folds | None:
     """Return what a report knows of folds; None where nothing was measured."""
     folding = report.get("folding")
     if not folding:
@@ -160,7 +162,7 @@ def folds(report: Mapping[str, Any]) -> Folds | None:
     return Folds(Finding.PROVEN, values, GREEN)
 
 
-def figures(report: Mapping[str, Any]) -> dict[str, float | None]:
+def figures(report: SavedReport) -> dict[str, float | None]:
     """Return every figure of a registration by its key, see :data:`LABELS`; None where it was not measured."""
     folding = report.get("folding") or {}
     cells, overlap = folding.get("cells") or {}, (report.get("dice") or {}).get("mean") or {}

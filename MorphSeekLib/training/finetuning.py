@@ -19,6 +19,7 @@ from ..measures.metrics import label_figures
 from ..networks.devices import place
 from ..networks.model_file import Card, load, read_card, sha256
 from ..networks.policy import RegistrationModel, draw
+from ..protocol.card import Provenance
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..space import fields
@@ -217,12 +218,12 @@ class Finetuning(Task[list[PreparedPair]]):
         config, base = self.config, self._base
         sizes = known_sizes(self.cases) + (base.preprocessing.knows or ())
         stage = "GRPO fine-tuning" if config.policy.weight > 0 else "weakly supervised"
-        init = read_card(self._init).provenance | {"sha256": self.origin["init"]}
+        init: Provenance = {**read_card(self._init).provenance, "sha256": str(self.origin["init"])}
         name = self.dataset.about.get("name", self.dataset.path.name)
         return Card(
             title=config.title or f"{base.title}, fine-tuned on {name}",
             preprocessing=dataclasses.replace(self.preprocessing, knows=(min(sizes), max(sizes))),
-            provenance=self.provenance(stage, len(self.cases), init=init),
+            provenance=self.provenance(stage, len(self.cases), {"init": init}),
             results={"definitions": {"posterior_dice_spread": SPREAD_DEFINITION}},
             license=base.license,
         )

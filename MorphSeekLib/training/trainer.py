@@ -30,6 +30,7 @@ from ..measures.scores import WORKING, PairRow, definitions, score_displacement
 from ..networks.devices import network_autocast
 from ..networks.model_file import Card, not_finite, save, software
 from ..networks.policy import RegistrationModel, take_steps
+from ..protocol.card import Provenance
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict
@@ -153,10 +154,10 @@ class Task(ABC, Generic[B]):
     def card(self) -> Card:
         """Return what the model file says of the training; the trainer adds results, time and software."""
 
-    def provenance(self, stage: str, cases: int, **more: Any) -> dict[str, Any]:
+    def provenance(self, stage: str, cases: int, more: Provenance | None = None) -> Provenance:
         """Return a card's provenance, as far as it is known before the training."""
         about = self.dataset.about | {"file": self.dataset.path.name}
-        return {"stage": stage, "data": about, "cases": cases, **more, "settings": to_dict(self.config)}
+        return {"stage": stage, "data": about, "cases": cases, **(more or {}), "settings": to_dict(self.config)}
 
     def generator(self, stream: Stream, number: int) -> torch.Generator:
         """Return the random numbers of an iteration, a pair or an episode."""
@@ -306,13 +307,15 @@ class Trainer:
 
     def _card(self) -> Card:
         """Return the task's card with what the training came to."""
-        spent = {"seconds": round(self._seconds()), "date": time.strftime("%Y-%m-%d"), "software": software()}
+        seconds, date = round(self._seconds()), time.strftime("%Y-%m-%d")
         card, state = self.task.card(), self.state
-        best = {"best_iteration": state.best_iteration or self.task.run.iterations} if self.task.keeps_best else {}
+        spent: Provenance = {"seconds": seconds, "date": date, "software": software()}
+        if self.task.keeps_best:
+            spent = {"best_iteration": state.best_iteration or self.task.run.iterations, **spent}
         known = definitions(WORKING, VALIDATION_FIGURES) | card.results.get("definitions", {})
         return dataclasses.replace(
             card,
-            provenance=card.provenance | best | spent,
+            provenance=card.provenance | spent,
             results={"validation": state.figures, "definitions": known},
             license=self.task.config.license or card.license,
         )

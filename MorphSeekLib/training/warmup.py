@@ -13,6 +13,7 @@ from ..data.synthesis import LabelMapSource, SynthesisSettings
 from ..networks.devices import place
 from ..networks.model_file import Card, load, read_card, sha256
 from ..networks.policy import ModelSettings, RegistrationModel
+from ..protocol.card import Provenance
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..space.preprocessing import Preprocessing
@@ -125,11 +126,13 @@ class Warmup(Task[Batch]):
         """Return what the model file says of the warm-up."""
         config, dataset, synthesis = self.config, self.dataset, self.config.synthesis
         known = known_sizes(self.cases, None if synthesis is None else synthesis.anatomy)
-        init = None if self._init is None else read_card(self._init).provenance | self.origin
+        more: Provenance = {"synthetic": synthesis is not None, "init": None}
+        if self._init is not None:
+            more["init"] = {**read_card(self._init).provenance, "sha256": str(self.origin["init"])}
         return Card(
             title=config.title or f"{config.model.backbone} warm-up on {dataset.about.get('name', dataset.path.name)}",
             preprocessing=dataclasses.replace(config.preprocessing, steps=self.run.steps, knows=known),
-            provenance=self.provenance("warm-up", len(self.cases), synthetic=synthesis is not None, init=init),
+            provenance=self.provenance("warm-up", len(self.cases), more),
         )
 
 

@@ -30,7 +30,7 @@ from inference import CHILD, child_greedy, measure
 from torch import Tensor
 
 from MorphSeekLib.backbones.lapirn import DISPLACEMENT, LapIRN, from_official, half_sizes
-from MorphSeekLib.measures.metrics import dice_per_label
+from MorphSeekLib.measures.metrics import label_figures
 from MorphSeekLib.networks.devices import network_autocast, place
 from MorphSeekLib.networks.model_file import software
 from MorphSeekLib.space import fields
@@ -64,10 +64,10 @@ def load_case(fixtures: Path) -> tuple[dict[str, Tensor], dict]:
     return {k: v if k.endswith("seg") else v.float() / 255 for k, v in volumes.items()}, case
 
 
-def mean_dice(volumes: dict[str, Tensor], warped_labels: Tensor, labels: list[int]) -> float:
-    """Over the fixture's structures."""
-    fixed = volumes["fixed_seg"][0, 0].int()
-    return statistics.fmean(dice_per_label(fixed, warped_labels.int(), labels).values())
+def mean_dice(volumes: dict[str, Tensor], warped_labels: Tensor, labels: list[int]) -> float | None:
+    """Return the mean over the fixture's structures, by the definition of every table."""
+    fixed, moving = (volumes[f"{name}_seg"][0, 0].int() for name in ("fixed", "moving"))
+    return label_figures(fixed, warped_labels.int(), moving, labels=labels).mean_dice
 
 
 def figures_of(field: Tensor, volumes: dict[str, Tensor], case: dict) -> dict[str, float]:

@@ -196,6 +196,11 @@ def test_a_mirrored_axis_folds_everywhere():
     assert "J <= 0" in figures.definition
 
 
+def test_the_figures_of_a_report_are_read_back():
+    figures = metrics.folding(torch.linspace(0, 3, 3 * 7 * 6 * 5).view(1, 3, 7, 6, 5))
+    assert metrics.FoldingFigures.from_report(vars(figures) | {"regions": [], "region_count": 0}) == figures
+
+
 def test_folding_refuses_nothing_and_nan():
     with pytest.raises(ValueError, match="Give a displacement"):
         metrics.folding()

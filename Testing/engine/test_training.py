@@ -349,6 +349,18 @@ def test_a_model_that_becomes_useless_in_the_last_step_is_not_written(dataset, t
     assert not (tmp_path / "m.safetensors.state").exists()
 
 
+def test_a_card_tells_what_its_warm_up_began_with_and_what_that_began_with(dataset, tmp_path):
+    first, second, third = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "third"))
+    config = from_dict(TrainingConfig, to_dict(CONFIG))  # as a file has it
+    warmup(dataset, dataclasses.replace(config, title="first"), first)
+    warmup(dataset, config, second, init=first)
+    warmup(dataset, config, third, init=second)
+    parent = model_file.read_card(third).provenance["init"]
+    assert parent["sha256"] == model_file.sha256(second)
+    assert parent["init"]["sha256"] == model_file.sha256(first)
+    assert parent["init"]["settings"]["title"] == "first"
+
+
 def test_a_start_with_weights_that_are_no_numbers_is_refused(dataset, tmp_path):
     run(dataset, CONFIG, tmp_path / "start.safetensors")
     with safe_open(tmp_path / "start.safetensors", framework="pt") as file:
