@@ -38,13 +38,14 @@ class RemainingTime:
             return ""
         left = self._ends - now if self._ends is not None else 0.0
         if left < 1:
-            return _("({elapsed} so far)").format(elapsed=_duration(now - self._started))
+            return _("({elapsed} so far)").format(elapsed=duration(now - self._started))
         return _("({elapsed} so far, about {left} left)").format(
-            elapsed=_duration(now - self._started), left=_duration(left)
+            elapsed=duration(now - self._started), left=duration(left)
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words."""
     if seconds < 100:
         return _("{n} s").format(n=int(seconds))
     return _("{minutes} min {seconds} s").format(minutes=int(seconds) // 60, seconds=int(seconds) % 60)

@@ -1,4 +1,4 @@
-"""The moving volume after each step: shown as it comes, and a Sequence to scrub through afterwards."""
+"""The moving volume after each stage: shown as it comes, and a Sequence to scrub through afterwards."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from .scene import FLIP, Image, _, copy_window, free_names, to_vtk
 
 
 class Steps:
-    """A volume node that shows one step at a time, and the sequence of all.
+    """A volume node that shows one stage at a time, and the sequence of all.
+
+    Each step of the network counts as a stage. The index of the sequence is the row of the report's "steps"; not every
+    row has a picture.
 
     Until :meth:`keep` is called everything can be taken back by :meth:`undo`: a cancelled registration leaves the scene
-    as it was, a cancelled further step leaves the steps before it.
+    as it was, a cancelled continuation leaves the stages before it.
     """
 
     def __init__(self, fixed, moving) -> None:
@@ -19,28 +22,33 @@ class Steps:
         self.volume = self.sequence = self.browser = None
         self._kept: list[str] = []
 
-    def add(self, step: int, image: Image) -> None:
-        """Add a step's image, in world coordinates on the fixed grid, and show it at once."""
+    def add(self, row: int, image: Image) -> None:
+        """Show the image after a stage, in world coordinates on the fixed grid."""
         if self.volume is None:
             self._make()
         slicer.util.updateVolumeFromArray(self.volume, image.array.transpose(2, 1, 0))
         self.volume.SetIJKToRASMatrix(to_vtk(FLIP @ image.affine))
-        self.sequence.SetDataNodeAtValue(self.volume, str(step))
+        self.sequence.SetDataNodeAtValue(self.volume, str(row))
         self.browser.SetSelectedItemNumber(self.count - 1)
 
     @property
     def count(self) -> int:
-        """How many steps there are, the alignment (step 0) included."""
+        """How many pictures there are, that of the alignment (row 0) included."""
         there = self.sequence is not None and self._scene.IsNodePresent(self.sequence)
         return self.sequence.GetNumberOfDataNodes() if there else 0
 
     @property
     def nodes(self) -> list:
-        """The nodes in the scene that hold the steps."""
+        """The nodes in the scene that hold the pictures."""
         return [node for node in (self.volume, self.sequence, self.browser) if self.count and node is not None]
 
+    @property
+    def rows(self) -> list[int]:
+        """The row of each picture, in the order of the sequence."""
+        return [int(self.sequence.GetNthIndexValue(n)) for n in range(self.count)]
+
     def show(self, item: int) -> None:
-        """Show the step with this position in the sequence."""
+        """Show the picture with this position in the sequence."""
         if 0 <= item < self.count:
             self.browser.SetSelectedItemNumber(item)
 
@@ -83,7 +91,7 @@ class Steps:
         self.volume.CreateDefaultDisplayNodes()
         copy_window(self._moving, self.volume)
         self.sequence = add("vtkMRMLSequenceNode", names["sequence"])
-        self.sequence.SetIndexName(_("step"))
+        self.sequence.SetIndexName(_("stage"))
         self.sequence.SetIndexUnit("")
         self.sequence.SetIndexTypeFromString("numeric")
         self.browser = add("vtkMRMLSequenceBrowserNode", names["browser"])

@@ -261,6 +261,50 @@ def test_the_remaining_time_counts_down_between_two_reports(stand_in):
     assert time.text() == "(2 min 30 s so far, about 2 min 30 s left)"
 
 
+def test_the_expected_time_is_the_median_of_runs_of_about_the_same_size(stand_in):
+    from MorphSeekGui.expected_time import ExpectedTime
+
+    time = ExpectedTime()
+    assert time.seconds("best", 1000) is None
+    time.learn("best", 1000, 10.0)
+    assert (time.seconds("best", 1000), time.seconds("best", 2000)) == (10.0, 20.0)
+    assert time.seconds("fast", 1000) is None
+    assert time.seconds("best", 100_000) is None, "of volumes so much larger nothing is known"
+    for seconds in (12.0, 12.0, 80.0):
+        time.learn("best", 1000, seconds)
+    assert time.seconds("best", 1000) == 12.0
+
+
+def test_expected_times_are_kept_as_a_text(stand_in):
+    from MorphSeekGui.expected_time import ExpectedTime
+
+    time = ExpectedTime()
+    time.learn("best", 1000, 10.0)
+    assert ExpectedTime(time.to_text()).seconds("best", 1000) == 10.0
+    for unusable in ("", "[1]", "{", '{"best": [[0, 1]]}', '{"best": 3}'):
+        assert ExpectedTime(unusable).seconds("best", 1000) is None
+
+
+def test_stages_are_named_in_a_run_as_in_its_report(stand_in):
+    from MorphSeekGui.stages import LiveStages, stage_names
+
+    live = LiveStages()
+    for message in ({"phase": "align"}, {"phase": "search"}, {"phase": "search"}):
+        live.hear(message)
+    for row in (0, 2, 3):
+        live.picture(row)
+    for phase in ("step", "fit", "fit", "resample"):
+        live.hear({"phase": phase})
+    live.picture(4)
+    rows = [("align", 0), ("search", 0), ("network", 1), ("network", 2), ("fit", 2)]
+    report = [{"stage": stage, "step": step} for stage, step in rows]
+    assert live.names() == stage_names(report) == ["Aligned", "Search", "Step 1", "Step 2", "Fitted"]
+    longer = LiveStages(report)
+    longer.hear({"phase": "fit"})
+    longer.picture(5)
+    assert longer.names()[4:] == ["Fitted", "Fitted (2)"]
+
+
 def test_the_status_moves_while_the_engine_is_silent(opened, monkeypatch):
     from MorphSeekGui.remaining_time import RemainingTime
 
@@ -271,13 +315,13 @@ def test_the_status_moves_while_the_engine_is_silent(opened, monkeypatch):
         patch.setattr(panel, "_run", silent)
         panel._time = RemainingTime(clock)
         clock.now += 10
-        panel._hear({"message": "Refinement step 1 of 2", "fraction": 0.5})
-        assert panel.ui.statusLabel.text == "Refinement step 1 of 2 (10 s so far, about 10 s left)"
+        panel._hear({"message": "Step 1 of 2", "fraction": 0.5})
+        assert panel.ui.statusLabel.text == "Step 1 of 2 (10 s so far, about 10 s left)"
         clock.now += 3
         panel._poll()
-        assert panel.ui.statusLabel.text == "Refinement step 1 of 2 (13 s so far, about 7 s left)"
+        assert panel.ui.statusLabel.text == "Step 1 of 2 (13 s so far, about 7 s left)"
         panel.cancel()
-        panel._hear({"message": "Refinement step 2 of 2", "fraction": 0.6})
+        panel._hear({"message": "Step 2 of 2", "fraction": 0.6})
         panel._poll()
         assert panel.ui.statusLabel.text == "Canceling ..."
 
