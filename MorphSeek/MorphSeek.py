@@ -5,7 +5,7 @@ switched on, Fine-tune. Registration needs no panel:
 
     from MorphSeek import MorphSeekLogic
 
-    nodes = MorphSeekLogic().register(getNode("fixed"), getNode("moving"), steps=3)
+    nodes = MorphSeekLogic().register(getNode("fixed"), getNode("moving"))
     getNode("moving").SetAndObserveTransformNodeID(nodes.transform.GetID())
 """
 
@@ -51,9 +51,9 @@ class MorphSeek(ScriptedLoadableModule):
         parent.dependencies = ["Sequences"]
         parent.contributors = ["The MorphSeek developers"]
         parent.helpText = _(
-            "Registers two volumes with a learned deformation, step by step, and shows where the deformation "
-            "folds, or proves that it does not. Choose a fixed and a moving volume and press Register. What is "
-            "proven holds for linear interpolation: Slicer sets transforms that it reads from files to cubic, which is "
+            "Registers two volumes, with a learned deformation or by fitting them alone, and shows where the "
+            "deformation folds, or proves that it does not. Choose a fixed and a moving volume and press Register. "
+            "What is proven holds for linear interpolation: Slicer sets transforms that it reads from files to cubic, which is "
             "another map, so set a transform.h5 that you load to linear; the results in a scene are kept linear by the "
             "module. The method is MorphSeek: Zhang et al., "
             '"MorphSeek: Fine-grained Latent Representation-Level Policy Optimization for Deformable Image '
@@ -166,15 +166,15 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
     def register(self, fixedNode, movingNode, **options) -> registration.RegistrationNodes:
         """Register the moving volume to the fixed one and wait for the end.
 
-            nodes = MorphSeekLogic().register(fixed, moving, steps=3, inverse=True)
+            nodes = MorphSeekLogic().register(fixed, moving, preset="fast")
             nodes.warped, nodes.transform, nodes.jacobian, nodes.folding, nodes.report["folding"]["cells"]
-            more = MorphSeekLogic().register(fixed, moving, steps=1, state=nodes.state)  # one more step
+            MorphSeekLogic().register(fixed, moving, state=nodes.state)  # goes on from there
 
         Args:
             fixedNode, movingNode: scalar volume nodes.
             options: as for :func:`MorphSeekGui.registration.register`: model, device, threads, steps, align,
-                stop_early, inverse, fit, initial_transform_node, fixed_labels_node, moving_labels_node, state, into,
-                on_progress, cancelled.
+                stop_early, inverse, preset, search, fit, similarity, fit_iterations, initial_transform_node,
+                fixed_labels_node, moving_labels_node, state, into, on_progress, cancelled.
 
         Raises:
             InputError, EngineError: one sentence that says what is wrong; no node was made.
@@ -185,7 +185,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
         """Register many pairs, one after another; one that fails does not stop the others.
 
             pairs = [{"fixed_node": atlas, "moving_node": scan} for scan in scans]
-            for outcome in MorphSeekLogic().registerBatch(pairs, steps=2):
+            for outcome in MorphSeekLogic().registerBatch(pairs):
                 print(outcome.pair["moving_node"].GetName(), outcome.error or outcome.nodes.report["folding"]["cells"])
 
         Args:
@@ -249,7 +249,7 @@ class MorphSeekTest(ScriptedLoadableModuleTest):
             return
         self.delayDisplay("Registration")
         fixed, moving = _ball("fixed", 0.0), _ball("moving", 6.0)
-        nodes = MorphSeekLogic().register(fixed, moving, device="cpu", steps=1, align="none")
+        nodes = MorphSeekLogic().register(fixed, moving, device="cpu", align="none")
         error = [
             np.abs(slicer.util.arrayFromVolume(fixed) - slicer.util.arrayFromVolume(n)) for n in (moving, nodes.warped)
         ]

@@ -1,4 +1,4 @@
-"""The models that a user can choose from: bundled ones, those of a folder, any file.
+"""What a user can choose to register by: the images, no model, bundled models, those of a folder, any file.
 
 A model is a .safetensors file whose header, plain JSON, holds its card; so the list and the cards are there before
 PyTorch is.
@@ -14,16 +14,34 @@ from pathlib import Path
 
 from MorphSeekLib.protocol.card import CardValues
 from MorphSeekLib.protocol.errors import MorphSeekError
-from MorphSeekLib.protocol.startup import bundled, find, read_header
+from MorphSeekLib.protocol.startup import AUTO, NO_MODEL, bundled, find, read_header
 
 from .scene import _
 
-DEFAULT = "brain-mr"
+DEFAULT = AUTO
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An entry of the list that is not a file.
+
+    Attributes:
+        name: what the engine takes: "auto" or "none".
+        title: one line for the list.
+        explanation: what it does.
+        card, problem: those of a :class:`Model`; always empty.
+    """
+
+    name: str
+    title: str
+    explanation: str
+    card: dict = field(default_factory=dict, init=False)
+    problem: str = field(default="", init=False)
 
 
 @dataclass(frozen=True)
 class Model:
-    """One entry of the list.
+    """An entry of the list that is a file.
 
     Attributes:
         name: what the engine takes: a bundled name, or a path.
@@ -40,6 +58,28 @@ class Model:
     def title(self) -> str:
         """One line for the list."""
         return self.card.get("title") or self.path.stem
+
+
+def without_file() -> list[Choice]:
+    """Return the entries that are not files."""
+    return [
+        Choice(
+            AUTO,
+            _("Automatic (by the images)"),
+            _(
+                "Takes the bundled model that was trained on objects of the size of these and was better on labeled "
+                "pairs than fitting alone; without one, registers with no model. A run says first which and why."
+            ),
+        ),
+        Choice(
+            NO_MODEL,
+            _("No model (any anatomy)"),
+            _(
+                "Uses no network: aligns the two images, searches for large motion where there is some, and fits the "
+                "pair. Nothing was trained, so any anatomy and any size will do."
+            ),
+        ),
+    ]
 
 
 def available(folder: str | Path | None = None, more: Iterable[str] = ()) -> list[Model]:
@@ -59,8 +99,10 @@ def available(folder: str | Path | None = None, more: Iterable[str] = ()) -> lis
     return models
 
 
-def describe(model: Model) -> str:
+def describe(model: Model | Choice) -> str:
     """Return the card as a few lines of HTML: what it was trained on, its grid, figures, license."""
+    if isinstance(model, Choice):
+        return html.escape(model.explanation)
     if model.problem:
         return f"<p>{html.escape(model.problem)}</p>"
     card = model.card

@@ -1,4 +1,8 @@
-"""The choices of the section Register, in the parameter node of the scene, so that they are saved with the scene."""
+"""The choices of the section Register, in the parameter node of the scene, so that they are saved with the scene.
+
+Slicer saves an enum by the name of its member. Names that earlier versions saved live on as second names of a member,
+so that their scenes open: with the same choice where there is one, else with the default.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from typing import Annotated, Union
 import slicer
 from slicer.parameterNodeWrapper import WithinRange, parameterNodeWrapper
 
-from MorphSeekLib.protocol.options import FitOptions, RegistrationOptions
-from MorphSeekLib.protocol.startup import MAX_STEPS
+from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.startup import AUTO, MAX_STEPS, NO_MODEL
 
 from .models import DEFAULT
 from .scene import _
@@ -20,18 +24,19 @@ LabelsNode = Union[slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLLabelMapVolumeN
 
 
 class Alignment(enum.Enum):
-    """What is done before the network; values as the engine names them, None for the model's own choice."""
+    """What is done before anything deformable; values as the engine names them."""
 
-    MODEL = None
+    AUTO = "auto"
     NONE = "none"
     CENTER = "center"
     RIGID = "rigid"
     AFFINE = "affine"
+    MODEL = "auto"  # of earlier versions
 
     def label(self) -> str:
         """Return the text in the list."""
         return {
-            Alignment.MODEL: _("As the model says"),
+            Alignment.AUTO: _("Automatic"),
             Alignment.NONE: _("Nothing"),
             Alignment.CENTER: _("Centers together"),
             Alignment.RIGID: _("Rigid"),
@@ -39,43 +44,71 @@ class Alignment(enum.Enum):
         }[self]
 
 
-class Fit(enum.Enum):
-    """Whether this pair is fitted without labels after the network, and how finely."""
+class Preset(enum.Enum):
+    """How much time the fit may take; values as the engine names them."""
 
-    NO = "no"
-    MODEL_GRID = "model"
-    IMAGE_GRID = "image"
+    BEST = "best"
+    FAST = "fast"
 
     def label(self) -> str:
         """Return the text in the list."""
-        return {
-            Fit.NO: _("No"),
-            Fit.MODEL_GRID: _("On the model's grid"),
-            Fit.IMAGE_GRID: _("On the image's grid, too"),
-        }[self]
-
-    def options(self, by: FitBy) -> FitOptions:
-        """Return the engine's options."""
-        return FitOptions.preset(self.value, by.value)
+        return {Preset.BEST: _("Best"), Preset.FAST: _("Fast")}[self]
 
 
-class FitBy(enum.Enum):
-    """What fitting compares; values as the engine names them."""
+class Search(enum.Enum):
+    """Whether large motion is searched for; values as the engine names them."""
 
-    LNCC = "lncc"
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+    def label(self) -> str:
+        """Return the text in the list."""
+        return {Search.AUTO: _("Automatic"), Search.ON: _("On"), Search.OFF: _("Off")}[self]
+
+
+class Fit(enum.Enum):
+    """Whether this pair is fitted without labels; values as the engine names them."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+    NO = "off"  # of earlier versions, and the next two
+    MODEL_GRID = "on"
+    IMAGE_GRID = "on"
+
+    def label(self) -> str:
+        """Return the text in the list."""
+        return {Fit.AUTO: _("Automatic"), Fit.ON: _("On"), Fit.OFF: _("Off")}[self]
+
+
+class CompareBy(enum.Enum):
+    """What search, fit and the figures compare by; values as the engine names them."""
+
+    AUTO = "auto"
+    ONE_MODALITY = "lncc"
+    TWO_MODALITIES = "mind"
+    SAME_INTENSITIES = "mse"
+    LNCC = "auto"  # of earlier versions: their default, which did not look at the pair
     MIND = "mind"
 
     def label(self) -> str:
         """Return the text in the list."""
-        return {FitBy.LNCC: _("one modality"), FitBy.MIND: _("two modalities")}[self]
+        return {
+            CompareBy.AUTO: _("Automatic"),
+            CompareBy.ONE_MODALITY: _("One modality (LNCC)"),
+            CompareBy.TWO_MODALITIES: _("Two modalities (MIND)"),
+            CompareBy.SAME_INTENSITIES: _("Same intensities (MSE)"),
+        }[self]
 
 
 @parameterNodeWrapper
 class MorphSeekParameterNode:
     """Nodes are None until chosen; an output that is None becomes a new node.
 
-    ``model`` is a bundled name or a path, ``device`` "auto", "cpu" or "cuda:N"; their lists depend on the machine, so
-    the panel keeps these two itself.
+    ``model`` is "auto", "none", a bundled name or a path, ``device`` "auto", "cpu" or "cuda:N"; their lists depend on
+    the machine, so the panel keeps these two itself. ``fitBy`` is what all stages compare by; scenes of earlier
+    versions have it by this name.
     """
 
     fixedVolume: slicer.vtkMRMLScalarVolumeNode
@@ -83,14 +116,36 @@ class MorphSeekParameterNode:
     fixedLabels: LabelsNode
     movingLabels: LabelsNode
     initialTransform: slicer.vtkMRMLTransformNode
-    alignment: Alignment = Alignment.MODEL
+    alignment: Alignment = Alignment.AUTO
     model: str = DEFAULT
     steps: Annotated[int, WithinRange(1, MAX_STEPS)] = 2
     stopEarly: bool = DEFAULTS.stop_early
-    fit: Fit = Fit.NO
-    fitBy: FitBy = FitBy.LNCC
+    preset: Preset = Preset.BEST
+    search: Search = Search.AUTO
+    fit: Fit = Fit.AUTO
+    fitBy: CompareBy = CompareBy.AUTO
     device: str = "auto"
     outputVolume: slicer.vtkMRMLScalarVolumeNode
     outputTransform: slicer.vtkMRMLTransformNode
     inverse: bool = DEFAULTS.inverse
     showSteps: bool = True
+
+
+def has_named_model(parameters: MorphSeekParameterNode) -> bool:
+    """Return whether a certain model was chosen, so that the steps of its network can be."""
+    return parameters.model not in (AUTO, NO_MODEL)
+
+
+def chosen_options(parameters: MorphSeekParameterNode) -> RegistrationOptions:
+    """Return the engine's options; a model that is not chosen by name takes the steps it was trained with."""
+    named = has_named_model(parameters)
+    return RegistrationOptions(
+        steps=parameters.steps if named else None,
+        align=parameters.alignment.value,
+        stop_early=named and parameters.stopEarly,
+        inverse=parameters.inverse,
+        preset=parameters.preset.value,
+        search=parameters.search.value,
+        fit=parameters.fit.value,
+        similarity=parameters.fitBy.value,
+    )

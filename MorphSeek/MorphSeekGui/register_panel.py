@@ -1,13 +1,14 @@
-"""The section Register: choose, press, watch, cancel; one more step; look back at the steps.
+"""The section Register: choose, press, watch, cancel; go on from the result; look back at the stages.
 
 The engine runs in its own process; a timer asks it what is new, so the window stays live. Until the result is there
-only the volume that shows the steps is added to the scene, and it is removed again if the registration fails.
+only the volume that shows the stages is added to the scene, and it is removed again if the registration fails.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import qt
@@ -16,16 +17,19 @@ import slicer.util
 import vtk
 
 from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.startup import AUTO, NO_MODEL
 from MorphSeekLib.protocol.verdict import folds
 
 from . import dependencies, models, quality
 from .engine_client import EngineCancelled, EngineError
+from .expected_time import ExpectedTime
 from .messages import sentence
 from .panel import Panel
-from .parameters import MAX_STEPS, Fit
+from .parameters import MAX_STEPS, Fit, Preset, chosen_options, has_named_model
 from .registration import Request, Run, prepare
-from .remaining_time import RemainingTime
+from .remaining_time import RemainingTime, duration
 from .scene import Image, InputError, RegistrationNodes, _, put_into_folder
+from .stages import LiveStages, stage_names
 from .steps import Steps
 from .views import SliceViews
 from .widgets import FolderButton
@@ -35,6 +39,8 @@ TYPING_MS = 500
 MODELS_FOLDER = "MorphSeek/ModelsFolder"
 ENGINE_PYTHON = "MorphSeek/EnginePython"
 THREADS = "MorphSeek/Threads"
+TIMES = "MorphSeek/ExpectedTimes"
+UNKNOWN_SIZE = "unknown-size"  # code of the engine's warning that a model does not know such images
 
 
 class RegisterPanel(Panel):
@@ -50,14 +56,19 @@ class RegisterPanel(Panel):
         super().__init__(parent, logic)
         self.on_result: list[Callable[[RegistrationNodes], None]] = []
         self._parameters, self._gui_tag = None, None
-        self._models: list[models.Model] = []
+        self._models: list[models.Model | models.Choice] = []
         self._more_models: list[str] = []
         self._devices: list[dict] = []
         self._run: Run | None = None
         self._hello = None
         self._time: RemainingTime | None = None  # while something runs that nobody has cancelled
+        self._expected = ExpectedTime(slicer.util.settingsValue(TIMES, ""))
+        self._learns: tuple[str, int] | None = None  # what the time of the run is of
         self._message = ""  # the engine's last
+        self._which_model = ""  # what the engine said of the model that it chose
         self._steps: Steps | None = None
+        self._live: LiveStages | None = None
+        self._names: list[str] = []  # of the stages, by their rows in the report
         self._what_runs: tuple = ()
         self._before: SliceViews | None = None  # as they were before the run
         self._ending = ""  # what is said when the run was canceled
@@ -68,13 +79,16 @@ class RegisterPanel(Panel):
         self._timer = self.timer(self._poll, POLL_MS)
         self._python_timer = self.timer(self._ask_devices, TYPING_MS, once=True)  # once the path of a Python is typed
         self._status = self.message(self.ui.statusLabel, self.ui.copyDetailsButton, self._folders)
+        self._of_steps = _with_help(self.ui.stepsLabel, self.ui.stepsSpinBox, self.ui.stopEarlyCheckBox)
+        self._of_presets = _with_help(self.ui.presetLabel, self.ui.presetSelector)
         self._connect()
 
     def _connect(self) -> None:
         ui = self.ui
         ui.registerButton.connect("clicked(bool)", self.register)
         ui.cancelButton.connect("clicked(bool)", self.cancel)
-        ui.moreButton.connect("clicked(bool)", self.one_more_step)
+        ui.moreButton.connect("clicked(bool)", self.go_on)
+        ui.noModelButton.connect("clicked(bool)", self.register_without_model)
         ui.installButton.connect("clicked(bool)", self.install)
         ui.browseModelButton.connect("clicked(bool)", self._browse)
         ui.refreshDevicesButton.connect("clicked(bool)", self._ask_devices)
@@ -144,7 +158,8 @@ class RegisterPanel(Panel):
         if self._parameters is None:
             return
         chosen = chosen or self._parameters.model
-        self._models = models.available(slicer.util.settingsValue(MODELS_FOLDER, ""), [*self._more_models, chosen])
+        folder = slicer.util.settingsValue(MODELS_FOLDER, "")
+        self._models = [*models.without_file(), *models.available(folder, [*self._more_models, chosen])]
         selector = self.ui.modelSelector
         blocked = selector.blockSignals(True)
         selector.clear()
@@ -165,18 +180,28 @@ class RegisterPanel(Panel):
             return
         p = self._parameters
         into = {"warped": p.outputVolume, "transform": p.outputTransform}
-        self._start(p.steps, None, into, stop_early=p.stopEarly)
+        self._start(chosen_options(p), p.model, None, into)
 
-    def one_more_step(self) -> None:
-        """One step further from the last result, whose nodes are updated."""
+    def register_without_model(self) -> None:
+        """Choose no model, and register."""
+        self.refresh_models(NO_MODEL)
+        self.register()
+
+    def go_on(self) -> None:
+        """Take one more step from the last result, or without a model fit it longer; its nodes are updated."""
         if self._last is None:
             return
         what, nodes = self._last
         if what != self._what():
             self._fail(_("The inputs were changed since the last registration; press Register to start again."))
             return
+        options, model = replace(chosen_options(self._parameters), search="off"), self._parameters.model
+        if _model_of(nodes.report) is None:
+            options, model = replace(options, steps=None, fit="on"), NO_MODEL
+        else:
+            options = replace(options, steps=1, stop_early=False)
         names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
-        self._start(1, nodes.state, {name: getattr(nodes, name) for name in names})
+        self._start(options, model, nodes.state, {name: getattr(nodes, name) for name in names})
 
     def cancel(self) -> None:
         """Cancel the run; the scene is as before as soon as the engine has stopped."""
@@ -187,7 +212,7 @@ class RegisterPanel(Panel):
             self.ui.cancelButton.enabled = False
             self._status.say(_("Canceling ..."))
 
-    def _start(self, steps: int, state: dict | None, into: dict, stop_early: bool = False) -> None:
+    def _start(self, options: RegistrationOptions, model: str, state: dict | None, into: dict) -> None:
         p = self._parameters
         if self._run is not None or p is None:
             return
@@ -195,8 +220,8 @@ class RegisterPanel(Panel):
         slicer.app.processEvents()
         try:
             request = Request(
-                RegistrationOptions(steps, p.alignment.value, stop_early, p.inverse, p.fit.options(p.fitBy)),
-                p.model,
+                options,
+                model,
                 p.device,
                 self.ui.threadsSpinBox.value or None,
                 initial_transform_node=p.initialTransform,
@@ -210,13 +235,16 @@ class RegisterPanel(Panel):
             if state is None or self._steps is None or not self._steps.count:
                 self._drop_steps()
                 self._steps = Steps(p.fixedVolume, p.movingVolume)
+            self._live = LiveStages(state["figures"] if state is not None else ())
+            self._learns = (self._choice(p.preset), self._voxels()) if state is None else None
             self._before, self._ending = SliceViews(slicer.mrmlScene), ""
             self._what_runs = self._what()
             self._run = Run(job, self.logic.client(), self._hear, self._picture)
         except (InputError, EngineError) as problem:
             self._fail(sentence(problem))
             return
-        self._time, self._message = RemainingTime(), ""
+        self._time, self._message, self._which_model = RemainingTime(), "", ""
+        self.ui.noModelButton.visible = False
         self._timer.start()
         self._show_running(True)
 
@@ -236,6 +264,10 @@ class RegisterPanel(Panel):
         fraction = message.get("fraction") or 0.0
         self.ui.progressBar.value = round(1000 * fraction)
         self._message = message.get("message", "")
+        if message.get("phase") == "load" and self._parameters is not None and self._parameters.model == AUTO:
+            self._which_model = self._message
+        if self._live is not None:
+            self._live.hear(message)
         if self._time is not None:
             self._time.report(fraction)
             self._say_how_far()
@@ -243,14 +275,18 @@ class RegisterPanel(Panel):
     def _say_how_far(self) -> None:
         """Show what the engine does and the time, also while the engine is silent for a minute."""
         if self._time is not None and self._message:
-            self._status.say(" ".join(filter(None, [self._message, self._time.text()])))
+            what = " ".join(filter(None, [self._message, self._time.text()]))
+            first = "" if self._which_model == self._message else self._which_model
+            self._status.say("\n".join(filter(None, [first, what])))
 
-    def _picture(self, step: int, image: Image) -> None:
-        """Show the moving volume after a step over the fixed one."""
+    def _picture(self, row: int, image: Image) -> None:
+        """Show the moving volume after a stage over the fixed one."""
         if not slicer.mrmlScene.IsNodePresent(self._run.job.fixed):
             return
         first = self._steps.volume is None
-        self._steps.add(step, image)
+        self._steps.add(row, image)
+        self._live.picture(row)
+        self._names = self._live.names()
         if first:
             slicer.util.setSliceViewerLayers(
                 background=self._run.job.fixed, foreground=self._steps.volume, foregroundOpacity=0.5, fit=True
@@ -269,21 +305,39 @@ class RegisterPanel(Panel):
             self._undo()
             self._fail(self._ending or sentence(problem), getattr(problem, "details", ""))
         else:
-            if self._steps is not None:
-                self._steps.keep()
-                put_into_folder(nodes, self._steps.nodes)
-            self._last = (self._what_runs, nodes)
-            if self._steps is None or not self._steps.count:
-                slicer.util.setSliceViewerLayers(nodes.fixed, nodes.warped, foregroundOpacity=0.5, fit=True)
-            self._status.say(_summary(nodes.report))
-            self._show_steps()
-            rows = nodes.report.get("steps") or []
-            answer = next((n for n, row in enumerate(rows) if row.get("answer")), self.ui.stepSlider.maximum)
-            self.ui.stepSlider.value = answer
-            self.ui.resultWidget.visible = True
-            for function in self.on_result:
-                function(nodes)
+            self._show_result(nodes)
         self._update()
+
+    def _show_result(self, nodes: RegistrationNodes) -> None:
+        """Show the result of a run, what can be done with it, and what it cost."""
+        ui, report = self.ui, nodes.report
+        if self._steps is not None:
+            self._steps.keep()
+            put_into_folder(nodes, self._steps.nodes)
+        self._last = (self._what_runs, nodes)
+        if self._steps is None or not self._steps.count:
+            slicer.util.setSliceViewerLayers(nodes.fixed, nodes.warped, foregroundOpacity=0.5, fit=True)
+        self._status.say(_summary(report, self._which_model))
+        rows = report.get("steps") or []
+        self._names = stage_names(rows)
+        self._show_steps()
+        answer = next((n for n, row in enumerate(rows) if row.get("answer")), None)
+        pictures = self._steps.rows if self._steps is not None else []
+        ui.stepSlider.value = pictures.index(answer) if answer in pictures else ui.stepSlider.maximum
+        ui.resultWidget.visible = True
+        ui.noModelButton.visible = _knows_no_such_images(report)
+        if _model_of(report) is None:
+            ui.moreButton.text = _("Fit longer")
+            ui.moreButton.toolTip = _("Go on fitting from this result; its nodes are updated.")
+        else:
+            ui.moreButton.text = _("One more step")
+            ui.moreButton.toolTip = _("Take one more step from this result; its nodes are updated.")
+        seconds = (report.get("seconds") or {}).get("total")
+        if self._learns is not None and seconds is not None:
+            self._expected.learn(*self._learns, seconds)
+            qt.QSettings().setValue(TIMES, self._expected.to_text())
+        for function in self.on_result:
+            function(nodes)
 
     def _undo(self) -> None:
         """Restore the scene and the views as before the run."""
@@ -294,7 +348,7 @@ class RegisterPanel(Panel):
         self._show_steps()
 
     def _drop_steps(self) -> None:
-        """Leave the steps of the last registration to the user; the slider shows them no longer."""
+        """Leave the stages of the last registration to the user; the slider shows them no longer."""
         self._steps, self._last = None, None
         self.ui.resultWidget.visible = False
 
@@ -313,7 +367,10 @@ class RegisterPanel(Panel):
             reason = model.problem if model is not None else _("Choose a model.")
         else:
             reason = ""
-        ui.fitBySelector.enabled = p is not None and p.fit is not Fit.NO
+        _disable(self._of_steps, self._why_no_steps())
+        fits = p is None or p.fit is not Fit.OFF
+        _disable(self._of_presets, "" if fits else _("Presets are for the fit, which is switched off."))
+        self._show_expected_time()
         ui.registerButton.enabled = not reason and not running and not self._installing
         ui.registerButton.toolTip = reason or _("Register the moving volume to the fixed one.")
         more = self._last is not None and self._last[1].state is not None and not running
@@ -322,8 +379,48 @@ class RegisterPanel(Panel):
             self._status.say(reason)
         self._reason = reason
 
+    def _why_no_steps(self) -> str:
+        """Return why the number of steps cannot be chosen; "" where it can."""
+        if self._parameters is None or has_named_model(self._parameters):
+            return ""
+        if self._parameters.model == NO_MODEL:
+            return _("Without a model there are no steps of a network.")
+        return _("A model that is chosen by the images takes the steps it was trained with; choose one to change them.")
+
+    def _show_expected_time(self) -> None:
+        """Show how long each preset will take, as far as earlier runs tell."""
+        times = []
+        for preset in Preset if self._parameters is not None else ():
+            seconds, voxels = None, self._voxels()
+            if voxels:
+                seconds = self._expected.seconds(self._choice(preset), voxels)
+            times.append((preset.label(), seconds))
+        if all(seconds is None for _preset, seconds in times):
+            self.ui.expectedTimeLabel.text = _("no estimate yet")
+            return
+        self.ui.expectedTimeLabel.text = ", ".join(
+            _("{preset}: no estimate yet").format(preset=preset)
+            if seconds is None
+            else _("{preset}: about {time}").format(preset=preset, time=duration(max(1, round(seconds))))
+            for preset, seconds in times
+        )
+
+    def _choice(self, preset: Preset) -> str:
+        """Return what the time of a registration depends on, but for the size of the volumes."""
+        p = self._parameters
+        options = replace(chosen_options(p), preset=preset.value)
+        return f"{p.model}, {p.device}, {self.ui.threadsSpinBox.value} threads, {options}"
+
+    def _voxels(self) -> int:
+        """Return how many voxels the two volumes have; 0 where one is missing."""
+        images = [
+            node.GetImageData() if node is not None else None
+            for node in (self._parameters.fixedVolume, self._parameters.movingVolume)
+        ]
+        return 0 if None in images else sum(image.GetNumberOfPoints() for image in images)
+
     def _what(self) -> tuple:
-        """Return what must be unchanged for one more step."""
+        """Return what must be unchanged for going on from the result."""
         p = self._parameters
         nodes = (p.fixedVolume, p.movingVolume, p.fixedLabels, p.movingLabels, p.initialTransform)
         return (*[node.GetID() if node is not None else None for node in nodes], p.model)
@@ -351,9 +448,10 @@ class RegisterPanel(Panel):
             self._steps.show(item)
             self.ui.stepLabel.text = self._step_text(item)
 
-    @staticmethod
-    def _step_text(item: int) -> str:
-        return _("aligned") if item == 0 else _("{n} done").format(n=item)
+    def _step_text(self, item: int) -> str:
+        """Return the name of the stage with this position in the sequence."""
+        row = self._steps.rows[item]
+        return self._names[row] if row < len(self._names) else ""
 
     def _fail(self, text: str, details: str = "") -> None:
         """Show what went wrong; the details are in the tool tip and in Slicer's console."""
@@ -367,7 +465,7 @@ class RegisterPanel(Panel):
 
     # ----------------------------------------------------------------------------------------------- models and devices
 
-    def _model(self) -> models.Model | None:
+    def _model(self) -> models.Model | models.Choice | None:
         index = self.ui.modelSelector.currentIndex
         return self._models[index] if 0 <= index < len(self._models) else None
 
@@ -427,6 +525,7 @@ class RegisterPanel(Panel):
 
     def _set_threads(self, threads: int) -> None:
         qt.QSettings().setValue(THREADS, threads)
+        self._update()
 
     def _ask_devices(self) -> None:
         """Ask the engine, without waiting; the answer fills the list."""
@@ -519,13 +618,42 @@ class RegisterPanel(Panel):
         self._update()
 
 
-def _summary(report: dict) -> str:
-    """Return the result in a few lines."""
-    lines = []
-    similarity, dice = report.get("similarity"), report.get("dice")
+def _with_help(*widgets) -> list[tuple]:
+    """Return widgets that may be disabled, each with its tool tip."""
+    return [(widget, widget.toolTip) for widget in widgets]
+
+
+def _disable(widgets: list[tuple], reason: str) -> None:
+    """Disable widgets of :func:`_with_help` and say why in their tool tips; enable them where there is no reason."""
+    for widget, help_text in widgets:
+        widget.enabled = not reason
+        widget.toolTip = reason or help_text
+
+
+def _model_of(report: dict) -> dict | None:
+    """Return what a report says of the model; None without one."""
+    return report.get("model")
+
+
+def _knows_no_such_images(report: dict) -> bool:
+    """Return whether the model of a registration was not trained on images of this size."""
+    codes = {warning.get("code") for warning in report.get("warnings") or []}
+    return _model_of(report) is not None and UNKNOWN_SIZE in codes
+
+
+def _summary(report: dict, which_model: str) -> str:
+    """Return the result in a few lines.
+
+    Args:
+        report: of the engine.
+        which_model: what the engine said of the model where it chose one.
+    """
+    model, similarity, dice = _model_of(report), report.get("similarity"), report.get("dice")
+    named = _("No model.") if model is None else _("Model: {title}.").format(title=model["title"] or model["name"])
+    lines = [which_model or named]
     if similarity:
         before, after = similarity["aligned"], similarity["warped"]
-        lines.append(_("Similarity {before:.3f} to {after:.3f} (LNCC, 1 is best).").format(before=before, after=after))
+        lines.append(_("Similarity {before:.3f} to {after:.3f} (1 is best).").format(before=before, after=after))
     if dice:
         mean = dice["mean"]
         lines.append(
@@ -540,4 +668,6 @@ def _summary(report: dict) -> str:
     if seconds is not None:
         lines.append(_("{n:.1f} s on {device}.").format(n=seconds, device=report.get("device", "?")))
     lines += [f"⚠ {warning['message']}" for warning in report.get("warnings") or []]
+    if _knows_no_such_images(report):
+        lines.append(_("'No model (any anatomy)' registers them without what a model has learned."))
     return "\n".join(lines)

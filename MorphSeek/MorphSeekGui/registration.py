@@ -26,6 +26,7 @@ from MorphSeekLib.protocol.settings import from_dict, to_dict
 from . import scene
 from .engine_client import EngineCancelled, EngineClient, EngineError, shared_client
 from .messages import sentence
+from .models import DEFAULT
 from .scene import InputError, RegistrationNodes, _
 
 __all__ = [
@@ -101,8 +102,8 @@ class Run:
         job: from :func:`prepare`.
         client: the engine.
         on_progress: called with each message, a dict (phase, step, steps, fraction, message, metrics).
-        on_picture: called with a step's number and the moving image after it, as :class:`scene.Image` in world
-            coordinates; only when the job was prepared with ``show_steps``.
+        on_picture: called with a row of the report's "steps" and the moving image after that stage, as
+            :class:`scene.Image` in world coordinates; only when the job was prepared with ``show_steps``.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Run:
         job: Job,
         client: EngineClient,
         on_progress: Callable[[Progress], None] = lambda message: None,
-        on_picture: Callable[[int, scene.Image], None] = lambda step, image: None,
+        on_picture: Callable[[int, scene.Image], None] = lambda row, image: None,
     ) -> None:
         self.job, self.client = job, client
         self._on_progress, self._on_picture = on_progress, on_picture
@@ -154,20 +155,20 @@ class Request:
     """The choices of a registration, without its two volumes.
 
     Attributes:
-        options: the engine's choices: steps, align, stop_early, inverse, fit.
-        model: name of a bundled model or path of a model file.
+        options: the engine's choices.
+        model: name of a bundled model, path of a model file, "none", or "auto": by the images.
         device: "auto", "cpu" or "cuda:N".
         threads: how many of the processor's threads to compute with; None takes all.
         initial_transform_node: any transform node under which the moving volume lies (or would lie) roughly right.
         fixed_labels_node, moving_labels_node: label maps (matched by value) or segmentations (matched by segment
             name); with both, the report tells Dice before and after; the moving ones are warped too.
-        show_steps: the worker hands over the warped image after each step.
-        state: of an earlier result with the same volumes and model: ``options.steps`` more are taken from there.
+        show_steps: the worker hands over the warped image after each stage.
+        state: of an earlier result with the same volumes and model, from which the stages go on.
         into: nodes that take the results instead of new ones, by their name in :class:`scene.RegistrationNodes`.
     """
 
     options: RegistrationOptions = field(default_factory=RegistrationOptions)
-    model: str = "brain-mr"
+    model: str = DEFAULT
     device: str = "auto"
     threads: int | None = None
     initial_transform_node: slicer.vtkMRMLTransformNode | None = None
@@ -221,7 +222,7 @@ def prepare(fixed_node, moving_node, request: Request) -> Job:
     initial = None if initial_node is None else scene.read_transform(initial_node, fixed)
     places = [fixed.affine, moving.affine]
     if request.state is not None and not np.allclose(places, request.state["places"], atol=1e-4):
-        raise InputError(_("A volume has moved since the last step; press Register to start again."))
+        raise InputError(_("A volume has moved since the last registration; press Register to start again."))
 
     folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)
     try:
@@ -288,7 +289,7 @@ def register(
         on_progress: called with dicts (phase, step, steps, fraction, message, metrics).
         cancelled: asked ten times a second; True cancels.
         choices: by name, see :class:`Request` and the engine's RegistrationOptions: model, device, steps, align,
-            stop_early, inverse, fit (a dict: iterations, fine_iterations, similarity, ...), state, into, ...
+            stop_early, inverse, preset, search, fit, similarity, fit_iterations, state, into, ...
 
     Raises:
         InputError: a node or a choice cannot be used; nothing was started.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import worlds
 from MorphSeekGui import engine_client, models
 from MorphSeekGui.scene import InputError
 
+from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.verdict import folds
 from MorphSeekLib.space import geometry
 
@@ -38,12 +40,13 @@ def ui(panel):
 
 @pytest.fixture
 def pair(panel, model):
-    """Two volumes in the scene and a small model, chosen."""
+    """Two volumes in the scene and a small model, chosen, and the preset that is done soonest."""
     world = worlds.make_world("oblique")
     fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
     panel.ui.fixedSelector.setCurrentNode(fixed)
     panel.ui.movingSelector.setCurrentNode(moving)
     panel.refresh_models(model)
+    panel.ui.presetSelector.currentText = "Fast"
     return SimpleNamespace(world=world, fixed=fixed, moving=moving)
 
 
@@ -85,10 +88,77 @@ def test_two_volumes_are_enough(panel, ui):
     assert "are the same" in ui.registerButton.toolTip
     ui.movingSelector.setCurrentNode(moving)
     assert ui.registerButton.enabled is True
-    assert ui.modelSelector.currentText.startswith("Brain MR")
-    assert "brain_labels, 14 cases" in ui.cardLabel.text
-    assert "Apache-2.0" in ui.cardLabel.text
+    assert ui.modelSelector.currentText == "Automatic (by the images)"
     assert not ui.setupFrame.visible
+
+
+def test_the_list_of_models_begins_with_the_images_and_with_no_model(panel, ui):
+    texts = [ui.modelSelector.itemText(n) for n in range(ui.modelSelector.count)]
+    assert texts[:2] == ["Automatic (by the images)", "No model (any anatomy)"]
+    assert texts[2].startswith("Brain MR")
+    for name, words in (("auto", "Takes the bundled model"), ("none", "Uses no network"), ("brain-mr", "14 cases")):
+        panel.refresh_models(name)
+        assert panel.logic.getParameterNode().model == name
+        assert words in ui.cardLabel.text
+
+
+def test_what_needs_a_certain_model_says_why_it_is_disabled(panel, ui):
+    helps = {}
+    for name, reason in (("brain-mr", "Number of steps"), ("auto", "chosen by the images"), ("none", "no steps")):
+        panel.refresh_models(name)
+        assert [w.enabled for w in (ui.stepsSpinBox, ui.stopEarlyCheckBox)] == [name == "brain-mr"] * 2
+        helps[name] = ui.stepsSpinBox.toolTip
+        assert reason in helps[name]
+    assert ui.stopEarlyCheckBox.toolTip == ui.stepsLabel.toolTip == helps["none"]
+
+
+def test_presets_are_for_a_fit(ui):
+    assert ui.presetSelector.enabled is True
+    ui.fitSelector.currentText = "Off"
+    assert ui.presetSelector.enabled is False
+    assert "switched off" in ui.presetSelector.toolTip
+
+
+def test_the_choices_reach_the_engine(panel, ui, model):
+    from MorphSeekGui.parameters import chosen_options
+
+    panel.refresh_models(model)
+    ui.stepsSpinBox.value = 4
+    ui.stopEarlyCheckBox.checked = True
+    ui.alignSelector.currentText = "Rigid"
+    ui.presetSelector.currentText = "Fast"
+    ui.searchSelector.currentText = "On"
+    ui.fitSelector.currentText = "Off"
+    ui.similaritySelector.currentText = "Two modalities (MIND)"
+    node = panel.logic.getParameterNode()
+    chosen = {"align": "rigid", "preset": "fast", "search": "on", "fit": "off", "similarity": "mind"}
+    assert chosen_options(node) == RegistrationOptions(steps=4, stop_early=True, **chosen)
+    for name in ("auto", "none"):
+        panel.refresh_models(name)
+        assert chosen_options(node) == RegistrationOptions(**chosen), "a network's choices are its own"
+
+
+def test_a_scene_of_the_previous_version_opens(stand_in, panel, ui, pair, tmp_path):
+    node = panel.logic.getParameterNode().parameterNode
+    slicer.mrmlScene.SetURL(str(tmp_path / "scene.mrml"))
+    for old, choices in (
+        ({"alignment": "MODEL", "fit": "NO", "fitBy": "LNCC"}, ("Automatic", "Off", "Automatic")),
+        ({"alignment": "RIGID", "fit": "IMAGE_GRID", "fitBy": "MIND"}, ("Rigid", "On", "Two modalities (MIND)")),
+        ({"alignment": "AFFINE", "fit": "MODEL_GRID", "fitBy": "LNCC"}, ("Affine", "On", "Automatic")),
+    ):
+        for name, value in old.items():
+            node.SetParameter(name, value)
+        for name in ("preset", "search"):
+            node.UnsetParameter(name)
+        slicer.mrmlScene.Commit()
+        slicer.mrmlScene.Clear(0)
+        slicer.modules.MorphSeekWidget.enter()
+        slicer.mrmlScene.Connect()
+        slicer.modules.MorphSeekWidget.enter()
+        shown = (ui.alignSelector, ui.fitSelector, ui.similaritySelector)
+        assert tuple(box.currentText for box in shown) == choices
+        assert (ui.presetSelector.currentText, ui.searchSelector.currentText) == ("Best", "Automatic")
+        node = panel.logic.getParameterNode().parameterNode
 
 
 def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
@@ -97,21 +167,20 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     panel.on_result.append(results.append)
     hear, picture = panel._hear, panel._picture
     panel._hear = lambda message: (hear(message), said.append(ui.statusLabel.text))
-    panel._picture = lambda step, image: (picture(step, image), seen.append(step))
-    ui.stopEarlyCheckBox.checked = False
+    panel._picture = lambda row, image: (picture(row, image), seen.append((row, ui.stepLabel.text)))
     ui.alignSelector.currentText = "Nothing"
-    ui.inverseCheckBox.checked = True
+    ui.searchSelector.currentText = ui.fitSelector.currentText = "Off"
     ui.registerButton.click()
     assert ui.cancelButton.visible
     assert ui.settingsWidget.enabled is False
     run(stand_in, panel)
     steps = [text.partition(" (")[0] for text in said if text.startswith("Step ")]
     assert steps == ["Step 1 of 2", "Step 2 of 2"]
-    assert seen == [0, 1, 2]
+    assert seen == [(0, "Aligned"), (1, "Step 1"), (2, "Step 2")]
     assert ui.settingsWidget.enabled is True
     assert not ui.progressBar.visible
     [nodes] = results
-    assert "Similarity" in ui.statusLabel.text
+    assert ui.statusLabel.text.startswith("Model: random.\nSimilarity ")
     assert folds(nodes.report).sentence in ui.statusLabel.text
     assert nodes.inverse is not None
     assert slicer.mrmlScene.GetNumberOfNodesByClass("vtkMRMLSequenceNode") == 1
@@ -125,7 +194,7 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     warped = slicer.util.arrayFromVolume(nodes.warped)
     assert np.array_equal(shown(), warped)
     ui.stepSlider.value = 0
-    assert ui.stepLabel.text == "aligned"
+    assert ui.stepLabel.text == "Aligned"
     in_place = slicer.vtkSlicerVolumesLogic.ResampleVolumeToReferenceVolume(pair.moving, pair.fixed)
     in_place = slicer.util.arrayFromVolume(in_place)
     in_place = np.where(in_place == 0, nodes.report["warped"]["outside"], in_place)  # MRML fills with 0
@@ -134,6 +203,7 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert np.array_equal(shown(), warped)
 
     before = set(scene_state()[0])
+    assert ui.moreButton.text == "One more step"
     ui.moreButton.click()
     run(stand_in, panel)
     assert [s["step"] for s in results[1].report["steps"]] == [0, 1, 2, 3]
@@ -141,34 +211,94 @@ def test_register_look_back_and_one_more_step(stand_in, panel, ui, pair):
     assert results[1].folding is nodes.folding
     assert set(scene_state()[0]) == before
     assert ui.stepSlider.maximum == 3
+    assert ui.stepLabel.text == "Step 3"
     assert np.array_equal(shown(), slicer.util.arrayFromVolume(nodes.warped))
     ui.initialSelector.setCurrentNode(worlds.linear_transform("other"))
     assert ui.moreButton.enabled is False, "from other inputs there is no further step"
 
 
-def test_a_fitted_pair_shows_what_was_fitted(stand_in, panel, ui, pair):
+def test_every_stage_is_seen_by_its_name(stand_in, panel, ui, pair):
     results, seen = [], []
     panel.on_result.append(results.append)
     picture = panel._picture
-    panel._picture = lambda step, image: (picture(step, image), seen.append(step))
-    assert ui.fitSelector.currentText == "No"
-    assert ui.fitBySelector.enabled is False
-    ui.fitSelector.currentText = "On the image's grid, too"
-    assert ui.fitBySelector.enabled is True
-    ui.fitBySelector.currentText = "two modalities"
-    ui.stopEarlyCheckBox.checked = False
+    panel._picture = lambda row, image: (picture(row, image), seen.append((row, ui.stepLabel.text)))
+    ui.searchSelector.currentText = ui.fitSelector.currentText = "On"
+    ui.similaritySelector.currentText = "Two modalities (MIND)"
     ui.stepsSpinBox.value = 1
     ui.registerButton.click()
     run(stand_in, panel)
-    assert seen == [0, 1, 1], "the last step once more, fitted"
     [nodes] = results
-    refinement = nodes.report["refinement"]
-    asked = {name: refinement["settings"][name] for name in ("iterations", "fine_iterations", "similarity")}
-    assert asked == {"iterations": 60, "fine_iterations": 20, "similarity": "mind"}
-    assert np.prod(refinement["fine"]["shape"]) > np.prod(nodes.report["working_grid"]["shape"])
-    assert panel._steps.count == 2
+    rows = [row["stage"] for row in nodes.report["steps"]]
+    assert rows == ["align", "search", "network", "fit"]
+    assert (nodes.report["preset"], nodes.report["fit"]["similarity"]) == ("fast", "mind")
+    assert seen[:2] == [(0, "Aligned"), (2, "Step 1")]
+    answer = next(n for n, row in enumerate(nodes.report["steps"]) if row["answer"])
+    assert seen[2:] == ([] if answer == 2 else [(answer, ["", "Search", "", "Fitted"][answer])])
     shown = slicer.util.arrayFromVolume(panel._steps.volume)
-    assert np.array_equal(shown, slicer.util.arrayFromVolume(nodes.warped))
+    assert answer != 3 or np.array_equal(shown, slicer.util.arrayFromVolume(nodes.warped))
+
+
+def test_without_a_model_the_pair_can_be_fitted_longer(stand_in, panel, ui, pair):
+    results = []
+    panel.on_result.append(results.append)
+    panel.refresh_models("none")
+    ui.searchSelector.currentText = "On"
+    ui.registerButton.click()
+    run(stand_in, panel)
+    assert ui.statusLabel.text.startswith("No model.\nSimilarity ")
+    assert results[0].report["model"] is None
+    assert ui.moreButton.text == "Fit longer"
+    ui.moreButton.click()
+    run(stand_in, panel)
+    assert [row["stage"] for row in results[1].report["steps"]] == ["align", "search", "fit", "fit"]
+    assert results[1].warped is results[0].warped, "the result's nodes are updated"
+
+
+def test_a_model_chosen_by_the_images_is_named_with_its_reason(stand_in, panel, ui, pair):
+    said = []
+    hear = panel._hear
+    panel._hear = lambda message: (hear(message), said.append(ui.statusLabel.text))
+    panel.refresh_models("auto")
+    ui.registerButton.click()
+    run(stand_in, panel)
+    first = ui.statusLabel.text.splitlines()[0]
+    assert first.startswith("Model: none, as ")
+    assert any(text.startswith(f"{first}\n") and "Similarity" not in text for text in said), "while it runs, too"
+
+
+def test_a_model_that_knows_no_such_images_offers_to_go_without(stand_in, panel, ui, pair, model, tmp_path):
+    from MorphSeekLib.networks import model_file
+
+    card, network = model_file.read_card(model), model_file.load(model)[0]
+    small = tmp_path / "small.safetensors"
+    model_file.save(small, network, replace(card, preprocessing=replace(card.preprocessing, knows=(15.0, 16.0))))
+    panel.refresh_models(str(small))
+    ui.registerButton.click()
+    run(stand_in, panel)
+    assert "trained on objects of 15 to 16 mm" in ui.statusLabel.text
+    assert "'No model (any anatomy)'" in ui.statusLabel.text
+    assert not ui.noModelButton.isHidden()
+    ui.noModelButton.click()
+    run(stand_in, panel)
+    assert ui.modelSelector.currentText == "No model (any anatomy)"
+    assert ui.statusLabel.text.startswith("No model.")
+    assert ui.noModelButton.isHidden()
+
+
+def test_the_expected_time_of_a_preset_comes_from_earlier_runs(stand_in, panel, ui, pair):
+    panel.refresh_models("none")
+    assert ui.expectedTimeLabel.text == "no estimate yet"
+    ui.registerButton.click()
+    run(stand_in, panel)
+    known = ui.expectedTimeLabel.text
+    assert known.startswith("Best: no estimate yet, Fast: about ")
+    ui.inverseCheckBox.checked = False
+    assert ui.expectedTimeLabel.text == "no estimate yet", "of other choices"
+    ui.inverseCheckBox.checked = True
+    assert ui.expectedTimeLabel.text == known
+    slicer.util.reloadScriptedModule("MorphSeek")
+    again = slicer.modules.MorphSeekWidget.panels["register"].ui
+    assert again.expectedTimeLabel.text == known, "it is kept for the next session"
 
 
 def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair, monkeypatch):
@@ -178,8 +308,7 @@ def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair, monkeypatc
     ui.fixedSelector.setCurrentNode(worlds.add_volume("large", large(pair.world.fixed)))
     ui.fixedSelector.currentNode().CreateDefaultDisplayNodes()  # as every loaded volume has
     ui.stepsSpinBox.value = 8
-    ui.stopEarlyCheckBox.checked = False
-    ui.fitSelector.currentText = "On the image's grid, too"
+    ui.fitSelector.currentText = "On"
     red = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSliceNode")
     red.SetFieldOfView(33.0, 33.0, 1.0)
     red.SetSliceOffset(7.5)
@@ -246,7 +375,6 @@ def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, pa
     fixed = worlds.add_volume("large", large(pair.world.fixed))
     ui.fixedSelector.setCurrentNode(fixed)
     ui.stepsSpinBox.value = 8
-    ui.stopEarlyCheckBox.checked = False
     ui.registerButton.click()
     stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 1)
     process = panel.logic.client()._process
@@ -527,7 +655,8 @@ def test_batch_goes_on_after_a_pair_that_fails(stand_in, panel, pair, model):
     ]
     outcomes = logic.registerBatch(pairs, model=model, steps=1, align="none", device="cpu", on_outcome=told.append)
     assert told == outcomes
-    assert [len(o.nodes.report["steps"]) - 1 if o.nodes else o.error[:8] for o in outcomes] == [1, "Choose a", 2]
+    taken = [o.nodes.report["steps"][-1]["step"] if o.nodes else o.error[:8] for o in outcomes]
+    assert taken == [1, "Choose a", 2]
 
 
 def test_self_test(stand_in, module):
