@@ -53,9 +53,9 @@ class MorphSeek(ScriptedLoadableModule):
         parent.helpText = _(
             "Registers two volumes, with a learned deformation or by fitting them alone, and shows where the "
             "deformation folds, or proves that it does not. Choose a fixed and a moving volume and press Register. "
-            "What is proven holds for linear interpolation: Slicer sets transforms that it reads from files to cubic, which is "
-            "another map, so set a transform.h5 that you load to linear; the results in a scene are kept linear by the "
-            "module. The method is MorphSeek: Zhang et al., "
+            "What is proven holds for linear interpolation: Slicer sets transforms that it reads from files to cubic, "
+            "which is another map, so set a transform.h5 that you load to linear; the results in a scene are kept "
+            "linear by the module. The method is MorphSeek: Zhang et al., "
             '"MorphSeek: Fine-grained Latent Representation-Level Policy Optimization for Deformable Image '
             'Registration", CVPR 2026, {link}. For research; not a medical device.'
         ).format(link='<a href="https://arxiv.org/abs/2511.17392">arXiv 2511.17392</a>')

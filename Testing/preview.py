@@ -141,7 +141,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     photograph("register-ready.png")
     panel.ui.registerButton.click()
-    application.wait(lambda: panel._steps is not None and panel._steps.count >= 2, 600)
+    application.wait(lambda: "Fitting" in panel.ui.statusLabel.text, 600)
     photograph("register-running.png")
     application.wait(lambda: panel._run is None, 600)
     photograph("register.png")

@@ -324,7 +324,6 @@ class RegisterPanel(Panel):
         answer = next((n for n, row in enumerate(rows) if row.get("answer")), None)
         pictures = self._steps.rows if self._steps is not None else []
         ui.stepSlider.value = pictures.index(answer) if answer in pictures else ui.stepSlider.maximum
-        ui.resultWidget.visible = True
         ui.noModelButton.visible = _knows_no_such_images(report)
         if _model_of(report) is None:
             ui.moreButton.text = _("Fit longer")
@@ -441,6 +440,8 @@ class RegisterPanel(Panel):
         slider.value = slider.maximum
         slider.blockSignals(blocked)
         slider.enabled = count > 1
+        self.ui.resultWidget.visible = count > 0 or self._last is not None
+        self.ui.moreButton.visible = self._last is not None
         self.ui.stepLabel.text = self._step_text(slider.value) if count else ""
 
     def _show_step(self, item: int) -> None:

@@ -222,6 +222,7 @@ def test_every_stage_is_seen_by_its_name(stand_in, panel, ui, pair):
     panel.on_result.append(results.append)
     picture = panel._picture
     panel._picture = lambda row, image: (picture(row, image), seen.append((row, ui.stepLabel.text)))
+    assert ui.resultWidget.isHidden()
     ui.searchSelector.currentText = ui.fitSelector.currentText = "On"
     ui.similaritySelector.currentText = "Two modalities (MIND)"
     ui.stepsSpinBox.value = 1
@@ -315,11 +316,13 @@ def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair, monkeypatc
     before = scene_state()
     ui.registerButton.click()
     stand_in.wait(lambda: panel._steps is not None and panel._steps.count >= 2)
-    assert scene_state() != before, "the steps are seen while it runs"
+    assert scene_state() != before, "the stages are seen while it runs"
+    assert (ui.resultWidget.isHidden(), ui.moreButton.isHidden()) == (False, True), "by their names"
     ui.cancelButton.click()
     assert ui.statusLabel.text == "Canceling ..."
     run(stand_in, panel)
     assert scene_state() == before
+    assert ui.resultWidget.isHidden()
     assert ui.statusLabel.text == "Canceled; the scene is as it was."
     assert ui.registerButton.enabled is True
     assert panel.logic.client().running, "the engine stays for the next run"
