@@ -48,7 +48,7 @@ class RegistrationOptions:
     preset: Preset = "best"
     search: Switch = "auto"
     fit: Switch = "auto"
-    similarity: str = "auto"
+    similarity: Literal["auto", Similarity] = "auto"
     fit_iterations: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
