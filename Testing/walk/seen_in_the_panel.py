@@ -34,5 +34,5 @@ def test_a_backbone_is_in_the_list(stand_in, tmp_path, monkeypatch):
 
 def test_a_similarity_is_in_both_lists(stand_in, tmp_path, monkeypatch):
     both = panels(stand_in, tmp_path, monkeypatch)
-    assert "edges" in entries(both["register"].ui.fitBySelector)
+    assert "Edges (NGF)" in entries(both["register"].ui.similaritySelector)
     assert "ngf" in entries(both["training"].ui.similarityBox)

@@ -150,9 +150,9 @@ def test_loss(checkout):
 
 def test_similarity(checkout):
     follow(checkout, "similarity.md")
-    assert "ngf across modalities" in sh(checkout, "morphseek register --help")
+    assert "ngf (across modalities)" in sh(checkout, "morphseek register --help")
     report = json.loads((checkout / "by-edges" / "report.json").read_text())
-    assert report["refinement"]["settings"]["similarity"] == "ngf"
+    assert report["fit"]["similarity"] == "ngf"
     (checkout / "ngf.toml").write_text(
         '[loss]\nsimilarity = "ngf"\n[training]\niterations = 2\n[preprocessing]\nspacing = [2.5, 2.5, 2.5]\n'
         "[model.backbone_settings]\nencoder = [8, 8]\ndecoder = [8, 8]\nextra = [8]\n"
