@@ -145,7 +145,7 @@ class RegisterPanel(Panel):
             self._time = None
             self._ending = _("The scene was closed, so the registration was canceled.")
         self._steps, self._last, self._before = None, None, None
-        self.ui.resultWidget.visible = False
+        self.ui.resultWidget.visible = self.ui.noModelButton.visible = False
         self._status.say(self._ending if self._run is not None else "")
 
     def add_model(self, path) -> None:
