@@ -21,6 +21,7 @@ RATE, DECAYS = 0.1, (0.8, 0.9)
 SHOWN = 0.02
 """Of the range of intensities: darker voxels of both images are background."""
 _OFF = 1e-3  # voxels that zero is off: on a voxel's center itself, linear interpolation has two slopes
+_SAME_EXTENT = 0.7  # of what either image shows, both show where they show the same thing
 _AROUND = 2  # blocks around what is shown that count too
 
 OnIteration = Callable[[int], None]
@@ -238,12 +239,24 @@ def halved(image: Tensor) -> Tensor:
     return F.avg_pool3d(image, 2)
 
 
-def counted_blocks(*images: Tensor) -> Tensor:
-    """Return the blocks in which one of the images (1, 1, 2 a, 2 b, 2 c) shows something or is near to it, (a, b, c)
-    bool."""
-    shown = torch.stack([image[0, 0] for image in images]).amax(dim=0)[None, None]
-    shown = F.max_pool3d(shown, 2)
-    return F.max_pool3d(shown, 2 * _AROUND + 1, stride=1, padding=_AROUND)[0, 0] > SHOWN
+def counted_blocks(fixed: Tensor, moving: Tensor, seen: Tensor) -> Tensor:
+    """Return the blocks that count: where both images lie, and one of them shows something or is near to it.
+
+    Where one image shows much that the other does not, such as a whole head and a brain without its skull, only what
+    both show counts: the rim of the one would else be drawn to the rim of the other.
+
+    Args:
+        fixed, moving: (1, 1, 2 a, 2 b, 2 c) in [0, 1], aligned.
+        seen: (1, 1, 2 a, 2 b, 2 c) bool, where both lie.
+
+    Returns:
+        (a, b, c) bool.
+    """
+    whole = F.avg_pool3d(seen.float(), 2)[0, 0] > 0.99
+    one, other = (F.max_pool3d(image, 2)[0, 0] > SHOWN for image in (fixed, moving))
+    both, either = one & other & whole, (one | other) & whole
+    near = F.max_pool3d(either.float()[None, None], 2 * _AROUND + 1, stride=1, padding=_AROUND)[0, 0] > 0
+    return torch.where(both.sum() < _SAME_EXTENT * either.sum(), both, near & whole)
 
 
 def _ranges(counted: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ class Search:
         """
         job.report("search", 0.0, "Searching for large motion")
         pyramid = pair.pyramid
-        level = level_for(pyramid.crop.grid.shape)
+        level, passes = level_for(pyramid.crop.grid.shape)
         fixed, moving, _ = pyramid.images(level)
-        control = search(mind_ssc(fixed), mind_ssc(moving), threads=torch.get_num_threads(), check=job.check)
+        control = search(mind_ssc(fixed), mind_ssc(moving), passes, torch.get_num_threads(), job.check)
         job.report("search", 1.0, "Searching for large motion")
         return taken_over(pair, begin, "search", pyramid.displacement(control, level))

@@ -53,7 +53,7 @@ PLANS = {
 """By what is compared, block correlation or features, and by preset."""
 AFTER_SEARCH = {"best": ((1, 0), (60, 40)), "fast": ((1, 0), (40, 15))}
 """Levels and iterations by correlation where a search has found the large motion; coarser ones undo some of it."""
-FINER = 10
+FINER = 5
 """Iterations more on voxels of half the length, by the best preset ..."""
 FEW_VOXELS = 1_500_000
 """... on a crop of fewer voxels."""

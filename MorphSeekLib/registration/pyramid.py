@@ -104,9 +104,11 @@ class Coarse:
         to_crop[:3, 3] = (scale - 1) / 2
         grid = _grid(fixed.shape[2:], crop.grid.affine @ to_crop)
         averaged = _averaged(moving, grid)
+        image = averaged.data[None, None].to(fixed.device)
+        points = index_points(grid, alignment, averaged.grid, fixed.device)
         sees = _inside(grid, alignment, moving.grid, fixed.device) & (seen > 0.99)
-        counted = counted_blocks(fixed) & _whole_blocks(sees)
-        return cls(grid, fixed, counted, averaged.data[None, None].to(fixed.device), averaged.grid)
+        counted = counted_blocks(fixed, fields.sample(image, points, padding="border"), sees)
+        return cls(grid, fixed, counted, image, averaged.grid)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Pyramid:
         """Return what a fit compares on a level; the number as for :meth:`images`, the weights as in
         :class:`.objective.Level`."""
         fixed, moving, seen = self.images(number)
-        counted = counted_blocks(fixed, moving) & _whole_blocks(seen)
+        counted = counted_blocks(fixed, moving, seen)
         if similarity == "lncc":
             return Level(fixed, moving, counted, None, diffusion, folding)
         measure = SIMILARITIES[similarity]
@@ -287,11 +289,6 @@ def _inside(grid: Grid, alignment: Transform, into: Grid, device: torch.device) 
     points = index_points(grid, alignment, into, device)
     limit = torch.tensor(into.shape, device=device).view(1, 3, 1, 1, 1) - 0.5
     return ((points >= -0.5) & (points <= limit)).all(dim=1, keepdim=True)
-
-
-def _whole_blocks(seen: Tensor) -> Tensor:
-    """Return (a, b, c): the blocks of which all voxels (1, 1, 2 a, 2 b, 2 c) are seen."""
-    return F.avg_pool3d(seen.float(), 2)[0, 0] > 0.99
 
 
 def _averaged(volume: Volume, onto: Grid) -> Volume:

@@ -39,6 +39,8 @@ class Pass:
 
 PASSES = (Pass(4, 5), Pass(3, 3), Pass(2, 2))
 """Each begins where the one before has ended."""
+SMALL = (Pass(2, 3), Pass(2, 1))
+"""Of a small image."""
 MOST_COSTS = 45_000_000
 """Of a pass, numbers of four bytes: 180 MB."""
 _FEWEST_CELLS = 4_000
@@ -49,21 +51,22 @@ def costs_of(one: Pass, shape: Sequence[float]) -> int:
     return math.prod(math.ceil(n / one.cell) for n in shape) * (2 * one.reach + 1) ** 3
 
 
-def level_for(shape: Sequence[int], passes: Sequence[Pass] = PASSES) -> int:
-    """Return the level of a pyramid to search on: the finest on which no pass has more than :data:`MOST_COSTS`.
+def level_for(shape: Sequence[int]) -> tuple[int, tuple[Pass, ...]]:
+    """Return the level of a pyramid to search on, and the passes there.
 
     Args:
         shape: voxels of level 0; those of each coarser level are twice as long.
-        passes: of the search.
 
     Returns:
-        the level's number; -1, voxels of half the length, where level 0 has few cells.
+        the finest level on which no pass has more than :data:`MOST_COSTS`; level 0 and smaller cells for an image that
+        would have few of them.
     """
-    first = math.prod(n / passes[0].cell for n in shape)
-    level = -1 if first < _FEWEST_CELLS else 0
-    while max(costs_of(one, [n / 2.0**level for n in shape]) for one in passes) > MOST_COSTS:
+    if math.prod(n / PASSES[0].cell for n in shape) < _FEWEST_CELLS:
+        return 0, SMALL
+    level = 0
+    while max(costs_of(one, [n / 2**level for n in shape]) for one in PASSES) > MOST_COSTS:
         level += 1
-    return level
+    return level, PASSES
 
 
 def search(

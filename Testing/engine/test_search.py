@@ -85,11 +85,11 @@ def test_the_number_of_threads_does_not_change_the_answer():
 
 def test_the_costs_of_a_pass_stay_within_bounds_however_large_the_image_is():
     for shape in ((48, 64, 48), (112, 112, 96), (192, 224, 176), (512, 512, 320), (1024, 1024, 64)):
-        level = searching.level_for(shape)
-        costs = [searching.costs_of(one, tuple(n / 2**level for n in shape)) for one in searching.PASSES]
+        level, passes = searching.level_for(shape)
+        costs = [searching.costs_of(one, tuple(n / 2**level for n in shape)) for one in passes]
         assert max(costs) <= searching.MOST_COSTS
-    assert searching.level_for((48, 64, 48)) < 0
-    assert searching.level_for((112, 112, 96)) == 0
+    assert searching.level_for((48, 64, 48)) == (0, searching.SMALL)
+    assert searching.level_for((112, 112, 96)) == (0, searching.PASSES)
 
 
 def test_a_search_can_be_canceled(form):
