@@ -26,7 +26,7 @@ from ..space import fields
 from .compiled import kernels
 
 _NEARNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-_CONSISTENT = 15  # iterations
+_CONSISTENT = 5  # iterations; the source's 15 smooth the field more, and warped labels overlap less
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ class CompiledCosts:
     ) -> None:
         self._kernels, self._reach, self._threads = module, reach, threads
         padded = F.pad(moving.float(), [reach] * 6, mode="replicate")[0]
-        rows = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4).flatten(3).contiguous().numpy()
+        rows = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4).flatten(3)
+        rows = F.pad(rows, (0, search_kernels.LANES)).numpy()
         cells = fixed[0].float().movedim(0, 3).contiguous().numpy()
         self._shape = cells.shape[:3]
         self.costs = np.empty((*self._shape, (2 * reach + 1) ** 3), np.float32)

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 _FAST = {"contract", "nsz", "nnan"}
+LANES = 8  # displacements that are compared at once
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -19,8 +20,8 @@ def compare(fixed, moving, reach, costs, begin, end):
 
     Args:
         fixed: (a, b, c, channels).
-        moving: (a + 2 reach, c, channels, (b + 2 reach) (2 reach + 1)), with edge values around it: along the last axis
-            the cells' rows, of each the neighbors along k.
+        moving: (a + 2 reach, c, channels, (b + 2 reach) (2 reach + 1) + 8), with edge values around it: along the last
+            axis the cells' rows, of each the neighbors along k, then eight numbers that do not count.
         reach: cells along each axis.
         costs: (a, b, c, (2 reach + 1)^3), written.
         begin, end: planes of cells.
@@ -30,25 +31,33 @@ def compare(fixed, moving, reach, costs, begin, end):
     area = side * side
     odd = channels % 4
     spare = np.empty((max(b, c), area * side), np.float32)
+    line = np.zeros(area * side + LANES, np.float32)
     for p in range(begin, end):
         for r in range(c):
             for q in range(b):
                 first = q * side
                 cell, out = fixed[p, q, r], costs[p, q, r]
-                out[:] = 0
                 for x in range(side):
                     near, to = moving[p + x, r], x * area
+                    # whole lanes: what goes beyond the area is written over by the next one
+                    for d in range(to, to + area + LANES - 1):
+                        line[d] = 0
                     for n in range(odd):
                         f = cell[n]
-                        for d in range(area):
-                            e = near[n, first + d] - f
-                            out[to + d] += e * e
+                        for start in range(0, area, LANES):
+                            for lane in range(LANES):
+                                e = near[n, first + start + lane] - f
+                                line[to + start + lane] += e * e
                     for n in range(odd, channels, 4):
                         f0, f1, f2, f3 = cell[n], cell[n + 1], cell[n + 2], cell[n + 3]
-                        for d in range(area):
-                            e0, e1 = near[n, first + d] - f0, near[n + 1, first + d] - f1
-                            e2, e3 = near[n + 2, first + d] - f2, near[n + 3, first + d] - f3
-                            out[to + d] += (e0 * e0 + e1 * e1) + (e2 * e2 + e3 * e3)
+                        for start in range(0, area, LANES):
+                            for lane in range(LANES):
+                                d = first + start + lane
+                                e0, e1 = near[n, d] - f0, near[n + 1, d] - f1
+                                e2, e3 = near[n + 2, d] - f2, near[n + 3, d] - f3
+                                line[to + start + lane] += (e0 * e0 + e1 * e1) + (e2 * e2 + e3 * e3)
+                for d in range(area * side):
+                    out[d] = line[d]
             _blur(costs[p, :, r], spare)
         for q in range(b):
             _blur(costs[p, q], spare)
