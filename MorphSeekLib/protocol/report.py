@@ -72,9 +72,10 @@ class LevelSection(GridSection):
 
 
 class FitSection(TypedDict):
-    """The fit: what it compared by, with which weights, its levels, and what computed it."""
+    """The fit: what it compared by, whether the moving image's contrast was turned around for it, with which weights, its levels, and what computed it."""
 
     similarity: str
+    opposite_contrast: bool
     iterations: list[int]
     regularization: float
     folding: float

@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import kernels
-from .objective import EPSILON, WANTED, Level, Objective, finer
+from .objective import EPSILON, SHOWN, WANTED, Level, Objective, finer
 
 RATE, DECAYS = 0.1, (0.8, 0.9)
 """Adam's steps in voxels of the level, and how it forgets."""
-SHOWN = 0.02
-"""Of the range of intensities: darker voxels of both images are background."""
 _OFF = 1e-3  # voxels that zero is off: on a voxel's center itself, linear interpolation has two slopes
 _SAME_EXTENT = 0.7  # of what either image shows, both show where they show the same thing
 _AROUND = 2  # blocks around what is shown that count too

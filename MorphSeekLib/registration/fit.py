@@ -87,6 +87,7 @@ class Fit:
         found = pyramid.displacement(ends[-1].control, plan.levels[-1])
         section: FitSection = {
             "similarity": pair.similarity,
+            "opposite_contrast": pair.opposite,
             "iterations": list(plan.iterations),
             "regularization": plan.regularization,
             "folding": plan.folding,

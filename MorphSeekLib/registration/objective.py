@@ -28,10 +28,13 @@ from ..space import fields
 
 EPSILON = 1e-3
 """Of the correlation, for intensities in [0, 1]."""
+SHOWN = 0.02
+"""Of the range of intensities: darker voxels are background."""
 WANTED = 0.05
 """Determinants below it are pushed up."""
 _WINDOW = 5  # blocks
 _COUNT = (2 * _WINDOW) ** 3  # voxels of a window
+_INSIDE = 0.8  # of a window's voxels, that both images show where it lies inside of them
 
 
 class Energy(NamedTuple):
@@ -109,18 +112,34 @@ class Objective:
         if self.level.features is not None:
             difference = warped - self._fixed
             return self.level.features * difference.square().sum(), 2 * self.level.features * difference
-        sums = torch.cat([block_sum(warped), block_sum(warped.square()), block_sum(warped * self._fixed)], dim=1)
-        moved, squares, products = box_sum(sums, _WINDOW).split(1, dim=1)
+        moved, cross, s = self._correlated(warped)
         fixed, fixed_variance = self.fixed_sums
-        variance = (squares - moved.square() / _COUNT).clamp(min=0)
-        cross = products - fixed * moved / _COUNT
-        s = cross / (fixed_variance * variance + EPSILON)
         by_cross = 2 * s
         by_variance = by_cross * s * fixed_variance
         by_sum = (by_cross * fixed - by_variance * moved) / _COUNT
         weights = box_sum(torch.cat([by_cross, by_variance, by_sum], dim=1), _WINDOW)
         by_cross, by_variance, by_sum = doubled(weights).split(1, dim=1)
         return -(cross * s).sum(), by_sum + warped * by_variance - self._fixed * by_cross
+
+    def contrast(self, warped: Tensor) -> Tensor:
+        """Return whether the images grow brighter together inside of what they show, a scalar from 1 to -1.
+
+        It is the share of the squared correlation that has the sign plus, less that with the sign minus, over windows
+        that lie inside; at the rim of two objects on black every pair of images grows brighter together.
+        """
+        _, cross, s = self._correlated(warped)
+        shown = block_sum(((self._fixed > SHOWN) & (warped > SHOWN)).float())
+        value = cross * s * (box_sum(shown, _WINDOW) > _INSIDE * _COUNT) * self.level.counted
+        return (value * cross.sign()).sum() / value.sum().clamp(min=1e-6)
+
+    def _correlated(self, warped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return S_W, C and C / (U V + epsilon) of each window."""
+        sums = torch.cat([block_sum(warped), block_sum(warped.square()), block_sum(warped * self._fixed)], dim=1)
+        moved, squares, products = box_sum(sums, _WINDOW).split(1, dim=1)
+        fixed, fixed_variance = self.fixed_sums
+        variance = (squares - moved.square() / _COUNT).clamp(min=0)
+        cross = products - fixed * moved / _COUNT
+        return moved, cross, cross / (fixed_variance * variance + EPSILON)
 
 
 def block_sum(voxels: Tensor) -> Tensor:

@@ -37,10 +37,13 @@ from ..space.preprocessing import Preprocessing, foreground_of, general, normali
 from . import guards
 from .alignment import align, object_size
 from .judge import Judge
-from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around
+from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around, with_opposite_contrast
 
 # working grids beyond this would need more memory than any machine of the field has
 MAX_WORKING_VOXELS = 512**3
+OPPOSITE = -0.3
+"""Below it (:meth:`.objective.Objective.contrast`) what is bright in one image is dark in the other: T1 and T1 have 1.0, CT
+and CT 0.5 to 0.9, MR and CT 0.2 to 0.6, T1 and inverted or T2-like ones -0.9 to -1.0 (development pairs)."""
 
 
 class Clock:
@@ -136,6 +139,7 @@ class Pair:
         alignment: from :meth:`align` or :meth:`go_on_from`.
         similarity: what the pair is compared by, from :meth:`prepare`.
         seen: (1, 1, i, j, k), bool, which voxels of the working grid lie in the fixed image.
+        opposite: whether the moving image's contrast is turned around for search and fit.
         judge: of displacements.
     """
 
@@ -152,7 +156,7 @@ class Pair:
         device: torch.device | None = None,
         job: Job = SILENT,
     ) -> None:
-        self.fixed, self.moving, self.job = fixed, moving, job
+        self.fixed, self.moving, self.job, self.opposite = fixed, moving, job, False
         self.device = torch.device("cpu") if device is None else device
         self.background = air_value(moving.data)
         card = None if model is None else model.card.preprocessing
@@ -214,9 +218,14 @@ class Pair:
         """Choose what the pair is compared by, and make the judge.
 
         Args:
-            similarity: a key of SIMILARITIES, or "auto".
+            similarity: a key of SIMILARITIES; "auto" for "lncc", which serves two modalities too: after a search, and where
+                the contrast is opposite, with that of the moving image turned around.
         """
-        self.similarity = self._chosen() if similarity == "auto" else similarity
+        self.similarity = "lncc" if similarity == "auto" else similarity
+        if self.similarity == "lncc" and self.pyramid.contrast() < OPPOSITE:
+            self.opposite = True
+            for made in ("source", "coarse", "pyramid"):
+                self.__dict__.pop(made, None)
         shown = Volume(foreground_of(quiet_background(self.fixed.data)).to(torch.uint8), self.fixed.grid)
         foreground = resample(shown, self.grid, mode="nearest", job=self.job).data.bool()
         # what one image does not see must not count as black there: a stretch of thin slices would be taken for a gain
@@ -226,10 +235,6 @@ class Pair:
         self.notices += guards.small_foreground(int(self.shown.sum()))
         for volume, role in ((self.fixed, "The fixed image"), (self.moving, "The moving image")):
             self.notices += guards.few_values(normalize(volume.data, self.preprocessing), volume.called(role))
-
-    def _chosen(self) -> str:
-        """Return the similarity that suits the pair."""
-        return "lncc"
 
     @functools.cached_property
     def intensities(self) -> tuple[Volume, Volume]:
@@ -249,15 +254,25 @@ class Pair:
         """(1, 1, i, j, k), as the network takes them, as smooth as the working grid, on the moving image's own."""
         return smooth_for_spacing(self.intensities[1], world_spacing(self.grid)).data[None, None].to(self.device)
 
-    @property
+    @functools.cached_property
+    def _fitted(self) -> tuple[Volume, Volume]:
+        """The two images as search, fit and judge take them."""
+        if self.preprocessing.intensity == "window":
+            return self.intensities
+        as_given = general(self.fixed.data, self.moving.data)
+        fixed, moving = (normalized(v, as_given, v.name) for v in (self.fixed, self.moving))
+        return fixed, moving
+
+    @functools.cached_property
     def source(self) -> Volume:
-        """The moving image with intensities in [0, 1]."""
-        return self.intensities[1]
+        """The moving image as it is searched and fitted: in [0, 1], of the fixed image's contrast."""
+        moving = self._fitted[1]
+        return with_opposite_contrast(moving) if self.opposite else moving
 
     @functools.cached_property
     def crop(self) -> Crop:
         """The fixed image around what it shows."""
-        return Crop.of(self.intensities[0], self.device, self.job)
+        return Crop.of(self._fitted[0], self.device, self.job)
 
     @functools.cached_property
     def coarse(self) -> Coarse:

@@ -25,8 +25,8 @@ from ..space.geometry import (
     smooth_for_spacing,
     voxel_displacement,
 )
-from .descent import SHOWN, counted_blocks, halved
-from .objective import Level
+from .descent import counted_blocks, halved
+from .objective import SHOWN, Level, Objective
 
 COARSEST = 2
 """The level on which results are judged: voxels are 2^2 times as long as those of level 0 ..."""
@@ -174,6 +174,12 @@ class Pyramid:
         to_crop[:3, 3] = (size - 1) / 2
         return _grid(np.array(self.crop.grid.shape) / size, self.crop.grid.affine @ to_crop)
 
+    def contrast(self) -> float:
+        """Return whether the images grow brighter together; see :meth:`.objective.Objective.contrast`."""
+        level = self.level(0, "lncc", 0.0, 0.0)
+        objective = Objective(level)
+        return float(objective.contrast(level.moving * objective.voxels))
+
     def displacement(self, control: Tensor, level: int) -> DenseTransform:
         """Return the map that control points of a level make before the alignment, on nodes that are control points.
 
@@ -227,6 +233,11 @@ def _nodes(
     to_lattice = np.diag([step, step, step, 1.0])
     to_lattice[:3, 3] = offset + (step - 1) / 2 - step * before
     return _grid(points + before + after, lattice.affine @ to_lattice)
+
+
+def with_opposite_contrast(image: Volume) -> Volume:
+    """Return an image in [0, 1] whose object is dark where it was bright; the background stays."""
+    return Volume(torch.where(image.data > SHOWN, 1 + 2 * SHOWN - image.data, image.data), image.grid)
 
 
 def lattice_of(fixed: Grid) -> Grid:

@@ -203,7 +203,7 @@ class CompiledCosts:
         self._kernels, self._reach, self._threads = module, reach, threads
         padded = F.pad(moving.float(), [reach] * 6, mode="replicate")[0]
         rows = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4).flatten(3)
-        rows = F.pad(rows, (0, search_kernels.LANES)).numpy()
+        rows = F.pad(rows, (0, module.LANES)).numpy()
         cells = fixed[0].float().movedim(0, 3).contiguous().numpy()
         self._shape = cells.shape[:3]
         self.costs = np.empty((*self._shape, (2 * reach + 1) ** 3), np.float32)

@@ -108,12 +108,13 @@ def working_grid(fixed: Grid, preprocessing: Preprocessing, multiple_of: int) ->
 
 
 def general(*images: Tensor) -> Preprocessing:
-    """Return how images reach search and fit where no model says it: CT by a window, others by percentiles.
+    """Return how images reach search and fit: CT by a window, others from their background to a percentile.
 
+    A lower percentile would take what is dark in the object for background, such as the white matter of a T2 image.
     Images are taken for CT if each reaches far below zero, as air does, and shows tissue of a usual density.
     """
     window = Preprocessing(intensity="window", low=HOUNSFIELD[0], high=HOUNSFIELD[1])
-    return window if all(_is_ct(sampled(image)) for image in images) else Preprocessing()
+    return window if all(_is_ct(sampled(image)) for image in images) else Preprocessing(low=0.0)
 
 
 def _is_ct(values: Tensor) -> bool:
