@@ -66,19 +66,22 @@ class StepSection(TypedDict, total=False):
 
 
 class LevelSection(GridSection):
-    """A level of the fit: its voxels, and the objective before each iteration."""
+    """A level of the fit: its voxels, what it compared by and with which weights, and the objective before each
+    iteration."""
 
+    similarity: str
+    regularization: float
+    folding: float
     objective: list[float]
 
 
 class FitSection(TypedDict):
-    """The fit: what it compared by, whether the moving image's contrast was turned around for it, with which weights, its levels, and what computed it."""
+    """The fit: what it compared by, whether the moving image's contrast was turned around for it, its levels, and what
+    computed it."""
 
     similarity: str
     opposite_contrast: bool
     iterations: list[int]
-    regularization: float
-    folding: float
     levels: list[LevelSection]
     kernels: str
     definition: str

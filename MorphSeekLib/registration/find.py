@@ -32,7 +32,7 @@ class Search:
             what was found, or ``begin`` where the judge finds that more alike.
         """
         job.report("search", 0.0, "Searching for large motion")
-        pyramid = pair.pyramid
+        pyramid = pair.as_given
         level, passes = level_for(pyramid.crop.grid.shape)
         fixed, moving, _ = pyramid.images(level)
         control = search(mind_ssc(fixed), mind_ssc(moving), passes, torch.get_num_threads(), job.check)

@@ -5,14 +5,14 @@ What is compared, and how it is lowered, stands in :mod:`.objective` and :mod:`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..protocol.job import Job
 from ..protocol.options import RegistrationOptions
-from ..protocol.report import FitSection, Stage, StepSection
+from ..protocol.report import FitSection, LevelSection, Stage, StepSection
 from ..space.geometry import DenseTransform, dense_from_voxels, voxel_displacement
 from . import guards
 from .descent import descend, kernels_used
@@ -28,15 +28,17 @@ DEFINITION = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How a similarity is fitted.
+    """How a pair is fitted.
 
     Attributes:
+        similarity: a key of SIMILARITIES.
         levels: coarse to fine, as for :meth:`.pyramid.Pyramid.images`.
         iterations: on each.
         rate: of Adam, voxels of the level.
         regularization, folding: weights of :class:`.objective.Level`.
     """
 
+    similarity: str
     levels: tuple[int, ...]
     iterations: tuple[int, ...]
     rate: float
@@ -44,15 +46,26 @@ class Plan:
     folding: float
 
 
-PLANS = {
-    ("lncc", "best"): Plan((2, 1, 0), (60, 60, 30), 0.1, 0.1, 800.0),
-    ("lncc", "fast"): Plan((2, 1, 0), (40, 30, 10), 0.1, 0.1, 800.0),
-    ("features", "best"): Plan((1, 0), (40, 20), 0.2, 0.4, 240.0),
-    ("features", "fast"): Plan((2, 1), (40, 20), 0.2, 0.4, 240.0),
+CORRELATION = {
+    "best": Plan("lncc", (2, 1, 0), (60, 60, 30), 0.1, 0.1, 800.0),
+    "fast": Plan("lncc", (2, 1, 0), (40, 30, 10), 0.1, 0.1, 800.0),
 }
-"""By what is compared, block correlation or features, and by preset."""
-AFTER_SEARCH = {"best": ((1, 0), (60, 40)), "fast": ((1, 0), (40, 15))}
-"""Levels and iterations by correlation where a search has found the large motion; coarser ones undo some of it."""
+"""By preset."""
+CORRELATION_FROM_NEAR = {
+    "best": Plan("lncc", (1, 0), (60, 40), 0.1, 0.1, 800.0),
+    "fast": Plan("lncc", (1, 0), (40, 15), 0.1, 0.1, 800.0),
+}
+"""After a search: a coarser level would undo some of what it has found."""
+CORRELATION_OPPOSITE = {
+    "best": Plan("lncc", (0,), (40,), 0.1, 0.1, 800.0),
+    "fast": Plan("lncc", (0,), (20,), 0.1, 0.1, 800.0),
+}
+"""After a fit by features where the contrast is opposite: wider windows hold more of the outlines."""
+FEATURES = {
+    "best": Plan("mind", (1, 0), (40, 20), 0.2, 0.4, 240.0),
+    "fast": Plan("mind", (2, 1), (40, 20), 0.2, 0.4, 240.0),
+}
+"""By any other similarity than correlation."""
 FINER = 5
 """Iterations more on voxels of half the length, by the best preset ..."""
 FEW_VOXELS = 1_500_000
@@ -76,25 +89,37 @@ class Fit:
         Returns:
             the fitted one, or ``begin`` where the judge finds it more alike.
         """
-        plan = plan_for(pair, begin, self.options)
-        pyramid = pair.pyramid
-        levels = [pyramid.level(n, pair.similarity, plan.regularization, plan.folding) for n in plan.levels]
-        start = None
-        if begin.found is not None or begin.answer > 0:
-            start = pyramid.control(displacement_of(pair, begin), plan.levels[0])
-        progress = _Progress(levels, plan.iterations, job)
-        ends = descend(levels, plan.iterations, start, plan.rate, torch.get_num_threads(), progress.tick)
-        found = pyramid.displacement(ends[-1].control, plan.levels[-1])
+        plans, pyramid = plans_for(pair, begin, self.options), pair.pyramid
+        levels = []
+        for plan in plans:
+            images = pyramid if plan.similarity == "lncc" else pair.as_given
+            weights = plan.regularization, plan.folding
+            levels.append([images.level(n, plan.similarity, *weights) for n in plan.levels])
+        progress = _Progress(levels, plans, job)
+        found = displacement_of(pair, begin) if begin.found is not None or begin.answer > 0 else None
+        sections: list[LevelSection] = []
+        for number, plan in enumerate(plans):
+            control = None if found is None else pyramid.control(found, plan.levels[0])
+            ends = descend(
+                levels[number], plan.iterations, control, plan.rate, torch.get_num_threads(), progress.ticks(number)
+            )
+            found = pyramid.displacement(ends[-1].control, plan.levels[-1])
+            sections += [
+                {
+                    **pyramid.grid(n).describe(),
+                    "similarity": plan.similarity,
+                    "regularization": plan.regularization,
+                    "folding": plan.folding,
+                    "objective": end.objectives.tolist(),
+                }
+                for n, end in zip(plan.levels, ends, strict=True)
+            ]
+        assert found is not None  # there is at least one plan
         section: FitSection = {
             "similarity": pair.similarity,
             "opposite_contrast": pair.opposite,
-            "iterations": list(plan.iterations),
-            "regularization": plan.regularization,
-            "folding": plan.folding,
-            "levels": [
-                {**pyramid.grid(n).describe(), "objective": end.objectives.tolist()}
-                for n, end in zip(plan.levels, ends, strict=True)
-            ],
+            "iterations": [count for plan in plans for count in plan.iterations],
+            "levels": sections,
             "kernels": kernels_used(pair.device),
             "definition": DEFINITION,
         }
@@ -103,20 +128,29 @@ class Fit:
         return after
 
 
-def plan_for(pair: Pair, begin: Outcome, options: RegistrationOptions) -> Plan:
-    """Return how a pair is fitted; iterations that were asked for stand on as many of the finest levels."""
-    preset, by_correlation = options.preset, pair.similarity == "lncc"
-    plan = PLANS["lncc" if by_correlation else "features", preset]
-    if by_correlation and begin.figures[begin.answer]["stage"] == "search":
-        levels, iterations = AFTER_SEARCH[preset]
-        plan = replace(plan, levels=levels, iterations=iterations)
-    elif by_correlation and preset == "best" and pair.crop.image.numel() < FEW_VOXELS:
-        plan = replace(plan, levels=(*plan.levels, -1), iterations=(*plan.iterations, FINER))
-    counts = options.fit_iterations
-    if counts is None:
-        return plan
-    finest = plan.levels[-1]
-    return replace(plan, levels=tuple(range(finest + len(counts) - 1, finest - 1, -1)), iterations=counts)
+def plans_for(pair: Pair, begin: Outcome, options: RegistrationOptions) -> list[Plan]:
+    """Return how a pair is fitted, one plan after the other.
+
+    Where the contrast is opposite, features come before correlation, which would first bring the outlines together.
+    Iterations that were asked for stand on as many of the finest levels of the last plan.
+    """
+    preset, searched = options.preset, begin.figures[begin.answer]["stage"] == "search"
+    if pair.similarity != "lncc":
+        plans = [replace(FEATURES[preset], similarity=pair.similarity)]
+    elif pair.opposite:
+        plans = [FEATURES["fast"], CORRELATION_OPPOSITE[preset]]
+    elif searched:
+        plans = [CORRELATION_FROM_NEAR[preset]]
+    else:
+        plans = [CORRELATION[preset]]
+    if pair.similarity == "lncc" and not searched and preset == "best" and pair.crop.image.numel() < FEW_VOXELS:
+        last = plans[-1]
+        plans[-1] = replace(last, levels=(*last.levels, -1), iterations=(*last.iterations, FINER))
+    counts, finest = options.fit_iterations, plans[-1].levels[-1]
+    if counts is not None:
+        levels = tuple(range(finest + len(counts) - 1, finest - 1, -1))
+        plans[-1] = replace(plans[-1], levels=levels, iterations=counts)
+    return plans
 
 
 def displacement_of(pair: Pair, outcome: Outcome) -> DenseTransform:
@@ -142,22 +176,28 @@ class _Progress:
     """Counts iterations; those on finer levels cost more.
 
     Args:
-        levels, iterations: of the fit.
+        levels, plans: of the fit.
         job: told of each.
     """
 
-    def __init__(self, levels: Sequence[Level], iterations: Sequence[int], job: Job) -> None:
-        self._costs = [level.fixed[0, 0].numel() for level in levels]
-        self._whole = sum(cost * count for cost, count in zip(self._costs, iterations, strict=True))
-        self._job, self._count, self._done, self._spent = job, sum(iterations), 0, 0
+    def __init__(self, levels: Sequence[Sequence[Level]], plans: Sequence[Plan], job: Job) -> None:
+        self._costs = [[level.fixed[0, 0].numel() for level in own] for own in levels]
+        costs = [cost for own in self._costs for cost in own]
+        counts = [count for plan in plans for count in plan.iterations]
+        self._whole = max(1, sum(cost * count for cost, count in zip(costs, counts, strict=True)))
+        self._job, self._count, self._done, self._spent = job, sum(counts), 0, 0
 
-    def tick(self, level: int) -> None:
-        """Tell that an iteration is done."""
-        self._done += 1
-        self._spent += self._costs[level]
-        words = f"Fitting this pair, iteration {self._done} of {self._count}"
-        self._job.report("fit", self._spent / self._whole, words, self._done, self._count)
-        self._job.check()
+    def ticks(self, plan: int) -> Callable[[int], None]:
+        """Return what a plan's descent tells that an iteration on a level is done."""
+
+        def tick(level: int) -> None:
+            self._done += 1
+            self._spent += self._costs[plan][level]
+            words = f"Fitting this pair, iteration {self._done} of {self._count}"
+            self._job.report("fit", self._spent / self._whole, words, self._done, self._count)
+            self._job.check()
+
+        return tick
 
 
 def start_of(pair: Pair, state: State | None) -> Outcome:

@@ -42,8 +42,8 @@ from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around, with_oppos
 # working grids beyond this would need more memory than any machine of the field has
 MAX_WORKING_VOXELS = 512**3
 OPPOSITE = -0.3
-"""Below it (:meth:`.objective.Objective.contrast`) what is bright in one image is dark in the other: T1 and T1 have 1.0, CT
-and CT 0.5 to 0.9, MR and CT 0.2 to 0.6, T1 and inverted or T2-like ones -0.9 to -1.0 (development pairs)."""
+"""Below it (:meth:`.objective.Objective.contrast`) what is bright in one image is dark in the other. On development
+pairs T1 and T1 had 1.0, CT and CT 0.5 to 0.9, MR and CT 0.2 to 0.6, T1 and inverted or T2-like images -0.9 to -1.0."""
 
 
 class Clock:
@@ -139,12 +139,14 @@ class Pair:
         alignment: from :meth:`align` or :meth:`go_on_from`.
         similarity: what the pair is compared by, from :meth:`prepare`.
         seen: (1, 1, i, j, k), bool, which voxels of the working grid lie in the fixed image.
-        opposite: whether the moving image's contrast is turned around for search and fit.
+        as_given: the images as they are fitted, before the moving one's contrast is turned around.
+        opposite: whether it is.
         judge: of displacements.
     """
 
     alignment: Alignment
     similarity: str
+    as_given: Pyramid
     seen: Tensor
     judge: Judge
 
@@ -218,10 +220,11 @@ class Pair:
         """Choose what the pair is compared by, and make the judge.
 
         Args:
-            similarity: a key of SIMILARITIES; "auto" for "lncc", which serves two modalities too: after a search, and where
-                the contrast is opposite, with that of the moving image turned around.
+            similarity: a key of SIMILARITIES; "auto" for "lncc", which serves two modalities too: after a search, or
+                with the moving image's contrast turned around where it is opposite.
         """
         self.similarity = "lncc" if similarity == "auto" else similarity
+        self.as_given = self.pyramid
         if self.similarity == "lncc" and self.pyramid.contrast() < OPPOSITE:
             self.opposite = True
             for made in ("source", "coarse", "pyramid"):

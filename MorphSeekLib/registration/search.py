@@ -202,8 +202,8 @@ class CompiledCosts:
     ) -> None:
         self._kernels, self._reach, self._threads = module, reach, threads
         padded = F.pad(moving.float(), [reach] * 6, mode="replicate")[0]
-        rows = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4).flatten(3)
-        rows = F.pad(rows, (0, module.LANES)).numpy()
+        strips = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4).flatten(3)
+        rows = F.pad(strips, (0, module.LANES)).numpy()
         cells = fixed[0].float().movedim(0, 3).contiguous().numpy()
         self._shape = cells.shape[:3]
         self.costs = np.empty((*self._shape, (2 * reach + 1) ** 3), np.float32)
