@@ -188,8 +188,8 @@ class DenseTransform:
 
         Args:
             grid: nodes for the inverse; it should cover the moving image.
-            iterations, tolerance_mm: stop after this many, or when no node moved by more than this and by more than a
-                hundredth of the distance between nodes.
+            iterations, tolerance_mm: stop after this many, or, node by node, when it moved by no more than this and no more
+                than a hundredth of the distance between nodes.
             job: checked once per iteration.
         """
         back = np.linalg.inv(self.affine_part())
@@ -199,13 +199,17 @@ class DenseTransform:
         u = torch.cat([_map(rest, at) for at in _slabs(self.grid)], dim=2) + _turn(to_index @ back, self.displacement)
         start = _points(grid, to_index @ back)
         x = start.clone()
-        spacing = torch.from_numpy(self.grid.spacing)
+        spacing = torch.from_numpy(self.grid.spacing).float()
         tolerance_mm = min(tolerance_mm, 0.01 * float(spacing.min()))
+        goals, found = start.view(3, -1), x.view(3, -1)
+        moving = torch.arange(goals.shape[1])  # nodes that have not come to rest
         for _ in range(iterations):
             job.check()
-            update = 0.7 * (start - fields.sample(u, x, padding="border") - x)
-            x += update
-            if float((update.abs().amax(dim=(0, 2, 3, 4)) * spacing).max()) < tolerance_mm:
+            goal, at = (goals, found) if len(moving) == goals.shape[1] else (goals[:, moving], found[:, moving])
+            update = 0.7 * (goal - fields.sample(u, at[None, :, :, None, None], padding="border")[0, :, :, 0, 0] - at)
+            found[:, moving] = at + update
+            moving = moving[(update.abs() * spacing[:, None]).amax(dim=0) >= tolerance_mm]
+            if not len(moving):
                 break
         # x - y in mm, where y = grid's node and start = back y
         return DenseTransform(_points(grid, back - _IDENTITY)[0] + _turn(self.grid.affine, (x - start)[0]), grid)
