@@ -188,7 +188,7 @@ class DenseTransform:
 
         Args:
             grid: nodes for the inverse; it should cover the moving image.
-            iterations, tolerance_mm: stop after this many, or, node by node, when it moved by no more than this and no more
+            iterations, tolerance_mm: stop after this many; a node rests when it moved by no more than this and by no more
                 than a hundredth of the distance between nodes.
             job: checked once per iteration.
         """
