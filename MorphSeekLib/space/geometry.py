@@ -188,8 +188,8 @@ class DenseTransform:
 
         Args:
             grid: nodes for the inverse; it should cover the moving image.
-            iterations, tolerance_mm: stop after this many; a node rests when it moved by no more than this and by no more
-                than a hundredth of the distance between nodes.
+            iterations, tolerance_mm: stop after this many; a node rests when it moved by no more than this and by no
+                more than a hundredth of the distance between nodes.
             job: checked once per iteration.
         """
         back = np.linalg.inv(self.affine_part())
