@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.cases import TEST, find_cases, hold_out
+from ..data.cases import TEST, VALIDATION, find_cases, hold_out
 from ..data.datasets import Dataset
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..io.files import write_atomically
@@ -28,7 +28,7 @@ from ..networks.loading import load_model
 from ..networks.policy import ModelSettings
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Event, Job
-from ..protocol.options import TrainingOptions
+from ..protocol.options import RegistrationOptions, TrainingOptions
 from ..protocol.run_folder import SETTINGS, STAGES, STATUS, STOP, HeldOut, Stage, Status, locked
 from ..protocol.settings import from_dict, override, to_dict, to_json
 from ..protocol.startup import bundled, check_output_file, check_run, find
@@ -47,6 +47,7 @@ _SAVE_EVERY = 25  # iterations
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes
 _FEWEST = 10  # iterations that such a budget must allow
 _STATUS_SECONDS = 0.5
+_FIT_PAIRS = 6  # validation pairs on which the steps are compared with and without a fit
 _FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj")
 
 
@@ -183,6 +184,8 @@ def _run(folder: Path, status: Status, job: Job) -> None:
 
     status.stage = "evaluate"
     if labeled:
+        assert current is not None  # a run has at least one stage
+        _choose_fit(folder, dataset, current, options.device, job.part(0.9, 0.9, "With or without a fit: "))
         figures = {}
         for number, (name, model) in enumerate((("start", start), ("result", current))):
             if model is not None and (name == "result" or model != current):
@@ -307,6 +310,32 @@ def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) ->
         evaluate(dataset, TEST, load_model(str(model), device), out, job=job)
     found: Evaluation = json.loads(out.read_text(encoding="utf-8"))
     return found
+
+
+def _choose_fit(folder: Path, dataset: Dataset, model: Path, device: str, job: Job) -> None:
+    """Write on a model's card whether its steps are better with a fit after them, by the Dice of validation pairs; a
+    fit without labels can undo what labels have taught."""
+    pairs = [pair for pair in dataset.pairs[VALIDATION] if pair.fixed.label and pair.moving.label][:_FIT_PAIRS]
+    if not pairs:
+        return
+    few, dice = dataclasses.replace(dataset, pairs={VALIDATION: pairs}), {}
+    for fit in ("off", "on"):
+        out = folder / f"validation-fit-{fit}.json"
+        if not out.is_file():
+            loaded = load_model(str(model), device)
+            evaluate(few, VALIDATION, loaded, out, RegistrationOptions(search="off", fit=fit), job)  # type: ignore[arg-type]
+        dice[fit] = json.loads(out.read_text(encoding="utf-8"))["mean"]["dice"]
+    found = {
+        "pairs": len(pairs),
+        "dice_steps": dice["off"],
+        "dice_fitted": dice["on"],
+        "definition": "mean Dice of validation pairs by the steps alone, and with a fit after them; the better is done "
+        "when nothing is asked for",
+    }
+    card = model_file.read_card(model)
+    better = dataclasses.replace(card, fit=dice["on"] > dice["off"], results=card.results | {"with_fit": found})
+    if better != card:
+        model_file.rewrite_card(model, better)
 
 
 def _held_out(figures: dict[str, Evaluation]) -> HeldOut:

@@ -83,6 +83,10 @@ def test_a_run_ends_with_a_checkpoint_and_figures(whole):
     assert card.title == "Blobs"
     assert card.provenance["stage"] == "GRPO fine-tuning"
     assert card.provenance["cases"] == 3, "the cases of the held-out pairs were not trained on"
+    with_fit = card.results["with_fit"]
+    assert card.fit == (with_fit["dice_fitted"] > with_fit["dice_steps"])
+    assert with_fit["pairs"] >= 1
+    assert json.loads((folder / "validation-fit-off.json").read_text())["mean"]["dice"] == with_fit["dice_steps"]
     held_out = card.results["held_out"]
     assert held_out["pairs"] == 2
     assert set(held_out["start"]) == {"dice", "hd95", "folded_percent", "njd_percent", "sdlogj"}
