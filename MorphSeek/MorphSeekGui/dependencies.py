@@ -3,22 +3,30 @@
 PyTorch comes through the PyTorch extension alone, which picks the build for the graphics card. The rest comes through
 slicer.packaging (slicer.util.pip_install before Slicer 5.11), with every package that is installed already held at its
 version, so that nothing of Slicer's own Python is replaced. Nothing is imported to find out.
+
+numba makes registrations on the processor faster and is optional: it is tried after all that is needed, within the same
+consent. Where pip cannot add it without changing another package, the log says so and the setting ``REFUSED`` keeps it
+from being tried again until Slicer has another Python or numpy.
 """
 
 from __future__ import annotations
 
 import importlib
+import platform
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import qt
 import slicer
 import slicer.util
 
 from .scene import _
 
 TORCH = ">=2.4"
+OPTIONAL = "numba>=0.60"
+REFUSED = "MorphSeek/NumbaRefused"
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "Resources" / "requirements.txt"
 
 
@@ -42,9 +50,16 @@ def missing() -> list[str]:
     return [name for name in [f"torch{TORCH}", *requirements()] if not _installed(name)]
 
 
+def optional() -> list[str]:
+    """Return the optional package where it is missing and was not refused with this Python and numpy."""
+    importlib.invalidate_caches()
+    refused = slicer.util.settingsValue(REFUSED, "") == _circumstances()
+    return [] if refused or _installed(OPTIONAL) else [OPTIONAL]
+
+
 def install(on_log: Callable[[str], None], on_done: Callable[[Exception | None], None]) -> None:
-    """Install what is missing. Returns at once where Slicer can install in the background; ``on_done`` is called with
-    None when all is there, or with what went wrong.
+    """Install what is missing, then what is optional. Returns at once where Slicer can install in the background;
+    ``on_done`` is called with None when all that is needed is there, or with what went wrong.
 
     Args:
         on_log: called with each line for the log.
@@ -59,12 +74,41 @@ def install(on_log: Callable[[str], None], on_done: Callable[[Exception | None],
             on_log(_("PyTorch is installed."))
         rest = [name for name in wanted if not name.startswith("torch")]
         if not rest:
-            on_done(_what_is_left())
+            _install_optional(_what_is_left(), on_log, on_done)
             return
         on_log(_("Installing {names} ...").format(names=", ".join(rest)))
-        _pip_install(rest, on_log, on_done)
+        _pip_install(rest, on_log, lambda code: _install_optional(_outcome(code), on_log, on_done))
     except Exception as problem:
         on_done(problem)
+
+
+def _install_optional(
+    problem: InstallError | None, on_log: Callable[[str], None], on_done: Callable[[Exception | None], None]
+) -> None:
+    """Try the optional package where all else went well; what becomes of it is a line in the log."""
+    names = [] if problem is not None else optional()
+    if not names:
+        on_done(problem)
+        return
+
+    def completed(_code: int) -> None:
+        if optional():
+            qt.QSettings().setValue(REFUSED, _circumstances())
+            on_log(
+                _("{names} could not be installed; MorphSeek works without it, more slowly on the processor.").format(
+                    names=OPTIONAL
+                )
+            )
+        else:
+            on_log(_("{names} is installed.").format(names=OPTIONAL))
+        on_done(None)
+
+    on_log(_("Installing {names}, which is optional: it makes registrations faster ...").format(names=OPTIONAL))
+    try:
+        _pip_install(names, on_log, completed)
+    except Exception as failure:
+        on_log(str(failure))
+        completed(1)
 
 
 def _install_torch() -> None:
@@ -89,43 +133,46 @@ def _install_torch() -> None:
         raise Declined
 
 
-def _pip_install(rest: list[str], on_log: Callable[[str], None], on_done: Callable[[Exception | None], None]) -> None:
+def _pip_install(names: list[str], on_log: Callable[[str], None], on_code: Callable[[int], None]) -> None:
+    """Install packages with all others held at their versions; ``on_code`` is given pip's exit code."""
     folder = tempfile.TemporaryDirectory(prefix="morphseek-pip-")
     constraints = Path(folder.name) / "constraints.txt"
-    held = (f"{name}=={version}\n" for name, version in _present().items() if name not in map(_name, rest))
-    constraints.write_text("".join(held), encoding="utf-8")
+    held = [f"{name}=={version}" for name, version in _present().items() if name not in map(_name, names)]
+    # without a wheel pip would compile llvmlite for an hour, and fail
+    constraints.write_text("\n".join(["--only-binary numba,llvmlite", *held, ""]), encoding="utf-8")
 
     def completed(code: int) -> None:
         folder.cleanup()
-        if code == 0:
-            on_done(_what_is_left())
-        else:
-            on_done(
-                InstallError(
-                    _("The packages could not be installed (pip ended with {code}); the log says why.").format(
-                        code=code
-                    )
-                )
-            )
+        on_code(code)
 
     try:
         from slicer.packaging import pip_install
     except ImportError:  # before Slicer 5.11
         try:
-            slicer.util.pip_install([*rest, "-c", str(constraints)])
-            completed(0)
+            slicer.util.pip_install([*names, "-c", str(constraints)])
+            code = 0
         except Exception as problem:
             on_log(str(problem))
-            completed(1)
+            code = 1
+        completed(code)
         return
     pip_install(
-        rest,
+        names,
         constraints=str(constraints),
         blocking=False,
         show_progress=False,
         requester="MorphSeek",
         logCallback=on_log,
         completedCallback=completed,
+    )
+
+
+def _outcome(code: int) -> InstallError | None:
+    """Return what is wrong after pip ended."""
+    if code == 0:
+        return _what_is_left()
+    return InstallError(
+        _("The packages could not be installed (pip ended with {code}); the log says why.").format(code=code)
     )
 
 
@@ -146,6 +193,11 @@ def _present() -> dict[str, str]:
         if name and distribution.version:
             found.setdefault(name, distribution.version)
     return dict(sorted(found.items()))
+
+
+def _circumstances() -> str:
+    """Return what decides whether the optional package can be installed."""
+    return f"Python {platform.python_version()}, numpy {metadata.version('numpy')}"
 
 
 def _name(requirement: str) -> str:

@@ -588,7 +588,10 @@ class RegisterPanel(Panel):
         missing = dependencies.missing()
         if self._installing:
             return
-        question = _("Install these Python packages for MorphSeek?\n\n{names}").format(names="\n".join(missing))
+        faster = [_("{name} (optional: faster on the processor)").format(name=name) for name in dependencies.optional()]
+        question = _("Install these Python packages for MorphSeek?\n\n{names}").format(
+            names="\n".join([*missing, *faster])
+        )
         if missing and not slicer.util.confirmOkCancelDisplay(question, "MorphSeek"):
             self._installed(dependencies.Declined())
             return

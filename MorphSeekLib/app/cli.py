@@ -51,6 +51,7 @@ from .settings_file import read_values
 if TYPE_CHECKING:
     from ..data.cases import CheckReport
     from ..networks.model_file import Card
+    from ..space.geometry import Volume
 
 OLD_NAMES = {"refine-by": "similarity"}
 """Options of before -> of now; the old ones still work, hidden, for one release."""
@@ -161,7 +162,7 @@ def register(
             fit=fit_or_old(fit, refine, refine_fine), similarity=similarity, fit_iterations=counts_of(fit_iterations),
         )  # fmt: skip
 
-        from ..io.images import check_labels, read_image, read_labels
+        from ..io.images import read_image
         from ..io.transforms import read_transform
         from ..networks.devices import pick_device
         from ..registration.choice import chosen_model
@@ -177,22 +178,15 @@ def register(
         images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
         if as_float:
             images[1].dtype = "float32"
-        labels = [
-            None if path is None else check_labels(read_labels(path, nifti_form), image, path.name)
-            for path, image in zip((fixed_labels, moving_labels), images, strict=True)
-        ]
-        initial = None
-        if initial_transform is not None:
-            initial = read_transform(initial_transform, covering_grid(images[0].grid))
+        labels = _labels(fixed_labels, images[0], nifti_form), _labels(moving_labels, images[1], nifti_form)
+        start = None if initial_transform is None else read_transform(initial_transform, covering_grid(images[0].grid))
         read = time.perf_counter()
         job.report("load", 0.01, "Loading the model")
         loaded_model, where, words = chosen_model(model, images, device, job)
         tell(f"{words} (The answer of earlier versions: {FORMER}.)" if model == AUTO else words)
         loaded = time.perf_counter()
-        result = run(
-            *images, loaded_model, options, job.part(0.01, 0.95),
-            labels=(labels[0], labels[1]), start=initial, device=where,
-        )  # fmt: skip
+        progress = job.part(0.01, 0.95)
+        result = run(*images, loaded_model, options, progress, labels=labels, start=start, device=where)
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
         job.report("write", 0.95, "Writing the results")
         names = {"fixed": shown(fixed), "moving": shown(moving)}
@@ -200,6 +194,13 @@ def register(
         job.report("write", 1.0, "Done")
     print_report(report)
     console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
+
+
+def _labels(path: Path | None, image: Volume, nifti_form: str | None) -> Volume | None:
+    """Read an image's label map, where one was given."""
+    from ..io.images import check_labels, read_labels
+
+    return None if path is None else check_labels(read_labels(path, nifti_form), image, path.name)
 
 
 @app.command()

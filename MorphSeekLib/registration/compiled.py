@@ -1,12 +1,12 @@
-"""Whether numba's kernels can be used, and where what it compiled is kept.
+"""Load the compiled kernels where numba allows it, and keep what it compiled.
 
-numba keeps compiled functions in files that it unpickles, so they lie in a folder of the user's own that nobody else
-may write to.
+numba keeps compiled functions in files that it unpickles, so they lie in a folder that only the user may write to.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import logging
 import os
@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +26,7 @@ def kernels(name: str) -> ModuleType | None:
     """Return a module of compiled functions, "kernels" or "search_kernels".
 
     Returns:
-        None where numba is missing or cannot be loaded, which the log says.
+        None where numba is missing or cannot be loaded; the log says so.
     """
     if util.find_spec("numba") is None:
         _LOG.info("numba is not installed; search and fit use torch, which gives the same answer more slowly.")
@@ -43,7 +43,13 @@ def kernels(name: str) -> ModuleType | None:
 
 @functools.cache
 def cache_folder() -> Path:
-    """Return the folder of compiled kernels, which only the user may read and write; a new one where that cannot be."""
+    """Return the user's folder of compiled kernels; where none is safe, one that ends with this process."""
+    folder = own_folder()
+    return folder if folder is not None else Path(_temporary_folder().name)
+
+
+def own_folder() -> Path | None:
+    """Return the user's folder of compiled kernels, which nobody else may read or write; None where that cannot be."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
@@ -54,10 +60,16 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         if is_own(folder):
             return folder
-        _LOG.warning("%s belongs to somebody else, or others may write to it; kernels are compiled anew.", folder)
+        _LOG.warning("%s belongs to another user or can be written by others; it is not used for kernels.", folder)
     except OSError as error:
-        _LOG.info("%s cannot be made (%s); kernels are compiled anew.", folder, error.strerror)
-    return Path(tempfile.mkdtemp(prefix="morphseek-kernels-"))
+        _LOG.info("%s cannot be used for compiled kernels (%s).", folder, error.strerror)
+    return None
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """Make a folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="morphseek-kernels-")
 
 
 def is_own(folder: Path) -> bool:
@@ -69,13 +81,25 @@ def is_own(folder: Path) -> bool:
 
 
 def compile_ahead() -> subprocess.Popen | None:
-    """Start a process that compiles the kernels, so that the first user does not wait for it.
+    """Start a process that compiles the kernels, so that the first registration does not wait for it.
 
     Returns:
-        the process; None without numba, or where they are there.
+        the process; None without numba, without a folder to keep its work in, or where that is already done.
     """
-    if util.find_spec("numba") is None or any(cache_folder().rglob("*.nbc")):
+    if util.find_spec("numba") is None:
         return None
-    command = [sys.executable, "-m", __name__.replace("compiled", "compile_kernels")]
+    folder = own_folder()
+    if folder is None or (folder / completion_mark()).exists():
+        return None
+    command = [sys.executable, "-m", f"{__package__}.compile_kernels"]
     null = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
+
+
+def completion_mark() -> str:
+    """Return the name of the empty file that says that these kernels were compiled with these versions."""
+    sources = [Path(__file__).with_name(name) for name in ("kernels.py", "search_kernels.py")]
+    # numba compiles again where one of these has changed
+    states = [(str(source), source.stat().st_mtime, source.stat().st_size) for source in sources]
+    text = repr((states, sys.version, metadata.version("numba")))
+    return f"compiled-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -23,6 +23,7 @@ _SAME_EXTENT = 0.7  # of what either image shows, both show where they show the 
 _AROUND = 2  # blocks around what is shown that count too
 
 OnIteration = Callable[[int], None]
+_Slab = tuple[int, int]  # its first plane of blocks, and the one after its last
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,9 @@ class CompiledStepper:
         self.control = control.clone()
         self._level, self._rate, self._taken = level, rate, 0
         self._u = self.control[0].numpy()
-        self._counted = level.counted.to(torch.uint8).contiguous().numpy()
         ranges = _ranges(level.counted)
-        self._ranges = ranges.numpy()
-        self._state = [torch.zeros_like(control)[0].numpy() for _ in range(4)]
+        self._blocks = ranges.numpy(), level.counted.to(torch.uint8).contiguous().numpy()
+        self._state = np.zeros((4, *control.shape[1:]), np.float32)
         a, b, c = level.points
         self._slabs = _slabs(ranges, threads)
         self._pool = ThreadPoolExecutor(len(self._slabs)) if len(self._slabs) > 1 else None
@@ -177,49 +177,37 @@ class CompiledStepper:
             value -= self._each(self._correlate)
         return value + self._each(self._pull)
 
-    def _each(self, work: Callable[[int, int, int], float]) -> float:
-        """Do the work on every slab; return the sum of what it returns."""
-        numbered = [(n, *slab) for n, slab in enumerate(self._slabs)]
+    def _each(self, work: Callable[[int, _Slab], float]) -> float:
+        """Do the work on every slab, given its number and planes; return the sum of what it returns."""
         if self._pool is None:
-            return sum(work(*slab) for slab in numbered)
-        return sum(self._pool.map(lambda slab: work(*slab), numbered))
+            return sum(work(n, slab) for n, slab in enumerate(self._slabs))
+        return sum(self._pool.map(work, range(len(self._slabs)), self._slabs))
 
-    def _warp(self, _: int, begin: int, end: int) -> float:
-        moving, fixed = self._images
-        self._kernels.warp_blocks(
-            self._u, moving, fixed, self._ranges, self._counted, self._warped, self._sums, begin, end
-        )
+    def _warp(self, _: int, slab: _Slab) -> float:
+        self._kernels.warp_blocks(self._u, self._images, self._blocks, self._warped, self._sums, slab)
         return 0.0
 
-    def _correlate(self, _: int, begin: int, end: int) -> float:
-        return self._kernels.correlate(
-            self._sums, self._sum, self._variance, np.float32(EPSILON), self._weights, begin, end
-        )
+    def _correlate(self, _: int, slab: _Slab) -> float:
+        epsilon = np.float32(EPSILON)
+        return self._kernels.correlate(self._sums, self._sum, self._variance, epsilon, self._weights, slab)
 
-    def _pull(self, number: int, begin: int, end: int) -> float:
-        moving, fixed = self._images
+    def _pull(self, number: int, slab: _Slab) -> float:
         level, gradient = self._level, self._state[number % 2]
         value = 0.0
         if level.features is None:
-            self._kernels.pull(
-                self._u, moving, fixed, self._ranges, self._counted, self._warped, self._weights, gradient, begin, end
-            )
+            self._kernels.pull(self._u, self._images, self._blocks, self._warped, self._weights, gradient, slab)
         else:
-            value += self._kernels.pull_features(
-                self._u, moving, fixed, self._ranges, self._counted, gradient, np.float32(level.features), begin, end
-            )
+            weight = np.float32(level.features)
+            value += self._kernels.pull_features(self._u, self._images, self._blocks, weight, gradient, slab)
         diffusion, folding = np.float32(level.diffusion * 2 / 9), np.float32(level.folding)
-        return value + self._kernels.regularize(self._u, diffusion, folding, np.float32(WANTED), gradient, begin, end)
+        return value + self._kernels.regularize(self._u, diffusion, folding, np.float32(WANTED), gradient, slab)
 
-    def _move(self, _: int, begin: int, end: int) -> float:
-        even, odd, first, second = self._state
-        decay, decay2 = DECAYS
-        step = self._kernels.adam
-        step(self._u, even, odd, first, second, self._rate, decay, decay2, self._taken, begin, end)
+    def _move(self, _: int, slab: _Slab) -> float:
+        self._kernels.adam(self._u, self._state, self._rate, DECAYS, self._taken, slab)
         return 0.0
 
 
-def _slabs(ranges: Tensor, threads: int) -> list[tuple[int, int]]:
+def _slabs(ranges: Tensor, threads: int) -> list[_Slab]:
     """Cut the planes into one slab for each thread, of about the same number of blocks, none thinner than two."""
     work = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum(dim=1).double() + 0.05 * ranges.shape[1]
     planes = len(work)

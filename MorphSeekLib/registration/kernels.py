@@ -1,8 +1,17 @@
 """The fit's inner loops compiled for the CPU by numba: the same answer as :mod:`.objective`, six times as fast.
 
-numba is optional: :func:`available` says whether it is there. Every function works on a slab of planes along i, keeps
-nothing, and releases Python's lock, so that slabs run side by side; what two slabs add to the same plane lies in two
-arrays. Names are those of :mod:`.objective`: (a, b, c) control points, (2 a, 2 b, 2 c) voxels.
+Every function works on a slab of planes along i, keeps nothing, and releases Python's lock, so that slabs run side by
+side; what two slabs add to the same plane lies in two arrays. Names are those of :mod:`.objective`: (a, b, c) control
+points, (2 a, 2 b, 2 c) voxels. Arguments that several functions share:
+
+- u: (3, a, b, c) control points, voxels.
+- images: moving and fixed, (2 a, 2 b, 2 c) each, or with channels (2 a, 2 b, 2 c, channels).
+- blocks: ranges (a, b, 2), the first block of each row that counts and the one after the last; and counted (a, b, c)
+  uint8, which blocks count.
+- slab: the first plane of blocks, and the one after the last.
+- gradient: (3, a, b, c), added to, one plane beyond the slab too.
+
+What is inlined costs nothing: a call for each voxel would.
 """
 
 from __future__ import annotations
@@ -27,26 +36,67 @@ def _line(u, p, q, di, dj, begin, end, line):
             )
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _point(line, i, j, k, r, o):
+    """Return where the voxel (i, j, k) is moved: of a line 3/4 of the block r and 1/4 of its neighbor o."""
+    near, far = np.float32(0.75), np.float32(0.25)
+    x = np.float32(i) + near * line[0, r] + far * line[0, o]
+    y = np.float32(j) + near * line[1, r] + far * line[1, o]
+    z = np.float32(k) + near * line[2, r] + far * line[2, o]
+    return x, y, z
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _cell(at, size):
+    """Return of a coordinate the voxel before it, and how far it lies beyond that; the edge's beyond the edge."""
+    at = min(max(at, np.float32(0)), np.float32(size - 1))
+    before = min(int(at), size - 2)
+    return before, at - np.float32(before)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _within(at, size, value):
+    """Return a value where a coordinate lies in the image, else 0: beyond the edge nothing changes along the axis."""
+    return value if np.float32(0) <= at <= np.float32(size - 1) else np.float32(0)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _corners(image, i, j, k):
+    """Return the eight voxels (or their channels) of the cell that begins at (i, j, k), k fastest."""
+    return (
+        image[i, j, k], image[i, j, k + 1], image[i, j + 1, k], image[i, j + 1, k + 1],
+        image[i + 1, j, k], image[i + 1, j, k + 1], image[i + 1, j + 1, k], image[i + 1, j + 1, k + 1],
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _push(back, r, o, g0, g1, g2):
+    """Add a voxel's gradient to a line: the transpose of :func:`_point`."""
+    near, far = np.float32(0.75), np.float32(0.25)
+    back[0, r] += near * g0
+    back[1, r] += near * g1
+    back[2, r] += near * g2
+    back[0, o] += far * g0
+    back[1, o] += far * g1
+    back[2, o] += far * g2
+
+
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def warp_blocks(u, moving, fixed, ranges, counted, warped, sums, begin, end):
+def warp_blocks(u, images, blocks, warped, sums, slab):
     """Warp the moving image and sum W, W^2 and F W over blocks, then over five blocks along k and j.
 
     Args:
-        u: (3, a, b, c) control points, voxels.
-        moving, fixed: (2 a, 2 b, 2 c).
-        ranges: (a, b, 2) the first block of each row that counts, and the one after the last.
-        counted: (a, b, c) uint8, which blocks count.
         warped: (2 a, 2 b, 2 c), written.
         sums: (a, 3, b, c), written.
-        begin, end: planes of blocks.
     """
+    moving, fixed = images
+    ranges, counted = blocks
     n_i, n_j, n_k = moving.shape
     b, c = u.shape[2], u.shape[3]
     line = np.empty((3, c), np.float32)
     plane = np.zeros((3, b, c), np.float32)
     half = np.zeros((b, c), np.float32)
-    top = np.float32(n_i - 1), np.float32(n_j - 1), np.float32(n_k - 1)
-    for p in range(begin, end):
+    for p in range(slab[0], slab[1]):
         plane[:] = 0
         for q in range(b):
             low, high = ranges[p, q, 0], ranges[p, q, 1]
@@ -61,30 +111,13 @@ def warp_blocks(u, moving, fixed, ranges, counted, warped, sums, begin, end):
                             continue
                         for dk in range(2):
                             k = 2 * r + dk
-                            o = min(max(r + 2 * dk - 1, 0), c - 1)
-                            x = np.float32(i) + np.float32(0.75) * line[0, r] + np.float32(0.25) * line[0, o]
-                            y = np.float32(j) + np.float32(0.75) * line[1, r] + np.float32(0.25) * line[1, o]
-                            z = np.float32(k) + np.float32(0.75) * line[2, r] + np.float32(0.25) * line[2, o]
-                            x = min(max(x, np.float32(0)), top[0])
-                            y = min(max(y, np.float32(0)), top[1])
-                            z = min(max(z, np.float32(0)), top[2])
-                            i0 = min(int(x), n_i - 2)
-                            j0 = min(int(y), n_j - 2)
-                            k0 = min(int(z), n_k - 2)
-                            x -= np.float32(i0)
-                            y -= np.float32(j0)
-                            z -= np.float32(k0)
-                            m = moving[i0, j0, k0]
-                            v00 = m + z * (moving[i0, j0, k0 + 1] - m)
-                            m = moving[i0, j0 + 1, k0]
-                            v01 = m + z * (moving[i0, j0 + 1, k0 + 1] - m)
-                            m = moving[i0 + 1, j0, k0]
-                            v10 = m + z * (moving[i0 + 1, j0, k0 + 1] - m)
-                            m = moving[i0 + 1, j0 + 1, k0]
-                            v11 = m + z * (moving[i0 + 1, j0 + 1, k0 + 1] - m)
-                            v0 = v00 + y * (v01 - v00)
-                            v1 = v10 + y * (v11 - v10)
-                            w = v0 + x * (v1 - v0)
+                            x, y, z = _point(line, i, j, k, r, min(max(r + 2 * dk - 1, 0), c - 1))
+                            (i0, dx), (j0, dy), (k0, dz) = _cell(x, n_i), _cell(y, n_j), _cell(z, n_k)
+                            m000, m001, m010, m011, m100, m101, m110, m111 = _corners(moving, i0, j0, k0)
+                            v00, v01 = m000 + dz * (m001 - m000), m010 + dz * (m011 - m010)
+                            v10, v11 = m100 + dz * (m101 - m100), m110 + dz * (m111 - m110)
+                            v0, v1 = v00 + dy * (v01 - v00), v10 + dy * (v11 - v10)
+                            w = v0 + dx * (v1 - v0)
                             warped[i, j, k] = w
                             plane[0, q, r] += w
                             plane[1, q, r] += w * w
@@ -125,7 +158,7 @@ def _box_along(maps, p, x, out):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def correlate(sums, fixed_sum, fixed_variance, epsilon, weights, begin, end):
+def correlate(sums, fixed_sum, fixed_variance, epsilon, weights, slab):
     """Return the sum of C^2 / (U V + epsilon) over blocks of a slab, and write the weights of its slope.
 
     Args:
@@ -139,7 +172,7 @@ def correlate(sums, fixed_sum, fixed_variance, epsilon, weights, begin, end):
     moved = np.empty((3, b, c), np.float32)
     slopes = np.empty((3, b, c), np.float32)
     half = np.empty((b, c), np.float32)
-    for p in range(begin, end):
+    for p in range(slab[0], slab[1]):
         for x in range(3):
             _box_along(sums, p, x, moved[x])
         for q in range(b):
@@ -177,21 +210,21 @@ def _spread(line, out, p, q, di, dj, begin, end):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def pull(u, moving, fixed, ranges, counted, warped, weights, gradient, begin, end):
-    """Add the slope of minus the correlation to the control points of a slab and of a plane on either side.
+def pull(u, images, blocks, warped, weights, gradient, slab):
+    """Add the slope of minus the correlation to the control points.
 
     Args:
+        warped: from :func:`warp_blocks`.
         weights: (a, 3, b, c), from :func:`correlate`.
-        gradient: (3, a, b, c), added to.
     """
+    moving, fixed = images
+    ranges, counted = blocks
     n_i, n_j, n_k = moving.shape
     b, c = u.shape[2], u.shape[3]
     line = np.empty((3, c), np.float32)
     back = np.empty((3, c), np.float32)
     w3 = np.empty((3, b, c), np.float32)
-    top = np.float32(n_i - 1), np.float32(n_j - 1), np.float32(n_k - 1)
-    zero = np.float32(0)
-    for p in range(begin, end):
+    for p in range(slab[0], slab[1]):
         for x in range(3):
             _box_along(weights, p, x, w3[x])
         for q in range(b):
@@ -211,65 +244,83 @@ def pull(u, moving, fixed, ranges, counted, warped, weights, gradient, begin, en
                             k = 2 * r + dk
                             o = min(max(r + 2 * dk - 1, 0), c - 1)
                             slope = w3[2, q, r] + warped[i, j, k] * w3[1, q, r] - fixed[i, j, k] * w3[0, q, r]
-                            x = np.float32(i) + np.float32(0.75) * line[0, r] + np.float32(0.25) * line[0, o]
-                            y = np.float32(j) + np.float32(0.75) * line[1, r] + np.float32(0.25) * line[1, o]
-                            z = np.float32(k) + np.float32(0.75) * line[2, r] + np.float32(0.25) * line[2, o]
-                            along_x = slope if zero <= x <= top[0] else zero
-                            along_y = slope if zero <= y <= top[1] else zero
-                            along_z = slope if zero <= z <= top[2] else zero
-                            x = min(max(x, zero), top[0])
-                            y = min(max(y, zero), top[1])
-                            z = min(max(z, zero), top[2])
-                            i0 = min(int(x), n_i - 2)
-                            j0 = min(int(y), n_j - 2)
-                            k0 = min(int(z), n_k - 2)
-                            x -= np.float32(i0)
-                            y -= np.float32(j0)
-                            z -= np.float32(k0)
-                            m000, m001 = moving[i0, j0, k0], moving[i0, j0, k0 + 1]
-                            m010, m011 = moving[i0, j0 + 1, k0], moving[i0, j0 + 1, k0 + 1]
-                            m100, m101 = moving[i0 + 1, j0, k0], moving[i0 + 1, j0, k0 + 1]
-                            m110, m111 = moving[i0 + 1, j0 + 1, k0], moving[i0 + 1, j0 + 1, k0 + 1]
-                            v00, v01 = m000 + z * (m001 - m000), m010 + z * (m011 - m010)
-                            v10, v11 = m100 + z * (m101 - m100), m110 + z * (m111 - m110)
-                            v0, v1 = v00 + y * (v01 - v00), v10 + y * (v11 - v10)
-                            h0 = (m001 - m000) + y * ((m011 - m010) - (m001 - m000))
-                            h1 = (m101 - m100) + y * ((m111 - m110) - (m101 - m100))
-                            g0 = along_x * (v1 - v0)
-                            g1 = along_y * ((v01 - v00) + x * ((v11 - v10) - (v01 - v00)))
-                            g2 = along_z * (h0 + x * (h1 - h0))
-                            back[0, r] += np.float32(0.75) * g0
-                            back[1, r] += np.float32(0.75) * g1
-                            back[2, r] += np.float32(0.75) * g2
-                            back[0, o] += np.float32(0.25) * g0
-                            back[1, o] += np.float32(0.25) * g1
-                            back[2, o] += np.float32(0.25) * g2
+                            x, y, z = _point(line, i, j, k, r, o)
+                            (i0, dx), (j0, dy), (k0, dz) = _cell(x, n_i), _cell(y, n_j), _cell(z, n_k)
+                            m000, m001, m010, m011, m100, m101, m110, m111 = _corners(moving, i0, j0, k0)
+                            v00, v01 = m000 + dz * (m001 - m000), m010 + dz * (m011 - m010)
+                            v10, v11 = m100 + dz * (m101 - m100), m110 + dz * (m111 - m110)
+                            v0, v1 = v00 + dy * (v01 - v00), v10 + dy * (v11 - v10)
+                            h0 = (m001 - m000) + dy * ((m011 - m010) - (m001 - m000))
+                            h1 = (m101 - m100) + dy * ((m111 - m110) - (m101 - m100))
+                            g0 = _within(x, n_i, slope) * (v1 - v0)
+                            g1 = _within(y, n_j, slope) * ((v01 - v00) + dx * ((v11 - v10) - (v01 - v00)))
+                            g2 = _within(z, n_k, slope) * (h0 + dx * (h1 - h0))
+                            _push(back, r, o, g0, g1, g2)
                     _spread(back, gradient, p, q, di, dj, first, last)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
-def pull_features(u, moving, fixed, ranges, counted, gradient, weight, begin, end):
-    """Return weight times the sum of squared differences of features, and add its slope to the control points.
+@njit(nogil=True, cache=True, inline="always")
+def _differ(moving, cell, fixed, x, y, z, residual):
+    """Return the squared difference of features at a point of a cell, and half its slope along each axis.
 
     Args:
-        moving, fixed: (2 a, 2 b, 2 c, channels).
-        gradient: (3, a, b, c), added to.
+        corners: eight, (channels,) each.
+        fixed: (channels,).
+        x, y, z: within the cell, from 0 to 1.
+        residual: (channels,), written.
     """
+    i, j, k = cell
+    m000, m001, m010, m011 = moving[i, j, k], moving[i, j, k + 1], moving[i, j + 1, k], moving[i, j + 1, k + 1]
+    i += 1
+    m100, m101, m110, m111 = moving[i, j, k], moving[i, j, k + 1], moving[i, j + 1, k], moving[i, j + 1, k + 1]
+    one, zero = np.float32(1), np.float32(0)
+    x1, y1, z1 = one - x, one - y, one - z
+    w000, w001, w010, w011 = x1 * y1 * z1, x1 * y1 * z, x1 * y * z1, x1 * y * z
+    w100, w101, w110, w111 = x * y1 * z1, x * y1 * z, x * y * z1, x * y * z
+    squares = zero
+    for n in range(len(residual)):
+        d = (
+            w000 * m000[n] + w001 * m001[n] + w010 * m010[n] + w011 * m011[n]
+            + w100 * m100[n] + w101 * m101[n] + w110 * m110[n] + w111 * m111[n]
+        ) - fixed[n]  # fmt: skip
+        residual[n] = d
+        squares += d * d
+    d000 = d001 = d010 = d011 = d100 = d101 = d110 = d111 = zero
+    for n in range(len(residual)):
+        d = residual[n]
+        d000 += d * m000[n]
+        d001 += d * m001[n]
+        d010 += d * m010[n]
+        d011 += d * m011[n]
+        d100 += d * m100[n]
+        d101 += d * m101[n]
+        d110 += d * m110[n]
+        d111 += d * m111[n]
+    by_x = y1 * (z1 * (d100 - d000) + z * (d101 - d001)) + y * (z1 * (d110 - d010) + z * (d111 - d011))
+    by_y = x1 * (z1 * (d010 - d000) + z * (d011 - d001)) + x * (z1 * (d110 - d100) + z * (d111 - d101))
+    by_z = x1 * (y1 * (d001 - d000) + y * (d011 - d010)) + x * (y1 * (d101 - d100) + y * (d111 - d110))
+    return squares, by_x, by_y, by_z
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def pull_features(u, images, blocks, weight, gradient, slab):
+    """Return weight times the sum of squared differences of features, and add its slope to the control points."""
+    moving, fixed = images
+    ranges, counted = blocks
     n_i, n_j, n_k, channels = moving.shape
     c = u.shape[3]
     line = np.empty((3, c), np.float32)
     back = np.empty((3, c), np.float32)
     residual = np.empty(channels, np.float32)
-    top = np.float32(n_i - 1), np.float32(n_j - 1), np.float32(n_k - 1)
-    zero, one = np.float32(0), np.float32(1)
+    twice = 2 * weight
     total = 0.0
-    for p in range(begin, end):
+    for p in range(slab[0], slab[1]):
         for q in range(u.shape[2]):
             low, high = ranges[p, q, 0], ranges[p, q, 1]
             if low >= high:
                 continue
             first, last = max(low - 1, 0), min(high + 1, c)
-            row = zero
+            row = np.float32(0)
             for di in range(2):
                 for dj in range(2):
                     _line(u, p, q, di, dj, first, last, line)
@@ -281,84 +332,34 @@ def pull_features(u, moving, fixed, ranges, counted, gradient, weight, begin, en
                         for dk in range(2):
                             k = 2 * r + dk
                             o = min(max(r + 2 * dk - 1, 0), c - 1)
-                            x = np.float32(i) + np.float32(0.75) * line[0, r] + np.float32(0.25) * line[0, o]
-                            y = np.float32(j) + np.float32(0.75) * line[1, r] + np.float32(0.25) * line[1, o]
-                            z = np.float32(k) + np.float32(0.75) * line[2, r] + np.float32(0.25) * line[2, o]
-                            along_x = weight if zero <= x <= top[0] else zero
-                            along_y = weight if zero <= y <= top[1] else zero
-                            along_z = weight if zero <= z <= top[2] else zero
-                            x = min(max(x, zero), top[0])
-                            y = min(max(y, zero), top[1])
-                            z = min(max(z, zero), top[2])
-                            i0 = min(int(x), n_i - 2)
-                            j0 = min(int(y), n_j - 2)
-                            k0 = min(int(z), n_k - 2)
-                            x -= np.float32(i0)
-                            y -= np.float32(j0)
-                            z -= np.float32(k0)
-                            x1, y1, z1 = one - x, one - y, one - z
-                            w000, w001, w010, w011 = x1 * y1 * z1, x1 * y1 * z, x1 * y * z1, x1 * y * z
-                            w100, w101, w110, w111 = x * y1 * z1, x * y1 * z, x * y * z1, x * y * z
-                            m000, m001 = moving[i0, j0, k0], moving[i0, j0, k0 + 1]
-                            m010, m011 = moving[i0, j0 + 1, k0], moving[i0, j0 + 1, k0 + 1]
-                            m100, m101 = moving[i0 + 1, j0, k0], moving[i0 + 1, j0, k0 + 1]
-                            m110, m111 = moving[i0 + 1, j0 + 1, k0], moving[i0 + 1, j0 + 1, k0 + 1]
-                            f = fixed[i, j, k]
-                            squares = zero
-                            for n in range(channels):
-                                d = (
-                                    w000 * m000[n] + w001 * m001[n] + w010 * m010[n] + w011 * m011[n]
-                                    + w100 * m100[n] + w101 * m101[n] + w110 * m110[n] + w111 * m111[n]
-                                ) - f[n]  # fmt: skip
-                                residual[n] = d
-                                squares += d * d
+                            x, y, z = _point(line, i, j, k, r, o)
+                            (i0, dx), (j0, dy), (k0, dz) = _cell(x, n_i), _cell(y, n_j), _cell(z, n_k)
+                            squares, by_x, by_y, by_z = _differ(
+                                moving, (i0, j0, k0), fixed[i, j, k], dx, dy, dz, residual
+                            )
                             row += squares
-                            d000 = d001 = d010 = d011 = d100 = d101 = d110 = d111 = zero
-                            for n in range(channels):
-                                d = residual[n]
-                                d000 += d * m000[n]
-                                d001 += d * m001[n]
-                                d010 += d * m010[n]
-                                d011 += d * m011[n]
-                                d100 += d * m100[n]
-                                d101 += d * m101[n]
-                                d110 += d * m110[n]
-                                d111 += d * m111[n]
-                            x2 = y1 * (z1 * (d100 - d000) + z * (d101 - d001)) + y * (
-                                z1 * (d110 - d010) + z * (d111 - d011)
-                            )
-                            y2 = x1 * (z1 * (d010 - d000) + z * (d011 - d001)) + x * (
-                                z1 * (d110 - d100) + z * (d111 - d101)
-                            )
-                            z2 = x1 * (y1 * (d001 - d000) + y * (d011 - d010)) + x * (
-                                y1 * (d101 - d100) + y * (d111 - d110)
-                            )
-                            g0, g1, g2 = 2 * along_x * x2, 2 * along_y * y2, 2 * along_z * z2
-                            back[0, r] += np.float32(0.75) * g0
-                            back[1, r] += np.float32(0.75) * g1
-                            back[2, r] += np.float32(0.75) * g2
-                            back[0, o] += np.float32(0.25) * g0
-                            back[1, o] += np.float32(0.25) * g1
-                            back[2, o] += np.float32(0.25) * g2
+                            g0 = _within(x, n_i, twice) * by_x
+                            g1 = _within(y, n_j, twice) * by_y
+                            g2 = _within(z, n_k, twice) * by_z
+                            _push(back, r, o, g0, g1, g2)
                     _spread(back, gradient, p, q, di, dj, first, last)
             total += row
     return weight * total
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def regularize(u, diffusion, folding, wanted, gradient, begin, end):
+def regularize(u, diffusion, folding, wanted, gradient, slab):
     """Return the regularizers' share of a slab, and add their slope to the control points.
 
     Args:
         diffusion: times the sum of squared differences of neighbors.
         folding: times the sum of relu(wanted - det) over cells.
-        gradient: (3, a, b, c), added to, one plane beyond the slab too.
     """
     a, b, c = u.shape[1], u.shape[2], u.shape[3]
     half, one = np.float32(0.5), np.float32(1)
     twice = 2 * diffusion
     total = 0.0
-    for p in range(begin, end):
+    for p in range(slab[0], slab[1]):
         for q in range(b):
             row = np.float32(0)
             for x in range(3):
@@ -413,13 +414,21 @@ def regularize(u, diffusion, folding, wanted, gradient, begin, end):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def adam(u, even, odd, first, second, rate, decay, decay2, step, begin, end):
-    """Take a step of Adam on a slab, of a gradient in two parts, and set these to zero."""
-    fade, fade2 = np.float32(1 - decay**step), np.float32(1 - decay2**step)
-    decay, decay2, rate = np.float32(decay), np.float32(decay2), np.float32(rate)
+def adam(u, state, rate, decays, step, slab):
+    """Take a step of Adam, and set the gradient to zero.
+
+    Args:
+        state: (4, 3, a, b, c): the gradient in two parts, and its first and second moment.
+        rate: voxels.
+        decays: of the two moments.
+        step: from 1.
+    """
+    fade, fade2 = np.float32(1 - decays[0] ** step), np.float32(1 - decays[1] ** step)
+    decay, decay2, rate = np.float32(decays[0]), np.float32(decays[1]), np.float32(rate)
+    even, odd, first, second = state[0], state[1], state[2], state[3]
     one, tiny = np.float32(1), np.float32(1e-8)
     for x in range(3):
-        for p in range(begin, end):
+        for p in range(slab[0], slab[1]):
             for q in range(u.shape[2]):
                 for r in range(u.shape[3]):
                     g = even[x, p, q, r] + odd[x, p, q, r]

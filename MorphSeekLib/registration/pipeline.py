@@ -25,7 +25,7 @@ from .find import FAR, Search
 from .fit import Fit, start_of
 from .pair import Clock, Outcome, Pair, State
 from .pictures import Pictures
-from .result import Labels, Registration, deliver
+from .result import Labels, Registration, Request, deliver
 from .steps import NetworkSteps
 
 
@@ -72,7 +72,8 @@ def register(
         if options.fit != "off":
             with clock("unfold"):
                 transform = _unfolded(pair, transform, job)
-    return deliver(pair, model, outcome, transform, options, labels, pictures, clock, job.part(0.7, 1.0))
+    request = Request(model, options, labels)
+    return deliver(pair, request, outcome, transform, pictures, clock, job.part(0.7, 1.0))
 
 
 def _align(

@@ -33,6 +33,22 @@ from .pictures import Pictures
 Labels = tuple[Volume | None, Volume | None]
 """The label maps of the fixed and of the moving image."""
 
+
+@dataclass(frozen=True)
+class Request:
+    """What a registration was asked to do.
+
+    Attributes:
+        model: None for no network.
+        options: the choices.
+        labels: of the two images.
+    """
+
+    model: LoadedModel | None
+    options: RegistrationOptions
+    labels: Labels
+
+
 MOST_REGIONS = 200  # folded regions that a report lists
 WARPED = (
     "the moving image's number type, integers rounded and clipped to its range; outside: the value where the fixed "
@@ -69,17 +85,15 @@ class Registration:
 
 def deliver(
     pair: Pair,
-    model: LoadedModel | None,
+    request: Request,
     outcome: Outcome,
     transform: DenseTransform,
-    options: RegistrationOptions,
-    labels: Labels,
     pictures: Pictures,
     clock: Clock,
     job: Job,
 ) -> Registration:
     """Make everything else from the transform that was found: the warped image, folding, the inverse, the report."""
-    fixed, alignment = pair.fixed, pair.alignment
+    fixed, alignment, labels = pair.fixed, pair.alignment, request.labels
     with clock("resample"), memory_advice(pair.device):
         job.report("resample", 0.05, "Warping the moving image at full resolution")
         warped = pictures.answer(pair, outcome, transform)
@@ -99,7 +113,7 @@ def deliver(
             dice = _dice(labels[0], labels[1], warped_labels, alignment.transform, job)
 
     inverse, residual = None, None
-    if options.inverse:
+    if request.options.inverse:
         with clock("inverse"):
             job.report("metrics", 0.7, "Inverting the transform")
             inverse = transform.inverse(covering_grid(pair.moving.grid, pair.grid.spacing), job=job)
@@ -107,7 +121,7 @@ def deliver(
 
     figures: Figures = {"folding": _folding(jacobian, certificate, least), "dice": dice, "inverse": residual}
     with memory_advice(pair.device):
-        report = make_report(pair, model, outcome, transform, options, figures, clock)
+        report = make_report(pair, request, outcome, transform, figures, clock)
     job.check()
     state = State(alignment.transform, alignment.kind, outcome.total.detach().cpu(), outcome.figures)
     folded = Volume((least.data <= 0).to(torch.uint8), fixed.grid)
@@ -115,13 +129,7 @@ def deliver(
 
 
 def make_report(
-    pair: Pair,
-    model: LoadedModel | None,
-    outcome: Outcome,
-    transform: DenseTransform,
-    options: RegistrationOptions,
-    figures: Figures,
-    clock: Clock,
+    pair: Pair, request: Request, outcome: Outcome, transform: DenseTransform, figures: Figures, clock: Clock
 ) -> Report:
     """Return what report.json holds of a registration, but for the files and versions.
 
@@ -141,7 +149,7 @@ def make_report(
         notices += guards.lowered_by_alignment(alignment.kind, "mean Dice", dice["input"], dice["aligned"])
     return {
         "schema": SCHEMA,
-        "model": None if model is None else _model(model),
+        "model": None if request.model is None else _model(request.model),
         "fixed": {**pair.fixed.grid.describe()},
         "moving": {**pair.moving.grid.describe()},
         "warped": {"type": pair.moving.dtype, "outside": pair.background, "definition": WARPED},
@@ -151,7 +159,7 @@ def make_report(
         "align": alignment.kind,
         "mirrored": alignment.mirrored,
         "steps": outcome.figures,
-        "preset": options.preset,
+        "preset": request.options.preset,
         "fit": outcome.fitted,
         "similarity": {
             "name": pair.judge.definition,

@@ -5,7 +5,8 @@
 The Python is the one that runs this file. (Slicer's is 3.12; PyPI's PyTorch for it may bring several GB of CUDA.)
 
 It installs as MorphSeekGui/dependencies.py does, with every package that is already there held at its version, and ends
-with an error where a package that Slicer ships is left at another version than Slicer's.
+with an error where a package that Slicer ships is left at another version than Slicer's. numba, which the panel only
+tries to install, is left out: the engine must work without it.
 """
 
 from __future__ import annotations

@@ -15,6 +15,11 @@ LISTS = sorted(HERE.glob("slicer-python-*.txt"))
 ELSEWHERE = {
     "MorphSeekLib/app/demo.py": {"nilearn"},  # the command that shows it off, with a sentence where it is missing
     "MorphSeekLib/training/distributed.py": {"lightning_fabric"},  # many processes: never started by the panel
+    # compiled loops, which torch takes the place of
+    **{
+        f"MorphSeekLib/registration/{name}.py": {"numba"}
+        for name in ("compiled", "descent", "kernels", "search_kernels")
+    },
     "MorphSeekLib/app/settings_file.py": {"tomli"},  # Python 3.10, which no Slicer has
 }
 """What some files import when it is there, and the panel never needs."""

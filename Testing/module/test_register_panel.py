@@ -472,7 +472,12 @@ class Pip:
         from MorphSeekGui import dependencies
 
         self.stand_in, self.code, self.there, self.calls = stand_in, code, False, []
+        self.numba_there, self.numba_code = True, 0
         monkeypatch.setattr(dependencies, "missing", lambda: [] if self.there else ["safetensors>=0.5"])
+        checked = slicer.packaging.pip_check
+        monkeypatch.setattr(
+            slicer.packaging, "pip_check", lambda name: self.numba_there if name.startswith("numba") else checked(name)
+        )
         monkeypatch.setattr(slicer.packaging, "pip_install", self.install)
 
     def install(self, requirements, constraints, blocking, show_progress, requester, logCallback, completedCallback):
@@ -483,7 +488,11 @@ class Pip:
         assert not blocking
 
         def work() -> None:
-            logCallback("Collecting safetensors")
+            logCallback(f"Collecting {requirements[0]}")
+            if requirements[0].startswith("numba"):
+                self.numba_there = self.numba_code == 0
+                completedCallback(self.numba_code)
+                return
             self.there = self.code == 0
             completedCallback(self.code)
 
@@ -526,6 +535,60 @@ def test_declined_or_failed_is_a_clear_state(stand_in, panel, ui, pair, monkeypa
     assert not ui.setupFrame.isHidden()
     assert scene_state() == before
     assert not pip.there
+
+
+def test_the_optional_package_follows_what_is_needed(stand_in, panel, ui, monkeypatch):
+    pip = Pip(stand_in, monkeypatch)
+    pip.numba_there = False
+    asked = []
+    monkeypatch.setattr(slicer.util, "confirmOkCancelDisplay", lambda text, title=None, **_: asked.append(text) or True)
+    panel.enter()
+    ui.installButton.click()
+    stand_in.wait(lambda: not panel._installing)
+    assert "numba>=0.60 (optional: faster on the processor)" in asked[0]
+    assert [requirements for requirements, _ in pip.calls] == [["safetensors>=0.5"], ["numba>=0.60"]]
+    held = pip.calls[1][1]
+    assert f"numpy=={np.__version__}\n" in held
+    assert "--only-binary numba,llvmlite\n" in held
+    assert pip.numba_there
+    assert "numba>=0.60 is installed." in ui.installLog.toPlainText()
+
+
+def test_a_refused_optional_package_is_a_line_in_the_log_and_not_tried_again(stand_in, panel, ui, monkeypatch):
+    from MorphSeekGui import dependencies
+
+    pip = Pip(stand_in, monkeypatch)
+    pip.numba_there, pip.numba_code = False, 1
+    monkeypatch.setattr(slicer.util, "confirmOkCancelDisplay", lambda *_arguments, **_options: True)
+    panel.enter()
+    ui.installButton.click()
+    stand_in.wait(lambda: not panel._installing)
+    assert ui.statusLabel.text == "All packages are installed."
+    assert "numba>=0.60 could not be installed; MorphSeek works without it" in ui.installLog.toPlainText()
+    assert dependencies.optional() == []
+    pip.there = False
+    ui.installButton.click()
+    stand_in.wait(lambda: not panel._installing)
+    assert [requirements[0] for requirements, _ in pip.calls] == ["safetensors>=0.5", "numba>=0.60", "safetensors>=0.5"]
+    monkeypatch.setattr(dependencies.metadata, "version", lambda name: "99")
+    assert dependencies.optional() == ["numba>=0.60"], "another numpy may allow it"
+
+
+def test_an_optional_package_that_pip_cannot_even_look_for_is_no_error(stand_in, panel, monkeypatch):
+    import slicer.packaging
+    from MorphSeekGui import dependencies
+
+    pip = Pip(stand_in, monkeypatch)
+    pip.there, pip.numba_there = True, False
+
+    def refuse(*_arguments, **_options) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(slicer.packaging, "pip_install", refuse)
+    ended, log = [], []
+    dependencies.install(log.append, ended.append)
+    assert ended == [None]
+    assert "no network" in log
 
 
 def test_torch_comes_through_its_extension_alone(stand_in, panel, monkeypatch):
