@@ -1,8 +1,8 @@
 """The fit's inner loops compiled for the CPU by numba: the same answer as :mod:`.objective`, six times as fast.
 
-numba is optional: :func:`available` says whether it is there. Every function works on a slab of planes along i, keeps
-nothing, and releases Python's lock, so that slabs run side by side; what two slabs add to the same plane lies in two
-arrays. Names are those of :mod:`.objective`: (a, b, c) control points, (2 a, 2 b, 2 c) voxels.
+numba is optional, see :mod:`.compiled`. Every function works on a slab of planes along i, keeps nothing, and releases
+Python's lock, so that slabs run side by side; what two slabs add to the same plane lies in two arrays. Names are those
+of :mod:`.objective`: (a, b, c) control points, (2 a, 2 b, 2 c) voxels.
 """
 
 from __future__ import annotations
