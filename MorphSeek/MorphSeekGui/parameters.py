@@ -83,7 +83,7 @@ class Fit(enum.Enum):
 
 
 class CompareBy(enum.Enum):
-    """What search, fit and the figures compare by; values as the engine names them."""
+    """What the fit and the figures compare by; values as the engine names them."""
 
     AUTO = "auto"
     ONE_MODALITY = "lncc"
@@ -107,8 +107,8 @@ class MorphSeekParameterNode:
     """Nodes are None until chosen; an output that is None becomes a new node.
 
     ``model`` is "auto", "none", a bundled name or a path, ``device`` "auto", "cpu" or "cuda:N"; their lists depend on
-    the machine, so the panel keeps these two itself. ``fitBy`` is what all stages compare by; scenes of earlier
-    versions have it by this name.
+    the machine, so the panel keeps these two itself. ``fitBy`` is what the fit and the figures compare by; scenes of
+    earlier versions have it by this name.
     """
 
     fixedVolume: slicer.vtkMRMLScalarVolumeNode

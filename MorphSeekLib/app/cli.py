@@ -92,7 +92,7 @@ FitOption = Annotated[
 ]
 SimilarityOption = Annotated[
     str,
-    typer.Option(help="What search and fit compare by: lncc, mind (across modalities), mse, or auto, by the images."),
+    typer.Option(help="What fit and figures compare by: lncc (also auto), mind (across modalities) or mse."),
 ]
 FitIterations = Annotated[
     str | None,

@@ -137,15 +137,18 @@ def mind_ssc(image: Tensor, radius: int = 2, dilation: int = 2) -> Tensor:
 class Similarity(ABC):
     """How alike two images are, in two parts: features of each image, and a loss between the features.
 
-    The features of the moving image may be computed once and warped afterward, as the fit does, or from each warped
-    image again, as :meth:`__call__` does. A new measure is a subclass and a line in :data:`SIMILARITIES`.
+    A training computes the features of each warped image again, see :meth:`__call__`. The fit computes those of either
+    image once on each level, warps the moving ones, and lowers their squared difference, whatever :meth:`compare` says;
+    only correlation has a form of its own there (:mod:`MorphSeekLib.registration.objective`). A new measure is a
+    subclass and a line in :data:`SIMILARITIES`.
 
     Attributes:
         padding: what lies beyond the features where they are warped: "zeros", or "border" for the nearest value.
         counts_voxels: features compare neighbors this many voxels away, so that the features of two images compare only
             where the images have voxels of one size.
         across_modalities: the loss does not compare intensities with intensities.
-        fit_weight: what the loss is multiplied by in the fit, so that the same weights of the regularizers suit all.
+        fit_weight: what the squared difference of two voxels' features, the mean over channels, is multiplied by in the
+            fit, so that the same weights of the regularizers suit all.
     """
 
     padding = "zeros"

@@ -29,11 +29,11 @@ class RegistrationOptions:
         stop_early: save time: take no further step after one that raises the similarity by less than 0.002.
         inverse: also compute the inverse transform.
         preset: "best", or "fast" for about a third of the time.
-        search: whether large motion is searched for before the network's steps; "auto": where it helped, see
-            :mod:`MorphSeekLib.registration.stages`.
+        search: whether large motion is searched for before the network's steps; "auto": where the images are still
+            unlike after the alignment (:data:`MorphSeekLib.registration.find.FAR`), unless the model's card says no.
         fit: whether the pair is fitted after the steps, without labels; "auto": unless the model's card says that its
             steps are better without. "off" also leaves folds as the steps made them.
-        similarity: what search, fit and judge compare by; "auto" looks at the pair.
+        similarity: what fit and judge compare by; "auto": "lncc". The search always compares MIND-SSC features.
         fit_iterations: iterations of the fit on each level, coarse to fine; None: by the preset.
 
     Raises:

@@ -2,11 +2,11 @@
 
     python Testing/benchmarks/unchanged.py BEFORE AFTER [--shared ../shared] [--only NAME ...] [--iterations 20]
 
-Each checkout runs the same commands in processes of its own, on one thread, in float32. Registrations (an aligned
-hippocampus pair with and without a fit, a native 1 mm brain, MR from CT) must agree to 1e-4 mm at every node of
-transform.h5 and in every figure of the report that is a similarity, a share of folds or a Dice; trainings (warm-up,
-fine-tuning with the policy on the latent and on the field, SPAC) with one seed must end with the same weights, bit for
-bit. The last line says how many agree; the exit code is 1 where one does not.
+Each checkout runs the same commands in processes of its own, on one thread, in float32; both must know their options.
+Registrations (a hippocampus pair with and without a fit, a native 1 mm brain, MR from CT) must agree to 1e-4 mm at
+every node of transform.h5 and in every figure of the report that is a similarity, a share of folds or a Dice; trainings
+(warm-up, fine-tuning with the policy on the latent and on the field, SPAC) with one seed must end with the same
+weights, bit for bit. The last line says how many agree; the exit code is 1 where one does not.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def registrations(data: Path) -> dict[str, list[str | Path]]:
     """Name -> the arguments of `register` but for the output; of those whose data are here."""
     found: dict[str, list[str | Path]] = {}
     for name, dataset, options in (
-        ("hippocampus", "hippocampus/dataset.json", ["--model", "hippocampus-mr"]),
-        ("hippocampus fitted", "hippocampus/dataset.json", ["--model", "hippocampus-mr", "--refine", "10"]),
-        ("mr from ct", "abdomen/dataset_mrct.json", ["--model", "brain-mr", "--refine", "4", "--refine-by", "mind"]),
+        ("hippocampus", "hippocampus/dataset.json", ["--model", "hippocampus-mr", "--search", "off", "--fit", "off"]),
+        ("hippocampus fitted", "hippocampus/dataset.json", ["--model", "hippocampus-mr", "--fit", "on"]),
+        ("mr from ct", "abdomen/dataset_mrct.json", ["--model", "none", "--similarity", "mind"]),
     ):
         path = data / dataset
         if path.is_file():
