@@ -98,7 +98,7 @@ def test_the_lost_label_of_the_shared_case_is_evaluated(shared, model, tmp_path)
     path = shared / "cases" / "lost_label" / "dataset.json"
     if not path.is_file():
         pytest.skip("needs ../shared/cases/lost_label, which is not here")
-    found = evaluate(load_dataset(path), "registration_test", model, tmp_path / "e.json")
+    found = evaluate(load_dataset(path), "registration_test", model, tmp_path / "e.json", steps_only())
     assert found["lost_labels"]
     assert strictly(tmp_path / "e.json")["mean"]["dice"] == pytest.approx(found["mean"]["dice"])
 

@@ -318,7 +318,7 @@ def test_bad_requests_are_refused_and_survived(client, request_of, spoil, code, 
         ({"device": "cuda:99"}, "cuda:99"),
         ({"options": {"steps": 0}}, "choose 1 to"),
         ({"options": {"align": "elastic"}}, "no alignment 'elastic'"),
-        ({"options": {"similarity": "touch"}}, "similarity is 'touch'; it must be one of auto, lncc"),
+        ({"options": {"similarity": "touch"}}, "options.similarity is 'touch'; choose one of auto, lncc"),
         ({"threads": 0}, "0 threads were asked for"),
     ],
 )
