@@ -157,7 +157,7 @@ class LapIRN(Backbone):
 
 def half_sizes(field: Tensor) -> Tensor:
     """Return (1, 3, 1, 1, 1): half the distance from first to last voxel along each axis of a field, voxels."""
-    return field.new_tensor([(n - 1) / 2 for n in field.shape[2:]]).view(1, 3, 1, 1, 1)
+    return fields.per_axis([(n - 1) / 2 for n in field.shape[2:]], field)
 
 
 def double(field: Tensor) -> Tensor:

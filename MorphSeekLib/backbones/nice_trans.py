@@ -117,7 +117,7 @@ def affine_field(parameters: Tensor, shape: Sequence[int]) -> Tensor:
     Returns:
         (batch, 3, i, j, k), voxels, channel c along axis c.
     """
-    half = parameters.new_tensor([(n - 1) / 2 for n in shape]).view(1, 3, 1, 1, 1)
+    half = fields.per_axis([(n - 1) / 2 for n in shape], parameters)
     points = (fields.identity(shape, parameters) - half) / half.clamp(min=0.5)
     matrix, shift = parameters[:, :, :3].flip(1, 2), parameters[:, :, 3].flip(1)
     with torch.autocast(parameters.device.type, enabled=False):

@@ -252,7 +252,7 @@ def _official_displacement(field: Tensor, squarings: int) -> Tensor:
     if squarings:
         return displacement
     shape = displacement.shape[2:]
-    stretch = displacement.new_tensor([n / (n - 1) for n in shape]).view(1, 3, 1, 1, 1)
+    stretch = fields.per_axis([n / (n - 1) for n in shape], displacement)
     positions = fields.identity(shape, displacement)
     return (positions + displacement) * stretch - 0.5 - positions
 

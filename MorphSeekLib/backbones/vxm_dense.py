@@ -115,7 +115,7 @@ class VxmDense(Backbone):
 
 def _official_resize(field: Tensor, shape: Sequence[int]) -> Tensor:
     """Resize as :func:`fields.resize` does, by the official factor, new / old size."""
-    factor = field.new_tensor([n / o for n, o in zip(shape, field.shape[2:], strict=True)]).view(1, 3, 1, 1, 1)
+    factor = fields.per_axis([n / o for n, o in zip(shape, field.shape[2:], strict=True)], field)
     return F.interpolate(field, size=tuple(shape), mode="trilinear", align_corners=True) * factor
 
 

@@ -6,7 +6,6 @@ grid that is not a whole number of windows, or smaller than one; each network's 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -67,15 +66,20 @@ def offset_numbers(window: Sequence[int]) -> Tensor:
     return number
 
 
-def seam_masks(window: Sequence[int], shift: Sequence[int]) -> Tensor:
+def seam_masks(window: Sequence[int], shift: Sequence[int], like: Tensor | None = None) -> Tensor:
     """Return (8, tokens, tokens): -100 between tokens that a seam parts, else 0.
 
     Mask number 4 a + 2 b + c has a seam along i, j and k where a, b and c are 1.
+
+    Args:
+        window, shift: tokens along (i, j, k).
+        like: a tensor on whose device the masks are made; the processor without it.
     """
-    positions = fields.identity(window).flatten(2)[0]
+    positions = fields.identity(window, like).flatten(2)[0]
     beyond = torch.stack([p >= n - s for p, n, s in zip(positions, window, shift, strict=True)])
     parted = beyond[:, :, None] != beyond[:, None, :]
-    which = torch.tensor(list(itertools.product((False, True), repeat=3)))
+    number = torch.arange(8, device=positions.device)
+    which = torch.stack([number // 4 % 2, number // 2 % 2, number % 2], dim=1).bool()
     return -100.0 * (parted & which[:, :, None, None]).any(dim=1).float()
 
 
@@ -157,7 +161,7 @@ class SwinAttention(nn.Module):
         shift = [w // 2 if self.shifted and n > w else 0 for n, w in zip(size, self.window, strict=True)]
         tokens = math.prod(window)
         bias = self.relative_position_bias_table[self.offsets[:tokens, :tokens]].permute(2, 0, 1)
-        seams = seam_masks(window, shift).to(bias) if any(shift) else None
+        seams = seam_masks(window, shift, bias).to(bias) if any(shift) else None
         out = attention(self.qkv(pad_to_windows(x, window)), bias, window, shift, seams)
         return self.proj(out[:, : size[0], : size[1], : size[2]])
 

@@ -288,7 +288,7 @@ def landmark_errors(total: Tensor, fixed_points: Tensor, moving_points: Tensor, 
     """
     points = fixed_points.T.view(1, 3, -1, 1, 1)
     mapped = (points + fields.sample(total, points, padding="border")).flatten(2)
-    scale = torch.tensor(spacing, dtype=mapped.dtype, device=total.device).view(1, 3, 1)
+    scale = fields.per_axis(spacing, mapped).view(1, 3, 1)
     return ((mapped - moving_points.T[None]) * scale).norm(dim=1)
 
 

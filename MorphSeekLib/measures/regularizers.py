@@ -73,7 +73,7 @@ def folding_penalty(displacement: Tensor, margin: float = 0.05) -> Tensor:
         ValueError: an axis is too short.
     """
     u = _precise(displacement, 2, "The folding penalty")
-    if u.is_cuda:  # looking for the cells that need it would wait for the device
+    if u.device.type != "cpu":  # looking for the cells that need it would wait for the device
         return torch.relu(margin - fields.corner_determinants(u)).mean()
     return _FoldingPenalty.apply(u, margin)
 

@@ -33,6 +33,14 @@ def identity(shape: Sequence[int], like: Tensor | None = None) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
+def per_axis(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Return three numbers as (1, 3, 1, 1, 1), of the device and type of a tensor.
+
+    They are written on the device: a copy from the processor would wait for what the device has still to do.
+    """
+    return torch.stack([like.new_full((), number) for number in numbers]).view(1, 3, 1, 1, 1)
+
+
 def sample(image: Tensor, points: Tensor, mode: str = "linear", padding: str = "zeros") -> Tensor:
     """Interpolate an image at voxel coordinates.
 
@@ -62,7 +70,9 @@ def _interpolate(image: Tensor, moved: list[Tensor], start: list, mode: str, pad
     points = []
     for axis in (2, 1, 0):
         size = image.shape[2 + axis]
-        offset = torch.as_tensor((2 * start[axis] + 1) / size - 1, dtype=image.dtype, device=image.device)
+        offset = (2 * start[axis] + 1) / size - 1
+        if not isinstance(offset, Tensor):
+            offset = image.new_full((), offset)
         points.append(torch.add(offset, moved[axis], alpha=2 / size))
     grid = torch.stack(points, dim=-1)
     batch = max(image.shape[0], grid.shape[0])
@@ -125,7 +135,7 @@ def resize(displacement: Tensor, shape: Sequence[int]) -> Tensor:
         return displacement
     factor = [(n - 1) / (o - 1) if min(n, o) > 1 else 1.0 for n, o in zip(shape, old, strict=True)]
     resized = F.interpolate(displacement, size=tuple(shape), mode="trilinear", align_corners=True)
-    return resized * displacement.new_tensor(factor).view(1, 3, 1, 1, 1)
+    return resized * per_axis(factor, displacement)
 
 
 def integrate(velocity: Tensor, squarings: int = 7, padding: str = "zeros") -> Tensor:
@@ -221,7 +231,7 @@ def least_determinant(displacement: Tensor, below: float = 0.0) -> Tensor:
     """
     _check_axes(displacement)
     u = _precise(displacement)
-    if u.is_cuda:  # looking for the cells that need it would wait for the device
+    if u.device.type != "cpu":  # looking for the cells that need it would wait for the device
         each = _at_corners(u)
         least = next(each)
         for at_corner in each:

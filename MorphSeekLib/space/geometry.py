@@ -507,7 +507,7 @@ def _points(grid: Grid, matrix: np.ndarray, device: torch.device | str = "cpu") 
 
 def _map(matrix: np.ndarray, points: Tensor) -> Tensor:
     """Return (1, 3, ...) points through a (4, 4) matrix."""
-    return _turn(matrix, points[0])[None] + points.new_tensor(matrix[:3, 3].tolist()).view(1, 3, 1, 1, 1)
+    return _turn(matrix, points[0])[None] + fields.per_axis(matrix[:3, 3].tolist(), points)
 
 
 def _turn(matrix: np.ndarray, vectors: Tensor) -> Tensor:

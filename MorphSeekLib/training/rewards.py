@@ -150,9 +150,9 @@ def landmarks(state: State, total: Tensor) -> Tensor:
     where = state.fixed_points, state.moving_points, state.spacing
     gain = (landmark_errors(state.total, *where) - landmark_errors(total, *where)) / len(state.fixed_points)
     shape = total.shape[2:]
-    limits = torch.tensor(shape, device=total.device) - 1
-    at = torch.minimum(state.fixed_points.round().long().clamp(min=0), limits)
-    flat = (at[:, 0] * shape[1] + at[:, 1]) * shape[2] + at[:, 2]
+    places = state.fixed_points.round().long().unbind(1)
+    i, j, k = (place.clamp(0, n - 1) for place, n in zip(places, shape, strict=True))
+    flat = (i * shape[1] + j) * shape[2] + k
     out = torch.zeros(len(total), total[0, 0].numel(), device=total.device)
     return out.index_add_(1, flat, gain).view(-1, 1, *shape)
 
@@ -265,7 +265,9 @@ def _counts(fixed: Tensor, warped: Tensor, count: int) -> tuple[Tensor, Tensor, 
 
     def histogram(classes: Tensor) -> Tensor:
         offset = torch.arange(len(classes), device=classes.device).view(-1, 1, 1, 1, 1) * (count + 1)
-        counts = torch.bincount((classes + offset).flatten(), minlength=len(classes) * (count + 1))
+        each = (classes + offset).flatten()
+        # bincount would look for the largest class, and wait for it
+        counts = each.new_zeros(len(classes) * (count + 1)).index_add_(0, each, each.new_ones(()).expand(len(each)))
         return counts.view(len(classes), count + 1)[:, 1:].float()
 
     return histogram(warped * (fixed == warped)), histogram(fixed), histogram(warped)
