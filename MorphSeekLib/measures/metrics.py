@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
-from scipy.spatial import KDTree
 from torch import Tensor
 
 from ..io.labels import check_label_values
@@ -215,6 +213,8 @@ def hd95_per_label(
     Raises:
         MorphSeekError, ValueError: as :func:`dice_per_label`, or a spacing that is not three positive numbers.
     """
+    from scipy import ndimage  # here, so that what needs PyTorch alone can be used without SciPy
+
     _check_labels(fixed_labels, warped_labels)
     spacing = np.asarray(spacing, dtype=np.float64)
     if spacing.shape != (3,) or not (spacing > 0).all():
@@ -399,6 +399,8 @@ def _surface(
 def _percentile_95(elements: np.ndarray, area: np.ndarray, others: np.ndarray, spacing: np.ndarray) -> float:
     """Return the area-weighted 95th percentile of the distances of ``elements`` to the nearest of ``others``."""
     # lattice points: halving boxes takes a third of the time of the default, which looks for medians
+    from scipy.spatial import KDTree
+
     tree = KDTree(others * spacing, balanced_tree=False, compact_nodes=False)
     nearest = tree.query(elements * spacing)[1]
     # again from whole indices: the tree's rounding would split equal distances

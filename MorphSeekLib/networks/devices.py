@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from ..backbones.memory import channels_last
-from ..io.images import use_simpleitk_threads
 from ..protocol.errors import MorphSeekError
 from ..protocol.startup import check_device, check_threads
 
@@ -63,6 +62,8 @@ def use_threads(count: int | None = None) -> None:
     Raises:
         MorphSeekError: a count below one.
     """
+    from ..io.images import use_simpleitk_threads  # the rest of this module needs PyTorch alone
+
     if count is not None:
         check_threads(count)
     torch.set_num_threads(count or _ALL_THREADS)

@@ -15,7 +15,6 @@ from operator import add
 
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 from ..measures.metrics import landmark_errors
@@ -283,6 +282,8 @@ def _surfaces(classes: Tensor, count: int) -> Tensor:
 
 
 def _surface_distance(classes: Tensor, count: int, spacing: tuple[float, float, float]) -> Tensor:
+    from scipy import ndimage  # no other reward needs it
+
     surfaces = _surfaces(classes, count)[0].cpu().numpy()
     maps = [ndimage.distance_transform_edt(~s, sampling=spacing) for s in surfaces]
     return torch.stack([torch.from_numpy(m).float() for m in maps]).to(classes.device)

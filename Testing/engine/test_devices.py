@@ -7,7 +7,10 @@ GPU is that it is not the processor. What each iteration may do nevertheless sta
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +192,10 @@ def test_calls_of_numpy_are_seen():
     with calls_into("numpy") as called:
         np.linalg.inv(np.eye(3))
     assert called
+
+
+def test_the_benchmark_of_gpus_needs_pytorch_and_numpy_alone():
+    hidden = ("SimpleITK", "scipy", "pydicom", "h5py", "safetensors", "matplotlib", "jinja2", "typer", "rich", "numba")
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden})); import gpu"
+    folder = Path(sys.modules["host_syncs"].__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
