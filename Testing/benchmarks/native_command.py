@@ -99,7 +99,9 @@ def main() -> None:
             seconds = run([*command, "--threads", str(options.threads), "--preset", options.preset])
             report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
             transform = read_transform(folder / "out" / "transform.h5", read_image(images[0]).grid)
-            rows["morphseek"] = {**row_of(transform, *labels, seconds), "phases": report["seconds"]}
+            cells = report["folding"]["cells"]  # of the transform as it is written, not as it is sampled here
+            folds = {name: cells[name] for name in ("no_fold_proven", "folded_percent")}
+            rows["morphseek"] = {**row_of(transform, *labels, seconds), **folds, "phases": report["seconds"]}
             if not options.no_greedy:
                 seconds = run([sys.executable, "-c", GREEDY, *map(str, images), name, str(options.threads)])
                 transform = read_transform(folder / "whole.nii.gz", read_image(images[0]).grid)
