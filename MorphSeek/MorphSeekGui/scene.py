@@ -88,8 +88,8 @@ class StepState(TypedDict):
     places: list[np.ndarray]
 
 
+# a field of RegistrationNodes -> the node that takes the result instead of a new one, or None
 Into = Mapping[str, object]
-"""Field of :class:`RegistrationNodes` -> the node that takes the result instead of a new one, or None."""
 
 
 @dataclass

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import TINY
+from cases import SHIPPED, TINY
 from host_syncs import HostSyncs, Wait, calls_into
 from torch import Tensor
 
-from MorphSeekLib.backbones import BACKBONES
 from MorphSeekLib.measures.similarity import mind_ssc
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel, take_steps
 from MorphSeekLib.registration import search as searching
@@ -122,7 +121,7 @@ WORKS: dict[str, Callable[[str], Work]] = {
     "fit": whole_fit,
     "search": whole_search,
     "choice": one_choice,
-    **{name: lambda device, name=name: network_steps(device, name) for name in BACKBONES},
+    **{name: lambda device, name=name: network_steps(device, name) for name in SHIPPED},
 }
 
 

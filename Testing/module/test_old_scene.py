@@ -53,9 +53,9 @@ def result() -> scene.RegistrationNodes:
 
 
 def test_every_choice_is_as_it_was(loaded):
-    """None of them is at its default."""
+    """None of them is at its default; what was fitted on two grids is fitted, by what was chosen."""
     p = loaded["register"].logic.getParameterNode()
-    assert [p.alignment.name, p.fit.name, p.fitBy.name] == ["RIGID", "IMAGE_GRID", "MIND"]
+    assert [p.alignment.name, p.fit.name, p.fitBy.name] == ["RIGID", "ON", "TWO_MODALITIES"]
     assert (p.model, p.device, p.steps) == ("hippocampus-mr", "cpu", 3)
     assert (p.stopEarly, p.inverse, p.showSteps) == (True, True, False)
     nodes = (p.fixedVolume, p.movingVolume, p.fixedLabels, p.movingLabels, p.initialTransform)
@@ -65,8 +65,8 @@ def test_every_choice_is_as_it_was(loaded):
 
 def test_every_choice_is_shown(loaded):
     ui = loaded["register"].ui
-    texts = [ui.alignSelector.currentText, ui.fitSelector.currentText, ui.fitBySelector.currentText]
-    assert texts == ["Rigid", "On the image's grid, too", "two modalities"]
+    texts = [ui.alignSelector.currentText, ui.fitSelector.currentText, ui.similaritySelector.currentText]
+    assert texts == ["Rigid", "On", "Two modalities (MIND)"]
     assert ui.modelSelector.currentText.startswith("Hippocampus MR")
     assert ui.stepsSpinBox.value == 3
     assert ui.inverseCheckBox.checked
@@ -126,12 +126,12 @@ def test_the_pair_is_registered_again_into_the_old_nodes(stand_in, loaded, monke
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     panel, results = loaded["register"], []
     panel.on_result.append(results.append)
-    panel.ui.fitSelector.currentText = "No"
+    panel.ui.fitSelector.currentText = "Off"
     panel.ui.registerButton.click()
     stand_in.wait(lambda: panel._run is None)
     [nodes] = results
     assert [nodes.warped.GetName(), nodes.transform.GetName()] == ["M warped", "M to F"]
-    assert nodes.report["schema"] == 2
+    assert nodes.report["schema"] == 3
     assert isinstance(nodes.warped_labels, slicer.vtkMRMLSegmentationNode)
 
 
