@@ -37,6 +37,7 @@ BLOCKS = [block for page in PAGES if page not in HOW_TO for block in blocks(page
 NOT_RUN = {
     "python Testing/benchmarks/hippocampus.py gain ../shared/data/hippocampus/dataset.json --runs gain",
     "python Testing/benchmarks/main_table.py main-table --data ../shared/data --out main-table",
+    "python Testing/benchmarks/without_model.py --out test-pairs.json",
 }
 NAMED_FILE = re.compile(r"`((?:MorphSeekLib|MorphSeek|Resources|Testing)/[\w./-]+)`")
 NAMED_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
