@@ -28,7 +28,7 @@ from ..networks.loading import load_model
 from ..networks.policy import ModelSettings
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Event, Job
-from ..protocol.options import RegistrationOptions, TrainingOptions
+from ..protocol.options import RegistrationOptions, Switch, TrainingOptions
 from ..protocol.run_folder import SETTINGS, STAGES, STATUS, STOP, HeldOut, Stage, Status, locked
 from ..protocol.settings import from_dict, override, to_dict, to_json
 from ..protocol.startup import bundled, check_output_file, check_run, find
@@ -319,11 +319,12 @@ def _choose_fit(folder: Path, dataset: Dataset, model: Path, device: str, job: J
     if not pairs:
         return
     few, dice = dataclasses.replace(dataset, pairs={VALIDATION: pairs}), {}
-    for fit in ("off", "on"):
+    choices: tuple[Switch, Switch] = ("off", "on")
+    for fit in choices:
         out = folder / f"validation-fit-{fit}.json"
         if not out.is_file():
-            loaded = load_model(str(model), device)
-            evaluate(few, VALIDATION, loaded, out, RegistrationOptions(search="off", fit=fit), job)  # type: ignore[arg-type]
+            options = RegistrationOptions(search="off", fit=fit)
+            evaluate(few, VALIDATION, load_model(str(model), device), out, options, job)
         dice[fit] = json.loads(out.read_text(encoding="utf-8"))["mean"]["dice"]
     found = {
         "pairs": len(pairs),

@@ -230,17 +230,20 @@ class Worker:
     def _model(
         self, name: str, device: str, images: tuple[Volume, ...]
     ) -> tuple[LoadedModel | None, torch.device, str]:
-        """Return the model, its device and a sentence about it, from memory if its file has not changed; only the last
-        one is kept."""
+        """Return the model, its device and a sentence about it; without images "auto" is none."""
         if name in (AUTO, NO_MODEL):
-            return chosen_model(name if images else NO_MODEL, images, device)
+            return chosen_model(name if images else NO_MODEL, images, device, load=self._loaded)
+        model = self._loaded(name, device)
+        return model, model.device, "Loading the model"
+
+    def _loaded(self, name: str, device: str) -> LoadedModel:
+        """Return a model, from memory if its file has not changed; only the last one is kept."""
         path = find(name)
         key = (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size, device)
         if key not in self.models:
             self.models.clear()
             self.models[key] = load_model(name, device)
-        model = self.models[key]
-        return model, model.device, "Loading the model"
+        return self.models[key]
 
     def _read(self) -> None:
         """Queue requests, cancel at once, and end the process at the end of the input; runs in a thread."""

@@ -143,17 +143,10 @@ class Similarity(ABC):
     subclass and a line in :data:`SIMILARITIES`.
 
     Attributes:
-        padding: what lies beyond the features where they are warped: "zeros", or "border" for the nearest value.
-        counts_voxels: features compare neighbors this many voxels away, so that the features of two images compare only
-            where the images have voxels of one size.
-        across_modalities: the loss does not compare intensities with intensities.
         fit_weight: what the squared difference of two voxels' features, the mean over channels, is multiplied by in the
             fit, so that the same weights of the regularizers suit all.
     """
 
-    padding = "zeros"
-    counts_voxels = False
-    across_modalities = False
     fit_weight = 1.0
 
     def prepare(self, image: Tensor) -> Tensor:
@@ -199,9 +192,6 @@ class MIND(Similarity):
     radius: int = 2
     dilation: int = 2
 
-    padding = "border"
-    counts_voxels = True
-    across_modalities = True
     fit_weight = 3.0
 
     def prepare(self, image: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,7 +17,11 @@ from .alignment import object_size
 
 
 def chosen_model(
-    name: str, images: Sequence[Volume], device: str = "auto", job: Job = SILENT
+    name: str,
+    images: Sequence[Volume],
+    device: str = "auto",
+    job: Job = SILENT,
+    load: Callable[[str, str], LoadedModel] = load_model,
 ) -> tuple[LoadedModel | None, torch.device, str]:
     """Return the model of a name, the device, and a sentence that says which and why.
 
@@ -26,13 +30,15 @@ def chosen_model(
             on labeled pairs than a fit, and knows objects of the size that both images show; else none.
         images: fixed and moving.
         device: as for :func:`MorphSeekLib.networks.loading.load_model`.
+        job: checked.
+        load: gives a model for a name and a device; the worker's keeps the last one.
 
     Raises:
         MorphSeekError: unknown model or device, unusable file, or not enough memory.
     """
     where = pick_device(device)
     if name not in (AUTO, NO_MODEL):
-        return load_model(name, device), where, f"Model: {name}."
+        return load(name, device), where, f"Model: {name}."
     if name == NO_MODEL:
         return None, where, "Model: none."
     if general(*(image.data for image in images)).intensity == "window":
@@ -43,5 +49,5 @@ def chosen_model(
         if not card.fit and all(card.preprocessing.beyond(size) == 1 for size in sizes):
             shown = " and ".join(f"{size:.0f}" for size in sizes)
             words = f"Model: {own}, which was trained on labels of objects of the size of these ({shown} mm)."
-            return load_model(own, device), where, words
+            return load(own, device), where, words
     return None, where, "Model: none, as no bundled model is better on such images than the fit alone."

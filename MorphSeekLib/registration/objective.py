@@ -97,12 +97,6 @@ class Objective:
         unfolded = folding(control, self.level.folding)
         return Energy(value + smooth.value + unfolded.value, gradient.add_(smooth.gradient).add_(unfolded.gradient))
 
-    def similarity(self, control: Tensor) -> Tensor:
-        """Return the objective's first term alone, a scalar; lower is more alike."""
-        points = upsample(control)
-        points += fields.identity(points.shape[2:], like=points)
-        return self.alike(self._warped(points))[0]
-
     def _warped(self, points: Tensor) -> Tensor:
         return self.voxels * fields.sample(self.level.moving, points, padding="border")
 

@@ -27,11 +27,13 @@ from ..space.geometry import (
     Transform,
     Volume,
     dense_from_voxels,
+    in_box,
     is_mirrored,
     map_voxels,
     resample,
     smooth_for_spacing,
     voxel_displacement,
+    world_spacing,
 )
 from ..space.preprocessing import Preprocessing, foreground_of, general, normalize, normalized, working_grid
 from . import guards
@@ -375,8 +377,7 @@ class Pair:
         """Return which voxels of the working grid a displacement and a transform lead into an image's box, (1, 1, i, j,
         k)."""
         points = map_voxels(self.nothing() if total is None else total, self.grid, transform, grid)
-        limit = torch.tensor(grid.shape, device=points.device).view(1, 3, 1, 1, 1) - 0.5
-        return ((points >= -0.5) & (points <= limit)).all(dim=1, keepdim=True)
+        return in_box(points, grid)
 
 
 NAMES: dict[str, str] = {
@@ -386,11 +387,6 @@ NAMES: dict[str, str] = {
     "fit": "The fit",
 }
 """What the stages are called."""
-
-
-def world_spacing(grid: Grid) -> np.ndarray:
-    """Return a grid's spacing along the world's axes, (3,) mm."""
-    return np.linalg.norm(grid.direction * grid.spacing, axis=1)
 
 
 def displacement_mm(total: Tensor, grid: Grid) -> Tensor:

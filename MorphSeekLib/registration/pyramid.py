@@ -20,10 +20,12 @@ from ..space.geometry import (
     Transform,
     Volume,
     dense_from_voxels,
+    in_box,
     index_points,
     resample,
     smooth_for_spacing,
     voxel_displacement,
+    world_spacing,
 )
 from .descent import counted_blocks, halved
 from .objective import SHOWN, Level, Objective
@@ -62,7 +64,7 @@ class Crop:
         """Crop a fixed image whose intensities lie in [0, 1]."""
         lattice, data = lattice_of(fixed.grid), fixed.data
         if not lattice.same_as(fixed.grid):
-            data = resample(smooth_for_spacing(fixed, _world_spacing(lattice)), lattice, device=device, job=job).data
+            data = resample(smooth_for_spacing(fixed, world_spacing(lattice)), lattice, device=device, job=job).data
         begin, size = _box(data > SHOWN)
         affine = lattice.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ begin
@@ -99,14 +101,11 @@ class Coarse:
         fixed, seen, level = crop.image, crop.seen.float(), 0
         while level < COARSEST and min(fixed.shape[2:]) >= 2 * _LEAST:
             fixed, seen, level = halved(fixed), halved(seen), level + 1
-        scale = 2**level
-        to_crop = np.diag([scale, scale, scale, 1.0])
-        to_crop[:3, 3] = (scale - 1) / 2
-        grid = _grid(fixed.shape[2:], crop.grid.affine @ to_crop)
+        grid = level_grid(crop.grid, level)
         averaged = _averaged(moving, grid)
         image = averaged.data[None, None].to(fixed.device)
         points = index_points(grid, alignment, averaged.grid, fixed.device)
-        sees = _inside(grid, alignment, moving.grid, fixed.device) & (seen > 0.99)
+        sees = in_box(index_points(grid, alignment, moving.grid, fixed.device), moving.grid) & (seen > 0.99)
         counted = counted_blocks(fixed, fields.sample(image, points, padding="border"), sees)
         return cls(grid, fixed, counted, image, averaged.grid)
 
@@ -134,7 +133,7 @@ class Pyramid:
         """Bring a moving image whose intensities lie in [0, 1] onto the crop's grid."""
         device = crop.image.device
         moved = _moved(moving, crop.grid, alignment, device, job)
-        seen = crop.seen & _inside(crop.grid, alignment, moving.grid, device)
+        seen = crop.seen & in_box(index_points(crop.grid, alignment, moving.grid, device), moving.grid)
         return cls(crop, moving, alignment, moved, seen)
 
     def images(self, level: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,10 +168,7 @@ class Pyramid:
 
     def grid(self, level: int) -> Grid:
         """Return the grid of a level's voxels."""
-        size = 2.0**level
-        to_crop = np.diag([size, size, size, 1.0])
-        to_crop[:3, 3] = (size - 1) / 2
-        return _grid(np.array(self.crop.grid.shape) / size, self.crop.grid.affine @ to_crop)
+        return level_grid(self.crop.grid, level)
 
     def contrast(self) -> float:
         """Return whether the images grow brighter together; see :meth:`.objective.Objective.contrast`."""
@@ -205,6 +201,14 @@ class Pyramid:
         pad = [int(n) for axis in (2, 1, 0) for n in (before[axis], after[axis])]
         grid = _nodes(self.crop.lattice, np.array(self.crop.offset), points, level, before, after)
         return F.pad(control / 2, pad, mode="replicate"), grid
+
+
+def level_grid(grid: Grid, level: int) -> Grid:
+    """Return the voxels of a level of a pyramid on a grid, 2^level times as long."""
+    size = 2.0**level
+    to_grid = np.diag([size, size, size, 1.0])
+    to_grid[:3, 3] = (size - 1) / 2
+    return _grid(np.array(grid.shape) / size, grid.affine @ to_grid)
 
 
 def nodes_around(lattice: Grid) -> Grid:
@@ -290,16 +294,9 @@ def _cut(data: Tensor, begin: np.ndarray, size: np.ndarray, mode: str) -> Tensor
 
 def _moved(moving: Volume, grid: Grid, alignment: Transform, device: torch.device, job: Job) -> Tensor:
     """Return (1, 1, *grid.shape): a moving image as smooth as the grid, with edge values beyond it."""
-    smooth = smooth_for_spacing(moving, _world_spacing(grid)).data[None, None].to(device)
+    smooth = smooth_for_spacing(moving, world_spacing(grid)).data[None, None].to(device)
     job.check()
     return fields.sample(smooth, index_points(grid, alignment, moving.grid, device), padding="border")
-
-
-def _inside(grid: Grid, alignment: Transform, into: Grid, device: torch.device) -> Tensor:
-    """Return (1, 1, *grid.shape) bool: which voxels lie in an image's box after the alignment."""
-    points = index_points(grid, alignment, into, device)
-    limit = torch.tensor(into.shape, device=device).view(1, 3, 1, 1, 1) - 0.5
-    return ((points >= -0.5) & (points <= limit)).all(dim=1, keepdim=True)
 
 
 def _averaged(volume: Volume, onto: Grid) -> Volume:
@@ -312,8 +309,3 @@ def _averaged(volume: Volume, onto: Grid) -> Volume:
     to_first = np.diag([*size, 1.0])
     to_first[:3, 3] = (np.array(size) - 1) / 2
     return Volume(data, _grid(data.shape, volume.grid.affine @ to_first))
-
-
-def _world_spacing(grid: Grid) -> np.ndarray:
-    """Return a grid's spacing along the world's axes, (3,) mm."""
-    return np.linalg.norm(grid.direction * grid.spacing, axis=1)

@@ -301,6 +301,24 @@ def resample(
     return Volume(out, onto)
 
 
+def world_spacing(grid: Grid) -> np.ndarray:
+    """Return a grid's spacing along the world's axes, (3,) mm."""
+    return np.linalg.norm(grid.direction * grid.spacing, axis=1)
+
+
+def in_box(points: Tensor, grid: Grid) -> Tensor:
+    """Return which points lie in an image's box, within half a voxel of its outermost centers.
+
+    Args:
+        points: (1, 3, i, j, k), voxels of ``grid``.
+
+    Returns:
+        (1, 1, i, j, k) bool.
+    """
+    limit = fields.per_axis(grid.shape, points) - 0.5
+    return ((points >= -0.5) & (points <= limit)).all(dim=1, keepdim=True)
+
+
 def orientation_matrix(code: str) -> np.ndarray:
     """Return the (3, 3) direction in LPS of an axis code such as "RAS": axis i runs toward R, j toward A, k toward S.
 
