@@ -8,7 +8,7 @@ samples: the same two images give the same matrix every time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,44 +60,68 @@ def align(
     initial: Transform | None = None,
     job: Job = SILENT,
 ) -> Transform:
-    """Bring the moving image roughly onto the fixed one.
+    """Bring the moving image roughly onto the fixed one; see :func:`alignments`."""
+    return alignments(fixed, moving, (kind,), initial, job)[kind]
+
+
+def alignments(
+    fixed: Volume,
+    moving: Volume,
+    kinds: Sequence[str],
+    initial: Transform | None = None,
+    job: Job = SILENT,
+) -> dict[str, Transform]:
+    """Bring the moving image roughly onto the fixed one, in several ways.
 
     Args:
         fixed, moving: intensities, on grids that may lie anywhere; contrasts, orientations and fields of view may
             differ.
-        kind: "none"; "center" (shift the middle of one foreground onto the other's); "rigid" (shift and rotation from
-            there, or from where the files lie when that fits better); "affine" (then scale and shear too).
+        kinds: of "none"; "center" (shift the middle of one foreground onto the other's); "rigid" (shift and rotation
+            from there, or from where the files lie when that fits better); "affine" (then scale and shear too).
         initial: fixed point -> moving point, LPS mm, to start from; the result contains it.
-        job: told the fraction done, 0 to 1; checked many times a second.
+        job: told the fraction done of the last kind, 0 to 1; checked many times a second.
 
     Returns:
-        Fixed point -> moving point: a (4, 4) matrix, LPS mm; a DenseTransform (on the grid of ``initial``) only when
-        ``initial`` is one. By the images' mutual information it is never worse than where they started.
+        For each kind fixed point -> moving point: a (4, 4) matrix, LPS mm; a DenseTransform (on the grid of
+        ``initial``) only when ``initial`` is one. By the images' mutual information it is never worse than where they
+        started.
 
     Raises:
-        MorphSeekError: unknown ``kind``, or the images do not overlap after ``initial``.
+        MorphSeekError: unknown kind, or the images do not overlap after ``initial``.
     """
-    if kind not in KINDS:
-        raise MorphSeekError(f"There is no alignment '{kind}'; choose one of none, center, rigid, affine.")
-    if kind == "none":
-        return np.eye(4) if initial is None else initial
-    unit = _unit(fixed.grid, moving.grid)
-    if isinstance(initial, DenseTransform):
-        check_overlap(fixed, moving, initial)
-        # align to what the initial transform makes of the moving image, in the fixed image's space
-        block = _average(fixed, _SPACING * unit)
-        background = float(moving.data.min())
-        seen = resample(_average(moving, _SPACING * unit), block.grid, initial, background=background, job=job)
-        matrix = align(block, seen, kind, None, job)
-        nodes = initial.grid
-        return dense_from_voxels(index_points(nodes, matrix, nodes) - fields.identity(nodes.shape), nodes, initial)
+    if unknown := set(kinds) - set(KINDS):
+        raise MorphSeekError(f"There is no alignment '{unknown.pop()}'; choose one of none, center, rigid, affine.")
+    found: dict[str, Transform] = {"none": np.eye(4) if initial is None else initial}
+    wanted = [kind for kind in kinds if kind != "none"]
+    if wanted and isinstance(initial, DenseTransform):
+        found |= _after_dense(fixed, moving, wanted, initial, job)
+    elif wanted:
+        if initial is not None and wanted != ["center"]:
+            check_overlap(fixed, moving, initial)
+        unit = _unit(fixed.grid, moving.grid)
+        scale, back = np.diag([unit, unit, unit, 1.0]), np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
+        f, m = (_Scan.of(_moved(volume, back), job) for volume in (fixed, moving))
+        begin = None if initial is None else back @ initial @ scale
+        for kind in wanted:
+            heard = job if kind == wanted[-1] else job.heard_by(None)
+            found[kind] = scale @ _climb(f, m, kind, begin, heard) @ back
+    return {kind: found[kind] for kind in kinds}
 
-    if initial is not None and kind != "center":
-        check_overlap(fixed, moving, initial)
-    scale, back = np.diag([unit, unit, unit, 1.0]), np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
-    f, m = (_Scan.of(_moved(volume, back), job) for volume in (fixed, moving))
-    begin = None if initial is None else back @ initial @ scale
-    return scale @ _climb(f, m, kind, begin, job) @ back
+
+def _after_dense(
+    fixed: Volume, moving: Volume, kinds: Sequence[str], initial: DenseTransform, job: Job
+) -> dict[str, Transform]:
+    """Align to what an initial transform makes of the moving image, in the fixed image's space."""
+    check_overlap(fixed, moving, initial)
+    unit = _unit(fixed.grid, moving.grid)
+    block = _average(fixed, _SPACING * unit)
+    background = float(moving.data.min())
+    seen = resample(_average(moving, _SPACING * unit), block.grid, initial, background=background, job=job)
+    nodes, found = initial.grid, alignments(block, seen, kinds, None, job)
+    return {
+        kind: dense_from_voxels(index_points(nodes, matrix, nodes) - fields.identity(nodes.shape), nodes, initial)
+        for kind, matrix in found.items()
+    }
 
 
 def _climb(

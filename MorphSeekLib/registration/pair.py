@@ -37,7 +37,7 @@ from ..space.geometry import (
 )
 from ..space.preprocessing import Preprocessing, foreground_of, general, normalize, normalized, working_grid
 from . import guards
-from .alignment import align, object_size
+from .alignment import alignments, object_size
 from .judge import Judge
 from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around, with_opposite_contrast
 
@@ -187,8 +187,7 @@ class Pair:
         """
         job.report("align", 0.0, "Aligning the images" if kind != "none" else "Checking that the images overlap")
         kinds = ("none", "center", "affine") if kind == "auto" else (kind,)
-        heard = {k: job if k == kinds[-1] else job.heard_by(None) for k in kinds}
-        found = {k: align(self.fixed, self.moving, k, initial, heard[k]) for k in kinds}
+        found = alignments(self.fixed, self.moving, kinds, initial, job)
         if len(found) > 1:
             kind = max(found, key=lambda k: self._alike_after(found[k]))
         before = None if kind == "none" else np.eye(4) if initial is None else initial
