@@ -33,6 +33,7 @@ import torch
 
 from ..backbones import BACKBONES
 from ..data.cases import check, find_cases
+from ..io.compiled import compile_ahead
 from ..io.images import form_notices, label_values, stored_values, usable
 from ..measures.folds import certify, folded_voxels
 from ..networks.devices import describe_devices, pick_device, use_threads
@@ -53,7 +54,6 @@ from ..protocol.options import RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.version import __version__
 from ..registration.choice import chosen_model
-from ..registration.compiled import compile_ahead
 from ..registration.pair import State
 from ..registration.pipeline import register
 from ..report.page import RegistrationPictures

@@ -23,6 +23,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from ..io.compiled import kernels
 from ..protocol.job import SILENT, Job
 from ..space import fields
 from ..space.geometry import DenseTransform, Grid, Volume, apply_affine
@@ -41,13 +42,16 @@ _RATE = 1.9  # of a projection: beyond the goal, which takes a third of the iter
 _STRIDE = 0.25  # voxels that a node moves by at most in an iteration
 _RELAX = 10  # iterations between moves toward the neighbors, where a cell stays folded
 # de Casteljau's halves of a polynomial of degree 2: coefficients of each half from those of the whole
-_HALVES = torch.tensor(
+_HALVES = np.array(
     [
         [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.25, 0.5, 0.25]],
         [[0.25, 0.5, 0.25], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]],
-    ],
-    dtype=torch.float64,
+    ]
 )
+# (216, 27): of the halves along three axes, in corner order, the coefficients
+_EIGHTHS = np.einsum("aip,bjq,ckr->abcijkpqr", _HALVES, _HALVES, _HALVES).reshape(216, 27)
+_CYCLIC = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
+_AT_CORNERS = [9 * a + 3 * b + c for a, b, c in product((0, 2), repeat=3)]  # of the 27
 _CORNERS = torch.tensor(list(product((0.0, 1.0), repeat=3)), dtype=torch.float64)
 DEFINITION = (
     "Judged is each cell between eight nodes of the transform as written, alignment included, linear between its nodes "
@@ -123,40 +127,43 @@ def certify(
     """
     frame = _Frame(transform, mirrored)
     to_fixed = np.linalg.inv(fixed.affine) @ transform.grid.affine
-    tally = _Tally()
+    tally = _Tally(frame)
     for block in frame.blocks():
         job.check()
         inside = _centers_inside(block, to_fixed, fixed)
-        for cells in block.open_cells().split(_CHUNK):
-            index = block.index(cells)
-            near = torch.ones(len(cells), dtype=torch.bool) if inside is None else inside[tuple(index.unbind(1))]
-            tally.judge(index + block.first, block.coefficients(cells, torch.float64), near)
-        tally.cells += block.bound.numel() if inside is None else int(inside.count_nonzero())
-        bound = block.bound if inside is None else torch.where(inside, block.bound, math.inf)
-        tally.smallest = min(tally.smallest, _least(torch.where(bound > MARGIN, bound, math.inf)))
-    return tally.certificate(frame.scale)
+        clear, cells = block.bound > _CLEAR, block.open_cells()
+        if inside is None:
+            tally.cells += block.bound.size
+            tally.judge(cells, np.ones(len(cells), bool))
+        else:
+            tally.cells += int(inside.sum())
+            tally.judge(cells, inside[tuple((cells - block.first).T)])
+            clear &= inside
+        tally.smallest = min(tally.smallest, float(block.bound[clear].min(initial=math.inf)))
+    return tally.certificate()
 
 
 class _Tally:
     """What has been found so far; cells that need judging wait until there are enough of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, frame: _Frame) -> None:
         self.cells = 0
         self.smallest = math.inf
+        self._frame = frame
         self._counts = dict.fromkeys(("folded", "undecided", "folded_outside", "undecided_outside"), 0)
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self._found = [Parts(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0))]
 
-    def judge(self, index: Tensor, coefficients: Tensor, near: Tensor) -> None:
-        """Count cells (n, 3) by their coefficients (3, 3, 3, n); near: whether their center is in the fixed image."""
-        self._waiting.append((index, coefficients, near))
-        if sum(len(waiting) for waiting, _, _ in self._waiting) >= _CHUNK:
+    def judge(self, cells: np.ndarray, near: np.ndarray) -> None:
+        """Count cells (n, 3); near: (n,) bool, whether the center of each is in the fixed image."""
+        self._waiting.append((cells, near))
+        if sum(len(waiting) for waiting, _ in self._waiting) >= _CHUNK:
             self._judge_waiting()
 
-    def certificate(self, scale: float) -> Certificate:
-        """Return all that was found, with determinants multiplied by a scale."""
+    def certificate(self) -> Certificate:
+        """Return all that was found, relative to the alignment's sign."""
         self._judge_waiting()
-        counts = self._counts
+        counts, scale = self._counts, self._frame.scale
         count = FoldCount(
             cells=self.cells,
             folded=counts["folded"],
@@ -172,23 +179,25 @@ class _Tally:
         return Certificate(count, Parts(low, size, determinant * scale))
 
     def _judge_waiting(self) -> None:
-        if not self._waiting:
-            return
-        index, coefficients, near = (
-            torch.cat(column, dim=-1 if n == 1 else 0) for n, column in enumerate(zip(*self._waiting, strict=True))
-        )
+        cells, near = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
         self._waiting = []
-        cell = _decide(coefficients)
-        for name, which in (("folded", cell.folded), ("undecided", cell.undecided)):
-            self._counts[name] += int((which & near).sum())
-            self._counts[f"{name}_outside"] += int((which & ~near).sum())
-        self.smallest = min(self.smallest, _least(cell.bound[near & ~(cell.folded | cell.undecided)]))
-        number, low, size, determinant = cell.parts
-        self._found.append(Parts(index[number] + low, size, determinant))
+        for begin in range(0, len(cells), _CHUNK):
+            chunk = slice(begin, begin + _CHUNK)
+            self._judge_chunk(cells[chunk], near[chunk])
 
+    def _judge_chunk(self, cells: np.ndarray, near: np.ndarray) -> None:
+        found = _decide(self._frame.coefficients(cells))
+        self._count("folded", near[found.folded])
+        self._count("undecided", near[found.undecided])
+        proven = found.bound[near & ~(found.folded | found.undecided)]
+        self.smallest = min(self.smallest, float(proven.min(initial=math.inf)))
+        number, low, size, determinant = map(torch.from_numpy, found.parts)
+        self._found.append(Parts(torch.from_numpy(cells)[number] + low, size, determinant))
 
-def _least(values: Tensor) -> float:
-    return float(values.min()) if values.numel() else math.inf
+    def _count(self, name: str, near: np.ndarray) -> None:
+        inside = int(near.sum())
+        self._counts[name] += inside
+        self._counts[f"{name}_outside"] += len(near) - inside
 
 
 def bernstein(corners: Tensor) -> Tensor:
@@ -211,24 +220,23 @@ def _coefficients(s: Tensor, t: Tensor, r: Tensor) -> Tensor:
     The derivative along the first axis, s, is linear in the other two, and so on; a product of two polynomials of
     degree 1 has the products of the coefficients at its ends, and in the middle the mean of the mixed ones.
     """
-    n = s.shape[-1]
-    crosses = s.new_zeros(3, 3, 2, 2, n)  # degree along the first axis, component, r at its (b), t at its (c)
-    for a, a2 in product((0, 1), repeat=2):
-        _add_cross(crosses[a + a2], t[:, a, None], r[:, a2, :, None])
-    crosses[1] /= 2
-    out = s.new_zeros(3, 3, 3, n)
-    for b, c in product((0, 1), repeat=2):
-        at = out[:, b : b + 2, c : c + 2]
-        for component in range(3):
-            at.addcmul_(s[component, b, c], crosses[:, component])
-    out[:, 1] /= 2
-    out[:, :, 1] /= 2
-    return out
+    across = s.new_zeros(3, 2, 2, 2, 2, s.shape[-1])  # component; a of t, a of r, b of r, c of t
+    _add_cross(across, t[:, :, None, None], r[:, None, :, :, None])
+    across = _merged(across, 1)
+    products = _dot(s[:, None, None, :, None], across[:, :, :, None, :, None])  # a; b of r, b of s, c of t, c of s
+    return _merged(_merged(products, 1), 2)
+
+
+def _merged(products: Tensor, axis: int) -> Tensor:
+    """Return the three coefficients of degree 2 of the products of two polynomials of degree 1, whose ends stand along
+    an axis and the next."""
+    (first, mixed), (mixed_too, last) = (half.unbind(axis) for half in products.unbind(axis))
+    return torch.stack([first, (mixed + mixed_too).div_(2), last], dim=axis)
 
 
 def _add_cross(out: Tensor, t: Tensor, r: Tensor) -> None:
     """Add the cross product of vectors (3, ...), component by component: what is worked on stays in the cache."""
-    for x, y, z in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+    for x, y, z in _CYCLIC:
         out[x].addcmul_(t[y], r[z]).addcmul_(t[z], r[y], value=-1)
 
 
@@ -345,10 +353,9 @@ def unfold(
     frame = _Frame(transform, mirrored)
     active = torch.zeros([n - 1 for n in frame.shape], dtype=torch.bool)
     for block in frame.blocks():
-        for cells in block.open_cells().split(_CHUNK):
-            cell = _decide(block.coefficients(cells, torch.float64))
-            bad = cells[cell.folded | cell.undecided]
-            active[tuple((block.index(bad) + block.first).unbind(1))] = True
+        unsure = block.open_cells()
+        found = _decide(frame.coefficients(unsure))
+        active.numpy()[tuple(unsure[found.folded | found.undecided].T)] = True
     if not iterations or not bool(active.any()):
         return transform
     nodes = frame.nodes()
@@ -385,19 +392,24 @@ class _Frame:
     Attributes:
         scale: what determinants in this frame are multiplied by to be those of the transform, relative to the
             alignment's sign.
-        sign: of the determinant, in mm, of a cell that keeps its shape.
+        volume: of a cell that keeps its shape, mm^3; below 0 where it is mirrored.
     """
 
     def __init__(self, transform: DenseTransform, mirrored: bool) -> None:
+        self.displacement = transform.displacement.contiguous()
+        # one pass tells almost always; a sum may be too large a number of finite values
+        if not bool(self.displacement.sum().isfinite()) and not bool(self.displacement.isfinite().all()):
+            raise ValueError("The deformation holds NaN or infinite values; its folding cannot be measured.")
         affine = transform.affine_part()[:3, :3]
         if (np.linalg.det(affine) < 0) != mirrored:
             affine = np.diag([-1.0 if mirrored else 1.0, 1, 1])
-        self.displacement = transform.displacement
         self.shape = self.displacement.shape[1:]
         self.linear = transform.grid.affine[:3, :3]
         self.affine = affine
         self.scale = abs(float(np.linalg.det(affine)))
-        self.sign = 1 if np.linalg.det(affine @ self.linear) > 0 else -1
+        self.volume = float(np.linalg.det(affine @ self.linear))
+        compilable = self.displacement.device.type == "cpu" and self.displacement.dtype == torch.float32
+        self._kernels = kernels("measures.fold_kernels") if compilable else None
 
     def nodes(self) -> Tensor:
         """Return (1, 3, i, j, k) float64: displacements in voxels, small whatever the alignment, but for a constant."""
@@ -414,105 +426,118 @@ class _Frame:
         return self._times(self.affine @ self.linear, difference)
 
     def blocks(self) -> Iterator[_Block]:
-        """Yield blocks of nodes that share a face with the next; together their cells are all cells, each once."""
+        """Yield blocks whose cells together are all cells, each once."""
         rows = math.sqrt(_BLOCK_NODES / self.shape[2])
         starts = [range(0, n - 1, math.ceil((n - 1) / math.ceil((n - 1) / rows))) for n in self.shape[:2]]
         for i, j in product(*starts):
-            yield _Block(self, (i, j), (i + starts[0].step + 1, j + starts[1].step + 1))
+            end = [
+                min(begin + start.step, n - 1) for begin, start, n in zip((i, j), starts, self.shape[:2], strict=True)
+            ]
+            yield _Block(np.array([i, j, 0]), self._cheap_bound((i, j), end))
+
+    def coefficients(self, cells: np.ndarray) -> np.ndarray:
+        """Return (27, n) Bernstein coefficients of the determinant (relative to the frame) in cells (n, 3).
+
+        Of a cell that is folded at a corner, only the least one at a corner needs to be right.
+        """
+        if self._kernels is not None:
+            out = np.empty((3, 3, 3, len(cells)))
+            edges = np.ascontiguousarray(self.linear.T)
+            self._kernels.coefficients(self.displacement.numpy(), edges, self.volume, cells, out)
+            return out.reshape(27, -1)
+        strides = torch.tensor([self.shape[1] * self.shape[2], self.shape[2], 1])
+        corners = _CORNERS.long() @ strides
+        places = (corners[:, None] + (torch.from_numpy(cells) * strides).sum(dim=1)).flatten()
+        u = self.displacement.flatten(1).index_select(1, places).view(3, 2, 2, 2, -1).double()
+        linear = torch.from_numpy(self.linear.T.copy())[..., None, None, None]
+        s, t, r = (u.select(axis, 1) - u.select(axis, 0) + linear[axis - 1] for axis in (1, 2, 3))
+        return _coefficients(s, t, r).div_(self.volume).flatten(0, 2).numpy()
+
+    def _cheap_bound(self, begin: tuple[int, int], end: list[int]) -> np.ndarray:
+        """Return (i, j, k): :func:`cheap_bound` in the cells from a first along i and j to the one after the last."""
+        if self._kernels is None:
+            nodes = self.displacement[:, begin[0] : end[0] + 1, begin[1] : end[1] + 1]
+            return cheap_bound(nodes, torch.from_numpy(self.linear).float(), self.volume).numpy()
+        bound = np.empty([end[0] - begin[0], end[1] - begin[1], self.shape[2] - 1], np.float32)
+        edges = np.ascontiguousarray(self.linear.T, np.float32)
+        self._kernels.cheap_bound(self.displacement.numpy(), edges, np.float32(1 / self.volume), begin, bound)
+        return bound
 
     @staticmethod
     def _times(matrix: np.ndarray, field: Tensor) -> Tensor:
         return (torch.from_numpy(matrix) @ field.flatten(1)).view_as(field)
 
 
+@dataclass(frozen=True)
 class _Block:
-    """Some rows of nodes, in mm, and a lower bound of the determinant in each of their cells.
+    """Some cells: those next to each other along i and j, and all along k.
+
+    Attributes:
+        first: (3,), the index of the first.
+        bound: (i, j, k), below the determinant (relative to the frame) of each.
+    """
+
+    first: np.ndarray
+    bound: np.ndarray
+
+    def open_cells(self) -> np.ndarray:
+        """Return (n, 3): the index within the transform of cells that the cheap bound does not prove clear of 0."""
+        places = np.flatnonzero(~(self.bound > _CLEAR))
+        return np.stack(np.unravel_index(places, self.bound.shape), axis=1) + self.first
+
+
+def cheap_bound(displacement: Tensor, linear: Tensor, volume: float) -> Tensor:
+    """Bound the determinant in each cell from below, in few passes over memory.
+
+    The least corner determinant, less how far a determinant may lie below those of its cell's corners: along each axis
+    it is a polynomial of degree 2, so it lies below its linear interpolation by at most an eighth of its second
+    derivative, which is along the first axis 2 det(s, dt/da, dr/da).
+
+    In single precision differences of neighbors are off by 2 eps of the longest edge at most, a determinant so by 10
+    eps of its cube, and the bends by 26 eps; 64 eps of it are taken off.
 
     Nodes lie in one row, so that the neighbors along an axis are a fixed number of places away and every step is over
     contiguous memory. A number of a cell stands at the cell's first node; what stands at the last node along an axis,
-    whose neighbor is the first of the next line, belongs to no cell. Cells are known by that place.
+    whose neighbor is the first of the next line, belongs to no cell.
 
-    Attributes:
-        first: the index of the first node.
-        bound: (i, j, k), below the determinant (relative to the frame) of each cell.
+    Args:
+        displacement: (3, i, j, k), mm.
+        linear: (3, 3); columns: the edges of a cell at rest, mm.
+        volume: of a cell that keeps its shape, mm^3, with its sign.
+
+    Returns:
+        (i - 1, j - 1, k - 1), relative to that volume; above 0 where the cell does not fold.
     """
-
-    def __init__(self, frame: _Frame, begin: tuple[int, int], end: tuple[int, int]) -> None:
-        self.first = torch.tensor([*begin, 0])
-        nodes = frame.displacement[:, begin[0] : end[0], begin[1] : end[1]]
-        self._shape = nodes.shape[1:]
-        self._strides = (self._shape[1] * self._shape[2], self._shape[2], 1)
-        components = [0, 1, 2] if frame.sign > 0 else [1, 0, 2]  # either way a cell that keeps its shape counts above 0
-        self._nodes = torch.stack([nodes[c].flatten() for c in components])
-        self._linear = torch.from_numpy(frame.linear[components].copy())  # columns: the edges of a cell at rest
-        self._volume = frame.scale * abs(float(np.linalg.det(frame.linear)))
-        bound, self._slack = self._cheap_bound()
-        self._bound = torch.nn.functional.pad(bound, (0, self._nodes.shape[1] - len(bound)), value=math.inf)
-        at_nodes = self._bound.view(self._shape)
-        for axis, n in enumerate(self._shape):
-            at_nodes.select(axis, n - 1).fill_(math.inf)
-        self.bound = at_nodes[:-1, :-1, :-1]
-
-    def open_cells(self) -> Tensor:
-        """Return (n,): the cells that may fold, after a closer look at those that the cheap bound leaves near to 0."""
-        if not math.isfinite(self._bound.min()) and not bool(self._nodes.isfinite().all()):
-            raise ValueError("The deformation holds NaN or infinite values; its folding cannot be measured.")
-        cells = (~(self._bound > _CLEAR)).nonzero()[:, 0]
-        for chunk in cells.split(_CHUNK):
-            least = self.coefficients(chunk, torch.float32).flatten(0, 2).amin(dim=0)
-            self._bound[chunk] = torch.maximum(self._bound[chunk], least - self._slack[chunk])
-        return cells[~(self._bound[cells] > MARGIN)]
-
-    def index(self, cells: Tensor) -> Tensor:
-        """Return (n, 3): the index of cells (n,) within the block."""
-        i, rest = cells // self._strides[0], cells % self._strides[0]
-        return torch.stack([i, rest // self._strides[1], rest % self._strides[1]], dim=1)
-
-    def coefficients(self, cells: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return (3, 3, 3, n) Bernstein coefficients of the determinant (relative to the frame) in cells (n,)."""
-        corners = torch.tensor(list(product((0, 1), repeat=3))) @ torch.tensor(self._strides)
-        u = self._nodes.index_select(1, (corners[:, None] + cells).flatten()).view(3, 2, 2, 2, -1).to(dtype)
-        linear = self._linear.to(dtype).T[..., None, None, None]
-        s, t, r = (u.select(axis, 1) - u.select(axis, 0) + linear[axis - 1] for axis in (1, 2, 3))
-        return _coefficients(s, t, r).div_(self._volume)
-
-    def _cheap_bound(self) -> tuple[Tensor, Tensor]:
-        """Return a bound of the determinant in each cell, and how far off single precision may be, of what it is less
-        by.
-
-        The least corner determinant, less how far a determinant may lie below those of its cell's corners: along each
-        axis it is a polynomial of degree 2, so it lies below its linear interpolation by at most an eighth of its
-        second derivative, which is along the first axis 2 det(s, dt/da, dr/da).
-
-        Differences of neighbors are off by 2 eps of the longest edge at most, a determinant so by 10 eps of its cube,
-        the bends by 26 eps, and a coefficient by 13.
-        """
-        i, j, k = self._strides
-        linear = self._linear.float()
-        s, t, r = (
-            (self._nodes[:, step:] - self._nodes[:, :-step]).add_(linear[:, axis, None])
-            for axis, step in enumerate(self._strides)
-        )
-        number = self._nodes.shape[1] - i - j - k
-        least = _least_at_corners(s, t, r, self._strides, number)
-        edges = [_longest(s, j, k), _longest(t, i, k), _longest(r, i, j)]
-        ij, ik, jk = (_longest(e[:, step:] - e[:, :-step], o) for e, step, o in ((s, j, k), (s, k, j), (t, k, i)))
-        bends = (edges[0] * ij).mul_(ik).addcmul_(edges[1] * ij, jk).addcmul_(edges[2] * ik, jk)
-        longest = torch.maximum(edges[0], edges[1])
-        torch.maximum(longest, edges[2], out=longest).clamp_(min=float(linear.norm(dim=0).max()))
-        slack = longest.pow(3).mul_(64 * torch.finfo(torch.float32).eps / self._volume)
-        return least.sub_(bends, alpha=0.25).div_(self._volume).sub_(slack), slack
+    shape = displacement.shape[1:]
+    strides = i, j, k = (shape[1] * shape[2], shape[2], 1)
+    nodes = displacement.flatten(1)
+    s, t, r = ((nodes[:, step:] - nodes[:, :-step]).add_(linear[:, axis, None]) for axis, step in enumerate(strides))
+    number = nodes.shape[1] - i - j - k
+    least = _least_at_corners(s, t, r, strides, number, volume < 0)
+    edges = [_longest(s, j, k), _longest(t, i, k), _longest(r, i, j)]
+    ij, ik, jk = (_longest(e[:, step:] - e[:, :-step], o) for e, step, o in ((s, j, k), (s, k, j), (t, k, i)))
+    bends = (edges[0] * ij).mul_(ik).addcmul_(edges[1] * ij, jk).addcmul_(edges[2] * ik, jk)
+    longest = torch.maximum(edges[0], edges[1])
+    torch.maximum(longest, edges[2], out=longest).clamp_(min=float(linear.norm(dim=0).max()))
+    least.sub_(bends, alpha=0.25).sub_(longest.pow(3), alpha=64 * torch.finfo(torch.float32).eps)
+    at_nodes = torch.nn.functional.pad(least.div_(abs(volume)), (0, nodes.shape[1] - number)).view(shape)
+    return at_nodes[:-1, :-1, :-1]
 
 
-def _least_at_corners(s: Tensor, t: Tensor, r: Tensor, strides: tuple[int, int, int], number: int) -> Tensor:
-    """Return (number,): the least corner determinant of cells, of the edges (3, ...) that begin at each node of a
-    block."""
+def _least_at_corners(
+    s: Tensor, t: Tensor, r: Tensor, strides: tuple[int, int, int], number: int, mirrored: bool
+) -> Tensor:
+    """Return (number,): the least corner determinant of cells, of the edges (3, ...) that begin at each node; with the
+    other sign where mirrored."""
     i, j, k = strides
     least = s.new_full((number,), math.inf)
     across = s.new_empty(3, number + i)
     for b, c in product((0, j), (0, k)):
         # s at (b, c) meets t at (a, c) and r at (a, b); the corner a = 1 of a cell is a = 0 of the next
-        _add_cross(across.zero_(), t[:, c : c + number + i], r[:, b : b + number + i])
+        here = t[:, c : c + number + i], r[:, b : b + number + i]
+        first, second = reversed(here) if mirrored else here
+        for x, y, z in _CYCLIC:
+            torch.mul(first[y], second[z], out=across[x]).addcmul_(first[z], second[y], value=-1)
         along = s[:, b + c : b + c + number]
         for a in (0, i):
             torch.minimum(least, _dot(along, across[:, a : a + number]), out=least)
@@ -527,7 +552,7 @@ def _longest(vectors: Tensor, *steps: int) -> Tensor:
     return squares.sqrt_()
 
 
-def _centers_inside(block: _Block, to_fixed: np.ndarray, fixed: Grid) -> Tensor | None:
+def _centers_inside(block: _Block, to_fixed: np.ndarray, fixed: Grid) -> np.ndarray | None:
     """Return (i, j, k) bool: which cells of a block have their center in the fixed image's box; None when all have."""
     limit = np.array(fixed.shape) - 0.5
     first, shape = block.first.tolist(), block.bound.shape
@@ -535,13 +560,13 @@ def _centers_inside(block: _Block, to_fixed: np.ndarray, fixed: Grid) -> Tensor 
     corners = apply_affine(to_fixed, np.array(list(product(*ends))))
     if ((corners >= -0.5) & (corners <= limit)).all():
         return None
-    inside = torch.ones(shape, dtype=torch.bool)
+    inside = np.ones(shape, bool)
     for row, most in zip(to_fixed[:3], limit, strict=True):
-        at = torch.full((1, 1, 1), row[3], dtype=torch.float64)
+        at = np.full((1, 1, 1), row[3])
         for axis in (2, 1, 0):
             if abs(row[axis]) > 1e-12:  # along an axis of the fixed image the other two need not be looked at
-                steps = torch.arange(shape[axis], dtype=torch.float64) + first[axis] + 0.5
-                at = row[axis] * steps.view([-1 if a == axis else 1 for a in range(3)]) + at
+                steps = np.arange(shape[axis]) + first[axis] + 0.5
+                at = row[axis] * steps.reshape([-1 if a == axis else 1 for a in range(3)]) + at
         inside &= (at >= -0.5) & (at <= most)
     return inside
 
@@ -550,47 +575,43 @@ class _Decided(NamedTuple):
     """Of n cells: folded, undecided (n,) bool; bound (n,), what the determinant stays above where proven; parts where a
     fold was found: the cell's number, its corner within the cell (m, 3), its edge and the least determinant (m,)."""
 
-    folded: Tensor
-    undecided: Tensor
-    bound: Tensor
-    parts: tuple[Tensor, Tensor, Tensor, Tensor]
+    folded: np.ndarray
+    undecided: np.ndarray
+    bound: np.ndarray
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _decide(coefficients: Tensor) -> _Decided:
-    """Decide proven, folded or undecided, by halving what the coefficients (3, 3, 3, n) leave open."""
-    n = coefficients.shape[-1]
-    cell, low, size = torch.arange(n), torch.zeros(n, 3, dtype=torch.float64), 1.0
-    folded, undecided = torch.zeros(2, n, dtype=torch.bool)
-    bound = torch.full((n,), math.inf, dtype=torch.float64)
+def _decide(coefficients: np.ndarray) -> _Decided:
+    """Decide proven, folded or undecided, by halving what the coefficients (27, n) leave open.
+
+    Few cells are halved, many times: numpy, whose calls cost less than torch's.
+    """
+    n = coefficients.shape[1]
+    cell, low, size = np.arange(n), np.zeros((n, 3)), 1.0
+    folded, undecided = np.zeros((2, n), bool)
+    bound = np.full(n, math.inf)
     parts = []
     for level in range(HALVINGS + 1):
-        least = coefficients.flatten(0, 2).amin(dim=0)
-        at_corners = coefficients[::2, ::2, ::2].flatten(0, 2).amin(dim=0)
-        bad = at_corners <= 0
+        least = coefficients.min(axis=0)
+        at_corners = coefficients[_AT_CORNERS].min(axis=0)
+        bad = np.flatnonzero(at_corners <= 0)
         folded[cell[bad]] = True
-        parts.append((cell[bad], low[bad], torch.full_like(at_corners[bad], size), at_corners[bad]))
-        bound.scatter_reduce_(0, cell, torch.where(least > MARGIN, least, math.inf), "amin")
-        left = (least <= MARGIN) & ~folded[cell]
-        if not bool(left.any()):
+        parts.append((cell[bad], low[bad], np.full(len(bad), size), at_corners[bad]))
+        np.minimum.at(bound, cell, np.where(least > MARGIN, least, math.inf))
+        left = np.flatnonzero(~(least > MARGIN) & ~folded[cell])
+        if not len(left):
             break
-        cell, low, coefficients = cell[left], low[left], coefficients[..., left]
+        cell, low = cell[left], low[left]
         if level == HALVINGS:
             undecided[cell] = True
             break
         size /= 2
-        coefficients = _halved(coefficients)
-        low = (low + size * _CORNERS[:, None]).view(-1, 3)
-        cell = cell.repeat(8)
-    cells, lows, sizes, determinants = (torch.cat(column) for column in zip(*parts, strict=True))
+        # coefficients, low and cell of all first halves, then of all second ones, and so on
+        coefficients = (_EIGHTHS @ coefficients[:, left]).reshape(8, 27, -1).swapaxes(0, 1).reshape(27, -1)
+        low = (low + size * _CORNERS.numpy()[:, None]).reshape(-1, 3)
+        cell = np.concatenate([cell] * 8)
+    cells, lows, sizes, determinants = (np.concatenate(column) for column in zip(*parts, strict=True))
     return _Decided(folded, undecided, bound, (cells, lows, sizes, determinants))
-
-
-def _halved(coefficients: Tensor) -> Tensor:
-    """Return the coefficients (3, 3, 3, 8 n) of the halves of cells (3, 3, 3, n) along each axis, in corner order."""
-    halves = coefficients
-    for axis in (0, 2, 4):  # each axis becomes two: which half, and its coefficients
-        halves = torch.tensordot(_HALVES, halves, dims=([2], [axis])).movedim((0, 1), (axis, axis + 1))
-    return halves.permute(1, 3, 5, 0, 2, 4, 6).reshape(3, 3, 3, -1)
 
 
 def _gathered(nodes: Tensor, cells: Tensor) -> Tensor:
@@ -613,8 +634,8 @@ def _unproven(corners: Tensor, margin: float) -> Tensor:
     """Return (n,) bool: which cells (2, 2, 2, 3, n) are not proven to keep their determinant above a margin."""
     parts = []
     for chunk in corners.split(_CHUNK, dim=-1):
-        cell = _decide(bernstein(chunk) - margin)
-        parts.append(cell.folded | cell.undecided)
+        cell = _decide(bernstein(chunk).flatten(0, 2).numpy() - margin)
+        parts.append(torch.from_numpy(cell.folded | cell.undecided))
     return torch.cat(parts)
 
 

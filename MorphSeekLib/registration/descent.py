@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import kernels
+from ..io.compiled import kernels
 from .objective import EPSILON, SHOWN, WANTED, Level, Objective, finer
 
 RATE, DECAYS = 0.1, (0.8, 0.9)
@@ -89,7 +89,8 @@ def descend(
 
 def stepper_for(level: Level, control: Tensor, rate: float, threads: int) -> _Stepper:
     """Return what takes the iterations: compiled kernels on the CPU where numba is there, else torch."""
-    module = kernels("kernels") if control.device.type == "cpu" and control.dtype == torch.float32 else None
+    compilable = control.device.type == "cpu" and control.dtype == torch.float32
+    module = kernels("registration.kernels") if compilable else None
     if module is not None:
         return CompiledStepper(module, level, control, rate, threads)
     return TorchStepper(level, control, rate)
@@ -97,7 +98,7 @@ def stepper_for(level: Level, control: Tensor, rate: float, threads: int) -> _St
 
 def kernels_used(device: torch.device) -> str:
     """Return what computes a fit on a device, for the report."""
-    if device.type != "cpu" or kernels("kernels") is None:
+    if device.type != "cpu" or kernels("registration.kernels") is None:
         return f"torch {torch.__version__}"
     import numba
 

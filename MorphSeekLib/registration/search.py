@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..io.compiled import kernels
 from ..space import fields
-from .compiled import kernels
 
 _NEARNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _CONSISTENT = 5  # iterations; the source's 15 smooth the field more, and warped labels overlap less
@@ -128,7 +128,7 @@ def _cells(features: Tensor, size: int) -> Tensor:
 def _one_way(fixed: Tensor, moving: Tensor, reach: int, threads: int, check: Callable[[], None]) -> Tensor:
     """Return the displacement of each cell, (1, 3, a, b, c) cells."""
     costs: _Costs
-    module = kernels("search_kernels") if fixed.device.type == "cpu" else None
+    module = kernels("registration.search_kernels") if fixed.device.type == "cpu" else None
     if module is not None:
         costs = CompiledCosts(module, fixed, moving, reach, threads, check)
     else:

@@ -8,13 +8,14 @@ import stat
 import subprocess
 import sys
 from importlib import util
+from typing import get_args
 
 import pytest
 import torch
 from cases import blob_grid, blob_image, blob_labels
 
+from MorphSeekLib.io import compiled
 from MorphSeekLib.protocol.options import RegistrationOptions
-from MorphSeekLib.registration import compiled
 from MorphSeekLib.registration.pipeline import register
 
 needs_numba = pytest.mark.skipif(util.find_spec("numba") is None, reason="numba is not installed")
@@ -97,8 +98,8 @@ def test_a_folder_that_cannot_be_made_is_a_line_in_the_log(kernel_folder, caplog
 def hide_numba(monkeypatch) -> None:
     """Let numba and the modules that need it seem missing."""
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in ("kernels", "search_kernels"):
-        monkeypatch.delitem(sys.modules, f"MorphSeekLib.registration.{name}", raising=False)
+    for name in get_args(compiled.Kernels):
+        monkeypatch.delitem(sys.modules, f"MorphSeekLib.{name}", raising=False)
 
 
 def test_without_numba_a_registration_runs_by_torch_and_the_log_says_so(monkeypatch, caplog):
@@ -117,7 +118,7 @@ def test_a_numba_that_cannot_be_loaded_is_a_warning(monkeypatch, tmp_path, caplo
     monkeypatch.delitem(sys.modules, "numba")
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert compiled.kernels("kernels") is None
+    assert compiled.kernels("registration.kernels") is None
     assert "Numba needs NumPy 2.3 or less" in caplog.text
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from MorphSeekLib.app.cli import app
+from MorphSeekLib.io.compiled import kernels
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.measures.folds import certify
 from MorphSeekLib.measures.metrics import dice_per_label
@@ -22,7 +23,6 @@ from MorphSeekLib.protocol.errors import Cancelled
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.registration import descent
-from MorphSeekLib.registration.compiled import kernels
 from MorphSeekLib.registration.descent import CompiledStepper, descend
 from MorphSeekLib.registration.objective import (
     Level,
@@ -42,7 +42,7 @@ from MorphSeekLib.space.geometry import Grid, Volume, apply_affine, map_voxels
 
 VOXELS = (16, 20, 24)
 POINTS = (8, 10, 12)
-needs_numba = pytest.mark.skipif(kernels("kernels") is None, reason="numba is not installed")
+needs_numba = pytest.mark.skipif(kernels("registration.kernels") is None, reason="numba is not installed")
 
 
 def smooth(seed: int, channels: int = 1) -> Tensor:
@@ -104,7 +104,7 @@ def test_what_is_not_counted_changes_nothing():
 def test_the_kernels_give_the_same_values_and_gradients(features, threads):
     one, at = level(features), control()
     expected = Objective(level(features, torch.float64))(at.double())
-    value, gradient = CompiledStepper(kernels("kernels"), one, at, 0.0, threads).energy()
+    value, gradient = CompiledStepper(kernels("registration.kernels"), one, at, 0.0, threads).energy()
     assert value == pytest.approx(float(expected.value), rel=1e-5)
     error = (gradient.double() - expected.gradient).abs().max()
     assert float(error) < 1e-5 * float(expected.gradient.abs().max())
@@ -262,7 +262,7 @@ def test_the_report_tells_what_was_fitted(fitted):
     assert [len(level["objective"]) for level in fit["levels"]] == fit["iterations"]
     for level in fit["levels"]:
         assert level["objective"][-1] < level["objective"][0]
-    assert fit["kernels"].startswith("numba" if kernels("kernels") is not None else "torch")
+    assert fit["kernels"].startswith("numba" if kernels("registration.kernels") is not None else "torch")
     assert [e.step for e in events if e.phase == "fit"] == list(range(1, sum(fit["iterations"]) + 1))
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from MorphSeekLib.io.compiled import kernels
 from MorphSeekLib.protocol.errors import Cancelled
 from MorphSeekLib.registration import search as searching
-from MorphSeekLib.registration.compiled import kernels
 from MorphSeekLib.registration.search import Pass, search
 from MorphSeekLib.space import fields
 
-needs_numba = pytest.mark.skipif(kernels("search_kernels") is None, reason="numba is not installed")
+needs_numba = pytest.mark.skipif(kernels("registration.search_kernels") is None, reason="numba is not installed")
 SHAPE = (32, 36, 28)
 
 
@@ -62,7 +62,8 @@ def test_the_two_directions_undo_each_other(form):
 def test_the_compiled_costs_are_those_of_torch(reach, channels):
     fixed, moving = (smooth_features(seed, (7, 9, 6), channels) for seed in (4, 5))
     expected = searching.TorchCosts(fixed, moving, reach).costs
-    got = torch.from_numpy(searching.CompiledCosts(kernels("search_kernels"), fixed, moving, reach).costs).movedim(3, 0)
+    module = kernels("registration.search_kernels")
+    got = torch.from_numpy(searching.CompiledCosts(module, fixed, moving, reach).costs).movedim(3, 0)
     assert torch.allclose(got, expected, atol=1e-5)
 
 

@@ -17,8 +17,12 @@ ELSEWHERE = {
     "MorphSeekLib/training/distributed.py": {"lightning_fabric"},  # many processes: never started by the panel
     # compiled loops, which torch takes the place of
     **{
-        f"MorphSeekLib/registration/{name}.py": {"numba"}
-        for name in ("compiled", "descent", "kernels", "search_kernels")
+        f"MorphSeekLib/{name}.py": {"numba"}
+        for name in (
+            "io/compiled",
+            "measures/fold_kernels",
+            *("registration/descent", "registration/kernels", "registration/search_kernels"),
+        )
     },
     "MorphSeekLib/app/settings_file.py": {"tomli"},  # Python 3.10, which no Slicer has
 }

@@ -17,25 +17,29 @@ import tempfile
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, get_args
 
 _LOG = logging.getLogger(__name__)
+_PACKAGE = __package__.partition(".")[0]
+Kernels = Literal["measures.fold_kernels", "registration.kernels", "registration.search_kernels"]
+"""The modules of compiled functions."""
 
 
 @functools.cache
-def kernels(name: str) -> ModuleType | None:
-    """Return a module of compiled functions, "kernels" or "search_kernels".
+def kernels(name: Kernels) -> ModuleType | None:
+    """Return a module of compiled functions.
 
     Returns:
         None where numba is missing or cannot be loaded; the log says so.
     """
     if util.find_spec("numba") is None:
-        _LOG.info("numba is not installed; search and fit use torch, which gives the same answer more slowly.")
+        _LOG.info("numba is not installed; torch takes its place, which gives the same answer more slowly.")
         return None
     try:
         import numba
 
         numba.config.CACHE_DIR = str(cache_folder())  # type: ignore[attr-defined]
-        return importlib.import_module(f".{name}", __package__)
+        return importlib.import_module(f"{_PACKAGE}.{name}")
     except Exception as error:  # numba refuses a numpy or a processor that it does not know in its own ways
         _LOG.warning("numba cannot be used (%s); torch takes its place, more slowly.", error)
         return None
@@ -91,14 +95,15 @@ def compile_ahead() -> subprocess.Popen | None:
     folder = own_folder()
     if folder is None or (folder / completion_mark()).exists():
         return None
-    command = [sys.executable, "-m", f"{__package__}.compile_kernels"]
+    command = [sys.executable, "-m", f"{_PACKAGE}.registration.compile_kernels"]
     null = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
 
 
 def completion_mark() -> str:
     """Return the name of the empty file that says that these kernels were compiled with these versions."""
-    sources = [Path(__file__).with_name(name) for name in ("kernels.py", "search_kernels.py")]
+    room = Path(__file__).parent
+    sources = [room.parent.joinpath(*name.split(".")).with_suffix(".py") for name in get_args(Kernels)]
     # numba compiles again where one of these has changed
     states = [(str(source), source.stat().st_mtime, source.stat().st_size) for source in sources]
     text = repr((states, sys.version, metadata.version("numba")))
