@@ -4,6 +4,7 @@ info | doctor | demo``.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -171,7 +172,7 @@ def register(
         from ..space.geometry import covering_grid
 
         begin = time.perf_counter()
-        use_threads(threads)
+        begin_to_compute(threads)
         pick_device(device)
         check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
         job.report("read", 0.0, "Reading the images")
@@ -237,7 +238,7 @@ def evaluate(
         from ..evaluation.evaluate import evaluate as run
         from ..registration.choice import chosen_model
 
-        use_threads(threads)
+        begin_to_compute(threads)
         data = load_dataset(dataset)
         loaded, where, _ = chosen_model(model, (), device, job)
         result = run(data, split, loaded, out, options, job, device=where)
@@ -309,7 +310,7 @@ def warmup(
             settings = dataclasses.replace(
                 settings, model=dataclasses.replace(settings.model, backbone=backbone, backbone_settings={})
             )
-        use_threads(threads)
+        begin_to_compute(threads)
         where = pick_device(device)
         run(load_dataset(dataset), settings, out, device=where, init=start, job=job)
     print_written(out)
@@ -350,7 +351,7 @@ def finetune(
         settings = load(FinetuneConfig, file)
         settings = override(settings, "training", steps=steps, labels=labels, iterations=iterations)
         settings = override(settings, "policy", trajectories=trajectories)
-        use_threads(threads)
+        begin_to_compute(threads)
         with join(device) as world:
             where = world.device or pick_device(device)
             run(load_dataset(dataset), settings, start or init, out, device=where, world=world, job=job)
@@ -380,7 +381,7 @@ def spac(
         from ..training.sac import SACConfig, train_spac
         from .settings_file import load
 
-        use_threads(threads)
+        begin_to_compute(threads)
         settings = override(load(SACConfig, file), "training", labels=labels, iterations=iterations)
         where = pick_device(device)
         train_spac(load_dataset(dataset), settings, out, device=where, job=job)
@@ -402,7 +403,7 @@ def train(
 
         from .runs import run
 
-        use_threads(threads)
+        begin_to_compute(threads)
         stop, alone = threading.Event(), threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what a session's end sends
         if while_open:
@@ -511,7 +512,7 @@ def demo(
 
         from .demo import run_demo
 
-        use_threads(threads)
+        begin_to_compute(threads)
         report, sentences = run_demo(output, device, job)
     print_report(report)
     for sentence in sentences:
@@ -629,8 +630,11 @@ def check_config(config: str | None) -> Path | None:
     return file
 
 
-def use_threads(threads: int | None) -> None:
-    """Set the number of threads to compute with; None: all."""
+def begin_to_compute(threads: int | None) -> None:
+    """Set the number of threads, None for all, and look for garbage again, though not among what was imported."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     if threads is not None:
         from ..networks.devices import use_threads as use
 
@@ -818,9 +822,13 @@ def print_check(report: CheckReport) -> None:
 def main() -> None:
     """Run ``morphseek`` or ``python -m MorphSeekLib.app.cli``."""
     wait_passively()
+    gc.disable()  # looking for garbage takes a third of the time of importing torch
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's locale
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # what is left goes with the process
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ print goes to stderr, so that stdout holds the protocol alone.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from ..protocol.startup import AUTO, NO_MODEL, bundled, check_model_choice, find
 
 if __name__ == "__main__":
     wait_passively()  # before torch is imported
+    gc.disable()  # looking for garbage takes a third of the time of importing it
 
 import numpy as np
 import torch
@@ -461,6 +463,8 @@ def _save(data: np.ndarray, path: Path) -> None:
 
 def main() -> None:
     """Serve on stdin and stdout."""
+    gc.freeze()
+    gc.enable()
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a library's print goes to the log
     sys.stdout = sys.stderr

@@ -11,16 +11,17 @@ import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk
-from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 
 from ..protocol.errors import MorphSeekError
 from ..protocol.startup import shown
 from .files import library_name, python_name
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
 
 # what tells several volumes in one file apart: the macro that holds it, its attribute, and what to call it
 _VOLUMES = (
@@ -184,14 +185,16 @@ def _unplaced(name: str, slices: str) -> str:
 
 def _read_frames(path: Path, name: str) -> sitk.Image:
     """Return one image of the frames of one file, in the order of their places, each with its own scale."""
+    import pydicom  # no other kind of file needs it
+
     try:
         data = pydicom.dcmread(path)
         count, per_frame = int(data.NumberOfFrames), data.get("PerFrameFunctionalGroupsSequence")
-    except (InvalidDicomError, OSError, AttributeError, ValueError):
+    except (pydicom.errors.InvalidDicomError, OSError, AttributeError, ValueError):
         raise MorphSeekError(f"{name} is damaged or incomplete and cannot be read; copy or export it again.") from None
     if per_frame is None:
         return _read_plain_frames(path, data, name)
-    shared = (data.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    shared = (data.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
 
     def values(group: str, attribute: str) -> list:
         """Return the value of every frame: its own, else the shared one, else None."""

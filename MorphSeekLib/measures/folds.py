@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from ..io.compiled import kernels
@@ -309,6 +308,10 @@ def regions(least: Volume) -> list[Region]:
         least: what :func:`folded_voxels` gives, on the fixed grid.
     """
     folded = (least.data <= 0).numpy()
+    if not folded.any():
+        return []
+    from scipy import ndimage  # what does not fold goes without it
+
     clusters, count = ndimage.label(folded, np.ones((3, 3, 3)))
     voxel = abs(float(np.linalg.det(least.grid.affine[:3, :3])))
     rows = []

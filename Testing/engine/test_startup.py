@@ -103,6 +103,12 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
     assert not (here / "out").exists()
 
 
+def test_a_registration_imports_neither_scipy_nor_pydicom_before_it_needs_them():
+    script = "import sys, MorphSeekLib.registration.pipeline; print({'scipy', 'pydicom'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_a_path_to_where_models_lay_before_opens_the_model_of_that_name():
     assert find("/somewhere/Resources/Checkpoints/brain-mr.safetensors") == bundled()["brain-mr"]
     with pytest.raises(MorphSeekError, match="There is no model"):
