@@ -406,27 +406,19 @@ def write_image(volume: Volume, path: str | os.PathLike) -> None:
         raise MorphSeekError(f"{shown(path)} has no format to write an image in; end its name with {_or(WRITABLE)}.")
     image = _sitk_of(stored_values(volume), volume.grid)
     with whole_file(path) as part, _quiet():
-        if not nifti.is_nifti(part) or volume.grid.nifti_codes == (1, 1):  # ITK knows no other codes
+        if not nifti.is_nifti(part):
             sitk.WriteImage(image, library_name(part), useCompression=True)
-            _check_written(part)
             return
         plain = part.with_name(f"{part.name.removesuffix('.gz').removesuffix('.nii')}-plain.nii")
         sitk.WriteImage(image, library_name(plain))
-        _check_written(plain)
-        nifti.set_codes(plain, volume.grid.nifti_codes)
+        if not nifti.is_complete(plain):  # SimpleITK does not notice a short write
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if volume.grid.nifti_codes != (1, 1):  # ITK knows no other codes
+            nifti.set_codes(plain, volume.grid.nifti_codes)
         if part.suffix == ".gz":
             nifti.compress(plain, part)
         else:
             os.replace(plain, part)
-
-
-def _check_written(path: Path) -> None:
-    """Check that a NIfTI file is complete: SimpleITK does not notice a short write."""
-    try:
-        if nifti.is_nifti(path):
-            nifti.scan(path)
-    except (EOFError, zlib.error):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def stored_values(volume: Volume) -> np.ndarray:
