@@ -28,14 +28,13 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.patheffects import withStroke
-from scipy import ndimage
 
 from ..io.files import write_atomically
 from ..protocol.report import Report, VerdictSection
 from ..protocol.verdict import DEFAULT_LIMITS, HEADLINES, figures, folds, judge
 from ..space import geometry
 from ..space.geometry import DenseTransform, Grid, Volume
-from ..space.preprocessing import sampled
+from ..space.preprocessing import sampled_places
 
 _MOST_PIXELS = 512  # along the longest side of a slice
 _SAMPLE_VOXELS = 300_000  # that intensity windows are judged by
@@ -318,8 +317,11 @@ class _Scene:
 
     def __init__(self, pictures: RegistrationPictures) -> None:
         self.pictures = pictures
-        self.fixed_window, self.levels = _window(pictures.fixed)
-        self.moving_window, _ = _window(pictures.warped, pictures.moving_aligned)
+        self.folds = bool(pictures.folding.data.any())
+        self.places = _places(pictures.fixed.data.numel())
+        self.fixed_window, self.levels = _window(self._some(pictures.fixed))
+        moving = (self._some(volume) for volume in (pictures.warped, pictures.moving_aligned))
+        self.moving_window, _ = _window(np.concatenate(list(moving)))
         self.center, self.low, self.high = self._view()
         extent = self.high - self.low
         self.pixel = max(float(pictures.fixed.grid.spacing.min()), float(extent.max()) / _MOST_PIXELS)
@@ -327,6 +329,10 @@ class _Scene:
         self.back = np.linalg.inv(pictures.transform.affine_part())
         self.difference_limit = self._difference_limit()
         self.volume_limit = self._volume_limit()
+
+    def _some(self, volume: Volume) -> np.ndarray:
+        """Return (n,) values of a few hundred thousand voxels, the same ones of each volume."""
+        return volume.data.flatten()[self.places].to(torch.float32).numpy()
 
     # --- where to cut
 
@@ -338,8 +344,8 @@ class _Scene:
         grid = self.pictures.fixed.grid
         rim = np.abs(grid.affine[:3, :3]).sum(axis=1) / 2
         low, high = grid.corners().min(axis=0) - rim, grid.corners().max(axis=0) + rim
-        values, index = _subsample(self.pictures.fixed)
-        index = index[values > self.levels[0]]
+        shown = self.places[self._some(self.pictures.fixed) > self.levels[0]]
+        index = np.stack(np.unravel_index(shown, grid.shape), axis=1)
         if len(index) < 8:
             middle = (np.array(grid.shape) - 1) // 2
             return geometry.apply_affine(grid.affine, middle[None])[0], low, high
@@ -355,10 +361,11 @@ class _Scene:
 
         The view grows to show it.
         """
-        folded = (self.pictures.folding.data > 0).numpy()
-        clusters, count = ndimage.label(folded, np.ones((3, 3, 3)))
-        if count == 0:
+        if not self.folds:
             return None
+        from scipy import ndimage  # what does not fold goes without it
+
+        clusters, count = ndimage.label((self.pictures.folding.data > 0).numpy(), np.ones((3, 3, 3)))
         foreground = clusters[(self.pictures.fixed.data > self.levels[0]).numpy()]
         sizes = np.bincount(clusters.ravel(), minlength=count + 1)[1:]
         inside = np.bincount(foreground, minlength=count + 1)[1:]
@@ -430,7 +437,7 @@ class _Scene:
     def _outline(self, panel: _Panel, levels: list[float], color: str, width: float) -> None:
         """Draw the fixed image's own borders."""
         fixed = np.nan_to_num(_cut(self.pictures.fixed, panel.grid), nan=self.fixed_window[0])
-        panel.contour(ndimage.gaussian_filter(fixed, 0.7), levels, color, width)
+        panel.contour(_smoothed(fixed), levels, color, width)
 
     def _difference(self, panel: _Panel, moving: Volume) -> None:
         moving_gray = _scaled(_cut(moving, panel.grid), self.moving_window)
@@ -438,18 +445,17 @@ class _Scene:
         panel.show(moving_gray - fixed_gray, _DIFFERENCE, -self.difference_limit, self.difference_limit)
 
     def _folds(self, panel: _Panel) -> None:
-        folded = _cut(self.pictures.folding, panel.grid, "nearest") > 0
-        if folded.any():
+        if self.folds:
+            folded = _cut(self.pictures.folding, panel.grid, "nearest") > 0
             panel.show(np.where(folded[..., None], to_rgba(_FOLDED), 0.0), smooth=False)
 
     def _difference_limit(self) -> float:
-        fixed, _ = _subsample(self.pictures.fixed)
-        moving, _ = _subsample(self.pictures.moving_aligned)
-        difference = np.abs(_scaled(moving, self.moving_window) - _scaled(fixed, self.fixed_window))
+        moving = _scaled(self._some(self.pictures.moving_aligned), self.moving_window)
+        difference = np.abs(moving - _scaled(self._some(self.pictures.fixed), self.fixed_window))
         return max(0.2, float(np.percentile(difference, 99)))
 
     def _volume_limit(self) -> float:
-        values, _ = _subsample(self.pictures.jacobian)
+        values = self._some(self.pictures.jacobian)
         values = values[values > 0]
         needed = math.exp(float(np.percentile(np.abs(np.log(values)), 98))) if len(values) else 1.0
         return next((limit for limit in (1.5, 2.0, 3.0) if needed <= limit), 4.0)
@@ -494,7 +500,7 @@ class _Scene:
                     _write(axes, left + share * column, top + 0.38, text, size=8)
         axes.set(xlim=(0, _INCH_WIDTH), ylim=(height, 0))
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", facecolor="black", pil_kwargs={"compress_level": 4})
+        figure.savefig(buffer, format="png", facecolor="black", pil_kwargs={"compress_level": 1})
         return buffer.getvalue()
 
     def _scales(self) -> dict[Callable, tuple[Any, tuple[str, str, str]]]:
@@ -521,16 +527,23 @@ def _cut(volume: Volume, grid: Grid, mode: str = "linear") -> np.ndarray:
     return geometry.resample(Volume(data, volume.grid), grid, mode=mode, background=math.nan).data[:, :, 0].numpy().T
 
 
-def _subsample(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """Return (n,) values of a few hundred thousand voxels of the volume, drawn at random, and (n, 3) where they lie."""
-    places = sampled(torch.arange(volume.data.numel()), _SAMPLE_VOXELS).numpy()
-    values = volume.data.flatten()[places].to(torch.float32).numpy()
-    return values, np.stack(np.unravel_index(places, volume.grid.shape), axis=1)
+def _places(voxels: int) -> np.ndarray:
+    """Return which voxels of a volume, counted as they lie in memory, stand for all in what is measured of them."""
+    return (torch.arange(voxels) if voxels <= _SAMPLE_VOXELS else sampled_places(voxels, _SAMPLE_VOXELS)).numpy()
 
 
-def _window(*volumes: Volume) -> tuple[tuple[float, float], list[float]]:
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Blur (down, right) values by a Gaussian of 0.7 pixels."""
+    weights = np.exp(-0.5 * (np.arange(-3, 4) / 0.7) ** 2)
+    for axis in (0, 1):
+        padded = np.pad(values, [(3 * (axis == a),) * 2 for a in (0, 1)], mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 7, axis=axis)
+        values = windows @ (weights / weights.sum())
+    return values
+
+
+def _window(values: np.ndarray) -> tuple[tuple[float, float], list[float]]:
     """Return a gray window for the foreground's contrast, and two levels: background | tissue | bright tissue."""
-    values = np.concatenate([_subsample(volume)[0] for volume in volumes])
     first, last = np.percentile(values, [0.1, 99.9])
     if last > first:  # metal and other specks would take the whole histogram
         values = np.clip(values, first, last)
