@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -535,22 +535,13 @@ def terminal_job() -> Iterator[Job]:
     )
     code = 0
     try:
-        with Progress(*columns, console=errors, transient=True) as progress:
+        with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
             task = progress.add_task("", total=1.0)
-            shown = ""
 
-            def on_event(event: Event) -> None:
-                nonlocal shown
+            def draw(event: Event) -> None:
                 progress.update(task, description=event.message, completed=event.fraction)
-                # where no bar can be drawn (a log file), say each new phase
-                if not errors.is_terminal and event.phase != "train" and event.message != shown:
-                    errors.print(event.message)
-                elif not errors.is_terminal and event.phase == "train" and event.step % 50 == 0:
-                    figures = ", ".join(f"{k} {v:.4g}" for k, v in event.metrics.items())
-                    errors.print(f"{event.message}: {figures}")
-                shown = event.message
 
-            yield Job(on_event, cancelled.is_set)
+            yield Job(draw if errors.is_terminal else LogLines(errors.print).tell, cancelled.is_set)
     except MorphSeekError as error:
         errors.print(str(error).encode(errors="backslashreplace").decode(), style="red")  # names need not be UTF-8
         code = 2
@@ -564,6 +555,32 @@ def terminal_job() -> Iterator[Job]:
             signal.signal(signal.SIGINT, before)
     if code:
         raise typer.Exit(code)
+
+
+class LogLines:
+    """Says how far a job is where no bar can be drawn, as in a log file: a line for each stage, for each validation of
+    a training, and of what is counted meanwhile one line every few seconds.
+
+    Args:
+        write: takes each line.
+        seconds: between lines of what is counted.
+    """
+
+    def __init__(self, write: Callable[[str], object], seconds: float = 10.0) -> None:
+        self._write, self._seconds = write, seconds
+        self._phase, self._message, self._written = "", "", 0.0
+
+    def tell(self, event: Event) -> None:
+        """Write an event, if it is due."""
+        counted = event.steps > 0 and event.phase == self._phase
+        validated = any(name.startswith("validation/") for name in event.metrics)
+        if event.message == self._message or (
+            counted and not validated and time.monotonic() < self._written + self._seconds
+        ):
+            return
+        self._phase, self._message, self._written = event.phase, event.message, time.monotonic()
+        figures = ", ".join(f"{k} {v:.4g}" for k, v in event.metrics.items()) if event.phase == "train" else ""
+        self._write(f"{event.message}: {figures}" if figures else event.message)
 
 
 def check_choices(

@@ -19,9 +19,10 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 from test_registration import random_model
 from typer.testing import CliRunner
 
-from MorphSeekLib.app.cli import app
+from MorphSeekLib.app.cli import LogLines, app
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.networks.model_file import sha256
+from MorphSeekLib.protocol.job import Event, Job
 from MorphSeekLib.report.results import FILES
 from MorphSeekLib.space.geometry import Grid, Volume
 
@@ -82,6 +83,24 @@ def test_register_as_a_process(files, tmp_path):
     }
     assert set(report["seconds"]) == phases
     assert report["dice"]["mean"]["warped"] > 0
+
+
+def test_a_log_file_gets_a_line_for_each_stage_and_few_for_what_is_counted():
+    lines: list[str] = []
+    job = Job(LogLines(lines.append, seconds=1000).tell)
+    job.report("metrics", 0.4, "Measuring folding")
+    job.report("metrics", 0.5, "Inverting the transform")
+    for step in range(1, 101):
+        job.report("fit", step / 100, f"Fitting this pair, iteration {step} of 100", step, 100)
+    assert lines == ["Measuring folding", "Inverting the transform", "Fitting this pair, iteration 1 of 100"]
+
+
+def test_a_log_file_gets_every_validation_of_a_training():
+    lines: list[str] = []
+    log = LogLines(lines.append, seconds=1000)
+    for step in range(1, 21):
+        log.tell(Event("train", 0.0, f"Iteration {step}", step, 20, {"validation/dice": 0.5} if step == 20 else {}))
+    assert lines == ["Iteration 1", "Iteration 20: validation/dice 0.5"]
 
 
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
