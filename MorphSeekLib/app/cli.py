@@ -505,7 +505,7 @@ def demo(
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Register two real brain scans that come with installable packages, and say how well it went."""
+    """Register two brains from installable packages and a phantom of an abdomen, and say how well it went."""
     with terminal_job() as job:
         check_choices(device=device, threads=threads)
         check_output_folder(output)
@@ -513,11 +513,12 @@ def demo(
         from .demo import run_demo
 
         begin_to_compute(threads)
-        report, sentences = run_demo(output, device, job)
-    print_report(report)
-    for sentence in sentences:
-        console.print(sentence, soft_wrap=True)
-    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+        results = run_demo(output, device, job)
+    for folder, report, sentences in results:
+        print_report(report)
+        for sentence in sentences:
+            console.print(sentence, soft_wrap=True)
+        console.print(f"Report: {(folder / 'report.html').resolve()}", soft_wrap=True)
 
 
 @contextmanager
