@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from comparison.command import Cost, command_line, fill_cache, greedy_command, run
 from comparison.scoring import ROW, score
 
 from MorphSeekLib.data.datasets import Dataset
@@ -33,38 +30,13 @@ from MorphSeekLib.protocol.settings import to_json
 from MorphSeekLib.space.geometry import Volume
 
 ROOT = Path(__file__).resolve().parents[2]
-GREEDY = """
-import sys
-from picsl_greedy import Greedy3D
-fixed, moving, folder, threads = sys.argv[1:]
-base = f"-d 3 -V 0 -seed 1 -threads {threads}"
-common = f"{base} -m NCC 2x2x2 -n 100x50x10 -i {fixed} {moving}"
-Greedy3D().execute(f"{common} -a -ia-image-centers -o {folder}/affine.mat")
-Greedy3D().execute(f"{common} -it {folder}/affine.mat -o {folder}/warp.nii.gz")
-Greedy3D().execute(
-    f"{base} -rf {fixed} -rm {moving} {folder}/out.nii.gz -rc {folder}/whole.nii.gz "
-    f"-r {folder}/warp.nii.gz {folder}/affine.mat"
-)
-"""
-HIDE = "import sys; sys.modules['numba'] = None; from MorphSeekLib.app.cli import main; main()"
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """Run a process; return its and its children's user + system seconds, and those of the clock."""
-    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return cpu, time.perf_counter() - begin
-
-
-def row_of(transform, fixed_labels: Volume, moving_labels: Volume, seconds: tuple[float, float]) -> dict:
+def row_of(transform, fixed_labels: Volume, moving_labels: Volume, cost: Cost) -> dict:
     """Return the figures of a transform."""
     found = score(fixed_labels, moving_labels, transform, Dataset(Path()))
     row = found.to_json(name for name in ROW if name not in ("fixed", "moving", "peak_gb"))
-    return {**row, "cpu_seconds": seconds[0], "seconds": seconds[1]}
+    return {**row, "cpu_seconds": cost.cpu_seconds, "seconds": cost.seconds}
 
 
 def main() -> None:
@@ -81,9 +53,9 @@ def main() -> None:
     torch.set_num_threads(1)
     native = options.shared / "data" / "brain_oasis" / "native"
     scans = sorted(path.name.removesuffix("_t1.nii.gz") for path in native.glob("*_t1.nii.gz"))
-    start = [sys.executable, "-c", HIDE] if options.torch else [sys.executable, "-m", "MorphSeekLib.app.cli"]
+    start = command_line(options.torch)
     if not options.torch:
-        subprocess.run([sys.executable, "-m", "MorphSeekLib.registration.compile_kernels"], cwd=ROOT, check=True)
+        fill_cache()
     result = {"pairs": []}
     if options.out.is_file():
         result = json.loads(options.out.read_text(encoding="utf-8"))
@@ -96,16 +68,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             command = [*start, "register", *map(str, images), "-o", f"{folder}/out", "--model", "none"]
-            seconds = run([*command, "--threads", str(options.threads), "--preset", options.preset])
+            cost = run([*command, "--threads", str(options.threads), "--preset", options.preset])
             report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
             transform = read_transform(folder / "out" / "transform.h5", read_image(images[0]).grid)
             cells = report["folding"]["cells"]  # of the transform as it is written, not as it is sampled here
             folds = {name: cells[name] for name in ("no_fold_proven", "folded_percent")}
-            rows["morphseek"] = {**row_of(transform, *labels, seconds), **folds, "phases": report["seconds"]}
+            rows["morphseek"] = {**row_of(transform, *labels, cost), **folds, "phases": report["seconds"]}
             if not options.no_greedy:
-                seconds = run([sys.executable, "-c", GREEDY, *map(str, images), name, str(options.threads)])
+                cost = run(greedy_command(*images, folder, options.threads))
                 transform = read_transform(folder / "whole.nii.gz", read_image(images[0]).grid)
-                rows["greedy"] = row_of(transform, *labels, seconds)
+                rows["greedy"] = row_of(transform, *labels, cost)
         result["pairs"].append({"fixed": fixed, "moving": moving, "methods": rows})
         result |= {"threads": options.threads, "preset": options.preset, "torch_alone": options.torch}
         result |= {"date": time.strftime("%Y-%m-%d"), "software": software(), "mean": means(result["pairs"])}

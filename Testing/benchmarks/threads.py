@@ -24,10 +24,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from comparison.command import run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "engine"))
 
@@ -103,18 +104,8 @@ def once(mode: str, arguments: list[str]) -> tuple[float, float]:
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     if mode == "active":
         environment["OMP_WAIT_POLICY"] = "active"
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAMS[mode], *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"The registration failed; run it by hand: morphseek {' '.join(arguments)}")
-    return time.perf_counter() - begin, usage.ru_utime + usage.ru_stime
+    cost = run([sys.executable, "-c", PROGRAMS[mode], *arguments], environment)
+    return cost.seconds, cost.cpu_seconds
 
 
 @contextmanager
