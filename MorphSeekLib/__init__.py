@@ -17,6 +17,7 @@ from .protocol.version import __version__
 if TYPE_CHECKING:
     from .data.datasets import load_dataset
     from .evaluation.evaluate import evaluate
+    from .io.apply import apply_transforms, map_points
     from .io.images import read_image, read_labels, write_image
     from .io.transforms import read_transform, write_transform
     from .measures.folds import certify, unfold
@@ -48,11 +49,13 @@ __all__ = [
     "TrainingConfig",
     "Volume",
     "__version__",
+    "apply_transforms",
     "certify",
     "evaluate",
     "finetune",
     "load_dataset",
     "load_model",
+    "map_points",
     "read_image",
     "read_labels",
     "read_transform",
@@ -69,6 +72,7 @@ __all__ = [
 _MODULES = {
     "data.datasets": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),
+    "io.apply": ("apply_transforms", "map_points"),
     "io.images": ("read_image", "read_labels", "write_image"),
     "io.transforms": ("read_transform", "write_transform"),
     "measures.folds": ("certify", "unfold"),

@@ -1,9 +1,10 @@
-"""The command line: ``morphseek register | evaluate | check | warmup | finetune | spac | train | import-checkpoint |
-info | doctor | demo``.
+"""The command line: ``morphseek register | apply | evaluate | check | warmup | finetune | spac | train |
+import-checkpoint | info | doctor | demo``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 import json
@@ -25,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..protocol.errors import Cancelled, MorphSeekError
-from ..protocol.job import Event, Job
+from ..protocol.job import Event, Job, Notice
 from ..protocol.options import RegistrationOptions
 from ..protocol.report import Report
 from ..protocol.run_folder import KEEP
@@ -34,6 +35,7 @@ from ..protocol.startup import (
     AUTO,
     check_alignment,
     check_device,
+    check_interpolation,
     check_iterations,
     check_model,
     check_model_choice,
@@ -99,6 +101,10 @@ FitIterations = Annotated[
     str | None,
     typer.Option(help="Iterations of the fit, coarse to fine, such as 60/60/30.", show_default="the preset's"),
 ]
+NiftiForm = Annotated[
+    str | None,
+    typer.Option(help="qform or sform: which one places NIfTI files that have both; the one ITK takes by default."),
+]
 OldIterations = Annotated[int, typer.Option("--refine", hidden=True)]
 OldFine = Annotated[int, typer.Option("--refine-fine", hidden=True)]
 Config = Annotated[
@@ -143,10 +149,7 @@ def register(
     stop_early: Annotated[
         bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
     ] = False,
-    nifti_form: Annotated[
-        str | None,
-        typer.Option(help="qform or sform: which one places NIfTI files that have both; the one ITK takes by default."),
-    ] = None,
+    nifti_form: NiftiForm = None,
     as_float: Annotated[
         bool, typer.Option("--float", help="Write warped.nii.gz as float; in the moving image's type by default.")
     ] = False,
@@ -202,6 +205,90 @@ def _labels(path: Path | None, image: Volume, nifti_form: str | None) -> Volume 
     from ..io.images import check_labels, read_labels
 
     return None if path is None else check_labels(read_labels(path, nifti_form), image, path.name)
+
+
+@app.command()
+def apply(
+    transform: Annotated[
+        str,
+        typer.Argument(
+            help="ITK transform files, such as transform.h5; a point of the reference goes through them in this order.",
+            metavar="TRANSFORM[,TRANSFORM...]",
+        ),
+    ],
+    image: Annotated[Path, typer.Argument(help="The image to resample, or with --labels a label map.")],
+    reference: Annotated[Path, typer.Option(help="The image whose grid the result gets: FIXED of the registration.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The image to write; with --points this may be a file of points instead."),
+    ],
+    labels: Annotated[
+        bool, typer.Option("--labels", help="IMAGE is a label map: nearest neighbor, 0 outside.")
+    ] = False,
+    interpolation: Annotated[str, typer.Option(help="linear, nearest, or bspline (cubic).")] = "linear",
+    inverse: Annotated[bool, typer.Option("--inverse", help="Apply the transforms backward.")] = False,
+    points: Annotated[
+        Path | None,
+        typer.Option(help="Points of the reference (.mrk.json, .fcsv, .csv); written is where they lie in IMAGE."),
+    ] = None,
+    nifti_form: NiftiForm = None,
+    threads: Threads = None,
+) -> None:
+    """Apply transforms to an image, a label map or points of any kind: one interpolation, as ITK does it.
+
+    With an image as OUTPUT the points go beside it, into OUTPUT-points with the ending of their own file.
+    """
+    with terminal_job() as job:
+        check_choices(threads=threads)
+        check_interpolation(interpolation)
+        read = [image, reference, *([points] if points is not None else [])]
+        for path in read:
+            check_readable(path)
+
+        from ..io.apply import apply_transforms, map_points, transform_paths
+        from ..io.images import check_image_name, read_grid, read_image, read_labels, write_image
+        from ..io.points import read_points, write_points
+
+        files = transform_paths(transform)
+        image_out, points_out = output_names(output, points)
+        for path in filter(None, (image_out, points_out)):
+            check_output_file(path, inputs=[*read, *files])
+        use_threads(threads)
+        grid = read_grid(reference, nifti_form)
+        notices: tuple[Notice, ...] = ()
+        if points is not None and points_out is not None:
+            given = read_points(points, grid)
+            moved = dataclasses.replace(given, positions=map_points(given.positions, files, inverse=inverse))
+        if image_out is not None:
+            check_image_name(image_out)
+            source = (read_labels if labels else read_image)(image, nifti_form)
+            found = apply_transforms(source, files, grid, interpolation=interpolation, inverse=inverse, job=job)
+            write_image(found, image_out)
+            notices = found.notices
+        if points_out is not None:
+            write_points(moved, points_out, read_grid(image, nifti_form))
+    for notice in notices:
+        errors.print(notice.message, style="yellow")
+    for path in filter(None, (image_out, points_out)):
+        console.print(f"Wrote {shown(path)}", soft_wrap=True)
+
+
+def output_names(output: Path, points: Path | None) -> tuple[Path | None, Path | None]:
+    """Return the image and the points that ``apply`` writes; None for what it does not write.
+
+    Raises:
+        MorphSeekError: an output for points, and no points.
+    """
+    from ..io.points import ENDINGS
+
+    ending = next((end for end in ENDINGS if output.name.lower().endswith(end)), None)
+    if ending is not None and points is None:
+        raise MorphSeekError(f"{shown(output)} is a name for points, but none were given; add --points FILE.")
+    if points is None or ending is not None:
+        return (output, None) if ending is None else (None, output)
+    own = next((end for end in ENDINGS if points.name.lower().endswith(end)), points.suffix)
+    stem = output.name.removesuffix(".gz").rpartition(".")[0] or output.name
+    return output, output.with_name(f"{stem}-points{own}")
 
 
 @app.command()
@@ -295,8 +382,6 @@ def warmup(
     """Train a backbone with its policy head. Run the same command again to resume a run that was stopped."""
     with terminal_job() as job:
         file, start = check_training(dataset, out, config, init, device=device, threads=threads, iterations=iterations)
-
-        import dataclasses
 
         from ..data.datasets import load_dataset
         from ..networks.devices import pick_device

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..io.images import check_labels, read_image, read_labels
+from ..io.points import read_points
 from ..protocol.errors import MorphSeekError
 from ..registration.alignment import object_size
 from ..space import fields
@@ -430,7 +431,7 @@ def known_sizes(cases: Sequence[Case], anatomy: Sequence[int] | None = None, mos
 
 
 def read_landmarks(path: Path, grid: Grid) -> np.ndarray:
-    """Read landmarks of an image from a Slicer markups file (.mrk.json) or a .csv of voxel indices (Learn2Reg's).
+    """Read landmarks of an image from Slicer's markups (.mrk.json, .fcsv) or a .csv of voxel indices (Learn2Reg's).
 
     Args:
         grid: the image's; a table's indices i, j, k are those of its voxels.
@@ -441,14 +442,10 @@ def read_landmarks(path: Path, grid: Grid) -> np.ndarray:
     Raises:
         MorphSeekError: unreadable, malformed or empty.
     """
+    if path.suffix in (".json", ".fcsv"):
+        return read_points(path, grid).positions
     try:
-        if path.suffix == ".json":
-            markup = json.loads(path.read_text(encoding="utf-8"))["markups"][0]
-            points = np.array([point["position"] for point in markup["controlPoints"]], dtype=np.float64)
-            if markup.get("coordinateSystem", "LPS") in ("RAS", "0"):
-                points *= (-1, -1, 1)
-        else:
-            points = apply_affine(grid.affine, np.loadtxt(path, delimiter=",", ndmin=2))
+        points = apply_affine(grid.affine, np.loadtxt(path, delimiter=",", ndmin=2))
         if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
             raise ValueError("it must hold three finite numbers a point, and at least one point")
     except (OSError, ValueError, LookupError, TypeError) as error:

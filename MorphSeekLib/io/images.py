@@ -58,6 +58,19 @@ def read_image(path: str | os.PathLike, nifti_form: str | None = None) -> Volume
     return _right_angled(volume, shown(path), "linear")
 
 
+def read_grid(path: str | os.PathLike, nifti_form: str | None = None) -> Grid:
+    """Read where the voxels of an image or a label map lie; its values do not matter.
+
+    Args:
+        path, nifti_form: as for :func:`read_image`.
+
+    Raises:
+        MorphSeekError: as :func:`read_image`, but for the values.
+    """
+    volume = _volume(_read(path, nifti_form=nifti_form), shown(path), torch.float32)
+    return _right_angled(volume, shown(path), "nearest").grid
+
+
 def usable(volume: Volume, name: str) -> Volume:
     """Return an intensity image as the engine takes it: NaN, which stands for "outside the field of view", is
     background.
@@ -402,8 +415,7 @@ def write_image(volume: Volume, path: str | os.PathLike) -> None:
     Raises:
         MorphSeekError: unknown format, or the disk is full or the folder not writable.
     """
-    if not str(path).lower().endswith(WRITABLE):
-        raise MorphSeekError(f"{shown(path)} has no format to write an image in; end its name with {_or(WRITABLE)}.")
+    check_image_name(path)
     image = _sitk_of(stored_values(volume), volume.grid)
     with whole_file(path) as part, _quiet():
         if not nifti.is_nifti(part):
@@ -419,6 +431,16 @@ def write_image(volume: Volume, path: str | os.PathLike) -> None:
             nifti.compress(plain, part)
         else:
             os.replace(plain, part)
+
+
+def check_image_name(path: str | os.PathLike) -> None:
+    """Refuse a name that says no format to write an image in.
+
+    Raises:
+        MorphSeekError: with the endings that there are.
+    """
+    if not str(path).lower().endswith(WRITABLE):
+        raise MorphSeekError(f"{shown(path)} has no format to write an image in; end its name with {_or(WRITABLE)}.")
 
 
 def stored_values(volume: Volume) -> np.ndarray:

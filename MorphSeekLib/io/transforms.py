@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -15,6 +14,7 @@ import torch
 
 from ..protocol.errors import MorphSeekError
 from ..space.geometry import DenseTransform, Grid, Transform, apply_affine
+from .chain import links_of
 from .files import library_name, whole_file
 from .images import read_sitk
 
@@ -94,22 +94,10 @@ def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
     Raises:
         MorphSeekError: missing, damaged, not a 3D transform, singular or not finite.
     """
-    path = Path(path)
-    library_name(path)
-    if not path.exists():
-        raise MorphSeekError(f"{path} does not exist; check the name.")
-    if path.is_dir():
-        raise MorphSeekError(f"{path} is a folder; give a transform file.")
-    if path.name.lower().endswith(_FIELDS):
-        field = read_sitk(path, components=3)
-        transform: sitk.Transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
-    else:
-        transform = _read_itk(path)
-    if transform.GetDimension() != 3:
-        raise MorphSeekError(f"{path} is a {transform.GetDimension()}D transform; give a 3D one.")
+    transform = read_itk_transform(path)
     if transform.IsLinear():
-        return _matrix(transform, path)
-    links = _links(transform)
+        return _matrix(transform, Path(path))
+    links = links_of(transform)
     displacement = torch.empty(3, *grid.shape)
     length = max(1, _SLAB_POINTS // (grid.shape[1] * grid.shape[2]))
     for slab, first in zip(displacement.split(length, dim=1), range(0, grid.shape[0], length), strict=True):
@@ -126,68 +114,26 @@ def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
     return DenseTransform(displacement, grid)
 
 
-@dataclass(frozen=True)
-class _Link:
-    """One transform of a chain.
+def read_itk_transform(path: str | os.PathLike) -> sitk.Transform:
+    """Read a transform as ITK has it; see :func:`read_transform` for what can be read.
 
-    Attributes:
-        transform: as ITK has it.
-        domain: the box between the outermost nodes is where ITK knows a displacement; beyond it ITK's is 0, a jump.
-            None for a transform that is the same formula everywhere.
+    Raises:
+        MorphSeekError: missing, damaged, not a 3D transform.
     """
-
-    transform: sitk.Transform
-    domain: Grid | None
-
-    def map_points(self, points: np.ndarray) -> np.ndarray:
-        """Map (n, 3) LPS mm; a point beyond the domain moves as the nearest one of the domain does."""
-        if self.domain is None:
-            return _mapped(self.transform, points)
-        index = apply_affine(np.linalg.inv(self.domain.affine), points)
-        held = np.clip(index, 0, np.array(self.domain.shape) - 1)
-        held = apply_affine(self.domain.affine, held)
-        return points + (_mapped(self.transform, held) - held)
-
-
-def _links(transform: sitk.Transform) -> list[_Link]:
-    """Return the transforms of a chain in the order in which they are applied, composites within it taken apart."""
-    kind = transform.GetTransformEnum()
-    if kind == sitk.sitkComposite:
-        chain = sitk.CompositeTransform(transform)
-        backward = reversed(range(chain.GetNumberOfTransforms()))  # what was added last is applied first
-        return [link for n in backward for link in _links(chain.GetNthTransform(n))]
-    if kind == sitk.sitkDisplacementField:
-        field = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
-        place = field.GetSpacing(), field.GetDirection(), field.GetOrigin()
-        return [_Link(transform, Grid.from_parts(field.GetSize(), *place))]
-    if kind == sitk.sitkBSplineTransform:
-        return [_Link(transform, _spline_domain(sitk.BSplineTransform(transform)))]
-    return [_Link(transform, None)]
-
-
-def _spline_domain(spline: sitk.BSplineTransform) -> Grid:
-    """Return the box in which ITK knows a B-spline, smaller by 1e-6 of a cell: on its edge rounding decides what is
-    inside."""
-    mesh = np.array(spline.GetTransformDomainMeshSize())
-    spacing = np.array(spline.GetTransformDomainPhysicalDimensions()) / mesh
-    box = Grid.from_parts(mesh + 1, spacing, spline.GetTransformDomainDirection(), spline.GetTransformDomainOrigin())
-    smaller = np.diag([*(1 - 2e-6 / mesh), 1.0])
-    smaller[:3, 3] = 1e-6
-    return Grid(box.shape, box.affine @ smaller)
-
-
-def _mapped(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
-    """Return (n, 3) points through a transform of ITK, all at once.
-
-    ITK maps a list only point by point, but an image of any size: so the points become the nodes of a line of voxels
-    with a field that moves each voxel to its point, and the transform is applied after that field.
-    """
-    line = np.zeros_like(points)
-    line[:, 0] = np.arange(len(points))
-    field = sitk.GetImageFromArray((points - line)[None, None], isVector=True)
-    chain = sitk.CompositeTransform([transform, sitk.DisplacementFieldTransform(field)])
-    moved = sitk.TransformToDisplacementField(chain, sitk.sitkVectorFloat64, (len(points), 1, 1))
-    return sitk.GetArrayFromImage(moved)[0, 0] + line
+    path = Path(path)
+    library_name(path)
+    if not path.exists():
+        raise MorphSeekError(f"{path} does not exist; check the name.")
+    if path.is_dir():
+        raise MorphSeekError(f"{path} is a folder; give a transform file.")
+    if path.name.lower().endswith(_FIELDS):
+        field = read_sitk(path, components=3)
+        transform: sitk.Transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
+    else:
+        transform = _read_itk(path)
+    if transform.GetDimension() != 3:
+        raise MorphSeekError(f"{path} is a {transform.GetDimension()}D transform; give a 3D one.")
+    return transform
 
 
 def _read_itk(path: Path) -> sitk.Transform:

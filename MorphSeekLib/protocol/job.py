@@ -79,8 +79,13 @@ class Job:
         Raises:
             Cancelled: the user does.
         """
-        if self._cancelled is not None and self._cancelled():
+        if self.is_cancelled:
             raise Cancelled
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the user wants to end the work; for a library's callback, which cannot raise."""
+        return self._cancelled is not None and self._cancelled()
 
     @property
     def is_watched(self) -> bool:

@@ -27,6 +27,7 @@ _FOLDERS = {"model": "Models", "recipe": "Training"}
 _OLD_MODELS = "Checkpoints"  # where the bundled models lay before; a path into it opens the model of that name
 _SUFFIXES = {"model": ".safetensors", "recipe": ".toml"}
 ALIGNMENTS = ("none", "center", "rigid", "affine")
+INTERPOLATIONS = ("linear", "nearest", "bspline")
 MAX_STEPS = 20
 AUTO, NO_MODEL = "auto", "none"
 """In a model's place: chosen by the images, and no network."""
@@ -208,6 +209,16 @@ def check_alignment(align: str) -> None:
     """
     if align not in ALIGNMENTS:
         raise MorphSeekError(f"There is no alignment '{align}'; choose one of {', '.join(ALIGNMENTS)}.")
+
+
+def check_interpolation(name: str) -> None:
+    """Refuse an unknown interpolation.
+
+    Raises:
+        MorphSeekError: with the known ones.
+    """
+    if name not in INTERPOLATIONS:
+        raise MorphSeekError(f"There is no interpolation '{name}'; choose one of {', '.join(INTERPOLATIONS)}.")
 
 
 def check_threads(threads: int) -> None:

@@ -5,7 +5,8 @@ installed.
 - The engine (MorphSeekLib) never imports Slicer or a user interface: it runs on a server.
 - The module (MorphSeek) never imports torch, and of the engine its protocol alone: a crash of the engine must not take
   Slicer down.
-- SimpleITK is met in five files only: images, dicom, transforms, alignment and page (pictures of the report).
+- SimpleITK is met in seven files only: images, dicom, transforms, chain, apply, alignment and page (pictures of the
+  report).
 - Nothing is unpickled from a file that a user picked.
 """
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = sorted((ROOT / "MorphSeekLib").rglob("*.py"))
 MODULE = sorted((ROOT / "MorphSeek").rglob("*.py"))
 INTERFACE = {"slicer", "vtk", "vtkmodules", "qt", "ctk", "mrml", "PySide6", "PySide2", "PyQt5", "PyQt6", "MorphSeekGui"}
-SIMPLEITK_FILES = {"images.py", "dicom.py", "transforms.py", "alignment.py", "page.py"}
+SIMPLEITK_FILES = {"apply.py", "chain.py", "images.py", "dicom.py", "transforms.py", "alignment.py", "page.py"}
 ROOMS = (  # from the ground up
     *("protocol", "space", "io", "measures", "backbones", "networks", "registration"),
     *("data", "training", "evaluation", "report", "app"),
