@@ -18,7 +18,7 @@ import numpy as np
 import qt
 import slicer
 import slicer.util
-from MorphSeekGui import dependencies, registration
+from MorphSeekGui import applying, dependencies, registration
 from MorphSeekGui.engine_client import EngineClient, close_shared_client, shared_client
 from MorphSeekGui.inspect_panel import InspectPanel
 from MorphSeekGui.panel import Panel
@@ -193,6 +193,25 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
             options: the arguments that all pairs share; also on_outcome, called after each pair.
         """
         return registration.register_batch(pairs, **{"client": self.client(), **options})
+
+    def apply(self, nodes: registration.RegistrationNodes, node, **options):
+        """Apply a registration to another node that lies with its moving volume, and wait for the end.
+
+            logic.apply(nodes, getNode("Segmentation"))
+            logic.apply(nodes, getNode("Atlas labels"), backward=True)  # from the fixed onto the moving volume
+
+        Args:
+            nodes: of the registration.
+            node: a volume, label map, segmentation, model, or points, lines or curves.
+            options: as for :func:`MorphSeekGui.applying.apply`: backward, interpolation, on_progress, cancelled.
+
+        Returns:
+            a new node of the same kind.
+
+        Raises:
+            InputError, EngineError: one sentence that says what is wrong; no node was made.
+        """
+        return applying.apply(nodes, node, **{"client": self.client(), **options})
 
     def client(self) -> EngineClient:
         """Return the process of the engine, started with the first request and alive until Slicer ends."""

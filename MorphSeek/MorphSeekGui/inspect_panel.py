@@ -17,6 +17,7 @@ from MorphSeekLib.protocol.messages import Progress
 from MorphSeekLib.protocol.verdict import DEFAULT_LIMITS, Folds, Limits, Verdict, folds, judge, shown
 
 from . import quality, scene
+from .apply_section import ApplySection
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
 from .messages import sentence
@@ -66,6 +67,7 @@ class InspectPanel(Panel):
         self._poll = self.timer(self._poll_export, _POLL_MS)
         self._message = self.message(self.ui.messageLabel, self.ui.copyDetailsButton)
         self._export_message = self.message(self.ui.exportLabel, self.ui.copyExportDetailsButton)
+        self._apply = ApplySection(self, lambda: self._nodes)
         self._set_up()
         self._choose(None)
 
@@ -94,6 +96,7 @@ class InspectPanel(Panel):
     def cleanup(self) -> None:
         """Restore the views, end the export, and leave no file half written."""
         self._forget()
+        self._apply.close()
         self._cancel_export()
         self._end_export()
         super().cleanup()
@@ -165,7 +168,8 @@ class InspectPanel(Panel):
 
     def _fill(self) -> None:
         there = self._nodes is not None
-        for section in (self.ui.showSection, self.ui.figuresSection, self.ui.regionsSection, self.ui.exportSection):
+        ui = self.ui
+        for section in (ui.showSection, ui.figuresSection, ui.regionsSection, ui.applySection, ui.exportSection):
             section.enabled = there
         self.ui.differenceBeforeButton.enabled = there and self._nodes.aligned is not None
         folding = (self._nodes.report.get("folding") or {}) if there else {}

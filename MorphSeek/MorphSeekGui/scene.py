@@ -137,7 +137,7 @@ def read_volume(node, space=None) -> Image:
     Raises:
         InputError: no scalar 3D volume, empty, or under a non-linear transform.
     """
-    array = _voxels(node)
+    array = voxels(node)
     return Image(array, FLIP @ matrix_to_space(node, space) @ ijk_to_ras(node))
 
 
@@ -157,7 +157,7 @@ def matrix_to_space(node, space=None) -> np.ndarray:
         InputError: a transform on the way is not linear.
     """
     parent = node.GetParentTransformNode()
-    matrix = _linear_between(parent, space)
+    matrix = linear_between(parent, space)
     if matrix is None:
         raise InputError(
             _(
@@ -186,9 +186,9 @@ def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Label
     """
     if not isinstance(node, (slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLScalarVolumeNode)):
         raise InputError(
-            _("'{node}' holds no labels; choose a segmentation or a label map volume.").format(node=_name(node))
+            _("'{node}' holds no labels; choose a segmentation or a label map volume.").format(node=name_of(node))
         )
-    between = _linear_between(node.GetParentTransformNode(), reference.GetParentTransformNode())
+    between = linear_between(node.GetParentTransformNode(), reference.GetParentTransformNode())
     if between is None:
         raise InputError(
             _(
@@ -371,11 +371,11 @@ def create_nodes(
         nodes = RegistrationNodes(
             fixed=fixed,
             moving=moving,
-            warped=_fill_volume(into.get("warped") or new.volume("warped"), warped),
+            warped=fill_volume(into.get("warped") or new.volume("warped"), warped),
             transform=_fill_transform(
                 into.get("transform") or new.transform("transform", report), transform, fixed, moving, report
             ),
-            jacobian=_fill_volume(into.get("jacobian") or new.volume("jacobian"), jacobian),
+            jacobian=fill_volume(into.get("jacobian") or new.volume("jacobian"), jacobian),
             folding=_fill_folding(into.get("folding") or new.folding(), folding),
             report=report,
         )
@@ -383,7 +383,7 @@ def create_nodes(
         if "warped" not in into:
             copy_window(moving, nodes.warped)
         if aligned is not None:
-            nodes.aligned = _fill_volume(into.get("aligned") or new.volume("aligned"), aligned)
+            nodes.aligned = fill_volume(into.get("aligned") or new.volume("aligned"), aligned)
             if "aligned" not in into:
                 copy_window(moving, nodes.aligned)
         if inverse is not None:
@@ -593,14 +593,15 @@ def to_vtk(matrix: np.ndarray) -> vtk.vtkMatrix4x4:
     return out
 
 
-def _name(node) -> str:
+def name_of(node) -> str:
+    """Return what to call a node that may be missing in a message."""
     return node.GetName() if node is not None else _("nothing")
 
 
-def _voxels(node) -> np.ndarray:
+def voxels(node) -> np.ndarray:
     """Return (i, j, k) voxels of a scalar volume, in its own number type."""
     if node is None or not isinstance(node, slicer.vtkMRMLVolumeNode):
-        raise InputError(_("Choose a fixed and a moving volume; '{node}' is not a volume.").format(node=_name(node)))
+        raise InputError(_("Choose a fixed and a moving volume; '{node}' is not a volume.").format(node=name_of(node)))
     image = node.GetImageData()
     components = image.GetNumberOfScalarComponents() if image is not None else 1
     if not isinstance(node, slicer.vtkMRMLScalarVolumeNode) or components != 1:
@@ -615,7 +616,7 @@ def _voxels(node) -> np.ndarray:
     return slicer.util.arrayFromVolume(node).transpose(2, 1, 0)
 
 
-def _linear_between(source, target) -> np.ndarray | None:
+def linear_between(source, target) -> np.ndarray | None:
     """Return (4, 4) RAS from one transform node's coordinates to another's (None: world), or None if it is not
     linear."""
     general, linear = vtk.vtkGeneralTransform(), vtk.vtkTransform()
@@ -698,7 +699,7 @@ def _overlap(node, geometry, ids, values, names: dict[int, tuple], merged: np.nd
 
 
 def _read_label_map(node, to_labels: np.ndarray, shape) -> Labels:
-    _voxels(node)  # refuses what is no scalar volume
+    voxels(node)  # refuses what is no scalar volume
     image = node.GetImageData()
     index_map = np.linalg.inv(ijk_to_ras(node)) @ to_labels
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
@@ -740,7 +741,8 @@ def _all_nodes(scene) -> list:
     return [scene.GetNthNode(n) for n in range(scene.GetNumberOfNodes())]
 
 
-def _fill_volume(node, image: Image):
+def fill_volume(node, image: Image):
+    """Store voxels and their place in a volume node, which gets no parent; return the node."""
     slicer.util.updateVolumeFromArray(node, image.array.transpose(2, 1, 0))
     node.SetIJKToRASMatrix(to_vtk(FLIP @ image.affine))
     node.SetAndObserveTransformNodeID(None)
@@ -765,11 +767,11 @@ def _fill_transform(node, transform, onto, applied_to, report: SavedReport | Non
 
 def _fill_folding(node, folding: Image):
     node.GetSegmentation().RemoveAllSegments()
-    _add_segment(node, Image(np.asarray(folding.array, dtype=np.uint8), folding.affine), _("Folding"), (1.0, 0.0, 0.0))
+    add_segment(node, Image(np.asarray(folding.array, dtype=np.uint8), folding.affine), _("Folding"), (1.0, 0.0, 0.0))
     return node
 
 
-def _add_segment(node, mask: Image, name: str, color) -> None:
+def add_segment(node, mask: Image, name: str, color) -> None:
     """Add a segment of what is not 0 in (i, j, k) uint8."""
     image = slicer.vtkOrientedImageData()
     image.SetDimensions(*mask.array.shape)
@@ -787,7 +789,7 @@ def _fill_labels(node, warped: Image, labels: Labels, new: _New):
             node.CreateDefaultDisplayNodes()
             if labels.color_node_id is not None:
                 node.GetDisplayNode().SetAndObserveColorNodeID(labels.color_node_id)
-        return _fill_volume(node, warped)
+        return fill_volume(node, warped)
     if node is None:
         node = new.node("vtkMRMLSegmentationNode", "labels")
         node.CreateDefaultDisplayNodes()
@@ -795,7 +797,7 @@ def _fill_labels(node, warped: Image, labels: Labels, new: _New):
     segmentation.RemoveAllSegments()
     array = np.asarray(warped.array)
     for value, (name, color) in labels.names.items():
-        _add_segment(node, Image((array == value).astype(np.uint8), warped.affine), name, color)
+        add_segment(node, Image((array == value).astype(np.uint8), warped.affine), name, color)
         segment = segmentation.GetNthSegment(segmentation.GetNumberOfSegments() - 1)
         segment.SetTag(LABEL_TAG, str(value))
     node.SetAndObserveTransformNodeID(None)

@@ -253,7 +253,7 @@ def apply(
         image_out, points_out = output_names(output, points)
         for path in filter(None, (image_out, points_out)):
             check_output_file(path, inputs=[*read, *files])
-        use_threads(threads)
+        begin_to_compute(threads)
         grid = read_grid(reference, nifti_form)
         notices: tuple[Notice, ...] = ()
         if points is not None and points_out is not None:

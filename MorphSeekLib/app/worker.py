@@ -2,7 +2,8 @@
 
     python -m MorphSeekLib.app.worker
 
-Requests: hello, load, info, register, check, export, shutdown. Notifications out: progress. Notification in: cancel.
+Requests: hello, load, info, register, apply, check, export, shutdown. Notifications out: progress. Notification in:
+cancel.
 Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
 ``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A model is
 loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever the libraries
@@ -35,6 +36,7 @@ import torch
 
 from ..backbones import BACKBONES
 from ..data.cases import check, find_cases
+from ..io.apply import apply_transforms
 from ..io.compiled import compile_ahead
 from ..io.images import form_notices, label_values, stored_values, usable
 from ..measures.folds import certify, folded_voxels
@@ -88,6 +90,7 @@ class Worker:
             "load": self.load,
             "info": self.info,
             "register": self.register,
+            "apply": self.apply,
             "export": self.export,
             "check": self.check,
             "shutdown": lambda number, params: {},
@@ -190,6 +193,26 @@ class Worker:
             "software": software(),
         }
         return answer
+
+    def apply(self, number: Any, params: Params) -> Answer:
+        """Resample a ``volume`` (``labels``: whether it holds labels) onto the ``reference`` grid by the transform of
+        an earlier registration, or ``backward``, into the file ``output``."""
+        job = self._job(number)
+        labels = _get(params, "labels", bool, False)
+        reference = _get(params, "reference", dict)
+        i, j, k = _get(reference, "shape", list)
+        grid = _grid((i, j, k), reference, "reference")
+        volume = _volume(_get(params, "volume", dict), "volume", torch.int32 if labels else torch.float32)
+        found = apply_transforms(
+            volume if labels else usable(volume, "The volume"),
+            [_displacement(_get(params, "displacement", dict), "displacement")],
+            grid,
+            interpolation=_get(params, "interpolation", str, "linear"),
+            inverse=_get(params, "backward", bool, False),
+            job=job,
+        )
+        warnings = [vars(notice) for notice in found.notices]
+        return {"volume": _reference(found, Path(_get(params, "output", str))), "warnings": warnings}
 
     def export(self, number: Any, params: Params) -> Answer:
         """Write files of an earlier registration into a folder of the user's. Takes the references that
