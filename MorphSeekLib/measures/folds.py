@@ -178,6 +178,8 @@ class _Tally:
         return Certificate(count, Parts(low, size, determinant * scale))
 
     def _judge_waiting(self) -> None:
+        if not self._waiting:
+            return
         cells, near = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
         self._waiting = []
         for begin in range(0, len(cells), _CHUNK):

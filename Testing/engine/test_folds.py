@@ -139,6 +139,14 @@ def test_an_alternating_fold_is_seen_where_central_differences_see_none():
     assert halved.no_fold_proven
 
 
+def test_folds_everywhere_are_all_judged():
+    u = torch.zeros(1, 3, 24, 24, 24)
+    u[:, 0] = torch.where(fields.identity((24, 24, 24)).sum(dim=1) % 2 == 0, 0.6, -0.6)
+    grid = plain((24, 24, 24))
+    count = folds.certify(dense_from_voxels(u, grid), grid).count
+    assert count.folded == count.cells == 23**3
+
+
 def cell_that_folds_inside(seed: int) -> torch.Tensor | None:
     """A cell (2, 2, 2, 3) whose corner determinants are above 0 and whose determinant at some inner point is not."""
     generator = torch.Generator().manual_seed(seed)
