@@ -192,20 +192,40 @@ def surface_tail(state: State, total: Tensor, quantile: float = 0.5) -> Tensor:
     weight = 1 / (2 * max(len(state.labels), 1))
     for n in range(len(state.labels)):
         distance, on_fixed = state.fixed_distance[n], fixed_surfaces[0, n]
-        if not (surface_before[0, n].any() and on_fixed.any()):
-            continue
-        forth = distance[surface_before[0, n]]
-        limit = torch.quantile(forth, quantile)
-        base = torch.relu(forth - limit).mean() / distance.numel()
+        there = (surface_before[0, n].any() & on_fixed.any()) * weight
+        beyond = torch.relu(distance - quantile_among(distance, surface_before[0, n], quantile))
+        base = (beyond * surface_before[0, n]).sum() / surface_before[0, n].sum().clamp(min=1) / distance.numel()
         on = surface_after[:, n : n + 1].float()
-        excess = torch.relu(distance - limit) * on / on.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
-        parts += weight * (base - excess)
-        limit = torch.quantile(back_before[0, n][on_fixed], quantile)
-        share = on_fixed.float() / on_fixed.sum()
+        excess = beyond * on / on.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
+        parts += there * (base - excess)
+        limit = quantile_among(back_before[0, n], on_fixed, quantile)
+        share = on_fixed.float() / on_fixed.sum().clamp(min=1)
         was = torch.relu(back_before[0, n] - limit)
         now = torch.cat([torch.relu(b[:, n : n + 1] - limit) for b in back])
-        parts += weight * share * (was - now)
+        parts += there * share * (was - now)
     return parts
+
+
+def quantile_among(values: Tensor, among: Tensor, quantile: float) -> Tensor:
+    """Return a quantile of the values where a mask is set, a scalar; infinity where it is set nowhere.
+
+    Elsewhere than on the processor nothing waits for the device, see :func:`quantile_by_order`.
+    """
+    if values.device.type != "cpu":
+        return quantile_by_order(values, among, quantile)
+    chosen = values[among]
+    return torch.quantile(chosen, quantile) if len(chosen) else values.new_full((), torch.inf)
+
+
+def quantile_by_order(values: Tensor, among: Tensor, quantile: float) -> Tensor:
+    """Return the same as :func:`quantile_among`, by sorting all values.
+
+    It takes longer than picking those that count, but how many these are only the device knows.
+    """
+    ordered = values.masked_fill(~among, torch.inf).flatten().sort().values
+    place = (quantile * (among.sum() - 1)).clamp(min=0)
+    low, high = (ordered.gather(0, at.long().view(1)) for at in (place.floor(), place.ceil()))
+    return torch.where(low == high, low, torch.lerp(low, high, (place - place.floor()).to(low)))[0]
 
 
 TERMS: dict[str, Callable[[State, Tensor], Tensor]] = {

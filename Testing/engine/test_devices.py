@@ -31,11 +31,11 @@ from MorphSeekLib.training.finetuning import FIELD_POLICY
 from MorphSeekLib.training.grpo import Objective, Walk, learn_step
 from MorphSeekLib.training.losses import Batch, LossSettings
 from MorphSeekLib.training.policies import PolicyGradientSettings
-from MorphSeekLib.training.rewards import RewardSettings, State
+from MorphSeekLib.training.rewards import TERMS, RewardSettings, State
 
 SHAPE = (16, 16, 16)
 POLICIES = {"latent": PolicyGradientSettings(), "field": FIELD_POLICY}
-REWARDS = {"dice": 1.0, "folding": 1.0, "folding_magnitude": 0.1, "landmarks": 0.1, "lncc": 0.1, "mind": 0.1}
+REWARDS = dict.fromkeys(TERMS, 0.1)
 Work = Callable[[], object]
 
 
@@ -107,7 +107,9 @@ def learning_step(device: str, policy: PolicyGradientSettings) -> Work:
     labels = torch.zeros(1, 1, *shape, dtype=torch.uint8, device=device)
     points = torch.ones(4, 3, device=device)
     state = State(fixed, moving, torch.zeros(1, 3, *shape, device=device), labels, labels, points, points)
-    state.labels = torch.arange(1, 4, device=device)  # found once for each pair, see finetuning.prepare
+    # found once for each pair, see finetuning.prepare, the distances by SciPy
+    state.labels = torch.arange(1, 4, device=device)
+    state.fixed_distance = state.moving_distance = torch.rand(3, *shape, device=device)
     shares = torch.rand(1, 3, *shape, device=device)
     batch = Batch(fixed, moving, fixed_labels=shares, moving_labels=shares, structures=state.labels)
     objective = Objective(LossSettings(dice=1.0, folding=1.0), policy, RewardSettings(REWARDS), 1e-3, 1)

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from MorphSeekLib.measures.metrics import dice_per_label
 from MorphSeekLib.measures.similarity import SIMILARITIES
 from MorphSeekLib.space import fields
-from MorphSeekLib.training.rewards import TERMS, RewardSettings, State, reward_map
+from MorphSeekLib.training.rewards import (
+    TERMS,
+    RewardSettings,
+    State,
+    quantile_among,
+    quantile_by_order,
+    reward_map,
+)
 
 GRID = blob_grid((20, 24, 16))
 
@@ -117,6 +124,23 @@ def test_surface_tail_rewards_a_better_surface():
     assert float(nothing) == pytest.approx(0.0, abs=1e-6)
     assert float(towards) > 0.2
     assert float(away) < -0.2
+
+
+def test_a_structure_that_one_side_has_lost_has_no_surface_to_reward():
+    labels = torch.zeros(1, 1, 12, 12, 12, dtype=torch.int32)
+    labels[..., 4:8, 4:8, 4:8] = 1
+    away = torch.full((1, 3, 12, 12, 12), 30.0)
+    pair = State(labels.float(), labels.float(), away, labels, labels)
+    assert not TERMS["surface_tail"](pair, torch.zeros_like(away)).any()
+
+
+@pytest.mark.parametrize(("quantile", "share"), [(0.5, 0.3), (0.25, 0.01), (0.95, 1.0), (0.5, 0.0)])
+def test_a_quantile_is_the_same_with_and_without_waiting_for_the_device(quantile, share):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(6, 7, 8, generator=generator)
+    among = torch.rand(6, 7, 8, generator=generator) < share
+    picked, ordered = (of(values, among, quantile) for of in (quantile_among, quantile_by_order))
+    torch.testing.assert_close(ordered, picked)
 
 
 def test_a_reward_is_its_weighted_terms():
