@@ -18,58 +18,21 @@ from . import guards
 from .descent import descend, kernels_used
 from .objective import Level
 from .pair import Outcome, Pair, State
+from .plans import (
+    CORRELATION,
+    CORRELATION_FROM_NEAR,
+    CORRELATION_OPPOSITE,
+    FEATURES,
+    FEW_VOXELS,
+    FINER,
+    Plan,
+)
 
 DEFINITION = (
     "objective: minus the sum of squared correlations over blocks of 2x2x2 voxels, or the weighted sum of squared "
     "differences of features; + regularization * 8/9 * sum |du/2|^2 + folding * sum relu(0.05 - det), over control "
     "points; in voxels of the level, before each iteration; lower is better"
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a pair is fitted.
-
-    Attributes:
-        similarity: a key of SIMILARITIES.
-        levels: coarse to fine, as for :meth:`.pyramid.Pyramid.images`.
-        iterations: on each.
-        rate: of Adam, voxels of the level.
-        regularization, folding: weights of :class:`.objective.Level`.
-    """
-
-    similarity: str
-    levels: tuple[int, ...]
-    iterations: tuple[int, ...]
-    rate: float
-    regularization: float
-    folding: float
-
-
-CORRELATION = {
-    "best": Plan("lncc", (2, 1, 0), (60, 60, 30), 0.1, 0.1, 800.0),
-    "fast": Plan("lncc", (2, 1, 0), (40, 30, 10), 0.1, 0.1, 800.0),
-}
-"""By preset."""
-CORRELATION_FROM_NEAR = {
-    "best": Plan("lncc", (1, 0), (60, 40), 0.1, 0.1, 800.0),
-    "fast": Plan("lncc", (1, 0), (40, 15), 0.1, 0.1, 800.0),
-}
-"""After a search: a coarser level would undo some of what it has found."""
-CORRELATION_OPPOSITE = {
-    "best": Plan("lncc", (0,), (40,), 0.1, 0.1, 800.0),
-    "fast": Plan("lncc", (0,), (20,), 0.1, 0.1, 800.0),
-}
-"""After a fit by features where the contrast is opposite: wider windows hold more of the outlines."""
-FEATURES = {
-    "best": Plan("mind", (1, 0), (40, 20), 0.2, 0.4, 240.0),
-    "fast": Plan("mind", (2, 1), (40, 20), 0.2, 0.4, 240.0),
-}
-"""By any other similarity than correlation."""
-FINER = 5
-"""Iterations more on voxels of half the length, by the best preset ..."""
-FEW_VOXELS = 1_500_000
-"""... on a crop of fewer voxels."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel, take_
 from MorphSeekLib.registration import descent, search
 from MorphSeekLib.registration.descent import descend, kernels_used
 from MorphSeekLib.registration.judge import Judge
+from MorphSeekLib.registration.plans import CORRELATION, FEATURES, Plan
 from MorphSeekLib.registration.pyramid import Coarse, Crop, Pyramid
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Grid, Volume, resample, voxel_displacement
@@ -53,12 +54,11 @@ from MorphSeekLib.training.rewards import RewardSettings, State
 BUDGET_S = 280.0
 TOLERANCE, TIES = 1e-3, 1e-3
 HEAD, SMALL = (160, 208, 192), (48, 64, 48)
-PARITY_SHAPE = (64, 80, 64)
+PARITY, SMALL_PARITY = (64, 80, 64), (32, 40, 32)
 LEARNING, SMALL_LEARNING = (160, 192, 160), (32, 32, 32)
 COUNTS = (2, 4, 8, 16, 32, 64)
-# as the presets of MorphSeekLib.registration.fit, which cannot be imported without SimpleITK
-CORRELATION, FEATURES = ((2, 1, 0), (60, 60, 30)), ((1, 0), (40, 20))
-SHORT = (2, 1, 0), (10, 10, 10)
+FITS = {"correlation": CORRELATION["best"], "features": FEATURES["best"]}
+SHORT = {name: replace(plan, levels=(2, 1, 0), iterations=(10, 10, 10)) for name, plan in FITS.items()}
 POLICY = PolicyGradientSettings(
     weight=20.0, place="field", sigma=0.5, credit="local", scale="none", s="1", antithetic=True, advance="mean"
 )
@@ -160,18 +160,16 @@ class Prepared:
 
     def search(self) -> Tensor:
         """Return the control points that the search finds."""
-        level = search.level_for(self.crop.grid.shape)
+        level, passes = search.level_for(self.crop.grid.shape)
         fixed, moving, _ = self.pyramid.images(level)
-        return search.search(mind_ssc(fixed), mind_ssc(moving))
+        return search.search(mind_ssc(fixed), mind_ssc(moving), passes)
 
-    def fit(
-        self, similarity: str, plan: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def fit(self, plan: Plan, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the control points that a fit ends at."""
-        rate, regularization, folding = (0.1, 0.1, 800.0) if similarity == "lncc" else (0.2, 0.4, 240.0)
-        levels = [self.pyramid.level(number, similarity, regularization, folding) for number in plan[0]]
+        weights = plan.regularization, plan.folding
+        levels = [self.pyramid.level(number, plan.similarity, *weights) for number in plan.levels]
         levels = [replace(level, fixed=level.fixed.to(dtype), moving=level.moving.to(dtype)) for level in levels]
-        return descend(levels, plan[1], None, rate)[-1].control
+        return descend(levels, plan.iterations, None, plan.rate)[-1].control
 
     def figures(self, control: Tensor) -> list[float]:
         """Return what is said of a stage: similarity, and shares of folds."""
@@ -261,23 +259,23 @@ def _beyond(difference: Tensor) -> float:
     return float((difference > TOLERANCE).float().mean())
 
 
-def parity(table: Table, meter: Meter) -> bool:
+def parity(table: Table, meter: Meter, shape: Sequence[int]) -> bool:
     """Compare every stage with the torch form on the processor; return whether all agree."""
     os.environ["MORPHSEEK_PRECISION"] = "float32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    pair = synthetic_pair(PARITY_SHAPE)
+    pair = synthetic_pair(shape)
     one, other = (Prepared(pair, device) for device in (meter.device, torch.device("cpu")))
     table.say()
-    table.say(f"## Parity, {' x '.join(map(str, PARITY_SHAPE))} voxels")
+    table.say(f"## Parity, {' x '.join(map(str, shape))} voxels")
     rows = Agreement(table)
     with torch_alone():
         expected = other.search()
     rows.judge("search", one.search(), expected, TIES)
-    for name, similarity in (("correlation", "lncc"), ("features", "mind")):
+    for name, plan in SHORT.items():
         with torch_alone():
-            exact, rounded = (other.fit(similarity, SHORT, dtype) for dtype in (torch.float64, torch.float32))
-        rows.judge(f"fit by {name}, float64", one.fit(similarity, SHORT, torch.float64), exact)
-        rows.show(f"fit by {name}, float32", one.fit(similarity, SHORT).double(), exact)
+            exact, rounded = (other.fit(plan, dtype) for dtype in (torch.float64, torch.float32))
+        rows.judge(f"fit by {name}, float64", one.fit(plan, torch.float64), exact)
+        rows.show(f"fit by {name}, float32", one.fit(plan).double(), exact)
         rows.show(f"fit by {name}, float32 by torch on the processor", rounded.double(), exact)
     at = torch.zeros(1, 3, *(n // 2 for n in one.crop.grid.shape))
     rows.judge("figures", *(torch.tensor(p.figures(at.to(p.device))) for p in (one, other)))
@@ -292,7 +290,7 @@ def parity(table: Table, meter: Meter) -> bool:
     return rows.good
 
 
-def stages(table: Table, meter: Meter, shape: Sequence[int]) -> None:
+def stages(table: Table, meter: Meter, shape: Sequence[int], fits: dict[str, Plan]) -> None:
     """Measure the stages of a registration of a 1 mm head."""
     pair = synthetic_pair(shape)
     prepared = Prepared(pair, meter.device)
@@ -302,8 +300,7 @@ def stages(table: Table, meter: Meter, shape: Sequence[int]) -> None:
     works: dict[str, Callable[[], object]] = {
         "prepare": lambda: Prepared(pair, meter.device),
         "search": prepared.search,
-        "fit by correlation": lambda: prepared.fit("lncc", CORRELATION),
-        "fit by features": lambda: prepared.fit("mind", FEATURES),
+        **{f"fit by {name}": lambda plan=plan: prepared.fit(plan) for name, plan in fits.items()},
         "network, two steps": lambda: two_steps(network, *images),
         "figures": lambda: prepared.figures(at),
         "warp": lambda: prepared.warped(at),
@@ -356,8 +353,8 @@ def main() -> None:
     small = options.small or not gpu
     if not gpu:
         table.say("Nothing here says anything about a GPU; it shows that the script works.")
-    good = parity(table, meter)
-    stages(table, meter, SMALL if small else HEAD)
+    good = parity(table, meter, SMALL_PARITY if small else PARITY)
+    stages(table, meter, *((SMALL, SHORT) if small else (HEAD, FITS)))
     learning(table, meter, SMALL_LEARNING if small else LEARNING)
     table.say()
     table.say(f"{time.monotonic() - meter.begin:.0f} s in all.")
