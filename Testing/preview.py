@@ -1,14 +1,11 @@
 # ruff: noqa: E402 - the paths come first
 """The module's panel without Slicer: ``make preview``.
 
-Opens a window with the panel, on Testing/SlicerStandIn, beside slice views that slicer-core draws, with two heads to
-register. Without a screen it photographs instead what a person would see: the panel before, during and after a
-registration, in Inspect and in Fine-tune, into a folder.
+Opens a window with the panel, on Testing/SlicerStandIn, beside slice views that slicer-core draws, with the demo's two
+heads and its phantom of an abdomen in two modalities to register. Without a screen it photographs instead what a user
+would see: the panel before, during and after a registration, in Inspect and in Fine-tune, into a folder.
 
     python Testing/preview.py [--photograph FOLDER]
-
-Fixed is the MNI152 template of nilearn; moving is Colin27 where Debian's package mricron-data is installed, else the
-template, deformed and with another contrast.
 """
 
 from __future__ import annotations
@@ -32,8 +29,7 @@ import SlicerStandIn
 from MorphSeekGui import scene
 from PySide6 import QtCore, QtGui, QtWidgets
 
-from MorphSeekLib.app.demo import COLIN27, deformed, template
-from MorphSeekLib.io.images import read_image
+from MorphSeekLib.app.demo import DemoPair, abdomen_pair, brain_pair
 
 VIEW = (380, 380)
 PANEL_WIDTH = 570
@@ -96,15 +92,31 @@ def open_window(application: SlicerStandIn.Application, panel: QtWidgets.QWidget
     return window, views
 
 
+NAMES = {
+    "MNI152 T1 template (nilearn)": "MNI152",
+    "Colin27 (mricron-data)": "Colin27",
+    "MNI152 deformed, other contrast": "MNI152, deformed",
+    "phantom of an abdomen, CT": "Phantom, CT",
+    "the phantom deformed, MRI": "Phantom, MRI",
+}
+SOFT_TISSUE = (-160.0, 300.0)  # HU
+
+
+def add_pair(pair: DemoPair) -> list:
+    """Add both volumes of a pair to the scene."""
+    return [add_volume(NAMES[t], v) for t, v in zip(pair.titles, (pair.fixed, pair.moving), strict=True)]
+
+
 def add_volume(name: str, volume):
-    """An engine volume as a node, with a window that suits a head."""
+    """An engine volume as a node, with a window that suits it."""
     node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", name)
     slicer.util.updateVolumeFromArray(node, volume.data.numpy().transpose(2, 1, 0))
     node.SetIJKToRASMatrix(scene.to_vtk(scene.FLIP @ volume.grid.affine))
     node.CreateDefaultDisplayNodes()
     array = slicer.util.arrayFromVolume(node)
     node.GetDisplayNode().AutoWindowLevelOff()
-    node.GetDisplayNode().SetWindowLevelMinMax(0.0, 1.05 * float(np.percentile(array[array > 0], 99.0)))
+    window = SOFT_TISSUE if array.min() < -500 else (0.0, 1.05 * float(np.percentile(array[array > 0], 99.0)))
+    node.GetDisplayNode().SetWindowLevelMinMax(*window)
     return node
 
 
@@ -117,16 +129,17 @@ def main() -> None:
     module = application.load_module(HERE.parent / "MorphSeek" / "MorphSeek.py")
     window, views = open_window(application, module.widgetRepresentation())
     module.widgetRepresentation().enter()
-    fixed = add_volume("MNI152", template())
-    if COLIN27.is_file():
-        moving = add_volume("Colin27", read_image(COLIN27))
-    else:
-        moving = add_volume("MNI152, deformed", deformed(template())[0])
-    slicer.util.setSliceViewerLayers(fixed, moving, foregroundOpacity=0.5, fit=True)
-    views.look_at(Red=8, Yellow=6, Green=-18)
+    abdomen = add_pair(abdomen_pair())
+    brain = add_pair(brain_pair())
     panel = slicer.modules.MorphSeekWidget.panels["register"]
-    panel.ui.fixedSelector.setCurrentNode(fixed)
-    panel.ui.movingSelector.setCurrentNode(moving)
+
+    def choose(nodes: list, **places: int) -> None:
+        slicer.util.setSliceViewerLayers(*nodes, foregroundOpacity=0.5, fit=True)
+        views.look_at(**places)
+        panel.ui.fixedSelector.setCurrentNode(nodes[0])
+        panel.ui.movingSelector.setCurrentNode(nodes[1])
+
+    choose(brain, Red=8, Yellow=6, Green=-18)
     if folder is None:
         application.qt.exec()
         application.unload()
@@ -138,13 +151,16 @@ def main() -> None:
         window.grab().save(str(folder / name))
         print(folder / name)
 
+    def register(pictures: str) -> None:
+        photograph(f"{pictures}-ready.png")
+        panel.ui.registerButton.click()
+        application.wait(lambda: "Fitting" in panel.ui.statusLabel.text, 600)
+        photograph(f"{pictures}-running.png")
+        application.wait(lambda: panel._run is None, 600)
+        photograph(f"{pictures}.png")
+
     folder.mkdir(parents=True, exist_ok=True)
-    photograph("register-ready.png")
-    panel.ui.registerButton.click()
-    application.wait(lambda: "Fitting" in panel.ui.statusLabel.text, 600)
-    photograph("register-running.png")
-    application.wait(lambda: panel._run is None, 600)
-    photograph("register.png")
+    register("register")
     sections = slicer.modules.MorphSeekWidget.ui
     sections.registerSection.collapsed = True
     inspect = slicer.modules.MorphSeekWidget.panels["inspect"].ui
@@ -153,12 +169,18 @@ def main() -> None:
     inspect.foldingCheckBox.checked = True
     application.process()
     photograph("inspect.png")
+    inspect.gridCheckBox.checked = inspect.foldingCheckBox.checked = inspect.jacobianButton.checked = False
     sections.inspectSection.collapsed = True
     panel.ui.trainingCheckBox.checked = True
     sections.trainingSection.collapsed = False
     application.process()
     photograph("training.png")
     panel.ui.trainingCheckBox.checked = False
+    sections.trainingSection.collapsed = True
+    sections.registerSection.collapsed = False
+    choose(abdomen, Red=20, Yellow=-60, Green=0)
+    panel.ui.similaritySelector.currentText = "Two modalities (MIND)"
+    register("abdomen")
     application.unload()
 
 

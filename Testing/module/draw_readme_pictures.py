@@ -1,22 +1,23 @@
 # ruff: noqa: E402 - the paths come first
-"""Draw the README's pictures of a registration as Slicer shows it, off screen.
+"""Draw the README's pictures of the demo's registrations as Slicer shows them, off screen.
 
-    python Testing/module/draw_readme_pictures.py FIXED RESULT_FOLDER [-o Resources/Screenshots]
+    python Testing/module/draw_readme_pictures.py DEMO_OUTPUT [-o Resources/Screenshots]
 
-FIXED is the fixed image, RESULT_FOLDER what `morphseek register FIXED MOVING -o RESULT_FOLDER` wrote. Only freely
-usable images may end up in the README: the MNI152 template of nilearn and Colin27 of Debian's mricron-data.
+DEMO_OUTPUT is what `make demo` wrote, with Colin27 of Debian's mricron-data on the machine. Only freely usable images
+may end up in the README: those of the demo.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "MorphSeek"))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "MorphSeek")]
 
 import slicer
 import slicer.util
@@ -25,6 +26,9 @@ from MorphSeekGui import scene
 from MorphSeekGui.views import ResultViews
 from offscreen import Application
 from vtk.util import numpy_support
+
+from MorphSeekLib.app.demo import abdomen_pair, brain_pair
+from MorphSeekLib.io.images import write_image
 
 
 def read_volume(path: Path, kind: str = "vtkMRMLScalarVolumeNode"):
@@ -46,7 +50,8 @@ def read_result(fixed: Path, folder: Path) -> scene.RegistrationNodes:
     for node in (fixed_node, warped):
         array = slicer.util.arrayFromVolume(node)
         node.GetDisplayNode().AutoWindowLevelOff()
-        node.GetDisplayNode().SetWindowLevelMinMax(0.0, 1.3 * float(np.percentile(array[array > 0], 99.0)))
+        window = (-160.0, 300.0) if array.min() < -500 else (0.0, 1.3 * float(np.percentile(array[array > 0], 99.0)))
+        node.GetDisplayNode().SetWindowLevelMinMax(*window)
     transform = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLTransformNode", "transform")
     storage = slicer.vtkMRMLTransformStorageNode()
     slicer.mrmlScene.AddNode(storage)
@@ -61,7 +66,7 @@ def read_result(fixed: Path, folder: Path) -> scene.RegistrationNodes:
         warped=warped,
         transform=transform,
         jacobian=read_volume(folder / "jacobian.nii.gz"),
-        folding=scene._fill_folding(scene._new_folding(slicer.mrmlScene, "folding"), folding),
+        folding=scene._fill_folding(scene._New(slicer.mrmlScene, "moving", "fixed").folding(), folding),
     )
 
 
@@ -103,45 +108,57 @@ def save_png(path: Path, pixels: np.ndarray) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("fixed", type=Path)
-    parser.add_argument("result", type=Path)
+    parser.add_argument("demo", type=Path, help="the folder that `make demo` wrote")
     default = HERE.parents[1] / "Resources" / "Screenshots"
     parser.add_argument("-o", "--output", type=Path, default=default)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
+    for pair, name, spacing in ((brain_pair(), "slices.png", 6.0), (abdomen_pair(), "slices-abdomen.png", 15.0)):
+        with tempfile.TemporaryDirectory() as folder:
+            write_image(pair.fixed, Path(folder) / "fixed.nii.gz")
+            application = Application()
+            nodes = read_result(Path(folder) / "fixed.nii.gz", arguments.demo / pair.name)
+        views = ResultViews(nodes)
+        slices, offsets = slice_views(application, nodes)
+        draw_row(views, slices["Coronal"], spacing, arguments.output / name)
+        if pair.name == "brain":
+            draw_3d(application, views, nodes, slices, offsets, arguments.output / "view-3d.png")
 
-    application = Application()
-    nodes = read_result(arguments.fixed, arguments.result)
-    views = ResultViews(nodes)
-    place = busiest(nodes)
+
+def slice_views(application: Application, nodes: scene.RegistrationNodes) -> tuple[dict, dict[str, float]]:
+    """The three slice views of the fixed volume, and where they stand, by name."""
     slicer.util.setSliceViewerLayers(background=nodes.fixed)
     slices = {
         name: application.slice_view(name, color, size=(400, 420))
         for name, color in (("Axial", "Red"), ("Coronal", "Green"), ("Sagittal", "Yellow"))
     }
-    offsets = dict(zip(slices, place[::-1], strict=True))
+    offsets = dict(zip(slices, busiest(nodes)[::-1], strict=True))
     for name, view in slices.items():
         view.composite.SetBackgroundVolumeID(nodes.fixed.GetID())
         view.fit(offsets[name], zoom={"Axial": 1.35, "Coronal": 1.2, "Sagittal": 1.0}[name])
+    return slices, offsets
 
-    # a row: fixed, warped, grid and folding, Jacobian and folding
-    view = slices["Coronal"]
+
+def draw_row(views: ResultViews, view, spacing_mm: float, path: Path) -> None:
+    """A row: fixed, warped, grid and folding, Jacobian and folding."""
     views.overlay(True, opacity=0.0)
     row = [view.draw()]
     views.overlay(True, opacity=1.0)
     row.append(view.draw())
     views.overlay(True, opacity=0.0)
     views.folding(True)
-    views.grid(True, spacing_mm=6.0)
+    views.grid(True, spacing_mm=spacing_mm)
     row.append(view.draw())
     views.grid(False)
     views.jacobian(True)
     row.append(view.draw())
     views.jacobian(False)
     gap = np.full((row[0].shape[0], 6, 3), 255, np.uint8)
-    save_png(arguments.output / "slices.png", np.hstack([part for picture in row for part in (picture, gap)][:-1]))
+    save_png(path, np.hstack([part for picture in row for part in (picture, gap)][:-1]))
 
-    # in 3D: two slices cut out of their black surroundings, the grid of a third, the folding as a surface
+
+def draw_3d(application: Application, views: ResultViews, nodes, slices: dict, offsets: dict, path: Path) -> None:
+    """In 3D: two slices cut out of their black surroundings, the grid of a third, the folding as a surface."""
     display = nodes.fixed.GetDisplayNode()
     display.SetThreshold(0.08 * display.GetWindowLevelMax(), 1e9)
     display.ApplyThresholdOn()
@@ -156,7 +173,7 @@ def main() -> None:
     three_d.node.SetBoxVisible(False)
     three_d.node.SetAxisLabelsVisible(False)
     three_d.look((-0.5, 1.0, -0.5), zoom=1.75)
-    save_png(arguments.output / "view-3d.png", three_d.draw())
+    save_png(path, three_d.draw())
 
 
 if __name__ == "__main__":
