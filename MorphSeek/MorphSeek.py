@@ -174,7 +174,8 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
             fixedNode, movingNode: scalar volume nodes.
             options: as for :func:`MorphSeekGui.registration.register`: model, device, threads, steps, align,
                 stop_early, inverse, preset, search, fit, similarity, fit_iterations, initial_transform_node,
-                fixed_labels_node, moving_labels_node, state, into, on_progress, cancelled.
+                fixed_labels_node, moving_labels_node, fixed_landmarks_node, moving_landmarks_node, state, into,
+                on_progress, cancelled.
 
         Raises:
             InputError, EngineError: one sentence that says what is wrong; no node was made.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .io.apply import apply_transforms, map_points
     from .io.images import read_image, read_labels, write_image
+    from .io.points import PointPairs, Points, pair_points, read_points, write_points
     from .io.transforms import read_transform, write_transform
     from .measures.folds import certify, unfold
     from .networks.devices import use_threads
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .protocol.errors import Cancelled, MorphSeekError
     from .protocol.job import Event, Job
     from .protocol.options import RegistrationOptions
+    from .registration.landmarks import measure_landmarks
     from .registration.pipeline import register
     from .registration.result import Registration
     from .report.results import write_results
@@ -43,6 +45,8 @@ __all__ = [
     "Job",
     "LoadedModel",
     "MorphSeekError",
+    "PointPairs",
+    "Points",
     "Registration",
     "RegistrationOptions",
     "SACConfig",
@@ -56,8 +60,11 @@ __all__ = [
     "load_dataset",
     "load_model",
     "map_points",
+    "measure_landmarks",
+    "pair_points",
     "read_image",
     "read_labels",
+    "read_points",
     "read_transform",
     "register",
     "train_spac",
@@ -65,6 +72,7 @@ __all__ = [
     "use_threads",
     "warmup",
     "write_image",
+    "write_points",
     "write_results",
     "write_transform",
 ]
@@ -74,6 +82,7 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate",),
     "io.apply": ("apply_transforms", "map_points"),
     "io.images": ("read_image", "read_labels", "write_image"),
+    "io.points": ("PointPairs", "Points", "pair_points", "read_points", "write_points"),
     "io.transforms": ("read_transform", "write_transform"),
     "measures.folds": ("certify", "unfold"),
     "networks.devices": ("use_threads",),
@@ -81,6 +90,7 @@ _MODULES = {
     "protocol.errors": ("Cancelled", "MorphSeekError"),
     "protocol.job": ("Event", "Job"),
     "protocol.options": ("RegistrationOptions",),
+    "registration.landmarks": ("measure_landmarks",),
     "registration.pipeline": ("register",),
     "registration.result": ("Registration",),
     "report.results": ("write_results",),

@@ -20,11 +20,12 @@ from . import quality, scene
 from .apply_section import ApplySection
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
+from .landmarks_section import LandmarksSection
 from .messages import sentence
 from .panel import Panel
 from .scene import InputError, RegistrationNodes, _
 from .views import ResultViews
-from .widgets import SWITCH_STYLE, FolderButton, fit_height, spread
+from .widgets import SWITCH_STYLE, FolderButton, fit_height, spread, table_cell
 
 LIMITS_SETTING, FOLDER_SETTING = "MorphSeek/Limits", "MorphSeek/ExportFolder"
 # background, text and sign (not everybody can tell the colors apart)
@@ -68,6 +69,7 @@ class InspectPanel(Panel):
         self._message = self.message(self.ui.messageLabel, self.ui.copyDetailsButton)
         self._export_message = self.message(self.ui.exportLabel, self.ui.copyExportDetailsButton)
         self._apply = ApplySection(self, lambda: self._nodes)
+        self._landmarks = LandmarksSection(self)
         self._set_up()
         self._choose(None)
 
@@ -169,7 +171,8 @@ class InspectPanel(Panel):
     def _fill(self) -> None:
         there = self._nodes is not None
         ui = self.ui
-        for section in (ui.showSection, ui.figuresSection, ui.regionsSection, ui.applySection, ui.exportSection):
+        parts = (ui.showSection, ui.figuresSection, ui.landmarksSection, ui.regionsSection, ui.applySection)
+        for section in (*parts, ui.exportSection):
             section.enabled = there
         self.ui.differenceBeforeButton.enabled = there and self._nodes.aligned is not None
         folding = (self._nodes.report.get("folding") or {}) if there else {}
@@ -177,6 +180,7 @@ class InspectPanel(Panel):
         self._fill_figures()
         self._fill_structures()
         self._fill_regions()
+        self._landmarks.show(self._nodes, self._views)
 
     def _fill_figures(self) -> None:
         found = folds(self._nodes.report) if self._nodes is not None else None
@@ -185,8 +189,8 @@ class InspectPanel(Panel):
         blocked = table.blockSignals(True)
         table.setRowCount(len(self._figures))
         for row, figure in enumerate(self._figures):
-            _cell(table, row, 0, figure.label, tip=figure.definition)
-            value = _cell(table, row, 1, figure.text, right=True, tip=figure.definition)
+            table_cell(table, row, 0, figure.label, tip=figure.definition)
+            value = table_cell(table, row, 1, figure.text, right=True, tip=figure.definition)
             if figure.key in verdict.colors:
                 background, text, sign = _COLORS[verdict.colors[figure.key]]
                 value.setText(f"{sign} {figure.text}")
@@ -194,7 +198,7 @@ class InspectPanel(Panel):
                 value.setForeground(qt.QBrush(qt.QColor(text)))
             limits = self._limits[figure.key] if figure.worse else None
             for column, bound in ((2, limits and f"{limits.amber:g}"), (3, limits and f"{limits.red:g}")):
-                _cell(table, row, column, bound or "", right=True, editable=limits is not None)
+                table_cell(table, row, column, bound or "", right=True, editable=limits is not None)
         table.blockSignals(blocked)
         fit_height(table, 450)
         self._show_verdict(verdict, found)
@@ -220,9 +224,9 @@ class InspectPanel(Panel):
         table = self.ui.structuresTable
         table.setRowCount(len(rows))
         for row, (name, *values) in enumerate(rows):
-            _cell(table, row, 0, name)
+            table_cell(table, row, 0, name)
             for column, value in enumerate(values, 1):
-                _cell(table, row, column, "–" if value is None else f"{value:.3f}", right=True)
+                table_cell(table, row, column, "–" if value is None else f"{value:.3f}", right=True)
         fit_height(table)
         table.visible = bool(rows)
         self.ui.structuresLabel.text = (
@@ -243,7 +247,7 @@ class InspectPanel(Panel):
                 position,
             )
             for column, text in enumerate(texts):
-                _cell(table, row, column, str(text), right=True)
+                table_cell(table, row, column, str(text), right=True)
         table.setCurrentCell(-1, -1)
         table.blockSignals(blocked)
         fit_height(table)
@@ -376,7 +380,8 @@ class InspectPanel(Panel):
         self._flicker.stop()
         self._redraw.stop()
         self._layer = None
-        for switch in (*self._layer_buttons.values(), self.ui.gridCheckBox, self.ui.foldingCheckBox):
+        ui = self.ui
+        for switch in (*self._layer_buttons.values(), ui.gridCheckBox, ui.foldingCheckBox, ui.landmarksCheckBox):
             _set_silently(switch, False)
         if self._views is not None:
             self._views.restore()
@@ -493,18 +498,6 @@ def _set_silently(widget, value, name: str = "checked") -> None:
     blocked = widget.blockSignals(True)
     setattr(widget, name, value)
     widget.blockSignals(blocked)
-
-
-def _cell(table, row: int, column: int, text: str, right: bool = False, editable: bool = False, tip: str = ""):
-    """Set a table's cell; returns its item."""
-    item = qt.QTableWidgetItem(text)
-    flags = qt.Qt.ItemIsEnabled | qt.Qt.ItemIsSelectable
-    item.setFlags(flags | qt.Qt.ItemIsEditable if editable else flags)
-    if right:
-        item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
-    item.setToolTip(tip)
-    table.setItem(row, column, item)
-    return item
 
 
 def _longest_mm(volume) -> float:

@@ -115,6 +115,8 @@ class MorphSeekParameterNode:
     movingVolume: slicer.vtkMRMLScalarVolumeNode
     fixedLabels: LabelsNode
     movingLabels: LabelsNode
+    fixedLandmarks: slicer.vtkMRMLMarkupsFiducialNode
+    movingLandmarks: slicer.vtkMRMLMarkupsFiducialNode
     initialTransform: slicer.vtkMRMLTransformNode
     alignment: Alignment = Alignment.AUTO
     model: str = DEFAULT

@@ -227,6 +227,8 @@ class RegisterPanel(Panel):
                 initial_transform_node=p.initialTransform,
                 fixed_labels_node=p.fixedLabels,
                 moving_labels_node=p.movingLabels,
+                fixed_landmarks_node=p.fixedLandmarks,
+                moving_landmarks_node=p.movingLandmarks,
                 show_steps=p.showSteps,
                 state=state,
                 into=into,
@@ -663,6 +665,13 @@ def _summary(report: dict, which_model: str) -> str:
         lines.append(
             _("Dice {before:.3f} to {after:.3f}, mean of {n} labels.").format(
                 before=mean["aligned"], after=mean["warped"], n=len(dice["labels"])
+            )
+        )
+    if landmarks := report.get("landmarks"):
+        mean = landmarks["mean"]
+        lines.append(
+            _("Landmarks {before:.2f} to {after:.2f} mm apart, mean of {n}.").format(
+                before=mean["aligned"], after=mean["warped"], n=len(landmarks["points"])
             )
         )
     found = folds(report)

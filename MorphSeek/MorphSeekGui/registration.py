@@ -162,6 +162,8 @@ class Request:
         initial_transform_node: any transform node under which the moving volume lies (or would lie) roughly right.
         fixed_labels_node, moving_labels_node: label maps (matched by value) or segmentations (matched by segment
             name); with both, the report tells Dice before and after; the moving ones are warped too.
+        fixed_landmarks_node, moving_landmarks_node: points that belong together, by label or else by order; with both,
+            the report tells their distance before and after. The registration does not use them.
         show_steps: the worker hands over the warped image after each stage.
         state: of an earlier result with the same volumes and model, from which the stages go on.
         into: nodes that take the results instead of new ones, by their name in :class:`scene.RegistrationNodes`.
@@ -174,6 +176,8 @@ class Request:
     initial_transform_node: slicer.vtkMRMLTransformNode | None = None
     fixed_labels_node: slicer.vtkMRMLNode | None = None
     moving_labels_node: slicer.vtkMRMLNode | None = None
+    fixed_landmarks_node: slicer.vtkMRMLNode | None = None
+    moving_landmarks_node: slicer.vtkMRMLNode | None = None
     show_steps: bool = False
     state: scene.StepState | None = None
     into: scene.Into = field(default_factory=dict)
@@ -227,6 +231,8 @@ def prepare(fixed_node, moving_node, request: Request) -> Job:
     folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)
     try:
         params = _write(Path(folder.name), request, (fixed, moving), labels, initial)
+        params["fixed_landmarks"] = scene.read_points(request.fixed_landmarks_node)
+        params["moving_landmarks"] = scene.read_points(request.moving_landmarks_node, space)
         params["fixed"] |= scene.file_of(fixed_node)
         params["moving"] |= scene.file_of(moving_node)
     except BaseException:

@@ -242,6 +242,31 @@ def read_label_pair(fixed_labels, fixed, moving_labels, moving) -> tuple[Labels 
     return first, second
 
 
+def read_points(node, space=None) -> dict[str, list] | None:
+    """Return the points of a markups node as the worker takes them: "labels", and "positions" in LPS mm.
+
+    Args:
+        node: the markups; None for none.
+        space: transform node in whose coordinates the positions are wanted; None for the world.
+
+    Raises:
+        InputError: no point, one that is not placed, or under a non-linear transform.
+    """
+    if node is None:
+        return None
+    count = node.GetNumberOfControlPoints()
+    if not count or node.GetNumberOfDefinedControlPoints() < count:
+        raise InputError(
+            _("'{node}' has no points, or some that are not placed; place them or delete them.").format(
+                node=node.GetName()
+            )
+        )
+    to_lps = FLIP @ matrix_to_space(node, space)
+    local = slicer.util.arrayFromMarkupsControlPoints(node)
+    positions = local @ to_lps[:3, :3].T + to_lps[:3, 3]
+    return {"labels": [node.GetNthControlPointLabel(n) for n in range(count)], "positions": positions.tolist()}
+
+
 def read_transform(node, fixed: Image) -> np.ndarray | Image:
     """Return what an initial transform node says: where the moving volume would lie if it were under it.
 

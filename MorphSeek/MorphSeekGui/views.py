@@ -19,7 +19,7 @@ import slicer.util
 import vtk
 from vtk.util import numpy_support
 
-from . import comparison
+from . import comparison, landmark_arrows
 from .scene import FLIP, Image, InputError, RegistrationNodes, _, grid_transform, ijk_to_ras, to_vtk
 
 _JACOBIAN_COLORS = "MorphSeek Jacobian"
@@ -44,6 +44,7 @@ class ResultViews:
         # volumes made for display only, by the name of their layer
         self._pictures: dict[str, slicer.vtkMRMLScalarVolumeNode] = {}
         self._twin = None
+        self._arrows = None
         self._seen_in_3d = False
 
     def overlay(self, on: bool, opacity: float = 0.5) -> None:
@@ -187,6 +188,22 @@ class ResultViews:
             self._seen_in_3d = True
             look_at_everything_in_3d(oblique)
 
+    def arrows(self, on: bool) -> None:
+        """Show what is left between landmarks: an arrow from each fixed point to where the transform's inverse takes
+        its partner, in slices (projected) and in 3D, for display only."""
+        if self._arrows is not None and self._scene.IsNodePresent(self._arrows):
+            self._scene.RemoveNode(self._arrows.GetDisplayNode())
+            self._scene.RemoveNode(self._arrows)
+        self._arrows = None
+        if not on:
+            return
+        bounds = np.zeros(6)
+        self.nodes.fixed.GetRASBounds(bounds)
+        thickness = float(np.ptp(bounds.reshape(3, 2), axis=1).max()) / 150
+        points = (self.nodes.report.get("landmarks") or {}).get("points") or []
+        name = _("{name} (landmarks)").format(name=self.nodes.transform.GetName())
+        self._arrows = landmark_arrows.add_model(self._scene, name, points, thickness)
+
     def go_to(self, position: tuple[float, float, float]) -> None:
         """Center all slice views on a point (RAS mm) and put the crosshair there."""
         slicer.vtkMRMLSliceNode.JumpAllSlices(self._scene, *position, slicer.vtkMRMLSliceNode.CenteredJumpSlice)
@@ -203,6 +220,7 @@ class ResultViews:
         else has given them other volumes meanwhile; where they are stays."""
         self._front.clear()
         self.folding(False)
+        self.arrows(False)
         self._remove_twin()
         self._show_layers()
         self._before.clear()

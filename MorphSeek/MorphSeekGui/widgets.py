@@ -97,6 +97,18 @@ def spread(table, wide: int) -> None:
         header.setSectionResizeMode(column, mode)
 
 
+def table_cell(table, row: int, column: int, text: str, right: bool = False, editable: bool = False, tip: str = ""):
+    """Set a table's cell; return its item."""
+    item = qt.QTableWidgetItem(text)
+    flags = qt.Qt.ItemIsEnabled | qt.Qt.ItemIsSelectable
+    item.setFlags(flags | qt.Qt.ItemIsEditable if editable else flags)
+    if right:
+        item.setTextAlignment(qt.Qt.AlignRight | qt.Qt.AlignVCenter)
+    item.setToolTip(tip)
+    table.setItem(row, column, item)
+    return item
+
+
 def fit_height(table, most: int = 300) -> None:
     """Make a table as high as its rows, up to ``most`` pixels: a panel scrolls, so its tables should not."""
     needed = table.horizontalHeader().sizeHint.height() + table.verticalHeader().length() + 2 * table.frameWidth

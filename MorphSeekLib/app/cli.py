@@ -28,7 +28,7 @@ from rich.text import Text
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job, Notice
 from ..protocol.options import RegistrationOptions
-from ..protocol.report import Report
+from ..protocol.report import LandmarksSection, Report
 from ..protocol.run_folder import KEEP
 from ..protocol.settings import from_dict
 from ..protocol.startup import (
@@ -53,6 +53,7 @@ from .settings_file import read_values
 
 if TYPE_CHECKING:
     from ..data.cases import CheckReport
+    from ..io.points import PointPairs
     from ..networks.model_file import Card
     from ..space.geometry import Volume
 
@@ -105,6 +106,21 @@ NiftiForm = Annotated[
     str | None,
     typer.Option(help="qform or sform: which one places NIfTI files that have both; the one ITK takes by default."),
 ]
+InitialTransform = Annotated[
+    Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
+]
+FixedLabels = Annotated[Path | None, typer.Option(help="Label map of the fixed image, for Dice.")]
+MovingLabels = Annotated[Path | None, typer.Option(help="Label map of the moving image, carried along.")]
+FixedLandmarks = Annotated[
+    Path | None, typer.Option(help="Points of the fixed image (.mrk.json, .fcsv, .csv), to measure by.")
+]
+MovingLandmarks = Annotated[Path | None, typer.Option(help="The same points in the moving image.")]
+StopEarly = Annotated[
+    bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
+]
+AsFloat = Annotated[
+    bool, typer.Option("--float", help="Write warped.nii.gz as float; in the moving image's type by default.")
+]
 OldIterations = Annotated[int, typer.Option("--refine", hidden=True)]
 OldFine = Annotated[int, typer.Option("--refine-fine", hidden=True)]
 Config = Annotated[
@@ -140,25 +156,21 @@ def register(
     fit_iterations: FitIterations = None,
     refine: OldIterations = 0,
     refine_fine: OldFine = 0,
-    initial_transform: Annotated[
-        Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
-    ] = None,
-    fixed_labels: Annotated[Path | None, typer.Option(help="Label map of the fixed image, for Dice.")] = None,
-    moving_labels: Annotated[Path | None, typer.Option(help="Label map of the moving image, carried along.")] = None,
+    initial_transform: InitialTransform = None,
+    fixed_labels: FixedLabels = None,
+    moving_labels: MovingLabels = None,
+    fixed_landmarks: FixedLandmarks = None,
+    moving_landmarks: MovingLandmarks = None,
     inverse: Annotated[bool, typer.Option(help="Write inverse.h5 too.")] = True,
-    stop_early: Annotated[
-        bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
-    ] = False,
+    stop_early: StopEarly = False,
     nifti_form: NiftiForm = None,
-    as_float: Annotated[
-        bool, typer.Option("--float", help="Write warped.nii.gz as float; in the moving image's type by default.")
-    ] = False,
+    as_float: AsFloat = False,
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
     with terminal_job() as job:
-        for path in (fixed, moving, initial_transform, fixed_labels, moving_labels):
-            if path is not None:
-                check_readable(path)
+        inputs = (fixed, moving, initial_transform, fixed_labels, moving_labels, fixed_landmarks, moving_landmarks)
+        for path in filter(None, inputs):
+            check_readable(path)
         check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
         check_output_folder(output)
         options = registration_options(
@@ -170,6 +182,7 @@ def register(
         from ..io.transforms import read_transform
         from ..networks.devices import pick_device
         from ..registration.choice import chosen_model
+        from ..registration.landmarks import measure_landmarks
         from ..registration.pipeline import register as run
         from ..report.results import check_outputs, write_results
         from ..space.geometry import covering_grid
@@ -177,12 +190,13 @@ def register(
         begin = time.perf_counter()
         begin_to_compute(threads)
         pick_device(device)
-        check_outputs(output, (fixed, moving, fixed_labels, moving_labels, initial_transform))
+        check_outputs(output, inputs)
         job.report("read", 0.0, "Reading the images")
         images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
         if as_float:
             images[1].dtype = "float32"
         labels = _labels(fixed_labels, images[0], nifti_form), _labels(moving_labels, images[1], nifti_form)
+        landmarks = _landmarks((fixed_landmarks, moving_landmarks), images)
         start = None if initial_transform is None else read_transform(initial_transform, covering_grid(images[0].grid))
         read = time.perf_counter()
         job.report("load", 0.01, "Loading the model")
@@ -191,6 +205,8 @@ def register(
         loaded = time.perf_counter()
         progress = job.part(0.01, 0.95)
         result = run(*images, loaded_model, options, progress, labels=labels, start=start, device=where)
+        if landmarks is not None:
+            measure_landmarks(result, landmarks, images[1].grid)
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
         job.report("write", 0.95, "Writing the results")
         names = {"fixed": shown(fixed), "moving": shown(moving)}
@@ -205,6 +221,22 @@ def _labels(path: Path | None, image: Volume, nifti_form: str | None) -> Volume 
     from ..io.images import check_labels, read_labels
 
     return None if path is None else check_labels(read_labels(path, nifti_form), image, path.name)
+
+
+def _landmarks(paths: tuple[Path | None, Path | None], images: tuple[Volume, Volume]) -> PointPairs | None:
+    """Read the landmarks of both images, where they were given.
+
+    Raises:
+        MorphSeekError: they cannot be read or paired, or only one image has some.
+    """
+    from ..io.points import pair_points, read_points
+
+    if paths[0] is None and paths[1] is None:
+        return None
+    if paths[0] is None or paths[1] is None:
+        raise MorphSeekError("Landmarks come in pairs: give both --fixed-landmarks and --moving-landmarks.")
+    fixed, moving = (read_points(path, image.grid) for path, image in zip(paths, images, strict=True) if path)
+    return pair_points(fixed, moving, (shown(paths[0]), shown(paths[1])))
 
 
 @app.command()
@@ -799,6 +831,11 @@ def print_report(report: Report) -> None:
     if (dice := report["dice"]) is not None:
         mean = dice["mean"]
         table.add_row("Dice, as given / aligned / registered", " / ".join(f"{mean[k]:.3f}" for k in mean))
+    landmarks = report.get("landmarks")
+    if landmarks is not None:
+        mean = landmarks["mean"]
+        values = " / ".join(f"{mean[stage]:.2f}" for stage in ("input", "aligned", "warped"))
+        table.add_row("Landmark error, as given / aligned / registered", f"{values} mm")
     similarity = report["similarity"]
     table.add_row("Similarity, aligned / registered", f"{similarity['aligned']:.3f} / {similarity['warped']:.3f}")
     folding = report["folding"]
@@ -817,8 +854,19 @@ def print_report(report: Report) -> None:
         table.add_row("Inverse, residual mean / 95 %", f"{residual['mean']:.3f} / {residual['p95']:.3f} mm")
     table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
     console.print(table)
+    if landmarks is not None:
+        print_landmarks(landmarks)
     for warning in report["warnings"]:
         errors.print(warning["message"], style="yellow")
+
+
+def print_landmarks(landmarks: LandmarksSection) -> None:
+    """Print the error of each pair of landmarks as a table."""
+    table = Table("landmark", "as given", "aligned", "registered", title="Landmarks: error, mm")
+    for point in landmarks["points"]:
+        values = (point["input"], point["aligned"], point["warped"])
+        table.add_row(point["label"], *(f"{value:.2f}" for value in values))
+    console.print(table)
 
 
 def print_card(card: Card, file: Path) -> None:

@@ -39,6 +39,7 @@ from ..data.cases import check, find_cases
 from ..io.apply import apply_transforms
 from ..io.compiled import compile_ahead
 from ..io.images import form_notices, label_values, stored_values, usable
+from ..io.points import PointPairs, Points, pair_points
 from ..measures.folds import certify, folded_voxels
 from ..networks.devices import describe_devices, pick_device, use_threads
 from ..networks.loading import LoadedModel, load_model
@@ -58,6 +59,7 @@ from ..protocol.options import RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.version import __version__
 from ..registration.choice import chosen_model
+from ..registration.landmarks import measure_landmarks
 from ..registration.pair import State
 from ..registration.pipeline import register
 from ..report.page import RegistrationPictures
@@ -147,6 +149,7 @@ class Worker:
                     f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
                 )
             labels.append(volume)
+        landmarks = _landmarks(params)
         start: Transform | State | None = None
         if (given := _get(params, "initial", dict, None)) is not None:
             start = _transform(given, "initial")
@@ -171,6 +174,8 @@ class Worker:
             fixed, moving, model, options, job.part(0.01, 0.95),
             labels=(labels[0], labels[1]), start=start, device=where,
         )  # fmt: skip
+        if landmarks is not None:
+            measure_landmarks(result, landmarks, moving.grid)
         job.report("write", 0.95, "Handing over the results")
         registered = time.perf_counter()
         answer: RegisterAnswer = {
@@ -377,6 +382,24 @@ def _options(params: Params) -> RegistrationOptions:
     pick_device(_get(params, "device", str, "auto"))
     use_threads(_get(params, "threads", int, None))
     return from_dict(RegistrationOptions, _get(params, "options", dict, {}), "options")
+
+
+def _landmarks(params: Params) -> PointPairs | None:
+    """Read the landmarks of both images, each {"labels": [text], "positions": [[x, y, z]]} in LPS mm.
+
+    Raises:
+        MorphSeekError: they cannot be paired, or only one image has some.
+    """
+    sides = [_get(params, f"{name}_landmarks", dict, None) for name in ("fixed", "moving")]
+    if sides[0] is None and sides[1] is None:
+        return None
+    if sides[0] is None or sides[1] is None:
+        raise MorphSeekError("Landmarks come in pairs: choose points of both volumes.")
+    fixed, moving = (
+        Points(np.array(_get(side, "positions", list), dtype=np.float64), tuple(_get(side, "labels", list)))
+        for side in sides
+    )
+    return pair_points(fixed, moving, ("The fixed landmarks", "the moving ones"))
 
 
 def _array(reference: Params, name: str, axes: int) -> np.ndarray:

@@ -202,10 +202,9 @@ def _to_lps(values: np.ndarray, axes: str, grid: Grid) -> np.ndarray:
 
 
 def _finite(values: Sequence[Sequence[float]]) -> np.ndarray:
-    positions = np.array(values, dtype=np.float64).reshape(len(values), -1)
-    if len(positions) and (positions.shape[1] != 3 or not np.isfinite(positions).all()):
+    if any(len(row) != 3 for row in values) or not np.isfinite(np.array(values, dtype=np.float64)).all():
         raise ValueError("a point must be three finite numbers")
-    return positions.reshape(-1, 3)
+    return np.array(values, dtype=np.float64).reshape(-1, 3)
 
 
 def _system(name: str) -> str:

@@ -145,6 +145,27 @@ class DiceSection(TypedDict):
     definition: str
 
 
+class LandmarkSection(TypedDict):
+    """A pair of landmarks: where they lie (LPS mm), where the transform's inverse takes the moving one (None: it has no
+    inverse there), and their distance in mm at the stages "input", "aligned" and "warped"."""
+
+    label: str
+    fixed: list[float]
+    moving: list[float]
+    moving_in_fixed: list[float] | None
+    input: float
+    aligned: float
+    warped: float
+
+
+class LandmarksSection(TypedDict):
+    """The target registration error of each pair of landmarks, and its mean at each stage, mm."""
+
+    points: list[LandmarkSection]
+    mean: dict[str, float]
+    definition: str
+
+
 class InverseSection(TypedDict, total=False):
     """How far transform and inverse lead a point from where it was, mm: "mean", "p95", "max"."""
 
@@ -198,8 +219,10 @@ class _Measured(Figures):
 
 
 class Report(_Measured, total=False):
-    """report.json: what was measured, and what is known once its files are written."""
+    """report.json: what was measured, with landmarks where they were given, and what is known once its files are
+    written."""
 
+    landmarks: LandmarksSection
     verdict: VerdictSection
     morphseek: str
     date: str
