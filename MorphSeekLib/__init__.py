@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .protocol.job import Event, Job
     from .protocol.options import RegistrationOptions
     from .registration.landmarks import measure_landmarks
+    from .registration.masks import masked
     from .registration.pipeline import register
     from .registration.result import Registration
     from .report.results import write_results
@@ -60,6 +61,7 @@ __all__ = [
     "load_dataset",
     "load_model",
     "map_points",
+    "masked",
     "measure_landmarks",
     "pair_points",
     "read_image",
@@ -91,6 +93,7 @@ _MODULES = {
     "protocol.job": ("Event", "Job"),
     "protocol.options": ("RegistrationOptions",),
     "registration.landmarks": ("measure_landmarks",),
+    "registration.masks": ("masked",),
     "registration.pipeline": ("register",),
     "registration.result": ("Registration",),
     "report.results": ("write_results",),

@@ -115,6 +115,14 @@ FixedLandmarks = Annotated[
     Path | None, typer.Option(help="Points of the fixed image (.mrk.json, .fcsv, .csv), to measure by.")
 ]
 MovingLandmarks = Annotated[Path | None, typer.Option(help="The same points in the moving image.")]
+FixedMask = Annotated[
+    Path | None, typer.Option(help="Only what it marks in the fixed image counts; a label map on any grid.")
+]
+MovingMask = Annotated[Path | None, typer.Option(help="The same of the moving image.")]
+Ignore = Annotated[
+    Path | None, typer.Option(help="What it marks in the fixed image does not count: a lesion, an electrode.")
+]
+IgnoreMoving = Annotated[Path | None, typer.Option(help="The same of the moving image.")]
 StopEarly = Annotated[
     bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
 ]
@@ -161,6 +169,10 @@ def register(
     moving_labels: MovingLabels = None,
     fixed_landmarks: FixedLandmarks = None,
     moving_landmarks: MovingLandmarks = None,
+    fixed_mask: FixedMask = None,
+    moving_mask: MovingMask = None,
+    ignore: Ignore = None,
+    ignore_moving: IgnoreMoving = None,
     inverse: Annotated[bool, typer.Option(help="Write inverse.h5 too.")] = True,
     stop_early: StopEarly = False,
     nifti_form: NiftiForm = None,
@@ -168,7 +180,9 @@ def register(
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
     with terminal_job() as job:
-        inputs = (fixed, moving, initial_transform, fixed_labels, moving_labels, fixed_landmarks, moving_landmarks)
+        marks = (fixed_mask, ignore), (moving_mask, ignore_moving)
+        beside = fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, *marks[0], *marks[1]
+        inputs = (fixed, moving, initial_transform, *beside)
         for path in filter(None, inputs):
             check_readable(path)
         check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
@@ -197,14 +211,14 @@ def register(
             images[1].dtype = "float32"
         labels = _labels(fixed_labels, images[0], nifti_form), _labels(moving_labels, images[1], nifti_form)
         landmarks = _landmarks((fixed_landmarks, moving_landmarks), images)
+        images = _masked(images[0], marks[0], "fixed", nifti_form), _masked(images[1], marks[1], "moving", nifti_form)
         start = None if initial_transform is None else read_transform(initial_transform, covering_grid(images[0].grid))
         read = time.perf_counter()
         job.report("load", 0.01, "Loading the model")
         loaded_model, where, words = chosen_model(model, images, device, job)
         tell(f"{words} (The answer of earlier versions: {FORMER}.)" if model == AUTO else words)
         loaded = time.perf_counter()
-        progress = job.part(0.01, 0.95)
-        result = run(*images, loaded_model, options, progress, labels=labels, start=start, device=where)
+        result = run(*images, loaded_model, options, job.part(0.01, 0.95), labels=labels, start=start, device=where)
         if landmarks is not None:
             measure_landmarks(result, landmarks, images[1].grid)
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
@@ -237,6 +251,15 @@ def _landmarks(paths: tuple[Path | None, Path | None], images: tuple[Volume, Vol
         raise MorphSeekError("Landmarks come in pairs: give both --fixed-landmarks and --moving-landmarks.")
     fixed, moving = (read_points(path, image.grid) for path, image in zip(paths, images, strict=True) if path)
     return pair_points(fixed, moving, (shown(paths[0]), shown(paths[1])))
+
+
+def _masked(image: Volume, files: tuple[Path | None, Path | None], role: str, nifti_form: str | None) -> Volume:
+    """Return an image with what counts of it and what does not, where either file was given."""
+    from ..io.images import read_labels
+    from ..registration.masks import masked
+
+    inside, ignore = (None if path is None else read_labels(path, nifti_form) for path in files)
+    return masked(image, inside, ignore, role)
 
 
 @app.command()

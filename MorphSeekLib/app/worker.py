@@ -60,6 +60,7 @@ from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.version import __version__
 from ..registration.choice import chosen_model
 from ..registration.landmarks import measure_landmarks
+from ..registration.masks import masked
 from ..registration.pair import State
 from ..registration.pipeline import register
 from ..report.page import RegistrationPictures
@@ -150,6 +151,7 @@ class Worker:
                 )
             labels.append(volume)
         landmarks = _landmarks(params)
+        fixed, moving = _masked(fixed, params, "fixed"), _masked(moving, params, "moving")
         start: Transform | State | None = None
         if (given := _get(params, "initial", dict, None)) is not None:
             start = _transform(given, "initial")
@@ -369,6 +371,14 @@ def _get(params: Params, name: str, kind: type, *default: Any) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise _InvalidParamsError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
     return value
+
+
+def _masked(image: Volume, params: Params, side: str) -> Volume:
+    """Return an image with what counts of it, "fixed_mask", and what does not, "fixed_ignore"; or "moving_..."."""
+    names = (f"{side}_mask", f"{side}_ignore")
+    given = [(name, _get(params, name, dict, None)) for name in names]
+    inside, ignore = (None if one is None else _volume(one, name, torch.int32) for name, one in given)
+    return masked(image, inside, ignore, side)
 
 
 def _options(params: Params) -> RegistrationOptions:

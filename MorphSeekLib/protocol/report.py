@@ -3,7 +3,8 @@
 ``schema`` counts the changes of its meaning. 1 (files without the key): folds were judged by central differences alone.
 2: ``folding.cells``, ``folding.regions`` and ``verdict`` are there; every key of before keeps its meaning, so
 ``folding.njd_percent`` is by central differences. 3: ``steps`` has a row for each stage, with its name; ``fit`` took
-the place of ``refinement``; ``model`` is null where none was used; the similarity is that of the fit.
+the place of ``refinement``; ``model`` is null where none was used; the similarity is that of the fit. Since then
+``masks`` and ``folding.inside`` were added.
 """
 
 from __future__ import annotations
@@ -121,6 +122,19 @@ class RegionSection(TypedDict):
     radius_mm: float
 
 
+class InsideSection(TypedDict):
+    """Folding and unevenness inside what the fixed image shows, or inside its mask (``of``), by central differences;
+    ``folded_voxels`` are those whose box meets a folded cell."""
+
+    of: Literal["tissue", "mask"]
+    voxels: int
+    folded_voxels: int
+    njd_percent: float
+    sdlogj: float
+    min_jacobian: float
+    max_jacobian: float
+
+
 class FoldingSection(TypedDict):
     """Figures by central differences, the proof by cells, and the largest folded regions of ``region_count``."""
 
@@ -135,6 +149,7 @@ class FoldingSection(TypedDict):
     cells: CellsSection
     regions: list[RegionSection]
     region_count: int
+    inside: InsideSection
 
 
 class DiceSection(TypedDict):
@@ -188,6 +203,13 @@ class VerdictSection(TypedDict):
     beyond: list[dict[str, object]]
 
 
+class MasksSection(TypedDict):
+    """How many voxels of each image count; None: all."""
+
+    fixed: int | None
+    moving: int | None
+
+
 class Figures(TypedDict):
     """What is measured on the delivered transform; None: without labels, without an inverse."""
 
@@ -209,6 +231,7 @@ class _Measured(Figures):
     precision: str
     align: str
     mirrored: bool
+    masks: MasksSection
     steps: list[StepSection]
     preset: str
     fit: FitSection | None

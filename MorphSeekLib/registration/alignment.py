@@ -32,6 +32,7 @@ from ..space.geometry import (
     resample,
 )
 from ..space.preprocessing import sampled
+from .masks import Masks
 
 KINDS = ("none", "center", "rigid", "affine")
 
@@ -70,6 +71,7 @@ def alignments(
     kinds: Sequence[str],
     initial: Transform | None = None,
     job: Job = SILENT,
+    masks: Masks | None = None,
 ) -> dict[str, Transform]:
     """Bring the moving image roughly onto the fixed one, in several ways.
 
@@ -80,6 +82,7 @@ def alignments(
             from there, or from where the files lie when that fits better); "affine" (then scale and shear too).
         initial: fixed point -> moving point, LPS mm, to start from; the result contains it.
         job: told the fraction done of the last kind, 0 to 1; checked many times a second.
+        masks: what counts of the images, which are already filled elsewhere; None for all.
 
     Returns:
         For each kind fixed point -> moving point: a (4, 4) matrix, LPS mm; a DenseTransform (on the grid of
@@ -91,16 +94,18 @@ def alignments(
     """
     if unknown := set(kinds) - set(KINDS):
         raise MorphSeekError(f"There is no alignment '{unknown.pop()}'; choose one of none, center, rigid, affine.")
+    masks = Masks() if masks is None else masks
     found: dict[str, Transform] = {"none": np.eye(4) if initial is None else initial}
     wanted = [kind for kind in kinds if kind != "none"]
     if wanted and isinstance(initial, DenseTransform):
-        found |= _after_dense(fixed, moving, wanted, initial, job)
+        found |= _after_dense(fixed, moving, wanted, initial, job, masks)
     elif wanted:
         if initial is not None and wanted != ["center"]:
             check_overlap(fixed, moving, initial)
         unit = _unit(fixed.grid, moving.grid)
         scale, back = np.diag([unit, unit, unit, 1.0]), np.diag([1 / unit, 1 / unit, 1 / unit, 1.0])
-        f, m = (_Scan.of(_moved(volume, back), job) for volume in (fixed, moving))
+        images = ((fixed, masks.fixed), (moving, masks.moving))
+        f, m = (_Scan.of(_moved(volume, back), counts, job) for volume, counts in images)
         begin = None if initial is None else back @ initial @ scale
         for kind in wanted:
             heard = job if kind == wanted[-1] else job.heard_by(None)
@@ -109,7 +114,7 @@ def alignments(
 
 
 def _after_dense(
-    fixed: Volume, moving: Volume, kinds: Sequence[str], initial: DenseTransform, job: Job
+    fixed: Volume, moving: Volume, kinds: Sequence[str], initial: DenseTransform, job: Job, masks: Masks
 ) -> dict[str, Transform]:
     """Align to what an initial transform makes of the moving image, in the fixed image's space."""
     check_overlap(fixed, moving, initial)
@@ -117,7 +122,12 @@ def _after_dense(
     block = _average(fixed, _SPACING * unit)
     background = float(moving.data.min())
     seen = resample(_average(moving, _SPACING * unit), block.grid, initial, background=background, job=job)
-    nodes, found = initial.grid, alignments(block, seen, kinds, None, job)
+    left = None
+    if masks.moving is not None:
+        marked = Volume(masks.moving.to(torch.uint8), moving.grid)
+        left = resample(marked, block.grid, initial, mode="nearest", job=job).data > 0
+    within = Masks(None if masks.fixed is None else _kept(masks.fixed, fixed, _SPACING * unit), left)
+    nodes, found = initial.grid, alignments(block, seen, kinds, None, job, within)
     return {
         kind: dense_from_voxels(index_points(nodes, matrix, nodes) - fields.identity(nodes.shape), nodes, initial)
         for kind, matrix in found.items()
@@ -182,6 +192,7 @@ class _Scan:
         points: (n, 3) LPS mm of the foreground's voxels.
         center: their mean.
         volume: of the foreground, mm^3.
+        left: (i, j, k) uint8, what a mask leaves; None for all.
     """
 
     image: sitk.Image
@@ -190,17 +201,26 @@ class _Scan:
     points: np.ndarray
     center: np.ndarray
     volume: float
+    left: np.ndarray | None = None
 
     @classmethod
-    def of(cls, volume: Volume, job: Job) -> _Scan:
+    def of(cls, volume: Volume, counts: Tensor | None, job: Job) -> _Scan:
         block = _average(volume, _SPACING)
         job.check()
         image = _clipped(block)
         foreground = _foreground(image)
+        left = None
+        if counts is not None:
+            left = _kept(counts, volume, _SPACING).numpy().astype(np.uint8)
+            mask = sitk.GetImageFromArray(left.transpose(2, 1, 0))
+            mask.CopyInformation(foreground)
+            shown = foreground & mask
+            foreground = shown if _array(shown).any() else mask
         job.check()
         spacing = block.grid.spacing
         reach = [min(round(_MARGIN / s), n) for s, n in zip(spacing, block.grid.shape, strict=True)]
-        mask = sitk.BinaryDilate(foreground, reach)
+        around = sitk.BinaryDilate(foreground, reach)
+        mask = around if left is None else around & mask
         job.check()
         index = np.argwhere(_array(foreground))
         points = apply_affine(block.grid.affine, index)
@@ -208,7 +228,7 @@ class _Scan:
         # ITK's scales of the parameters depend on where in the world the images lie, and fail far from its origin
         for moved in (image, mask):
             moved.SetOrigin((moved.GetOrigin() - center).tolist())
-        return cls(image, mask, block.grid, points, center, len(index) * float(np.prod(spacing)))
+        return cls(image, mask, block.grid, points, center, len(index) * float(np.prod(spacing)), left)
 
     def smoothed(self, sigma: float) -> sitk.Image:
         """Return the image blurred by a Gaussian of ``sigma`` mm."""
@@ -315,6 +335,10 @@ class _Search:
         method.SetMetricAsMattesMutualInformation(_BINS)
         method.SetInterpolator(sitk.sitkLinear)
         method.SetMetricFixedMask(self.fixed.mask)
+        if self.moving.left is not None:
+            left = sitk.GetImageFromArray(self.moving.left.transpose(2, 1, 0))
+            left.CopyInformation(self.moving.image)
+            method.SetMetricMovingMask(left)
         method.SetMetricSamplingStrategy(method.RANDOM)
         inside = int(sitk.GetArrayViewFromImage(self.fixed.mask).sum())
         method.SetMetricSamplingPercentage(min(1.0, _SAMPLES / inside), _SEED)
@@ -326,9 +350,14 @@ class _Search:
         return method
 
     def _inside(self, matrix: np.ndarray) -> np.ndarray:
-        """Return (samples,): whether each lands in the moving image's box."""
+        """Return (samples,): whether each lands in the moving image's box, and in what a mask leaves of it."""
         index = apply_affine(np.linalg.inv(self.moving.grid.affine) @ matrix, self.points)
-        return np.all((index >= -0.5) & (index <= np.array(self.moving.grid.shape) - 0.5), axis=1)
+        last = np.array(self.moving.grid.shape) - 1
+        lands = np.all((index >= -0.5) & (index <= last + 0.5), axis=1)
+        if self.moving.left is not None:
+            i, j, k = np.clip(np.round(index), 0, last).astype(int).T
+            lands &= self.moving.left[i, j, k] > 0
+        return lands
 
 
 def _in_bins(image: sitk.Image) -> Tensor:
@@ -370,16 +399,23 @@ def _moved(volume: Volume, matrix: np.ndarray) -> Volume:
 
 def _average(volume: Volume, spacing: float) -> Volume:
     """Return the means of blocks of voxels, about ``spacing`` mm each way, any fill having become air."""
-    block = [
-        int(max(1, min(round(spacing / s), n // 8)))
-        for s, n in zip(volume.grid.spacing, volume.grid.shape, strict=True)
-    ]
-    data = _without_fill(volume.data.float())
+    return _in_blocks(_without_fill(volume.data.float()), volume.grid, spacing)
+
+
+def _in_blocks(data: Tensor, grid: Grid, spacing: float) -> Volume:
+    """Return the means of blocks of voxels, about ``spacing`` mm each way."""
+    block = [int(max(1, min(round(spacing / s), n // 8))) for s, n in zip(grid.spacing, grid.shape, strict=True)]
     data = F.avg_pool3d(data[None, None], block)[0, 0].contiguous()
     to_first = np.diag([*block, 1.0])
     to_first[:3, 3] = (np.array(block) - 1) / 2
     i, j, k = data.shape
-    return Volume(data, Grid((i, j, k), volume.grid.affine @ to_first))
+    return Volume(data, Grid((i, j, k), grid.affine @ to_first))
+
+
+def _kept(counts: Tensor, volume: Volume, spacing: float) -> Tensor:
+    """Return which blocks of :func:`_average` hold mostly voxels that count, bool; at least one."""
+    share = _in_blocks(counts.float(), volume.grid, spacing).data
+    return share >= min(0.5, float(share.max()))
 
 
 def _clipped(block: Volume) -> sitk.Image:

@@ -146,7 +146,8 @@ class CompiledStepper:
         if level.features is None:
             objective = Objective(level)
             self._images = level.moving[0, 0].contiguous().numpy(), level.fixed[0, 0].contiguous().numpy()
-            self._sum, self._variance = (x[0, 0].contiguous().numpy() for x in objective.fixed_sums)
+            windows = *objective.fixed_sums, objective.shares
+            self._windows = tuple(x[0, 0].contiguous().numpy() for x in windows)
             self._warped = torch.zeros(2 * a, 2 * b, 2 * c).numpy()
             self._sums, self._weights = (torch.zeros(a, 3, b, c).numpy() for _ in range(2))
         else:
@@ -190,7 +191,7 @@ class CompiledStepper:
 
     def _correlate(self, _: int, slab: _Slab) -> float:
         epsilon = np.float32(EPSILON)
-        return self._kernels.correlate(self._sums, self._sum, self._variance, epsilon, self._weights, slab)
+        return self._kernels.correlate(self._sums, *self._windows, epsilon, self._weights, slab)
 
     def _pull(self, number: int, slab: _Slab) -> float:
         level, gradient = self._level, self._state[number % 2]
@@ -227,23 +228,28 @@ def halved(image: Tensor) -> Tensor:
 
 
 def counted_blocks(fixed: Tensor, moving: Tensor, seen: Tensor) -> Tensor:
-    """Return the blocks that count: where both images lie, and one of them shows something or is near to it.
+    """Return the blocks that count: where both images are seen, and one of them shows something or is near to it.
 
     Where one image shows much that the other does not, such as a whole head and a brain without its skull, only what
     both show counts: the rim of the one would else be drawn to the rim of the other.
 
     Args:
         fixed, moving: (1, 1, 2 a, 2 b, 2 c) in [0, 1], aligned.
-        seen: (1, 1, 2 a, 2 b, 2 c) bool, where both lie.
+        seen: (1, 1, 2 a, 2 b, 2 c) bool, where both are.
 
     Returns:
         (a, b, c) bool.
     """
-    whole = F.avg_pool3d(seen.float(), 2)[0, 0] > 0.99
+    whole = whole_blocks(seen)
     one, other = (F.max_pool3d(image, 2)[0, 0] > SHOWN for image in (fixed, moving))
     both, either = one & other & whole, (one | other) & whole
     near = F.max_pool3d(either.float()[None, None], 2 * _AROUND + 1, stride=1, padding=_AROUND)[0, 0] > 0
     return torch.where(both.sum() < _SAME_EXTENT * either.sum(), both, near & whole)
+
+
+def whole_blocks(voxels: Tensor) -> Tensor:
+    """Return of which blocks all eight voxels are true, (a, b, c), of (1, 1, 2 a, 2 b, 2 c) bool."""
+    return F.avg_pool3d(voxels.float(), 2)[0, 0] > 0.99
 
 
 def _ranges(counted: Tensor) -> Tensor:

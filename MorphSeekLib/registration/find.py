@@ -35,6 +35,7 @@ class Search:
         pyramid = pair.as_given
         level, passes = level_for(pyramid.crop.grid.shape)
         fixed, moving, _ = pyramid.images(level)
-        control = search(mind_ssc(fixed), mind_ssc(moving), passes, torch.get_num_threads(), job.check)
+        counts = pyramid.counts_of_each(level)
+        control = search(mind_ssc(fixed), mind_ssc(moving), passes, torch.get_num_threads(), job.check, counts)
         job.report("search", 1.0, "Searching for large motion")
         return taken_over(pair, begin, "search", pyramid.displacement(control, level))

@@ -52,14 +52,18 @@ class Fit:
         Returns:
             the fitted one, or ``begin`` where the judge finds it more alike.
         """
-        plans, pyramid = plans_for(pair, begin, self.options), pair.pyramid
+        found = displacement_of(pair, begin) if begin.found is not None or begin.answer > 0 else None
+        plans, pyramid, as_given = (
+            plans_for(pair, begin, self.options),
+            pair.pyramid.after(found),
+            pair.as_given.after(found),
+        )
         levels = []
         for plan in plans:
-            images = pyramid if plan.similarity == "lncc" else pair.as_given
+            images = pyramid if plan.similarity == "lncc" else as_given
             weights = plan.regularization, plan.folding
             levels.append([images.level(n, plan.similarity, *weights) for n in plan.levels])
         progress = _Progress(levels, plans, job)
-        found = displacement_of(pair, begin) if begin.found is not None or begin.answer > 0 else None
         sections: list[LevelSection] = []
         for number, plan in enumerate(plans):
             control = None if found is None else pyramid.control(found, plan.levels[0])

@@ -30,7 +30,7 @@ class Judge:
         """
         self._coarse, self._similarity = coarse, similarity
         features = self._features(coarse.fixed)
-        level = Level(features, features, coarse.counted, None if similarity == "lncc" else 1.0)
+        level = Level(features, features, coarse.counted, None if similarity == "lncc" else 1.0, valid=coarse.valid)
         self._objective = Objective(level)
         if similarity == "lncc":
             self._worst, self._best = (

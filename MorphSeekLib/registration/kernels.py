@@ -158,16 +158,16 @@ def _box_along(maps, p, x, out):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def correlate(sums, fixed_sum, fixed_variance, epsilon, weights, slab):
+def correlate(sums, fixed_sum, fixed_variance, shares, epsilon, weights, slab):
     """Return the sum of C^2 / (U V + epsilon) over blocks of a slab, and write the weights of its slope.
 
     Args:
         sums: (a, 3, b, c), from :func:`warp_blocks`.
-        fixed_sum, fixed_variance: (a, b, c), S_F and U, over whole windows.
+        fixed_sum, fixed_variance, shares: (a, b, c), S_F, U and 1 / n of whole windows; of those whose share is 0
+            nothing counts.
         weights: (a, 3, b, c), a, b and c summed over windows along k and j, written.
     """
     b, c = sums.shape[2], sums.shape[3]
-    n = np.float32(1000)
     total = 0.0
     moved = np.empty((3, b, c), np.float32)
     slopes = np.empty((3, b, c), np.float32)
@@ -179,16 +179,16 @@ def correlate(sums, fixed_sum, fixed_variance, epsilon, weights, slab):
             row = np.float32(0)
             for r in range(c):
                 s_f, u = fixed_sum[p, q, r], fixed_variance[p, q, r]
-                s_w = moved[0, q, r]
-                v = max(moved[1, q, r] - s_w * s_w / n, np.float32(0))
-                cross = moved[2, q, r] - s_f * s_w / n
-                s = cross / (u * v + epsilon)
+                s_w, share = moved[0, q, r], shares[p, q, r]
+                v = max(moved[1, q, r] - s_w * s_w * share, np.float32(0))
+                cross = moved[2, q, r] - s_f * s_w * share
+                s = cross / (u * v + epsilon) if share > 0 else np.float32(0)
                 row += cross * s
                 by_cross = 2 * s
                 by_variance = by_cross * s * u
                 slopes[0, q, r] = by_cross
                 slopes[1, q, r] = by_variance
-                slopes[2, q, r] = (by_cross * s_f - by_variance * s_w) / n
+                slopes[2, q, r] = (by_cross * s_f - by_variance * s_w) * share
             total += row
         for x in range(3):
             _box_plane(slopes[x], half, weights[p, x])

@@ -8,8 +8,8 @@ of the farther point along each axis, and a level's field is exactly one of the 
     + lambda 8/9 sum |du/2|^2 + kappa sum relu(0.05 - det),
 
 over blocks and over differences of neighboring control points. Block correlation: W, W^2 and F W are summed over
-blocks, then over five blocks along each axis, a window of ten voxels; with n = 1000, C, U and V as in
-:func:`MorphSeekLib.measures.similarity.lncc` its value is C^2 / (U V + epsilon).
+blocks, then over five blocks along each axis, a window of ten voxels; with n = 1000, or as many of these as both images
+see, C, U and V as in :func:`MorphSeekLib.measures.similarity.lncc` its value is C^2 / (U V + epsilon).
 
 This is the form for every device; :mod:`.kernels` has the same for the CPU, compiled.
 """
@@ -34,6 +34,7 @@ WANTED = 0.05
 """Determinants below it are pushed up."""
 _WINDOW = 5  # blocks
 _COUNT = (2 * _WINDOW) ** 3  # voxels of a window
+_FEWEST = 200  # of them, that both images must see where they are to be correlated
 _INSIDE = 0.8  # of a window's voxels, that both images show where it lies inside of them
 
 
@@ -54,6 +55,8 @@ class Level:
         counted: (a, b, c) bool, the blocks that count; the others are as if black in both images.
         features: compare by squared differences times this weight; None: by block correlation.
         diffusion, folding: lambda and kappa.
+        valid: (a, b, c) bool, the blocks that both images see; None: all. Of the others nothing is known, while what is
+            not counted otherwise is black.
     """
 
     fixed: Tensor
@@ -62,6 +65,7 @@ class Level:
     features: float | None = None
     diffusion: float = 0.1
     folding: float = 800.0
+    valid: Tensor | None = None
 
     @property
     def points(self) -> tuple[int, int, int]:
@@ -76,6 +80,7 @@ class Objective:
     Attributes:
         voxels: (1, 1, 2 a, 2 b, 2 c) bool, which voxels count.
         fixed_sums: S_F and U of each window, (1, 1, a, b, c) each; where blocks are correlated.
+        shares: (1, 1, a, b, c), 1 / n of each window, or 0 where n is too few.
     """
 
     def __init__(self, level: Level) -> None:
@@ -85,7 +90,8 @@ class Objective:
         if level.features is None:
             sums = torch.cat([block_sum(self._fixed), block_sum(self._fixed.square())], dim=1)
             s, squares = box_sum(sums, _WINDOW).split(1, dim=1)
-            self.fixed_sums = s, (squares - s.square() / _COUNT).clamp(min=0)
+            self.shares = _shares(level).to(s.dtype)
+            self.fixed_sums = s, (squares - s.square() * self.shares).clamp(min=0)
 
     def __call__(self, control: Tensor) -> Energy:
         """Return the objective of control points (1, 3, a, b, c), voxels of the level."""
@@ -110,7 +116,7 @@ class Objective:
         fixed, fixed_variance = self.fixed_sums
         by_cross = 2 * s
         by_variance = by_cross * s * fixed_variance
-        by_sum = (by_cross * fixed - by_variance * moved) / _COUNT
+        by_sum = (by_cross * fixed - by_variance * moved) * self.shares
         weights = box_sum(torch.cat([by_cross, by_variance, by_sum], dim=1), _WINDOW)
         by_cross, by_variance, by_sum = doubled(weights).split(1, dim=1)
         return -(cross * s).sum(), by_sum + warped * by_variance - self._fixed * by_cross
@@ -131,9 +137,18 @@ class Objective:
         sums = torch.cat([block_sum(warped), block_sum(warped.square()), block_sum(warped * self._fixed)], dim=1)
         moved, squares, products = box_sum(sums, _WINDOW).split(1, dim=1)
         fixed, fixed_variance = self.fixed_sums
-        variance = (squares - moved.square() / _COUNT).clamp(min=0)
-        cross = products - fixed * moved / _COUNT
-        return moved, cross, cross / (fixed_variance * variance + EPSILON)
+        variance = (squares - moved.square() * self.shares).clamp(min=0)
+        cross = products - fixed * moved * self.shares
+        return moved, cross, torch.where(self.shares > 0, cross / (fixed_variance * variance + EPSILON), 0)
+
+
+def _shares(level: Level) -> Tensor:
+    """Return 1 / n of each window, (1, 1, a, b, c): n voxels of it are seen by both images; 0 where they are few."""
+    if level.valid is None:
+        return level.fixed.new_full((1, 1, *level.points), 1 / _COUNT)
+    unseen = box_sum((~level.valid[None, None]).to(level.fixed.dtype), _WINDOW)
+    count = _COUNT - 8 * unseen.round()
+    return torch.where(count >= _FEWEST, 1 / count.clamp(min=1), 0)
 
 
 def block_sum(voxels: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from ..space.preprocessing import Preprocessing, foreground_of, general, normali
 from . import guards
 from .alignment import alignments, object_size
 from .judge import Judge
+from .masks import Masks, check_seen, filled
 from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around, with_opposite_contrast
 
 # working grids beyond this would need more memory than any machine of the field has
@@ -137,6 +138,8 @@ class Pair:
 
     Attributes:
         grid: the working grid: the model's, or without one the nodes of the fit's finest level.
+        masks: what counts of the images.
+        known: fixed and moving, with a smooth continuation of the rest where masks leave nothing.
         notices: what there is to say about the two images.
         alignment: from :meth:`align` or :meth:`go_on_from`.
         similarity: what the pair is compared by, from :meth:`prepare`.
@@ -161,6 +164,11 @@ class Pair:
         job: Job = SILENT,
     ) -> None:
         self.fixed, self.moving, self.job, self.opposite = fixed, moving, job, False
+        self.masks = Masks(fixed.counts, moving.counts)
+        self.known = (
+            replace(fixed, data=filled(fixed.data, self.masks.fixed)),
+            replace(moving, data=filled(moving.data, self.masks.moving)),
+        )
         self.device = torch.device("cpu") if device is None else device
         self.background = air_value(moving.data)
         card = None if model is None else model.card.preprocessing
@@ -187,7 +195,8 @@ class Pair:
         """
         job.report("align", 0.0, "Aligning the images" if kind != "none" else "Checking that the images overlap")
         kinds = ("none", "center", "affine") if kind == "auto" else (kind,)
-        found = alignments(self.fixed, self.moving, kinds, initial, job)
+        fixed, moving = self.known
+        found = alignments(fixed, moving, kinds, initial, job, self.masks)
         if len(found) > 1:
             kind = max(found, key=lambda k: self._alike_after(found[k]))
         before = None if kind == "none" else np.eye(4) if initial is None else initial
@@ -195,7 +204,8 @@ class Pair:
 
     def _alike_after(self, alignment: Transform) -> float:
         """Return how alike the images are after an alignment, by features that heed no contrast."""
-        return float(Judge(Coarse.of(self.crop, self.source, alignment), "mind")(None, alignment))
+        coarse = Coarse.of(self.crop, self.source, alignment, self.masks.moving)
+        return float(Judge(coarse, "mind")(None, alignment))
 
     def alike_by_features(self) -> float:
         """Return how alike the images are after their alignment, by features that heed no contrast."""
@@ -230,20 +240,29 @@ class Pair:
             self.opposite = True
             for made in ("source", "coarse", "pyramid"):
                 self.__dict__.pop(made, None)
-        shown = Volume(foreground_of(quiet_background(self.fixed.data)).to(torch.uint8), self.fixed.grid)
-        foreground = resample(shown, self.grid, mode="nearest", job=self.job).data.bool()
+        foreground = resample(self.tissue, self.grid, mode="nearest", job=self.job).data.bool()
         # what one image does not see must not count as black there: a stretch of thin slices would be taken for a gain
         self.seen = self._inside(self.fixed.grid, np.eye(4))
         self.shown = foreground[None, None].to(self.device)
         self.judge = Judge(self.coarse, self.similarity)
         self.notices += guards.small_foreground(int(self.shown.sum()))
-        for volume, role in ((self.fixed, "The fixed image"), (self.moving, "The moving image")):
+        if self.masks:
+            check_seen(8 * int(self.coarse.counted.sum()))
+        for volume, role in zip(self.known, ("The fixed image", "The moving image"), strict=True):
             self.notices += guards.few_values(normalize(volume.data, self.preprocessing), volume.called(role))
+
+    @functools.cached_property
+    def tissue(self) -> Volume:
+        """What the fixed image shows and its mask leaves, 1 or 0, on its own grid."""
+        shown = foreground_of(quiet_background(self.known[0].data))
+        if self.masks.fixed is not None:
+            shown = shown & self.masks.fixed
+        return Volume(shown.to(torch.uint8), self.fixed.grid)
 
     @functools.cached_property
     def intensities(self) -> tuple[Volume, Volume]:
         """The two images with intensities in [0, 1], each on its own grid."""
-        roles = ((self.fixed, "The fixed image"), (self.moving, "The moving image"))
+        roles = zip(self.known, ("The fixed image", "The moving image"), strict=True)
         fixed, moving = (normalized(v, self.preprocessing, v.called(r)) for v, r in roles)
         return fixed, moving
 
@@ -263,8 +282,9 @@ class Pair:
         """The two images as search, fit and judge take them."""
         if self.preprocessing.intensity == "window":
             return self.intensities
-        as_given = general(self.fixed.data, self.moving.data)
-        fixed, moving = (normalized(v, as_given, v.name) for v in (self.fixed, self.moving))
+        as_given = general(*(volume.data for volume in self.known))
+        roles = zip(self.known, ("The fixed image", "The moving image"), strict=True)
+        fixed, moving = (normalized(v, as_given, v.called(r)) for v, r in roles)
         return fixed, moving
 
     @functools.cached_property
@@ -276,17 +296,17 @@ class Pair:
     @functools.cached_property
     def crop(self) -> Crop:
         """The fixed image around what it shows."""
-        return Crop.of(self._fitted[0], self.device, self.job)
+        return Crop.of(self._fitted[0], self.device, self.job, self.masks.fixed)
 
     @functools.cached_property
     def coarse(self) -> Coarse:
         """The images as they are judged."""
-        return Coarse.of(self.crop, self.source, self.alignment.transform)
+        return Coarse.of(self.crop, self.source, self.alignment.transform, self.masks.moving)
 
     @functools.cached_property
     def pyramid(self) -> Pyramid:
         """The images as they are fitted."""
-        return Pyramid.of(self.crop, self.source, self.alignment.transform, self.job)
+        return Pyramid.of(self.crop, self.source, self.alignment.transform, self.job, self.masks.moving)
 
     def nothing(self) -> Tensor:
         """Return the displacement that moves nothing, (1, 3, i, j, k)."""

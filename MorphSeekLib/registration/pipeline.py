@@ -43,7 +43,8 @@ def register(
     """Register a moving image to a fixed one.
 
     Args:
-        fixed, moving: finite, not constant; any grids.
+        fixed, moving: finite, not constant; any grids. What does not count of them (:func:`.masks.masked`) changes
+            nothing.
         model: from :func:`MorphSeekLib.networks.loading.load_model`; None: no network, which suits any anatomy.
         options: the choices; None for the defaults.
         job: told of every phase and asked often; given a picture after each stage, from 0 (aligned) on.
@@ -53,7 +54,7 @@ def register(
         device: where to compute without a model; None: the CPU.
 
     Raises:
-        MorphSeekError: unusable options, images that do not overlap, not enough memory.
+        MorphSeekError: unusable options, masks that leave too little, images that do not overlap, not enough memory.
         Cancelled: the job was cancelled.
     """
     options = options or RegistrationOptions()
@@ -111,7 +112,8 @@ def _deformed(
         with clock("search"), torch.no_grad():
             outcome = Search().run(pair, outcome, job.part(0.05, 0.3))
     if model is not None and card is not None:
-        steps = NetworkSteps(model.network, options.steps or card.preprocessing.steps, options.stop_early, not card.fit)
+        trusted = not card.fit and not pair.masks  # labels were never inside a mask
+        steps = NetworkSteps(model.network, options.steps or card.preprocessing.steps, options.stop_early, trusted)
         with clock("network"):
             outcome = steps.run(pair, outcome, pictures, job.part(0.3, 0.6))
     if options.fit == "on" or (options.fit == "auto" and (card is None or card.fit)):

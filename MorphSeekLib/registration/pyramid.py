@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,12 +22,13 @@ from ..space.geometry import (
     dense_from_voxels,
     in_box,
     index_points,
+    map_voxels,
     resample,
     smooth_for_spacing,
     voxel_displacement,
     world_spacing,
 )
-from .descent import counted_blocks, halved
+from .descent import counted_blocks, halved, whole_blocks
 from .objective import SHOWN, Level, Objective
 
 COARSEST = 2
@@ -39,6 +40,7 @@ MOST_VOXELS = 20_000_000
 _UNEVEN = 2.0  # times longer than the shortest, an edge of a voxel is divided
 _MULTIPLE = 16
 _RIM = 4  # voxels around what the fixed image shows
+_REACH = 32  # voxels around a mask, as far as a search reaches
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Crop:
         offset: (3,) the grid's first voxel in the lattice; even.
         image: (1, 1, i, j, k) in [0, 1]; edge values beyond the lattice.
         seen: (1, 1, i, j, k) bool, where the lattice is.
+        counts: (1, 1, i, j, k) bool, what a mask leaves of it; None for all.
     """
 
     grid: Grid
@@ -58,20 +61,32 @@ class Crop:
     offset: tuple[int, int, int]
     image: Tensor
     seen: Tensor
+    counts: Tensor | None = None
 
     @classmethod
-    def of(cls, fixed: Volume, device: torch.device, job: Job = SILENT) -> Crop:
-        """Crop a fixed image whose intensities lie in [0, 1]."""
-        lattice, data = lattice_of(fixed.grid), fixed.data
+    def of(cls, fixed: Volume, device: torch.device, job: Job = SILENT, counts: Tensor | None = None) -> Crop:
+        """Crop a fixed image whose intensities lie in [0, 1].
+
+        Args:
+            fixed: the image.
+            device: where to compute.
+            job: checked.
+            counts: (i, j, k) bool, which of its voxels count; None for all.
+        """
+        lattice, data, marks = lattice_of(fixed.grid), fixed.data, counts
         if not lattice.same_as(fixed.grid):
             data = resample(smooth_for_spacing(fixed, world_spacing(lattice)), lattice, device=device, job=job).data
-        begin, size = _box(data > SHOWN)
+            if counts is not None:
+                mask = Volume(counts.to(torch.uint8), fixed.grid)
+                marks = resample(mask, lattice, mode="nearest", device=device, job=job).data > 0
+        begin, size = _box(data > SHOWN, marks)
         affine = lattice.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ begin
         image = _cut(data.float(), begin, size, "replicate").to(device)
         seen = _cut(torch.ones(lattice.shape), begin, size, "constant").to(device) > 0
         i, j, k = begin.tolist()
-        return cls(_grid(size, affine), lattice, (i, j, k), image, seen)
+        left = None if marks is None else _cut(marks.float(), begin, size, "constant").to(device) > 0
+        return cls(_grid(size, affine), lattice, (i, j, k), image, seen, left)
 
 
 @dataclass(frozen=True)
@@ -82,21 +97,26 @@ class Coarse:
         grid: of the fixed image; an even number of voxels along each axis.
         fixed, moving: (1, 1, i, j, k) in [0, 1].
         counted: blocks of 2x2x2 voxels that count, bool.
+        valid: blocks that masks leave of both images, bool; None for all.
         moving_grid: of the moving image.
     """
 
     grid: Grid
     fixed: Tensor
     counted: Tensor
+    valid: Tensor | None
     moving: Tensor
     moving_grid: Grid
 
     @classmethod
-    def of(cls, crop: Crop, moving: Volume, alignment: Transform) -> Coarse:
+    def of(cls, crop: Crop, moving: Volume, alignment: Transform, counts: Tensor | None = None) -> Coarse:
         """Return the images of a crop and a moving image, both in [0, 1]; what either does not see is not counted.
 
         Args:
+            crop: of the fixed image.
+            moving: the image.
             alignment: fixed point -> moving point, LPS mm: where the moving image lies.
+            counts: (i, j, k) bool, which voxels of the moving image count; None for all.
         """
         fixed, seen, level = crop.image, crop.seen.float(), 0
         while level < COARSEST and min(fixed.shape[2:]) >= 2 * _LEAST:
@@ -105,9 +125,13 @@ class Coarse:
         averaged = _averaged(moving, grid)
         image = averaged.data[None, None].to(fixed.device)
         points = index_points(grid, alignment, averaged.grid, fixed.device)
-        sees = in_box(index_points(grid, alignment, moving.grid, fixed.device), moving.grid) & (seen > 0.99)
-        counted = counted_blocks(fixed, fields.sample(image, points, padding="border"), sees)
-        return cls(grid, fixed, counted, image, averaged.grid)
+        at = index_points(grid, alignment, moving.grid, fixed.device)
+        sees = in_box(at, moving.grid) & (seen > 0.99)
+        left = _both(crop.counts, counts, at, level)
+        counted = counted_blocks(
+            fixed, fields.sample(image, points, padding="border"), sees if left is None else sees & left
+        )
+        return cls(grid, fixed, counted, None if left is None else whole_blocks(left), image, averaged.grid)
 
 
 @dataclass(frozen=True)
@@ -120,6 +144,8 @@ class Pyramid:
         alignment: fixed point -> moving point, LPS mm.
         moving: (1, 1, i, j, k), brought onto the crop's grid by the alignment; edge values beyond the image.
         seen: (1, 1, i, j, k) bool, where both images lie.
+        counts: (1, 1, i, j, k) bool, what masks leave of both; None for all.
+        moving_counts: (i, j, k) bool, which voxels of the moving image count; None for all.
     """
 
     crop: Crop
@@ -127,14 +153,27 @@ class Pyramid:
     alignment: Transform
     moving: Tensor
     seen: Tensor
+    counts: Tensor | None = None
+    moving_counts: Tensor | None = None
 
     @classmethod
-    def of(cls, crop: Crop, moving: Volume, alignment: Transform, job: Job = SILENT) -> Pyramid:
-        """Bring a moving image whose intensities lie in [0, 1] onto the crop's grid."""
+    def of(
+        cls, crop: Crop, moving: Volume, alignment: Transform, job: Job = SILENT, counts: Tensor | None = None
+    ) -> Pyramid:
+        """Bring a moving image whose intensities lie in [0, 1], and what counts of it, onto the crop's grid."""
         device = crop.image.device
         moved = _moved(moving, crop.grid, alignment, device, job)
-        seen = crop.seen & in_box(index_points(crop.grid, alignment, moving.grid, device), moving.grid)
-        return cls(crop, moving, alignment, moved, seen)
+        at = index_points(crop.grid, alignment, moving.grid, device)
+        seen = crop.seen & in_box(at, moving.grid)
+        return cls(crop, moving, alignment, moved, seen, _both(crop.counts, counts, at, 0), counts)
+
+    def after(self, displacement: DenseTransform | None) -> Pyramid:
+        """Return the same images with the moving one's mask where a displacement before the alignment brings it."""
+        if displacement is None or self.moving_counts is None:
+            return self
+        there = voxel_displacement(displacement, self.crop.grid, self.crop.image.device)
+        at = map_voxels(there, self.crop.grid, self.alignment, self.source.grid)
+        return replace(self, counts=_both(self.crop.counts, self.moving_counts, at, 0))
 
     def images(self, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return fixed, moving and where both are seen, (1, 1, i, j, k), of a level.
@@ -149,19 +188,45 @@ class Pyramid:
             fixed, moving, seen = halved(fixed), halved(moving), halved(seen)
         return fixed, moving, seen > 0.99
 
+    def left(self, level: int) -> Tensor | None:
+        """Return what masks leave of both images on a level, (1, 1, i, j, k) bool; None for all."""
+        if self.counts is None or level < 0:
+            return self.counts if self.counts is None else F.interpolate(self.counts.float(), scale_factor=2) > 0
+        left = self.counts.float()
+        for _ in range(level):
+            left = halved(left)
+        return left > 0.99
+
     @cached_property
     def _finer(self) -> tuple[Tensor, Tensor, Tensor]:
         fixed = F.interpolate(self.crop.image, scale_factor=2, mode="trilinear", align_corners=False)
         moving = _moved(self.source, self.grid(-1), self.alignment, fixed.device, SILENT)
         return fixed, moving, F.interpolate(self.seen.float(), scale_factor=2) > 0
 
+    def counts_of_each(self, level: int) -> tuple[Tensor, Tensor] | None:
+        """Return how much each voxel of a level counts for the fixed and for the aligned moving image's mask, (1, 1, i,
+        j, k) from 0 to 1; None where both count everywhere."""
+        if self.counts is None:
+            return None
+        own = self.crop.counts
+        moving = None
+        if self.moving_counts is not None:
+            at = index_points(self.crop.grid, self.alignment, self.source.grid, self.moving.device)
+            moving = _both(None, self.moving_counts, at, 0)
+        shares = [torch.ones_like(self.moving) if one is None else one.float() for one in (own, moving)]
+        for _ in range(level):
+            shares = [halved(share) for share in shares]
+        return shares[0], shares[1]
+
     def level(self, number: int, similarity: str, diffusion: float, folding: float) -> Level:
         """Return what a fit compares on a level; the number as for :meth:`images`, the weights as in
         :class:`.objective.Level`."""
         fixed, moving, seen = self.images(number)
-        counted = counted_blocks(fixed, moving, seen)
+        left = self.left(number)
+        counted = counted_blocks(fixed, moving, seen if left is None else seen & left)
+        valid = None if left is None else whole_blocks(left)
         if similarity == "lncc":
-            return Level(fixed, moving, counted, None, diffusion, folding)
+            return Level(fixed, moving, counted, None, diffusion, folding, valid)
         measure = SIMILARITIES[similarity]
         features = measure.prepare(fixed), measure.prepare(moving)
         return Level(*features, counted, measure.fit_weight / features[0].shape[1], diffusion, folding)
@@ -271,17 +336,47 @@ def _grid(shape: torch.Size | np.ndarray, affine: np.ndarray) -> Grid:
     return Grid((i, j, k), affine)
 
 
-def _box(shown: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return first index (even) and size (a multiple of 16) along each axis of a box around what is shown."""
+def _both(fixed: Tensor | None, moving: Tensor | None, at: Tensor, level: int) -> Tensor | None:
+    """Return what masks leave of both images on a level, (1, 1, i, j, k) bool; None for all.
+
+    Args:
+        fixed: (1, 1, i, j, k) bool, on level 0.
+        moving: (i, j, k) bool, on the moving image's own grid.
+        at: (1, 3, i, j, k), where the level's voxels lie in that.
+        level: of ``at``.
+    """
+    left = None
+    if fixed is not None:
+        share = fixed.float()
+        for _ in range(level):
+            share = halved(share)
+        left = share > 0.99
+    if moving is not None:
+        inside = fields.sample(moving.float()[None, None].to(at.device), at, padding="border") > 0.5
+        left = inside if left is None else left & inside
+    return left
+
+
+def _box(shown: Tensor, counts: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return first index (even) and size (a multiple of 16) along each axis of a box around what is shown, or around
+    what a mask leaves of it as far as a search reaches."""
     begin, size = np.zeros(3, int), np.zeros(3, int)
     for axis in range(3):
-        one, other = (a for a in range(3) if a != axis)
-        where = shown.any(dim=other).any(dim=one).nonzero()[:, 0]
-        low, high = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, shown.shape[axis])
+        low, high = _extent(shown, axis)
+        if counts is not None:
+            first, last = _extent(shown & counts, axis)
+            low, high = max(low, first - _REACH), min(high, last + _REACH)
         size[axis] = math.ceil((high - low + 2 * _RIM) / _MULTIPLE) * _MULTIPLE
         begin[axis] = low - (size[axis] - (high - low)) // 2
         begin[axis] -= begin[axis] % 2
     return begin, size
+
+
+def _extent(shown: Tensor, axis: int) -> tuple[int, int]:
+    """Return the first index along an axis at which anything is shown, and the one after the last."""
+    one, other = (a for a in range(3) if a != axis)
+    where = shown.any(dim=other).any(dim=one).nonzero()[:, 0]
+    return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, shown.shape[axis])
 
 
 def _cut(data: Tensor, begin: np.ndarray, size: np.ndarray, mode: str) -> Tensor:

@@ -14,7 +14,16 @@ from ..networks.devices import memory_advice, network_precision
 from ..networks.loading import LoadedModel
 from ..protocol.job import Job
 from ..protocol.options import RegistrationOptions
-from ..protocol.report import SCHEMA, DiceSection, Figures, FoldingSection, InverseSection, ModelSection, Report
+from ..protocol.report import (
+    SCHEMA,
+    DiceSection,
+    Figures,
+    FoldingSection,
+    InsideSection,
+    InverseSection,
+    ModelSection,
+    Report,
+)
 from ..space.geometry import (
     DenseTransform,
     Grid,
@@ -119,7 +128,7 @@ def deliver(
             inverse = transform.inverse(covering_grid(pair.moving.grid, pair.grid.spacing), job=job)
             residual = _inverse_residual(transform, inverse, fixed.grid, pair.moving.grid)
 
-    figures: Figures = {"folding": _folding(jacobian, certificate, least), "dice": dice, "inverse": residual}
+    figures: Figures = {"folding": _folding(jacobian, certificate, least, pair), "dice": dice, "inverse": residual}
     with memory_advice(pair.device):
         report = make_report(pair, request, outcome, transform, figures, clock)
     job.check()
@@ -158,6 +167,10 @@ def make_report(
         "precision": str(network_precision(pair.device)).removeprefix("torch."),
         "align": alignment.kind,
         "mirrored": alignment.mirrored,
+        "masks": {
+            "fixed": None if pair.masks.fixed is None else int(pair.masks.fixed.sum()),
+            "moving": None if pair.masks.moving is None else int(pair.masks.moving.sum()),
+        },
         "steps": outcome.figures,
         "preset": request.options.preset,
         "fit": outcome.fitted,
@@ -206,12 +219,32 @@ def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: 
     }
 
 
-def _folding(jacobian: Volume, certificate: Certificate, least: Volume) -> FoldingSection:
-    """Return central differences, the proof, and the folded regions in LPS mm, the largest ones in full."""
+def _folding(jacobian: Volume, certificate: Certificate, least: Volume, pair: Pair) -> FoldingSection:
+    """Return central differences, the proof, the folded regions in LPS mm, the largest ones in full, and what lies
+    inside of what counts."""
     found = regions(least)
     listed = {"regions": [vars(region).copy() for region in found[:MOST_REGIONS]], "region_count": len(found)}
-    cells = {"cells": vars(certificate.count).copy()}
+    cells = {"cells": vars(certificate.count).copy(), "inside": _inside(jacobian, least, pair)}
     return cast("FoldingSection", vars(folding(jacobian=jacobian.data)) | cells | listed)
+
+
+def _inside(jacobian: Volume, least: Volume, pair: Pair) -> InsideSection:
+    """Return the figures of folding inside the fixed image's mask; without one inside what it shows."""
+    mask = pair.masks.fixed
+    counts = pair.tissue.data.bool() if mask is None else mask
+    if not bool(counts.any()):
+        counts = torch.ones_like(counts)
+    values = jacobian.data[counts]
+    figures = folding(jacobian=values[:, None, None])
+    return {
+        "of": "tissue" if mask is None else "mask",
+        "voxels": figures.voxels,
+        "folded_voxels": int((least.data[counts] <= 0).sum()),
+        "njd_percent": figures.njd_percent,
+        "sdlogj": figures.sdlogj,
+        "min_jacobian": figures.min_jacobian,
+        "max_jacobian": figures.max_jacobian,
+    }
 
 
 def _inverse_residual(transform: DenseTransform, inverse: DenseTransform, fixed: Grid, moving: Grid) -> InverseSection:

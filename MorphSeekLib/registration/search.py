@@ -75,6 +75,7 @@ def search(
     passes: tuple[Pass, ...] = PASSES,
     threads: int = 1,
     check: Callable[[], None] = lambda: None,
+    counts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return control points of the displacement from fixed to moving.
 
@@ -83,18 +84,21 @@ def search(
         passes: one after the other.
         threads: of the compiled kernels, where they are used.
         check: called between steps; may raise to cancel.
+        counts: (1, 1, i, j, k), of the fixed and of the moving image: how much each voxel counts; None: all the same.
 
     Returns:
         (1, 3, i/2, j/2, k/2) voxels, on the centers of blocks of 2x2x2 voxels.
     """
     shape = fixed.shape[2:]
     total = fixed.new_zeros(1, 3, *(n // 2 for n in shape))
+    if counts is not None:  # as one channel more, so that what is warped is warped together
+        fixed, moving = (torch.cat(pair, dim=1) for pair in zip((fixed, moving), counts, strict=True))
     for number, one in enumerate(passes):
         warped = moving
         if number:
             points = F.interpolate(total, size=tuple(shape), mode="trilinear", align_corners=False)
             warped = fields.warp(moving, points, padding="border")
-        step = _searched(fixed, warped, one, threads, check)
+        step = _searched(fixed, warped, one, counts is not None, threads, check)
         total = step if not number else _after(total, step)
     return total
 
@@ -104,10 +108,21 @@ def _after(outer: Tensor, step: Tensor) -> Tensor:
     return 2 * fields.compose(outer / 2, step / 2)
 
 
-def _searched(fixed: Tensor, moving: Tensor, one: Pass, threads: int, check: Callable[[], None]) -> Tensor:
-    """Return control points of the displacement that a pass finds, consistent in both directions."""
+def _searched(
+    fixed: Tensor, moving: Tensor, one: Pass, counted: bool, threads: int, check: Callable[[], None]
+) -> Tensor:
+    """Return control points of the displacement that a pass finds, consistent in both directions.
+
+    Where ``counted``, the last channel is how much each voxel counts.
+    """
     cells = [_cells(features, one.cell) for features in (fixed, moving)]
-    there, back = (_one_way(a, b, one.reach, threads, check) for a, b in (cells, cells[::-1]))
+    counts: list[Tensor | None] = [None, None]
+    if counted:
+        counts = [features[0, -1] for features in cells]
+        cells = [features[:, :-1] for features in cells]
+    (f, m), (f_counts, m_counts) = cells, counts
+    there = _one_way(f, m, one.reach, f_counts, threads, check)
+    back = _one_way(m, f, one.reach, m_counts, threads, check)
     for _ in range(_CONSISTENT):
         there, back = (
             0.5 * (there - fields.warp(back, there, padding="border")),
@@ -125,14 +140,17 @@ def _cells(features: Tensor, size: int) -> Tensor:
     return F.avg_pool3d(F.pad(features, pad, mode="replicate"), size)
 
 
-def _one_way(fixed: Tensor, moving: Tensor, reach: int, threads: int, check: Callable[[], None]) -> Tensor:
-    """Return the displacement of each cell, (1, 3, a, b, c) cells."""
+def _one_way(
+    fixed: Tensor, moving: Tensor, reach: int, counts: Tensor | None, threads: int, check: Callable[[], None]
+) -> Tensor:
+    """Return the displacement of each cell, (1, 3, a, b, c) cells; counts: (a, b, c)."""
     costs: _Costs
+    counts = fixed.new_ones(fixed.shape[2:]) if counts is None else counts
     module = kernels("registration.search_kernels") if fixed.device.type == "cpu" else None
     if module is not None:
-        costs = CompiledCosts(module, fixed, moving, reach, threads, check)
+        costs = CompiledCosts(module, fixed, moving, reach, counts, threads, check)
     else:
-        costs = TorchCosts(fixed, moving, reach, check)
+        costs = TorchCosts(fixed, moving, reach, counts, check)
     found = costs.best(fixed.new_zeros(1, 3, *fixed.shape[2:]), 0.0)
     for nearness in _NEARNESS:
         check()
@@ -141,7 +159,7 @@ def _one_way(fixed: Tensor, moving: Tensor, reach: int, threads: int, check: Cal
 
 
 class _Costs(Protocol):
-    """How unlike the cells of two images are at every displacement."""
+    """How unlike the cells of two images are at every displacement, times how much each cell counts."""
 
     def best(self, mean: Tensor, nearness: float) -> Tensor:
         """Return the displacement of each cell with the least cost + nearness |displacement - mean|^2.
@@ -158,11 +176,13 @@ class _Costs(Protocol):
 class TorchCosts:
     """The costs by torch, on any device; nothing waits for it."""
 
-    def __init__(self, fixed: Tensor, moving: Tensor, reach: int, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, fixed: Tensor, moving: Tensor, reach: int, counts: Tensor, check: Callable[[], None] = lambda: None
+    ) -> None:
         side = torch.arange(-reach, reach + 1, device=fixed.device, dtype=fixed.dtype)
         self._moves = torch.stack(torch.meshgrid(side, side, side, indexing="ij")).view(3, -1)
         self._squares = self._moves.square().sum(dim=0)[:, None]
-        self.costs = self._compared(fixed, moving, reach, check)  # (displacements, a, b, c)
+        self.costs = self._compared(fixed, moving, reach, counts, check)  # (displacements, a, b, c)
 
     def best(self, mean: Tensor, nearness: float) -> Tensor:
         flat = self.costs.flatten(1)
@@ -171,7 +191,7 @@ class TorchCosts:
         return self._moves[:, torch.add(flat, near, alpha=nearness).argmin(dim=0)].view_as(mean)
 
     @staticmethod
-    def _compared(fixed: Tensor, moving: Tensor, reach: int, check: Callable[[], None]) -> Tensor:
+    def _compared(fixed: Tensor, moving: Tensor, reach: int, counts: Tensor, check: Callable[[], None]) -> Tensor:
         a, b, c = fixed.shape[2:]
         side = 2 * reach + 1
         padded = F.pad(moving, [reach] * 6, mode="replicate")[0]
@@ -181,7 +201,7 @@ class TorchCosts:
             for y in range(side):
                 # (side, channels, a, b, c): all displacements along the last axis at once
                 rows = padded[:, x : x + a, y : y + b].unfold(3, c, 1).movedim(3, 0)
-                costs[x, y] = (rows - fixed).square_().sum(dim=1)
+                costs[x, y] = (rows - fixed).square_().sum(dim=1).mul_(counts)
         flat = costs.view(-1, 1, a, b, c)
         for axis in (2, 3, 4):
             flat = _blurred(flat, axis)
@@ -197,6 +217,7 @@ class CompiledCosts:
         fixed: Tensor,
         moving: Tensor,
         reach: int,
+        counts: Tensor,
         threads: int = 1,
         check: Callable[[], None] = lambda: None,
     ) -> None:
@@ -208,7 +229,8 @@ class CompiledCosts:
         self._shape = cells.shape[:3]
         self.costs = np.empty((*self._shape, (2 * reach + 1) ** 3), np.float32)
         check()
-        self._each(self._shape[0], lambda *slab: module.compare(cells, rows, reach, self.costs, *slab))
+        weights = counts.float().contiguous().numpy()
+        self._each(self._shape[0], lambda *slab: module.compare(cells, rows, weights, reach, self.costs, *slab))
         check()
         self._each(self._shape[1], lambda *slab: module.blur_planes(self.costs, *slab))
 

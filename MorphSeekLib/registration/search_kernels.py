@@ -15,13 +15,14 @@ LANES = 8  # displacements that are compared at once
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def compare(fixed, moving, reach, costs, begin, end):
-    """Write the sums of squared differences at every displacement, blurred along j and k.
+def compare(fixed, moving, counts, reach, costs, begin, end):
+    """Write the sums of squared differences at every displacement, times how much a cell counts, blurred along j and k.
 
     Args:
         fixed: (a, b, c, channels).
         moving: (a + 2 reach, c, channels, (b + 2 reach) (2 reach + 1) + 8), with edge values around it: along the last
             axis the cells' rows, of each the neighbors along k, then eight numbers that do not count.
+        counts: (a, b, c).
         reach: cells along each axis.
         costs: (a, b, c, (2 reach + 1)^3), written.
         begin, end: planes of cells.
@@ -57,7 +58,7 @@ def compare(fixed, moving, reach, costs, begin, end):
                                 e2, e3 = near[n + 2, d] - f2, near[n + 3, d] - f3
                                 line[to + start + lane] += (e0 * e0 + e1 * e1) + (e2 * e2 + e3 * e3)
                 for d in range(area * side):
-                    out[d] = line[d]
+                    out[d] = line[d] * counts[p, q, r]
             _blur(costs[p, :, r], spare)
         for q in range(b):
             _blur(costs[p, q], spare)

@@ -125,6 +125,8 @@ class Volume:
             float32 whatever that is.
         elsewhere: (4, 4) voxel index -> LPS mm, the other place that the file's header states when it states two.
         name: of its file, for messages; "" when it comes from none.
+        counts: (i, j, k) bool, which voxels count in a registration, see
+            :func:`MorphSeekLib.registration.masks.masked`; None: all.
     """
 
     data: Tensor
@@ -133,6 +135,7 @@ class Volume:
     dtype: str = "float32"
     elsewhere: np.ndarray | None = None
     name: str = ""
+    counts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.data.shape) != self.grid.shape:

@@ -77,7 +77,7 @@ def whole_search(device: str) -> Work:
 
 def one_choice(device: str) -> Work:
     """A choice among all displacements."""
-    costs = searching.TorchCosts(*images(device, 4), 1)
+    costs = searching.TorchCosts(*images(device, 4), 1, torch.ones(SHAPE, device=device))
     return lambda: costs.best(torch.zeros(1, 3, *SHAPE, device=device), 0.1)
 
 

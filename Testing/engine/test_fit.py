@@ -52,10 +52,17 @@ def smooth(seed: int, channels: int = 1) -> Tensor:
 
 
 def level(features: float | None = None, dtype: torch.dtype = torch.float32) -> Level:
-    """Two smooth images, of which some blocks do not count."""
+    """Two smooth images, of which some blocks do not count, and some are masked."""
     channels = 1 if features is None else 5
-    counted = torch.rand(POINTS, generator=torch.Generator().manual_seed(2)) > 0.2
-    return Level(smooth(0, channels).to(dtype), smooth(1, channels).to(dtype), counted, features)
+    counted = (torch.rand(POINTS, generator=torch.Generator().manual_seed(2)) > 0.2) & masked()
+    return Level(smooth(0, channels).to(dtype), smooth(1, channels).to(dtype), counted, features, valid=masked())
+
+
+def masked() -> Tensor:
+    """Blocks that a mask leaves."""
+    valid = torch.ones(POINTS, dtype=torch.bool)
+    valid[5:, :6] = False
+    return valid
 
 
 def control(size: float = 1.5, seed: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,24 +81,29 @@ def test_the_gradient_is_that_of_finite_differences(features):
         assert float((gradient * along).sum()) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_value_is_that_of_its_definition():
-    """Block by block, by hand."""
-    one = Level(smooth(0), smooth(1), torch.ones(POINTS, dtype=torch.bool), None, 0.0, 0.0)
+@pytest.mark.parametrize("valid", [None, masked()])
+def test_the_value_is_that_of_its_definition(valid):
+    """Block by block, by hand; windows are over what a mask leaves."""
+    left = torch.ones(POINTS, dtype=torch.bool) if valid is None else valid
+    one = Level(smooth(0), smooth(1), left, None, 0.0, 0.0, valid)
     at = control(0.5)
     warped = fields.warp(one.moving, upsample(at), padding="border")
-    maps = [block_sum(x)[0, 0] for x in (one.fixed, warped, one.fixed**2, warped**2, one.fixed * warped)]
+    maps = [left * block_sum(x)[0, 0] for x in (one.fixed, warped, one.fixed**2, warped**2, one.fixed * warped)]
     value = 0.0
     for i, j, k in np.ndindex(*POINTS):
         window = tuple(slice(max(x - 2, 0), x + 3) for x in (i, j, k))
+        n = 1000 - 8 * int((~left[window]).sum())
+        if n < 200:
+            continue
         f, w, ff, ww, fw = (float(x[window].double().sum()) for x in maps)
-        value -= (fw - f * w / 1000) ** 2 / ((ff - f * f / 1000) * (ww - w * w / 1000) + 1e-3)
+        value -= (fw - f * w / n) ** 2 / ((ff - f * f / n) * (ww - w * w / n) + 1e-3)
     assert float(Objective(one)(at).value) == pytest.approx(value, rel=1e-4)
 
 
 def test_what_is_not_counted_changes_nothing():
     one = level()
     other = Level(
-        torch.where(doubled(one.counted[None, None]), one.fixed, 0.7), one.moving, one.counted, None
+        torch.where(doubled(one.counted[None, None]), one.fixed, 0.7), one.moving, one.counted, None, valid=masked()
     )  # another image where nothing counts
     first, second = (Objective(x)(control()) for x in (one, other))
     torch.testing.assert_close(first.value, second.value)

@@ -61,9 +61,10 @@ def test_the_two_directions_undo_each_other(form):
 @pytest.mark.parametrize(("reach", "channels"), [(2, 6), (1, 4), (3, 1)])
 def test_the_compiled_costs_are_those_of_torch(reach, channels):
     fixed, moving = (smooth_features(seed, (7, 9, 6), channels) for seed in (4, 5))
-    expected = searching.TorchCosts(fixed, moving, reach).costs
+    counts = torch.rand(7, 9, 6)
+    expected = searching.TorchCosts(fixed, moving, reach, counts).costs
     module = kernels("registration.search_kernels")
-    got = torch.from_numpy(searching.CompiledCosts(module, fixed, moving, reach).costs).movedim(3, 0)
+    got = torch.from_numpy(searching.CompiledCosts(module, fixed, moving, reach, counts).costs).movedim(3, 0)
     assert torch.allclose(got, expected, atol=1e-5)
 
 
