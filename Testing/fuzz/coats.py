@@ -138,7 +138,6 @@ class Coat:
         wear: puts it on a pair; returns its particulars for the reader.
         touches: what no other coat of the case may touch.
         loses: it removes information: an error of one voxel of the coarser grid more is right.
-        outside: it makes the head larger or smaller than the model knows: as good as the alignment is right.
         warns: the report must hold a warning.
         refusal: whether the product may or must refuse it, in one sentence.
     """
@@ -147,7 +146,6 @@ class Coat:
     wear: Callable[[np.random.Generator, Pair], str]
     touches: frozenset[str]
     loses: bool = False
-    outside: bool = False
     warns: bool = False
     refusal: Refusal = "never"
 
@@ -259,7 +257,7 @@ def _(g: np.random.Generator, pair: Pair) -> str:
     return f"{which} {i} x {j} x {slices}"
 
 
-@_coat("tiny", "world", outside=True, warns=True)
+@_coat("tiny", "world")
 def _(g: np.random.Generator, pair: Pair) -> str:
     scale = g.choice([1 / 1000, 1 / 20, 1 / 10])
     for dress in (pair.fixed, pair.moving):
@@ -267,7 +265,7 @@ def _(g: np.random.Generator, pair: Pair) -> str:
     return f"1/{1 / scale:.0f} of the size"
 
 
-@_coat("huge", "world", outside=True, warns=True, refusal="may")
+@_coat("huge", "world", refusal="may")
 def _(g: np.random.Generator, pair: Pair) -> str:
     scale = float(g.choice([10, 1000]))
     for dress in (pair.fixed, pair.moving):

@@ -6,9 +6,9 @@ A head and the same head moved by a known map are written to files in other orie
 types, ranges, sizes, with fills, outliers, noise, labels of any value, and damages; several of these at once. Each pair
 goes through ``morphseek register`` in a worker process; a worker that dies counts as a traceback. What is right, and
 what may be refused, is written in verdicts.py and coats.py. Cases depend on the seed and their index alone: ``--only``
-runs some of them again, ``--keep`` leaves their files. The default model has the weights of brain-mr on a working grid
-of 2.5 mm, so that a case takes a few seconds of one core. Prints a line for each case that is neither right nor refused
-and ends with the counts; the exit code is 1 unless every case is right or refused.
+runs some of them again, ``--keep`` leaves their files. Without ``--model`` the command chooses, as for its user: for
+heads of all sizes here no model. A case takes a few seconds of one core. Prints a line for each case that is neither
+right nor refused and ends with the counts; the exit code is 1 unless every case is right or refused.
 
 Needs: pip install -e '.[test,demo]' (nilearn for the head, nibabel and pydicom for the files).
 """
@@ -38,12 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 
 import numpy as np
 from coats import COATS, Coat, Pair, write, write_labels
-from heads import VOXEL, Heads
+from heads import Heads
 from verdicts import Errors, Ran, Stored, Verdict, errors_of, judge
 
 HANG = 600
 """Seconds after which a case counts as hung; only ends a hang, far above any machine's time for a case."""
-MODEL = "brain-mr"
 
 
 @dataclass(frozen=True)
@@ -110,14 +109,16 @@ def store(case: Case, seed: int, heads: Heads, folder: Path) -> Stored:
     return Stored(*images, *labels)
 
 
-def run_register(stored: Stored, output: Path, model: str) -> Ran:
+def run_register(stored: Stored, output: Path, model: str | None) -> Ran:
     """Call ``morphseek register`` in this process and note the alignment that it found."""
     from typer.testing import CliRunner
 
     from MorphSeekLib.app.cli import app
     from MorphSeekLib.registration import pipeline as registration
 
-    arguments = ["register", stored.fixed.path, stored.moving.path, "-o", output, "--model", model, "--no-inverse"]
+    arguments = ["register", stored.fixed.path, stored.moving.path, "-o", output, "--no-inverse"]
+    if model is not None:
+        arguments += ["--model", model]
     if stored.fixed_labels is not None:
         arguments += ["--fixed-labels", stored.fixed_labels.path, "--moving-labels", stored.moving_labels.path]
     starts = []
@@ -144,7 +145,7 @@ def run_register(stored: Stored, output: Path, model: str) -> Ran:
 class Worker:
     """What runs in a worker process: one case after another."""
 
-    def __init__(self, folder: Path, seed: int, model: str, keep: Path | None) -> None:
+    def __init__(self, folder: Path, seed: int, model: str | None, keep: Path | None) -> None:
         import SimpleITK as sitk
         import torch
 
@@ -262,14 +263,14 @@ def fuzz(
         indices: of the cases.
         seed: of the base pair and all cases.
         jobs: how many processes work at once.
-        model: name or file; None for the weights of brain-mr on a coarse working grid.
+        model: name or file; None: the command's default.
         keep: a folder for the files of the cases; None: they are removed.
     """
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name)
         heads = Heads.make(seed)
         heads.save(folder)
-        arguments = (folder, seed, model or str(_coarse_model(folder / "model.safetensors")), keep)
+        arguments = (folder, seed, model, keep)
         hands = [Hand(*arguments) for _ in range(min(jobs, len(indices)))]
         free = list(hands)
 
@@ -304,17 +305,6 @@ def failed(result: Result) -> bool:
     return result.verdict.outcome not in ("right", "refused")
 
 
-def _coarse_model(path: Path) -> Path:
-    """Write brain-mr's weights with a working grid of the undressed images' voxels."""
-    from MorphSeekLib.networks.loading import load_model
-    from MorphSeekLib.networks.model_file import save
-
-    loaded = load_model(MODEL, "cpu")
-    preprocessing = dataclasses.replace(loaded.card.preprocessing, spacing=(VOXEL,) * 3, shape=None)
-    save(path, loaded.network, dataclasses.replace(loaded.card, preprocessing=preprocessing))
-    return path
-
-
 def _prints(folder: Path) -> dict[str, str]:
     """Check sums of all files in a folder."""
     return {str(p): hashlib.sha1(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -328,7 +318,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="how many processes (default 2)")
     parser.add_argument("--only", type=int, nargs="+", metavar="INDEX", help="only these cases")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the files of the cases there")
-    parser.add_argument("--model", help="a model's name or file (default: brain-mr on a coarse working grid)")
+    parser.add_argument("--model", help="a model's name or file (default: the command's own)")
     parser.add_argument("--verbose", action="store_true", help="print a line for every case")
     options = parser.parse_args()
     results = []

@@ -176,16 +176,17 @@ def _wrong_errors(ran: Ran, stored: Stored, coats: list[Coat], heads: Heads, bas
         raise ValueError(f"Only {seen.sum()} points of the head lie in both images; the coats cut too much.")
     warped, aligned = errors.warped[seen].mean(), errors.aligned[seen].mean()
     undressed, base_aligned = base.warped[seen].mean(), base.aligned[seen].mean()
-    loses, outside = any(c.loses for c in coats), any(c.outside for c in coats)
+    loses = any(c.loses for c in coats)
     voxel = max(w.grid.spacing.max() for w in (stored.fixed, stored.moving)) / stored.scale
-    bound = (base_aligned if outside else undressed) + TOLERANCE + (voxel if loses else 0.0)
+    goal = undressed
+    if any(w.outline for w in (stored.fixed, stored.moving)):  # nothing tells a better inside from a worse one
+        warped, goal = aligned, base_aligned
+    bound = goal + TOLERANCE + (voxel if loses else 0.0)
     reasons = []
-    if any(w.outline for w in (stored.fixed, stored.moving)):  # no measure tells a better inside from a worse one
-        warped = aligned
     if not warped <= bound:
         words = f"undressed {undressed:.2f} mm, alone aligned {base_aligned:.2f} mm"
         reasons.append(f"error {warped:.2f} mm (aligned {aligned:.2f} mm) is above {bound:.2f} mm ({words})")
-    if (loses or outside) and not warped <= aligned + TOLERANCE:
+    if loses and not warped <= aligned + TOLERANCE:
         reasons.append(f"error {warped:.2f} mm is above the alignment's {aligned:.2f} mm")
     return reasons
 
