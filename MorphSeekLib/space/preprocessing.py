@@ -17,6 +17,7 @@ from .geometry import Grid, Volume, covering_grid
 
 HOUNSFIELD = (-1000.0, 600.0)
 """What CT is seen by without a model: from air to bone."""
+_FAT = -200.0  # Hounsfield units, or a little less
 _SEED = 1
 _LEAST_SHARE = 0.01  # of the voxels, that make a value the background though it is not the least
 _MOST_CLIPPED = 0.1  # of the foreground, that the lower percentile may take with it
@@ -111,7 +112,8 @@ def general(*images: Tensor) -> Preprocessing:
     """Return how images reach search and fit: CT by a window, others from their background to a percentile.
 
     A lower percentile would take what is dark in the object for background, such as the white matter of a T2 image.
-    Images are taken for CT if each reaches far below zero, as air does, and shows tissue of a usual density.
+    Images are taken for CT if each reaches far below zero, as air does, and shows tissue, from fat on, of a usual
+    density.
     """
     window = Preprocessing(intensity="window", low=HOUNSFIELD[0], high=HOUNSFIELD[1])
     return window if all(_is_ct(sampled(image)) for image in images) else Preprocessing(low=0.0)
@@ -120,8 +122,8 @@ def general(*images: Tensor) -> Preprocessing:
 def _is_ct(values: Tensor) -> bool:
     """Return whether values may be Hounsfield units."""
     tissue = values[values > HOUNSFIELD[0]]
-    least = float(values.float().quantile(0.01))
-    return least < HOUNSFIELD[0] / 2 and tissue.numel() > 0 and float(tissue.median()) < HOUNSFIELD[1]
+    least, most = values.float().quantile(torch.tensor([0.01, 0.99], device=values.device)).tolist()
+    return least < HOUNSFIELD[0] / 2 and most > _FAT and float(tissue.median()) < HOUNSFIELD[1]
 
 
 def sampled(values: Tensor, count: int = 250_000) -> Tensor:
@@ -142,8 +144,9 @@ def background_of(values: Tensor) -> float:
     """Return the value of the background: foreground is what is brighter.
 
     It is the most frequent value that has at most half as many voxels below it as it holds itself, and no more below
-    than above: exact black, even where a few voxels are darker yet. An image without such a value has its minimum for
-    it, which leaves out next to nothing.
+    than above: exact black, even where a few voxels are darker yet. There may be more below if it is one value, farther
+    down than twice what the image is brighter: what lies outside of a field of view was filled with it. An image
+    without such a value has its minimum for it, which leaves out next to nothing.
 
     Args:
         values: of an image or a sample of it, any shape.
@@ -151,7 +154,9 @@ def background_of(values: Tensor) -> float:
     value, count = torch.unique(values, return_counts=True)
     below = count.cumsum(0) - count
     above = values.numel() - below - count
-    fits = (count >= 2 * below) & (above >= below) & (count >= _LEAST_SHARE * values.numel())
+    brighter = values.float().quantile(0.995) - value
+    filled = (value - value[0] > 2 * brighter) & (below <= 1.02 * count[0]) & (above >= _LEAST_SHARE * values.numel())
+    fits = (count >= 2 * below) & ((above >= below) | filled) & (count >= _LEAST_SHARE * values.numel())
     return float(value[torch.where(fits, count, -1).argmax()]) if bool(fits.any()) else float(value[0])
 
 

@@ -10,7 +10,15 @@ from cases import blob_grid, blob_image, blob_labels
 from MorphSeekLib.io.images import read_image
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.space.geometry import Grid, Volume
-from MorphSeekLib.space.preprocessing import Preprocessing, background_of, foreground_of, normalize, normalized, sampled
+from MorphSeekLib.space.preprocessing import (
+    Preprocessing,
+    background_of,
+    foreground_of,
+    general,
+    normalize,
+    normalized,
+    sampled,
+)
 
 
 @pytest.fixture
@@ -64,6 +72,14 @@ def test_the_background_is_the_black_around_an_object_even_below_it_lie_a_few_vo
     assert torch.equal(foreground_of(image), image > 0)
 
 
+def test_a_fill_far_darker_than_air_is_not_the_background_though_there_is_more_of_it_than_of_the_object(image):
+    clean = normalize(image, Preprocessing())
+    image[:10] = -2000
+    assert float((image < 0).float().mean()) > float((image > 0).float().mean())
+    assert background_of(image) == 0
+    torch.testing.assert_close(normalize(image, Preprocessing()), clean, atol=1e-3, rtol=0)
+
+
 def test_white_around_an_object_is_not_its_background(image):
     white = 255 - image
     assert background_of(white) == float(white.min())
@@ -91,6 +107,13 @@ def test_what_is_constant_then_is_refused_in_one_sentence():
     constant = Volume(torch.full((4, 4, 4), 3.0), grid)
     with pytest.raises(MorphSeekError, match=r"^scan\.nii has intensities from 3 to 3, but .*one value"):
         normalized(constant, Preprocessing(), "scan.nii")
+
+
+def test_ct_is_told_by_its_air_and_its_tissue(image):
+    ct = torch.where(image > 0, image - 100, -1000.0)  # 0 to 100 Hounsfield units
+    assert general(ct, ct).intensity == "window"
+    for other in (image, ct / 1e4 - 997, ct - 1000, ct + 1000, 20 * ct):
+        assert general(ct, other).intensity == "percentile"
 
 
 def test_a_ct_with_shifted_values_is_refused_where_the_model_sees_a_window(shared):
