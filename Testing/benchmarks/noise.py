@@ -1,13 +1,15 @@
 """What faint noise and shading do to a registration: Dice over the brain pairs, by arm and seed.
 
-    python Testing/benchmarks/noise.py [--shared ../shared] [--model brain-mr] [--pairs N] [--seeds 0 1 2]
+    python Testing/benchmarks/noise.py [--shared ../shared] [--model auto] [--pairs N] [--seeds 0 1 2]
         [--arms ARM ...] [--out FILE]
 
 Noise is Rician (Gudbjartsson and Patz, 1995), sigma 1 % of the image's range, over the whole image, air included;
 bias is a smooth field from 0.8 to 1.2 by which the image is multiplied. Either is put on the fixed image, the moving
-image or both, and the pair is registered as a user would, alignment included; "unaligned" is without it. Noise and
-field follow from seed, pair and side alone. Every row is written when it is known, and rows that the file already holds
-for these weights are not measured again; delete the file after a change to the code.
+image or both, and the pair is registered as a user would, alignment included; "unaligned" is without it. "auto" is what
+the command does without options, which is no model for brains; "none" and a model's name choose. Noise and field follow
+from seed, pair and side alone. Every row is written when it is known, and rows that the file already holds for this
+model are not measured again; delete the file after a change to the code. results/noise.json is of brain-mr's network
+alone, before registrations had stages; it is not measured again.
 
 Dice: the mean over labels, nearest-neighbor warped, after the alignment and after the registration.
 """
@@ -15,6 +17,7 @@ Dice: the mean over labels, nearest-neighbor warped, after the alignment and aft
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -23,8 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from MorphSeekLib.data.datasets import Pair, load_dataset, read_pair
-from MorphSeekLib.networks.loading import LoadedModel, load_model
+from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import software, write_atomically
+from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.startup import AUTO, NO_MODEL
+from MorphSeekLib.registration.choice import chosen_model
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.geometry import Volume
 
@@ -33,13 +39,16 @@ SIGMA = 0.01  # of the image's range
 BIAS = (0.8, 1.2)
 SIDES = ("fixed", "moving")
 SOME = {"fixed": ("fixed",), "moving": ("moving",), "both": SIDES}
-ARMS: dict[str, tuple[str, tuple[str, ...], str | None]] = {
-    "clean": ("nothing", (), None),
-    **{f"noise {name}": ("noise", sides, None) for name, sides in SOME.items()},
-    **{f"bias {name}": ("bias", sides, None) for name, sides in SOME.items()},
+ARMS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "clean": ("nothing", (), "auto"),
+    **{f"noise {name}": ("noise", sides, "auto") for name, sides in SOME.items()},
+    **{f"bias {name}": ("bias", sides, "auto") for name, sides in SOME.items()},
     "noise both unaligned": ("noise", SIDES, "none"),
 }
-"""Name -> what is done, to which images, and the alignment (None: what the model's card says)."""
+"""Name -> what is done, to which images, and the alignment (auto: as the command chooses)."""
+
+
+loaded_once = functools.cache(load_model)
 
 
 def noisy(image: Volume, generator: torch.Generator) -> Volume:
@@ -57,7 +66,7 @@ def shaded(image: Volume, generator: torch.Generator) -> Volume:
     return Volume(image.data * (BIAS[0] + (BIAS[1] - BIAS[0]) * field), image.grid)
 
 
-def measure(pair: Pair, number: int, arm: str, seed: int, model: LoadedModel) -> dict:
+def measure(pair: Pair, number: int, arm: str, seed: int, model: str) -> dict:
     """Return the row of one pair, arm and seed."""
     change, sides, align = ARMS[arm]
     (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
@@ -65,8 +74,11 @@ def measure(pair: Pair, number: int, arm: str, seed: int, model: LoadedModel) ->
     for side in sides:
         generator = torch.Generator().manual_seed(1000 * seed + 2 * number + SIDES.index(side))
         images[side] = {"noise": noisy, "bias": shaded}[change](images[side], generator)
-    labels = {"fixed_labels": fixed_labels, "moving_labels": moving_labels}
-    dice = register(**images, model=model, align=align, inverse=False, **labels).report["dice"]["mean"]
+    loaded, device, _ = chosen_model(model, list(images.values()), "cpu", load=loaded_once)
+    options = RegistrationOptions(align=align, inverse=False)
+    labels = fixed_labels, moving_labels
+    found = register(images["fixed"], images["moving"], loaded, options, labels=labels, device=device)
+    dice = found.report["dice"]["mean"]
     names = {"fixed": pair.fixed.image.name, "moving": pair.moving.image.name}
     return {"arm": arm, "seed": seed, **names, **{stage: round(dice[stage], 5) for stage in ("aligned", "warped")}}
 
@@ -98,17 +110,18 @@ def main() -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--model", default="brain-mr")
+    parser.add_argument("--model", default="auto", help="auto (default), none, or a model's name or file")
     parser.add_argument("--split", default="registration_test")
     parser.add_argument("--pairs", type=int, help="only the first so many (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--out", type=Path, default=ROOT / "Testing/benchmarks/results/noise.json")
+    parser.add_argument("--out", type=Path, help="default: noise-MODEL.json beside the other results")
     options = parser.parse_args()
-    model = load_model(options.model, "cpu")
+    out = options.out or ROOT / f"Testing/benchmarks/results/noise-{Path(options.model).stem}.json"
+    sha256 = None if options.model in (AUTO, NO_MODEL) else load_model(options.model, "cpu").sha256
     pairs = load_dataset(options.shared / "data/brain_oasis/dataset.json").split(options.split)[: options.pairs]
-    about = {"name": model.name, "sha256": model.sha256, "split": options.split}
-    before = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    about = {"name": Path(options.model).stem, "sha256": sha256, "split": options.split}
+    before = json.loads(out.read_text()) if out.is_file() else {}
     rows = before["rows"] if before.get("model") == about else []
     known = {(row["arm"], row["seed"], row["fixed"], row["moving"]) for row in rows}
     for seed in options.seeds:
@@ -118,9 +131,9 @@ def main() -> None:
             for number, pair in enumerate(pairs):
                 if (arm, seed, pair.fixed.image.name, pair.moving.image.name) in known:
                     continue
-                rows.append(measure(pair, number, arm, seed, model))
+                rows.append(measure(pair, number, arm, seed, options.model))
                 print(rows[-1], flush=True)
-                write_atomically(options.out, (json.dumps(report(rows, about), indent=1) + "\n").encode())
+                write_atomically(out, (json.dumps(report(rows, about), indent=1) + "\n").encode())
     print(f"{'arm':<22}{'rows':>5}{'aligned':>9}{'Dice':>8}   by seed")
     for row in table(rows):
         by_seed = "  ".join(f"{k}: {v:.4f}" for k, v in row["by_seed"].items())

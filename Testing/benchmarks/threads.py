@@ -1,6 +1,6 @@
 """What it costs and saves that waiting threads sleep (OMP_WAIT_POLICY=passive), on a quiet and on a busy machine.
 
-    python Testing/benchmarks/threads.py [--pair FIXED MOVING] [--model brain-mr] [--rounds 3] [--out FILE.json]
+    python Testing/benchmarks/threads.py [--pair FIXED MOVING] [--model auto] [--rounds 3] [--out FILE.json]
     python Testing/benchmarks/threads.py --small    # tiny synthetic pair: only shows that the script works
 
 `morphseek register` runs as a process with all threads, in turn
@@ -53,19 +53,18 @@ def main() -> None:
     """Measure in turn and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", nargs=2, type=Path, metavar=("FIXED", "MOVING"), help="default: the demo's pair")
-    parser.add_argument("--model", default="brain-mr")
+    parser.add_argument("--model", default="auto", help="as for the command; default: auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--active", action="store_true", help="also measure OMP_WAIT_POLICY=active")
-    parser.add_argument("--small", action="store_true", help="a tiny synthetic pair and model")
+    parser.add_argument("--small", action="store_true", help="a tiny synthetic pair")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     options = parser.parse_args()
     modes = [mode for mode in PROGRAMS if mode != "active" or options.active]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        pair, model = options.pair or make_pair(folder, options.small), options.model
-        if options.small:
-            model = str(folder / "model.safetensors")
-        arguments = ["register", *map(str, pair), "--model", model, "--device", "cpu", "-o", str(folder / "out")]
+        pair = options.pair or make_pair(folder, options.small)
+        arguments = ["register", *map(str, pair), "--model", options.model, "--device", "cpu"]
+        arguments += ["-o", str(folder / "out")]
         once("passive", arguments)  # reads the files into the system's memory
         figures = {"cores": os.cpu_count(), "rounds": options.rounds, "load_before": os.getloadavg()[0]}
         figures["quiet"] = measure(modes, arguments, options.rounds)
@@ -120,14 +119,12 @@ def load() -> Iterator[None]:
 
 
 def make_pair(folder: Path, small: bool) -> list[Path]:
-    """The demo's template and its known deformation, or two blobs and a random model, as files."""
+    """The demo's template and its known deformation, or two blobs, as files."""
     from MorphSeekLib.io.images import write_image
 
     if small:
         from cases import blob_grid, blob_image, blob_labels
-        from test_registration import random_model
 
-        random_model(folder / "model.safetensors")
         volumes = [blob_image(blob_labels(seed, blob_grid()), seed) for seed in (0, 1)]
     else:
         from MorphSeekLib.app.demo import deformed, template
