@@ -104,6 +104,21 @@ def small_foreground(voxels: int) -> list[Notice]:
     return [Notice("small-foreground", words)]
 
 
+def nothing_to_judge(counted: Tensor) -> list[Notice]:
+    """Warn of images of which nothing can be compared.
+
+    Args:
+        counted: bool, any shape: which blocks of voxels count, see :class:`.pyramid.Coarse`.
+    """
+    if bool(counted.any()):
+        return []
+    words = (
+        "The images lie together in so thin a part that nothing in it can be compared: no similarity is known, and no "
+        "result is better than the alignment. Give an image with more or thicker slices."
+    )
+    return [Notice("not-judged", words)]
+
+
 def few_values(image: Tensor, name: str) -> list[Notice]:
     """Warn of an image that shows hardly more than an outline.
 

@@ -246,6 +246,7 @@ class Pair:
         self.shown = foreground[None, None].to(self.device)
         self.judge = Judge(self.coarse, self.similarity)
         self.notices += guards.small_foreground(int(self.shown.sum()))
+        self.notices += guards.nothing_to_judge(self.coarse.counted)
         if self.masks:
             check_seen(8 * int(self.coarse.counted.sum()))
         for volume, role in zip(self.known, ("The fixed image", "The moving image"), strict=True):

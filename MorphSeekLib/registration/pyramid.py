@@ -34,7 +34,9 @@ from .objective import SHOWN, Level, Objective
 COARSEST = 2
 """The level on which results are judged: voxels are 2^2 times as long as those of level 0 ..."""
 _LEAST = 16
-"""... but for images that would have fewer voxels than this along an axis there."""
+"""... but for fixed images that would have fewer voxels than this along an axis there ..."""
+_ACROSS = 4
+"""... and moving ones that would be thinner than so many: a block of two that they see wholly may not lie in them."""
 MOST_VOXELS = 20_000_000
 """The most on level 0."""
 _UNEVEN = 2.0  # times longer than the shortest, an edge of a voxel is divided
@@ -119,7 +121,12 @@ class Coarse:
             counts: (i, j, k) bool, which voxels of the moving image count; None for all.
         """
         fixed, seen, level = crop.image, crop.seen.float(), 0
-        while level < COARSEST and min(fixed.shape[2:]) >= 2 * _LEAST:
+        longest = (moving.grid.spacing * moving.grid.shape).min() / _ACROSS
+        while (
+            level < COARSEST
+            and min(fixed.shape[2:]) >= 2 * _LEAST
+            and 2 ** (level + 1) * crop.grid.spacing.max() <= longest
+        ):
             fixed, seen, level = halved(fixed), halved(seen), level + 1
         grid = level_grid(crop.grid, level)
         averaged = _averaged(moving, grid)

@@ -18,13 +18,14 @@ from MorphSeekLib.networks.model_file import Card
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.report import CellsSection, DiceSection, FitSection, FoldingSection, Report
 from MorphSeekLib.protocol.startup import MAX_STEPS
 from MorphSeekLib.registration.guards import few_values
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.report.results import FILES, write_results
 from MorphSeekLib.space.fields import jacobian_determinant
-from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine, voxel_displacement
+from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine, resample, voxel_displacement
 from MorphSeekLib.space.preprocessing import Preprocessing, normalize
 
 TILTED = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, -1.0]])  # oblique and left-handed
@@ -418,6 +419,16 @@ def test_what_covers_a_few_voxels_of_the_working_grid_is_named(pair, tmp_path):
     model = random_model(tmp_path / "model.safetensors", shape=(16, 16, 16))
     report = register(resized(pair[0], 0.01), resized(pair[1], 0.01), model, steps_only(inverse=False)).report
     assert "small-foreground" in [warning["code"] for warning in report["warnings"]]
+
+
+@pytest.mark.parametrize(("thickness", "judged"), [(3.0, True), (0.5, False)])
+def test_a_stretch_of_thin_slices_is_judged_or_said_not_to_be(thickness, judged):
+    image = blob_image(blob_labels(0, blob_grid((64, 64, 64), (2.0, 2.0, 2.0))), 0)
+    slices = resample(image, blob_grid((64, 64, 4), (2.0, 2.0, thickness)))
+    options = RegistrationOptions(align="none", search="off", fit="off", inverse=False)
+    report = register(image, slices, None, options).report
+    assert report["similarity"]["aligned"] == pytest.approx(1.0 if judged else 0.0, abs=0.1)
+    assert ("not-judged" in {warning["code"] for warning in report["warnings"]}) != judged
 
 
 def test_an_alignment_that_lowers_similarity_or_dice_is_said(pair, model):
