@@ -6,6 +6,7 @@ only the volume that shows the stages is added to the scene, and it is removed a
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ import slicer.util
 import vtk
 
 from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.settings import to_dict
 from MorphSeekLib.protocol.startup import AUTO, NO_MODEL
 from MorphSeekLib.protocol.verdict import folds
 
@@ -28,7 +30,7 @@ from .panel import Panel
 from .parameters import MAX_STEPS, Fit, Preset, chosen_options, has_named_model
 from .registration import Request, Run, prepare
 from .remaining_time import RemainingTime, duration
-from .scene import Image, InputError, RegistrationNodes, _, put_into_folder
+from .scene import Image, InputError, RegistrationNodes, _, put_into_folder, size_of
 from .stages import LiveStages, stage_names
 from .steps import Steps
 from .views import SliceViews
@@ -63,7 +65,9 @@ class RegisterPanel(Panel):
         self._hello = None
         self._time: RemainingTime | None = None  # while something runs that nobody has cancelled
         self._expected = ExpectedTime(slicer.util.settingsValue(TIMES, ""))
-        self._learns: tuple[str, int] | None = None  # what the time of the run is of
+        self._estimates: dict[str, dict[str, float]] = {}  # the engine's, by what it was asked; {} where it had none
+        self._asked = None  # what it is asked now, and the request
+        self._learns: tuple[str, int, float | None] | None = None  # what the time of the run is of, and the estimate
         self._message = ""  # the engine's last
         self._which_model = ""  # what the engine said of the model that it chose
         self._steps: Steps | None = None
@@ -238,7 +242,11 @@ class RegisterPanel(Panel):
                 self._drop_steps()
                 self._steps = Steps(p.fixedVolume, p.movingVolume)
             self._live = LiveStages(state["figures"] if state is not None else ())
-            self._learns = (self._choice(p.preset), self._voxels()) if state is None else None
+            self._learns = None
+            if state is None:
+                estimate = self._estimates.get(self._question(), {}).get(p.preset.value)
+                self._learns = self._choice(p.preset), self._voxels(), estimate
+            self._stop_asking()
             self._before, self._ending = SliceViews(slicer.mrmlScene), ""
             self._what_runs = self._what()
             self._run = Run(job, self.logic.client(), self._hear, self._picture)
@@ -255,11 +263,13 @@ class RegisterPanel(Panel):
         client.poll()
         if self._hello is not None and self._hello.done:
             self._finish_hello()
+        if self._asked is not None and self._asked[1].done:
+            self._finish_asking()
         if self._run is not None and self._run.poll():
             self._finish()
         else:
             self._say_how_far()
-        if self._run is None and self._hello is None:
+        if self._run is None and self._hello is None and self._asked is None:
             self._timer.stop()
 
     def _hear(self, message: dict) -> None:
@@ -335,7 +345,8 @@ class RegisterPanel(Panel):
             ui.moreButton.toolTip = _("Take one more step from this result; its nodes are updated.")
         seconds = (report.get("seconds") or {}).get("total")
         if self._learns is not None and seconds is not None:
-            self._expected.learn(*self._learns, seconds)
+            choice, voxels, estimate = self._learns
+            self._expected.learn(choice, voxels, seconds, estimate)
             qt.QSettings().setValue(TIMES, self._expected.to_text())
         for function in self.on_result:
             function(nodes)
@@ -389,13 +400,15 @@ class RegisterPanel(Panel):
         return _("A model that is chosen by the images takes the steps it was trained with; choose one to change them.")
 
     def _show_expected_time(self) -> None:
-        """Show how long each preset will take, as far as earlier runs tell."""
-        times = []
-        for preset in Preset if self._parameters is not None else ():
-            seconds, voxels = None, self._voxels()
-            if voxels:
-                seconds = self._expected.seconds(self._choice(preset), voxels)
-            times.append((preset.label(), seconds))
+        """Show how long each preset will take, as earlier runs tell, and where there are none the engine."""
+        voxels = self._voxels() if self._parameters is not None else 0
+        known = {preset: self._expected.seconds(self._choice(preset), voxels) for preset in Preset} if voxels else {}
+        if None in known.values():
+            estimates = self._ask_time(self._question())
+            for preset in [preset for preset, seconds in known.items() if seconds is None]:
+                if preset.value in estimates:
+                    known[preset] = self._expected.corrected(estimates[preset.value])
+        times = [(preset.label(), seconds) for preset, seconds in known.items()]
         if all(seconds is None for _preset, seconds in times):
             self.ui.expectedTimeLabel.text = _("no estimate yet")
             return
@@ -405,6 +418,46 @@ class RegisterPanel(Panel):
             else _("{preset}: about {time}").format(preset=preset, time=duration(max(1, round(seconds))))
             for preset, seconds in times
         )
+
+    def _ask_time(self, question: str) -> dict[str, float]:
+        """Return the engine's estimates by preset, as soon as there are some: it is asked without waiting."""
+        if question and question not in self._estimates and self._devices and self._run is None:
+            if self._asked is not None and self._asked[0] != question:
+                self._stop_asking()
+            if self._asked is None:
+                try:
+                    self._asked = question, self.logic.client().request("expect", json.loads(question))
+                except EngineError:
+                    return {}
+                self._timer.start()
+        return self._estimates.get(question, {})
+
+    def _question(self) -> str:
+        """Return what the engine is asked for the time of each preset; "" where a volume cannot be used."""
+        p = self._parameters
+        try:
+            size = size_of(p.fixedVolume)
+        except InputError:
+            return ""
+        options = replace(chosen_options(p), preset=Preset.BEST.value)
+        chosen = {"model": p.model, "device": p.device, "threads": self.ui.threadsSpinBox.value or None}
+        return json.dumps({**chosen, "options": to_dict(options), "fixed": size})
+
+    def _stop_asking(self) -> None:
+        """Leave the engine to more important work."""
+        if self._asked is not None:
+            self.logic.client().cancel(self._asked[1])
+            self._asked = None
+
+    def _finish_asking(self) -> None:
+        (question, request), self._asked = self._asked, None
+        try:
+            self._estimates[question] = request.value()["seconds"]
+        except EngineCancelled:
+            return
+        except EngineError:
+            self._estimates[question] = {}
+        self._show_expected_time()
 
     def _choice(self, preset: Preset) -> str:
         """Return what the time of a registration depends on, but for the size of the volumes."""
@@ -549,6 +602,7 @@ class RegisterPanel(Panel):
             self._fail(sentence(problem), problem.details)
             return
         self._show_devices(self._devices)
+        self._update()
 
     def _show_devices(self, devices: list[dict]) -> None:
         selector = self.ui.deviceSelector

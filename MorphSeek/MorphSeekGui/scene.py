@@ -41,6 +41,7 @@ FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
 REPORT = "MorphSeek.Report"
 LABEL_TAG = "MorphSeek.Label"  # of a warped segment: the value that it had in the engine
 _ROLES = ("fixed", "moving", "warped", "jacobian", "folding", "inverse", "aligned", "warped_labels")
+_FEW, _SHOWN = 48, 0.02  # voxels along an axis that are looked at; share of the values above which one is shown
 _OPTIONAL = ("inverse", "aligned", "warped_labels")
 # an initial transform is sampled on at most about this many points of the fixed grid (a 1 mm head has seven million)
 _MOST_SAMPLES = 8_000_000
@@ -139,6 +140,21 @@ def read_volume(node, space=None) -> Image:
     """
     array = voxels(node)
     return Image(array, FLIP @ matrix_to_space(node, space) @ ijk_to_ras(node))
+
+
+def size_of(node) -> dict[str, object]:
+    """Return the ``shape`` of a scalar volume, its ``affine`` (voxel -> LPS mm) and the share ``shown`` of each axis
+    that the box around what it shows takes, by every few voxels.
+
+    Raises:
+        InputError: as :func:`read_volume`.
+    """
+    image = read_volume(node)
+    few = image.array[tuple(slice(None, None, max(1, n // _FEW)) for n in image.array.shape)].astype(np.float32)
+    low, high = np.percentile(few, [0, 99])
+    places = np.argwhere(few > low + _SHOWN * (high - low))
+    shown = (np.ptp(places, axis=0) + 1) / few.shape if len(places) else np.ones(3)
+    return {"shape": list(image.array.shape), "affine": image.affine.tolist(), "shown": shown.tolist()}
 
 
 def file_of(node) -> dict[str, str]:

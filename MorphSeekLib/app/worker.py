@@ -2,8 +2,8 @@
 
     python -m MorphSeekLib.app.worker
 
-Requests: hello, load, info, register, apply, check, export, shutdown. Notifications out: progress. Notification in:
-cancel.
+Requests: hello, load, info, register, expect, apply, check, export, shutdown. Notifications out: progress.
+Notification in: cancel.
 Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
 ``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A model is
 loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever the libraries
@@ -12,11 +12,13 @@ print goes to stderr, so that stdout holds the protocol alone.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
 import os
 import queue
+import subprocess
 import sys
 import threading
 import time
@@ -55,10 +57,11 @@ from ..protocol.messages import (
     StartReference,
     StateReference,
 )
-from ..protocol.options import RegistrationOptions
+from ..protocol.options import PRESETS, RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.version import __version__
 from ..registration.choice import chosen_model
+from ..registration.expected import Pace, Sizes, expected_seconds, measure, network_pace
 from ..registration.landmarks import measure_landmarks
 from ..registration.masks import masked
 from ..registration.pair import State
@@ -78,21 +81,29 @@ class _InvalidParamsError(Exception):
 
 
 class Worker:
-    """Answers one request after another; a reader thread takes in cancellations meanwhile."""
+    """Answers one request after another; a reader thread takes in cancellations meanwhile.
 
-    def __init__(self, source: TextIO, sink: TextIO) -> None:
-        self.source, self.sink = source, sink
+    Args:
+        source, sink: of the messages.
+        compiling: the process that compiles kernels for this one, if there is one.
+    """
+
+    def __init__(self, source: TextIO, sink: TextIO, compiling: subprocess.Popen | None = None) -> None:
+        self.source, self.sink, self.compiling = source, sink, compiling
         self.inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.cancelled: set[Any] = set()
         self.waiting: set[Any] = set()  # requests that have not begun
         self.beginning = threading.Lock()
         self.writing = threading.Lock()
         self.models: dict[tuple, LoadedModel] = {}
+        self.paces: dict[tuple, Pace] = {}
+        self.steps: dict[tuple, float] = {}  # seconds of a network's step, for each voxel
         self.methods: dict[str, Callable[[Any, Params], Mapping[str, object]]] = {
             "hello": self.hello,
             "load": self.load,
             "info": self.info,
             "register": self.register,
+            "expect": self.expect,
             "apply": self.apply,
             "export": self.export,
             "check": self.check,
@@ -220,6 +231,33 @@ class Worker:
         )
         warnings = [vars(notice) for notice in found.notices]
         return {"volume": _reference(found, Path(_get(params, "output", str))), "warnings": warnings}
+
+    def expect(self, number: Any, params: Params) -> Answer:
+        """Return the ``seconds`` that a registration will take by each preset. Takes what "register" takes, but of the
+        images the ``shape`` and ``affine`` of the fixed one, and the share ``shown`` of each axis that the box around
+        what it shows takes. The first time the device is measured, for a second or two."""
+        options, fixed, job = _options(params), _get(params, "fixed", dict), self._job(number)
+        grid = _grid(tuple(_get(fixed, "shape", list)), fixed, "fixed")
+        sizes = Sizes(grid, tuple(_get(fixed, "shown", list)))
+        model, device, _ = self._model(_get(params, "model", str), _get(params, "device", str, "auto"), ())
+        pace, step = self._pace(device, model, job)
+        by_preset = {preset: dataclasses.replace(options, preset=preset) for preset in PRESETS}
+        return {"seconds": {k: expected_seconds(pace, sizes, own, model, step) for k, own in by_preset.items()}}
+
+    def _pace(self, device: torch.device, model: LoadedModel | None, job: Job) -> tuple[Pace, float]:
+        """Return the pace of a device, and of a network's steps on it; each is measured once."""
+        here = (str(device), torch.get_num_threads())
+        if here not in self.paces:
+            while self.compiling is not None and self.compiling.poll() is None:
+                job.check()
+                time.sleep(0.1)
+            self.paces[here] = measure(device, job)
+        if model is None:
+            return self.paces[here], 0.0
+        key = (*here, model.sha256)
+        if key not in self.steps:
+            self.steps[key] = network_pace(model, job)
+        return self.paces[here], self.steps[key]
 
     def export(self, number: Any, params: Params) -> Answer:
         """Write files of an earlier registration into a folder of the user's. Takes the references that
@@ -525,8 +563,7 @@ def main() -> None:
     os.dup2(2, 1)  # a library's print goes to the log
     sys.stdout = sys.stderr
     source = os.fdopen(os.dup(0), encoding="utf-8", errors="replace")
-    compile_ahead()
-    Worker(source, sink).serve()
+    Worker(source, sink, compile_ahead()).serve()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from .startup import check_alignment, check_iterations, check_steps
 Similarity = Literal["lncc", "mse", "mind"]
 """What compares two images: local correlation, squared differences, or MIND-SSC features (two modalities)."""
 Preset = Literal["fast", "best"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 Switch = Literal["auto", "on", "off"]
 SIMILARITIES: tuple[str, ...] = get_args(Similarity)
 MAX_ITERATIONS = 1000
@@ -57,7 +58,7 @@ class RegistrationOptions:
         if self.align != "auto":
             check_alignment(self.align)
         choices: dict[str, tuple[str, ...]] = {
-            "preset": get_args(Preset),
+            "preset": PRESETS,
             "search": get_args(Switch),
             "fit": get_args(Switch),
             "similarity": ("auto", *SIMILARITIES),

@@ -106,6 +106,14 @@ def test_info_and_load(client, model_file):
     assert client.call("load", {"model": model_file, "device": "cpu"})["result"]["device"] == "cpu"
 
 
+def test_the_time_of_each_preset_can_be_asked_for(client, request_of):
+    about = {"fixed": {"shape": [40, 40, 40], "affine": request_of["fixed"]["affine"], "shown": [0.8, 0.8, 0.8]}}
+    for model in (request_of["model"], "none"):
+        seconds = client.call("expect", {"model": model, "device": "cpu", **about})["result"]["seconds"]
+        assert 0 < seconds["fast"] <= seconds["best"]
+    assert "error" in client.call("expect", {"model": "none", "device": "cpu", "fixed": {"shape": [4, 4, 4]}})
+
+
 def test_register_gives_what_the_engine_gives(client, request_of, model_file):
     result = client.call("register", request_of)["result"]
     labels = [blob_labels(seed, blob_grid()) for seed in (0, 1)]

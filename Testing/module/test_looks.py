@@ -276,6 +276,16 @@ def test_the_expected_time_is_the_median_of_runs_of_about_the_same_size(stand_in
     assert time.seconds("best", 1000) == 12.0
 
 
+def test_an_estimate_of_the_engine_is_corrected_by_how_others_turned_out(stand_in):
+    from MorphSeekGui.expected_time import ExpectedTime
+
+    time = ExpectedTime()
+    assert time.corrected(8.0) == 8.0
+    time.learn("best", 1000, 12.0, estimate=8.0)
+    assert ExpectedTime(time.to_text()).corrected(4.0) == 6.0
+    assert time.corrected(100.0) == 100.0, "of runs so much longer nothing is known"
+
+
 def test_expected_times_are_kept_as_a_text(stand_in):
     from MorphSeekGui.expected_time import ExpectedTime
 

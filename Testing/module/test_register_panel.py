@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +285,18 @@ def test_a_model_that_knows_no_such_images_offers_to_go_without(stand_in, panel,
     assert ui.modelSelector.currentText == "No model (any anatomy)"
     assert ui.statusLabel.text.startswith("No model.")
     assert ui.noModelButton.isHidden()
+
+
+def test_the_expected_time_of_each_preset_is_known_before_the_first_run(stand_in, panel, ui, pair):
+    panel.enter()
+    stand_in.wait(lambda: panel._estimates)
+    assert re.fullmatch(r"Best: about \d+ s, Fast: about \d+ s", ui.expectedTimeLabel.text)
+    ui.registerButton.click()
+    run(stand_in, panel)
+    estimates = next(iter(panel._estimates.values()))
+    assert panel._expected.corrected(estimates["fast"]) == pytest.approx(panel._last[1].report["seconds"]["total"]), (
+        "a run corrects what is estimated for others"
+    )
 
 
 def test_the_expected_time_of_a_preset_comes_from_earlier_runs(stand_in, panel, ui, pair):
