@@ -23,7 +23,7 @@ import statistics
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from comparison.changes import BIAS, SIGMA, noisy, shaded
 
 from MorphSeekLib.data.datasets import Pair, load_dataset, read_pair
 from MorphSeekLib.networks.loading import load_model
@@ -32,11 +32,8 @@ from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.startup import AUTO, NO_MODEL
 from MorphSeekLib.registration.choice import chosen_model
 from MorphSeekLib.registration.pipeline import register
-from MorphSeekLib.space.geometry import Volume
 
 ROOT = Path(__file__).resolve().parents[2]
-SIGMA = 0.01  # of the image's range
-BIAS = (0.8, 1.2)
 SIDES = ("fixed", "moving")
 SOME = {"fixed": ("fixed",), "moving": ("moving",), "both": SIDES}
 ARMS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -49,21 +46,6 @@ ARMS: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 
 loaded_once = functools.cache(load_model)
-
-
-def noisy(image: Volume, generator: torch.Generator) -> Volume:
-    """Add Rician noise to an image."""
-    sigma = SIGMA * float(image.data.max() - image.data.min())
-    real, imaginary = (sigma * torch.randn(image.data.shape, generator=generator) for _ in range(2))
-    return Volume(torch.hypot(image.data + real, imaginary), image.grid)
-
-
-def shaded(image: Volume, generator: torch.Generator) -> Volume:
-    """Multiply an image by a smooth field that runs from 0.8 to 1.2."""
-    field = torch.rand(1, 1, 3, 3, 3, generator=generator)
-    field = F.interpolate(field, size=image.data.shape, mode="trilinear", align_corners=True)[0, 0]
-    field = (field - field.min()) / (field.max() - field.min())
-    return Volume(image.data * (BIAS[0] + (BIAS[1] - BIAS[0]) * field), image.grid)
 
 
 def measure(pair: Pair, number: int, arm: str, seed: int, model: str) -> dict:
