@@ -7,6 +7,8 @@ so that their scenes open: with the same choice where there is one, else with th
 from __future__ import annotations
 
 import enum
+import json
+from dataclasses import replace
 from typing import Annotated, Union
 
 import slicer
@@ -107,7 +109,8 @@ class MorphSeekParameterNode:
     """Nodes are None until chosen; an output that is None becomes a new node.
 
     ``model`` is "auto", "none", a bundled name or a path, ``device`` "auto", "cpu" or "cuda:N"; their lists depend on
-    the machine, so the panel keeps these two itself. ``fitBy`` is what the fit and the figures compare by; scenes of
+    the machine, so the panel keeps these two itself. ``otherOptions`` are those of saved settings that no widget shows,
+    as JSON. ``fitBy`` is what the fit and the figures compare by; scenes of
     earlier versions have it by this name.
     """
 
@@ -131,6 +134,7 @@ class MorphSeekParameterNode:
     outputTransform: slicer.vtkMRMLTransformNode
     inverse: bool = DEFAULTS.inverse
     showSteps: bool = True
+    otherOptions: str = ""
 
 
 def has_named_model(parameters: MorphSeekParameterNode) -> bool:
@@ -141,7 +145,7 @@ def has_named_model(parameters: MorphSeekParameterNode) -> bool:
 def chosen_options(parameters: MorphSeekParameterNode) -> RegistrationOptions:
     """Return the engine's options; a model that is not chosen by name takes the steps it was trained with."""
     named = has_named_model(parameters)
-    return RegistrationOptions(
+    options = RegistrationOptions(
         steps=parameters.steps if named else None,
         align=parameters.alignment.value,
         stop_early=named and parameters.stopEarly,
@@ -151,3 +155,24 @@ def chosen_options(parameters: MorphSeekParameterNode) -> RegistrationOptions:
         fit=parameters.fit.value,
         similarity=parameters.fitBy.value,
     )
+    return replace(options, **{name: tuple(value) for name, value in other_options(parameters).items()})
+
+
+def other_options(parameters: MorphSeekParameterNode) -> dict[str, list[int]]:
+    """Return the chosen options that no widget shows, by the engine's names."""
+    return json.loads(parameters.otherOptions or "{}")
+
+
+def use_options(parameters: MorphSeekParameterNode, options: RegistrationOptions) -> None:
+    """Choose what options say; without a number of steps that stays as it is."""
+    parameters.alignment = Alignment(options.align)
+    parameters.preset = Preset(options.preset)
+    parameters.search = Search(options.search)
+    parameters.fit = Fit(options.fit)
+    parameters.fitBy = CompareBy(options.similarity)
+    parameters.stopEarly = options.stop_early
+    parameters.inverse = options.inverse
+    if options.steps is not None:
+        parameters.steps = options.steps
+    counts = options.fit_iterations
+    parameters.otherOptions = "" if counts is None else json.dumps({"fit_iterations": list(counts)})

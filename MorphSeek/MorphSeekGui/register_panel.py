@@ -19,7 +19,8 @@ import vtk
 
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.settings import to_dict
-from MorphSeekLib.protocol.startup import AUTO, NO_MODEL
+from MorphSeekLib.protocol.settings_file import RegistrationSettings
+from MorphSeekLib.protocol.startup import AUTO, NO_MODEL, check_model_choice
 from MorphSeekLib.protocol.verdict import folds
 
 from . import dependencies, models, quality
@@ -27,9 +28,10 @@ from .engine_client import EngineCancelled, EngineError
 from .expected_time import ExpectedTime
 from .messages import sentence
 from .panel import Panel
-from .parameters import MAX_STEPS, Fit, Preset, chosen_options, has_named_model
+from .parameters import MAX_STEPS, Fit, Preset, chosen_options, has_named_model, other_options, use_options
 from .registration import Request, Run, prepare
 from .remaining_time import RemainingTime, duration
+from .saved_settings import SavedSettings
 from .scene import Image, InputError, RegistrationNodes, _, put_into_folder, size_of
 from .stages import LiveStages, stage_names
 from .steps import Steps
@@ -86,6 +88,7 @@ class RegisterPanel(Panel):
         self._of_steps = _with_help(self.ui.stepsLabel, self.ui.stepsSpinBox, self.ui.stopEarlyCheckBox)
         self._of_presets = _with_help(self.ui.presetLabel, self.ui.presetSelector)
         self._connect()
+        self._saved = SavedSettings(self, self._settings, self._use_settings, self._fail)
 
     def _connect(self) -> None:
         ui = self.ui
@@ -533,6 +536,30 @@ class RegisterPanel(Panel):
                 self._parameters.steps = min(MAX_STEPS, max(1, model.card["preprocessing"].get("steps", 2)))
             self._parameters.model = model.name
         self._update()
+
+    def _settings(self) -> RegistrationSettings:
+        """Return model and choices, to be saved."""
+        return RegistrationSettings("", self._parameters.model, chosen_options(self._parameters))
+
+    def _use_settings(self, settings: RegistrationSettings | None) -> None:
+        """Choose what saved settings say; None forgets those of their options that no widget shows.
+
+        Raises:
+            MorphSeekError: their model is not there.
+        """
+        p = self._parameters
+        if settings is None:
+            p.otherOptions = ""
+            return
+        check_model_choice(settings.model)
+        p.model = NO_MODEL  # so that another one sets the steps it was trained with
+        self.refresh_models(settings.model)
+        use_options(p, settings.options)
+        counts = other_options(p).get("fit_iterations")
+        words = _("The settings '{name}' are chosen.").format(name=settings.name)
+        if counts:
+            words += " " + _("Iterations of the fit: {n}.").format(n="/".join(map(str, counts)))
+        self._status.say(words)
 
     def _browse(self) -> None:
         path = qt.QFileDialog.getOpenFileName(

@@ -31,6 +31,13 @@ from ..protocol.options import RegistrationOptions
 from ..protocol.report import LandmarksSection, Report
 from ..protocol.run_folder import KEEP
 from ..protocol.settings import from_dict
+from ..protocol.settings_file import (
+    RegistrationSettings,
+    check_settings_name,
+    read_settings,
+    read_values,
+    settings_text,
+)
 from ..protocol.startup import (
     AUTO,
     check_alignment,
@@ -49,7 +56,6 @@ from ..protocol.startup import (
     shown,
     wait_passively,
 )
-from .settings_file import read_values
 
 if TYPE_CHECKING:
     from ..data.cases import CheckReport
@@ -123,6 +129,13 @@ Ignore = Annotated[
     Path | None, typer.Option(help="What it marks in the fixed image does not count: a lesion, an electrode.")
 ]
 IgnoreMoving = Annotated[Path | None, typer.Option(help="The same of the moving image.")]
+OptionsFile = Annotated[
+    Path | None,
+    typer.Option("--options", help="Saved settings (TOML or JSON); an option that is given here too counts more."),
+]
+SaveOptions = Annotated[
+    Path | None, typer.Option("--save-options", help="Save the settings of this registration (.toml or .json).")
+]
 StopEarly = Annotated[
     bool, typer.Option("--stop-early", help="Save time: end at a step that raises the similarity by under 0.002.")
 ]
@@ -149,6 +162,7 @@ NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetens
 
 @app.command()
 def register(
+    ctx: typer.Context,
     fixed: Annotated[Path, typer.Argument(help="The image that stays: NIfTI, NRRD, MHA or a folder of DICOM slices.")],
     moving: Annotated[Path, typer.Argument(help="The image that is registered to FIXED.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.")],
@@ -177,20 +191,18 @@ def register(
     stop_early: StopEarly = False,
     nifti_form: NiftiForm = None,
     as_float: AsFloat = False,
+    options_file: OptionsFile = None,
+    save_options: SaveOptions = None,
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
     with terminal_job() as job:
         marks = (fixed_mask, ignore), (moving_mask, ignore_moving)
         beside = fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, *marks[0], *marks[1]
         inputs = (fixed, moving, initial_transform, *beside)
-        for path in filter(None, inputs):
-            check_readable(path)
-        check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
+        check_files(inputs, options_file, save_options)
+        settings = chosen_settings(ctx, options_file)  # all that a registration can be told
+        check_choices(model=settings.model, device=device, threads=threads)
         check_output_folder(output)
-        options = registration_options(
-            steps=steps, align=align, stop_early=stop_early, inverse=inverse, preset=preset, search=search,
-            fit=fit_or_old(fit, refine, refine_fine), similarity=similarity, fit_iterations=counts_of(fit_iterations),
-        )  # fmt: skip
 
         from ..io.images import read_image
         from ..io.transforms import read_transform
@@ -215,16 +227,17 @@ def register(
         start = None if initial_transform is None else read_transform(initial_transform, covering_grid(images[0].grid))
         read = time.perf_counter()
         job.report("load", 0.01, "Loading the model")
-        loaded_model, where, words = chosen_model(model, images, device, job)
-        tell(f"{words} (The answer of earlier versions: {FORMER}.)" if model == AUTO else words)
+        loaded_model, where, words = chosen_model(settings.model, images, device, job)
+        tell(f"{words} (The answer of earlier versions: {FORMER}.)" if settings.model == AUTO else words)
         loaded = time.perf_counter()
-        result = run(*images, loaded_model, options, job.part(0.01, 0.95), labels=labels, start=start, device=where)
+        progress = job.part(0.01, 0.95)
+        result = run(*images, loaded_model, settings.options, progress, labels=labels, start=start, device=where)
         if landmarks is not None:
             measure_landmarks(result, landmarks, images[1].grid)
         result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
         job.report("write", 0.95, "Writing the results")
-        names = {"fixed": shown(fixed), "moving": shown(moving)}
-        report = write_results(output, result, images[0], names, job)
+        report = write_results(output, result, images[0], {"fixed": shown(fixed), "moving": shown(moving)}, job)
+        save_settings(settings, save_options)
         job.report("write", 1.0, "Done")
     print_report(report)
     console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
@@ -806,6 +819,49 @@ def registration_options(**values: object) -> RegistrationOptions:
         MorphSeekError: one that there is not.
     """
     return from_dict(RegistrationOptions, values, "the options")
+
+
+def chosen_settings(ctx: typer.Context, file: Path | None) -> RegistrationSettings:
+    """Return the model and the options of a command; those that it does not name are the file's, if there is one.
+
+    Raises:
+        MorphSeekError: the file cannot be read, or there is no such option.
+    """
+    given = ctx.params
+    values = {field.name: given[field.name] for field in dataclasses.fields(RegistrationOptions) if field.name in given}
+    values["fit"] = fit_or_old(given["fit"], given["refine"], given["refine_fine"])
+    values["fit_iterations"] = counts_of(given["fit_iterations"])
+    if file is None:
+        return RegistrationSettings("", given["model"], registration_options(**values))
+    saved = read_settings(file)
+    named = {name for name in given if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"}
+    if named & {"refine", "refine_fine"}:
+        named.add("fit")
+    changed = {name: value for name, value in values.items() if name in named}
+    options = from_dict(RegistrationOptions, changed, "the options", saved.options)
+    return RegistrationSettings(saved.name, given["model"] if "model" in named else saved.model, options)
+
+
+def check_files(inputs: Iterable[Path | None], options_file: Path | None, save_options: Path | None) -> None:
+    """Refuse a file that cannot be read, or one for settings that could not be written, before the work.
+
+    Raises:
+        MorphSeekError: which of them.
+    """
+    given = [path for path in inputs if path is not None]
+    for path in given:
+        check_readable(path)
+    if save_options is not None:
+        check_settings_name(save_options)
+        check_output_file(save_options, inputs=[*given, options_file])
+
+
+def save_settings(settings: RegistrationSettings, file: Path | None) -> None:
+    """Write settings into a file, if there is one."""
+    if file is not None:
+        from ..io.files import write_atomically
+
+        write_atomically(file, settings_text(settings, file).encode("utf-8"))
 
 
 def counts_of(text: str | None) -> list[int] | None:

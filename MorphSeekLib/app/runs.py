@@ -31,12 +31,13 @@ from ..protocol.job import SILENT, Event, Job
 from ..protocol.options import RegistrationOptions, Switch, TrainingOptions
 from ..protocol.run_folder import SETTINGS, STAGES, STATUS, STOP, HeldOut, Stage, Status, locked
 from ..protocol.settings import from_dict, override, to_dict, to_json
+from ..protocol.settings_file import read_values
 from ..protocol.startup import bundled, check_output_file, check_run, find
 from ..space.preprocessing import Preprocessing
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
 from ..training.warmup import TrainingConfig, warmup
-from .settings_file import load, read_values
+from .settings_file import load
 
 Configs = dict[Stage, TrainingConfig | FinetuneConfig]
 """The settings of each stage of a run, in the order of the stages."""

@@ -216,7 +216,7 @@ def _class_attribute(native_class: type, name: str):
         return value
     if inspect.isbuiltin(value) or inspect.isfunction(value):
         # PySide6 returns what C++ writes into its arguments too (the chosen filter); PythonQt the name alone
-        first = native_class is QtWidgets.QFileDialog and name.startswith("getOpen")
+        first = native_class is QtWidgets.QFileDialog and name.startswith(("getOpen", "getSave"))
 
         def call(*arguments):
             result = value(*[_argument(a) for a in arguments])

@@ -24,7 +24,7 @@ ELSEWHERE = {
             *("registration/descent", "registration/kernels", "registration/search_kernels"),
         )
     },
-    "MorphSeekLib/app/settings_file.py": {"tomli"},  # Python 3.10, which no Slicer has
+    "MorphSeekLib/protocol/settings_file.py": {"tomli"},  # Python 3.10, which no Slicer has
 }
 """What some files import when it is there, and the panel never needs."""
 
