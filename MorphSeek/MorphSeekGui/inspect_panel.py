@@ -18,6 +18,7 @@ from MorphSeekLib.protocol.verdict import DEFAULT_LIMITS, Folds, Limits, Verdict
 
 from . import quality, scene
 from .apply_section import ApplySection
+from .compare_section import CompareSection
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
 from .landmarks_section import LandmarksSection
@@ -61,6 +62,7 @@ class InspectPanel(Panel):
             "before": self.ui.differenceBeforeButton,
             "after": self.ui.differenceAfterButton,
             "jacobian": self.ui.jacobianButton,
+            "compare": self.ui.compareButton,
         }
         self._opacity = {name: _OPACITY.get(name, 1.0) for name in self._layer_buttons}
         self._flicker = self.timer(self._flip, 1000)
@@ -71,6 +73,7 @@ class InspectPanel(Panel):
         self._apply = ApplySection(self, lambda: self._nodes)
         self._landmarks = LandmarksSection(self)
         self._set_up()
+        self._compare = CompareSection(self, self._other_was_chosen)
         self._choose(None)
 
     # ----------------------------------------------------------------------------------- what the module's widget calls
@@ -171,8 +174,8 @@ class InspectPanel(Panel):
     def _fill(self) -> None:
         there = self._nodes is not None
         ui = self.ui
-        parts = (ui.showSection, ui.figuresSection, ui.landmarksSection, ui.regionsSection, ui.applySection)
-        for section in (*parts, ui.exportSection):
+        parts = (ui.showSection, ui.figuresSection, ui.landmarksSection, ui.compareSection, ui.regionsSection)
+        for section in (*parts, ui.applySection, ui.exportSection):
             section.enabled = there
         self.ui.differenceBeforeButton.enabled = there and self._nodes.aligned is not None
         folding = (self._nodes.report.get("folding") or {}) if there else {}
@@ -181,6 +184,7 @@ class InspectPanel(Panel):
         self._fill_structures()
         self._fill_regions()
         self._landmarks.show(self._nodes, self._views)
+        self._compare.show(self._nodes)
 
     def _fill_figures(self) -> None:
         found = folds(self._nodes.report) if self._nodes is not None else None
@@ -304,6 +308,11 @@ class InspectPanel(Panel):
             self._views.flicker(on)
             self._set_rate()
             self._flicker.start() if on else self._flicker.stop()
+        elif name == "compare":
+            self._views.compare(on, self._compare.other.warped if on else None)
+            self._set_rate()
+            self._flicker.start() if on else self._flicker.stop()
+            self._name_what_is_seen()
         elif name == "checkerboard":
             self._views.checkerboard(on, self.ui.tileSlider.value, opacity)
         elif name == "jacobian":
@@ -315,11 +324,11 @@ class InspectPanel(Panel):
         """Only the controls and the legend of the layer that is seen."""
         ui, layer = self.ui, self._layer
         for widget in (ui.opacityLabel, ui.opacitySlider):
-            widget.visible = layer not in (None, "flicker")
+            widget.visible = layer not in (None, "flicker", "compare")
         for widget in (ui.tileLabel, ui.tileSlider):
             widget.visible = layer == "checkerboard"
         for widget in (ui.rateLabel, ui.rateSlider):
-            widget.visible = layer == "flicker"
+            widget.visible = layer in ("flicker", "compare")
         ui.gridLabel.visible = ui.gridCheckBox.checked
         if layer is not None:
             _set_silently(ui.opacitySlider, self._opacity[layer], "value")
@@ -337,7 +346,7 @@ class InspectPanel(Panel):
         ui.legendLabel.text = text
 
     def _fade(self, opacity: float) -> None:
-        if self._layer not in (None, "flicker"):
+        if self._layer not in (None, "flicker", "compare"):
             self._opacity[self._layer] = opacity
             self._views.fade(opacity)
 
@@ -347,6 +356,17 @@ class InspectPanel(Panel):
     def _flip(self) -> None:
         if self._views is not None:
             self._views.flip()
+            self._name_what_is_seen()
+
+    def _name_what_is_seen(self) -> None:
+        """Say which of two compared results the views show."""
+        seen = self._views.seen if self._views is not None else None
+        self.ui.compareSeenLabel.text = _("Seen: {node}").format(node=seen.GetName()) if seen is not None else ""
+
+    def _other_was_chosen(self) -> None:
+        """Stop the flicker between two results when there is another one, or none, to compare with."""
+        if self.ui.compareButton.checked:
+            self.ui.compareButton.checked = False
 
     def _draw_again(self) -> None:
         """Draw again what depends on a slider, once it has come to rest."""
@@ -385,6 +405,7 @@ class InspectPanel(Panel):
             _set_silently(switch, False)
         if self._views is not None:
             self._views.restore()
+        self._name_what_is_seen()
         self._show_controls()
 
     # ----------------------------------------------------------------------------------------------------------- limits
@@ -480,6 +501,8 @@ class InspectPanel(Panel):
     @vtk.calldata_type(vtk.VTK_OBJECT)
     def _node_leaves(self, _caller, _event, node) -> None:
         """Stop showing the registration before one of its nodes is removed."""
+        if self._compare.uses(node):
+            self._compare.forget()
         if self._nodes is not None and any(node is part for part in vars(self._nodes).values()):
             name = node.GetName()
             self._forget()

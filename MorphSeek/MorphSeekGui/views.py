@@ -45,6 +45,7 @@ class ResultViews:
         self._pictures: dict[str, slicer.vtkMRMLScalarVolumeNode] = {}
         self._twin = None
         self._arrows = None
+        self._compared: tuple | None = None
         self._seen_in_3d = False
 
     def overlay(self, on: bool, opacity: float = 0.5) -> None:
@@ -56,8 +57,23 @@ class ResultViews:
         differences easy to see."""
         self._switch("flicker", self.nodes.warped if on else None, 1.0)
 
+    def compare(self, on: bool, other=None) -> None:
+        """Show the warped volume of another result in place of the fixed one; every :meth:`flip` changes between it and
+        the warped volume of this one."""
+        self._switch("compare", other if on else None, 1.0)
+        self._compared = (self.nodes.warped, other) if on else None
+
+    @property
+    def seen(self):
+        """The volume that is seen where two results are compared; None where none are."""
+        return self._front["compare"][0] if "compare" in self._front else None
+
     def flip(self) -> None:
         """Show the other one of the two volumes that flicker."""
+        if "compare" in self._front:
+            own, other = self._compared
+            self._front["compare"] = (own if self.seen is other else other, 1.0)
+            self._show_layers()
         if "flicker" in self._front:
             volume, opacity = self._front["flicker"]
             self._front["flicker"] = (volume, 1.0 - opacity)

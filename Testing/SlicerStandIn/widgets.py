@@ -13,7 +13,7 @@ import weakref
 
 import shiboken6
 import slicer
-from PySide6.QtCore import Property, QDir, QRect, QSize, Qt, QTimer, Signal, Slot
+from PySide6.QtCore import Property, QDir, QEvent, QRect, QSize, Qt, QTimer, Signal, Slot
 from PySide6.QtGui import QColor, QPainter
 from PySide6.QtWidgets import (
     QAbstractButton,
@@ -270,13 +270,15 @@ def _all_nodes(scene) -> list:
 
 
 class ctkCollapsibleButton(QAbstractButton):
-    """A header to fold away what lies below it. What was hidden before it closed stays hidden when it opens."""
+    """A header to fold away what lies below it. What was hidden before it closed, or while it was, stays hidden when it
+    opens: CTK takes back the mark that hiding leaves on a child, so that hiding it again is noticed."""
 
     contentsCollapsed = Signal(bool)
 
     def __init__(self, parent=None) -> None:
         super().__init__(parent)
         self._hidden_by_me: list[QWidget] = []
+        self._forcing = False
         self.setCheckable(True)
         self.setChecked(True)
         # no narrower than its content likes to be: a wrapped label that may not shrink widens the whole panel
@@ -289,10 +291,10 @@ class ctkCollapsibleButton(QAbstractButton):
 
     def _toggle(self, opened: bool) -> None:
         if opened:
-            for child in self._hidden_by_me:
+            hidden, self._hidden_by_me = self._hidden_by_me, []
+            for child in hidden:
                 if shiboken6.isValid(child):
                     child.show()
-            self._hidden_by_me.clear()
         self.settle()
         self.updateGeometry()
         self.contentsCollapsed.emit(not opened)
@@ -302,10 +304,27 @@ class ctkCollapsibleButton(QAbstractButton):
         if not self.isChecked():
             for child in self.findChildren(QWidget, options=Qt.FindChildOption.FindDirectChildrenOnly):
                 if not child.isHidden():
-                    child.hide()
-                    self._hidden_by_me.append(child)
+                    self._hide(child)
+
+    def _hide(self, child: QWidget) -> None:
+        self._forcing = True
+        child.hide()
+        child.setAttribute(Qt.WidgetAttribute.WA_WState_ExplicitShowHide, False)
+        self._forcing = False
+        if child not in self._hidden_by_me:
+            self._hidden_by_me.append(child)
+
+    def eventFilter(self, child, event) -> bool:
+        if not self._forcing and not self.isChecked() and isinstance(child, QWidget):
+            if event.type() == QEvent.Type.HideToParent and child in self._hidden_by_me:
+                self._hidden_by_me.remove(child)
+            elif event.type() == QEvent.Type.ShowToParent:
+                self._hide(child)
+        return False
 
     def childEvent(self, event) -> None:
+        if event.added():
+            event.child().installEventFilter(self)
         if event.added() and not self.isChecked():
             QTimer.singleShot(0, self, self.settle)
         super().childEvent(event)

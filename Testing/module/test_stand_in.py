@@ -166,6 +166,27 @@ def test_ui_files(stand_in, tmp_path):
     assert ui.steps.isVisibleTo(ui.advanced)
 
 
+# ctkCollapsibleButton::setChildVisibility and eventFilter
+def test_what_was_hidden_while_a_section_was_closed_stays_hidden(stand_in, tmp_path):
+    button = '<item><widget class="QPushButton" name="{}"/></item>'
+    widget = load_ui(
+        tmp_path,
+        '<item><widget class="ctkCollapsibleButton" name="section"><property name="collapsed"><bool>true</bool>'
+        f'</property><layout class="QVBoxLayout" name="inner">{button.format("a")}{button.format("b")}</layout>'
+        "</widget></item>",
+    )
+    ui = slicer.util.childWidgetVariables(widget)
+    stand_in.show(widget)
+    ui.a.visible = False
+    ui.section.collapsed = False
+    assert [one.isVisibleTo(ui.section) for one in (ui.a, ui.b)] == [False, True]
+    ui.section.collapsed = True
+    ui.a.visible = True
+    assert not ui.a.isVisibleTo(ui.section)
+    ui.section.collapsed = False
+    assert [one.isVisibleTo(ui.section) for one in (ui.a, ui.b)] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
