@@ -451,6 +451,7 @@ def test_a_transform_that_was_inverted_meanwhile(panel, ui, nodes, tmp_path):
 
 def test_export_through_the_real_worker(panel, ui, nodes, stand_in, tmp_path):
     panel.show(nodes)
+    ui.exportSection.collapsed = False
     ui.folderButton.directory = str(tmp_path)
     ui.exportButton.click()
     assert not ui.exportButton.enabled
