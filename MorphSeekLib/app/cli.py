@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,24 +162,50 @@ Iterations = Annotated[
 NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetensors).")]
 
 
+@dataclass(frozen=True)
+class Choices:
+    """The options that every command that registers has. :func:`chosen_settings` makes the engine's of them."""
+
+    preset: PresetOption = "best"
+    device: Device = "auto"
+    threads: Threads = None
+    align: Align = "auto"
+    search: SearchOption = "auto"
+    steps: Steps = None
+    fit: FitOption = "auto"
+    similarity: SimilarityOption = "auto"
+    fit_iterations: FitIterations = None
+    refine: OldIterations = 0
+    refine_fine: OldFine = 0
+
+
+def with_choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command each field of :class:`Choices` as an option; it takes them as ``choices``."""
+    shared = inspect.signature(Choices, eval_str=True).parameters
+
+    def run(**values: Any) -> None:
+        command(choices=Choices(**{name: values.pop(name) for name in shared}), **values)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    each = [p for one in own for p in (shared.values() if one.name == "choices" else [one])]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {p.name: p.annotation for p in each}
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in each]
+    )
+    return run
+
+
 @app.command()
+@with_choices
 def register(
     ctx: typer.Context,
     fixed: Annotated[Path, typer.Argument(help="The image that stays: NIfTI, NRRD, MHA or a folder of DICOM slices.")],
     moving: Annotated[Path, typer.Argument(help="The image that is registered to FIXED.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.")],
+    *,
     model: Model = AUTO,
-    preset: PresetOption = "best",
-    device: Device = "auto",
-    threads: Threads = None,
-    align: Align = "auto",
-    search: SearchOption = "auto",
-    steps: Steps = None,
-    fit: FitOption = "auto",
-    similarity: SimilarityOption = "auto",
-    fit_iterations: FitIterations = None,
-    refine: OldIterations = 0,
-    refine_fine: OldFine = 0,
+    choices: Choices,
     initial_transform: InitialTransform = None,
     fixed_labels: FixedLabels = None,
     moving_labels: MovingLabels = None,
@@ -201,7 +229,7 @@ def register(
         inputs = (fixed, moving, initial_transform, *beside)
         check_files(inputs, options_file, save_options)
         settings = chosen_settings(ctx, options_file)  # all that a registration can be told
-        check_choices(model=settings.model, device=device, threads=threads)
+        check_choices(model=settings.model, device=choices.device, threads=choices.threads)
         check_output_folder(output)
 
         from ..io.images import read_image
@@ -214,8 +242,8 @@ def register(
         from ..space.geometry import covering_grid
 
         begin = time.perf_counter()
-        begin_to_compute(threads)
-        pick_device(device)
+        begin_to_compute(choices.threads)
+        pick_device(choices.device)
         check_outputs(output, inputs)
         job.report("read", 0.0, "Reading the images")
         images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
@@ -227,7 +255,7 @@ def register(
         start = None if initial_transform is None else read_transform(initial_transform, covering_grid(images[0].grid))
         read = time.perf_counter()
         job.report("load", 0.01, "Loading the model")
-        loaded_model, where, words = chosen_model(settings.model, images, device, job)
+        loaded_model, where, words = chosen_model(settings.model, images, choices.device, job)
         tell(f"{words} (The answer of earlier versions: {FORMER}.)" if settings.model == AUTO else words)
         loaded = time.perf_counter()
         progress = job.part(0.01, 0.95)
@@ -360,43 +388,33 @@ def output_names(output: Path, points: Path | None) -> tuple[Path | None, Path |
 
 
 @app.command()
+@with_choices
 def evaluate(
+    ctx: typer.Context,
     dataset: Annotated[Path, typer.Argument(help="dataset.json in Learn2Reg's style.")],
     model: Model,
     out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    *,
     split: Annotated[str, typer.Option(help="Which pairs of the data set.")] = "registration_test",
-    preset: PresetOption = "best",
-    device: Device = "auto",
-    threads: Threads = None,
-    align: Align = "auto",
-    search: SearchOption = "auto",
-    steps: Steps = None,
-    fit: FitOption = "auto",
-    similarity: SimilarityOption = "auto",
-    fit_iterations: FitIterations = None,
-    refine: OldIterations = 0,
-    refine_fine: OldFine = 0,
+    choices: Choices,
 ) -> None:
     """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ of each pair, and their means."""
     with terminal_job() as job:
         check_readable(dataset)
-        check_choices(model=model, device=device, threads=threads, steps=steps, align=align)
+        settings = chosen_settings(ctx, None)
+        check_choices(model=model, device=choices.device, threads=choices.threads)
         check_output_file(out, inputs=[dataset, model])
         if model == AUTO:
             raise MorphSeekError("An evaluation is of one model: give its name or file, or none.")
-        options = registration_options(
-            steps=steps, align=align, preset=preset, search=search, fit=fit_or_old(fit, refine, refine_fine),
-            similarity=similarity, fit_iterations=counts_of(fit_iterations),
-        )  # fmt: skip
 
         from ..data.datasets import load_dataset
         from ..evaluation.evaluate import evaluate as run
         from ..registration.choice import chosen_model
 
-        begin_to_compute(threads)
+        begin_to_compute(choices.threads)
         data = load_dataset(dataset)
-        loaded, where, _ = chosen_model(model, (), device, job)
-        result = run(data, split, loaded, out, options, job, device=where)
+        loaded, where, _ = chosen_model(model, (), choices.device, job)
+        result = run(data, split, loaded, out, settings.options, job, device=where)
     table = Table("figure", "mean", "standard deviation", title=f"{result['dataset']}, {len(result['pairs'])} pairs")
     for name in result["mean"]:
         values = (result[key][name] for key in ("mean", "std"))
@@ -812,15 +830,6 @@ def begin_to_compute(threads: int | None) -> None:
         use(threads)
 
 
-def registration_options(**values: object) -> RegistrationOptions:
-    """Return the choices of a registration.
-
-    Raises:
-        MorphSeekError: one that there is not.
-    """
-    return from_dict(RegistrationOptions, values, "the options")
-
-
 def chosen_settings(ctx: typer.Context, file: Path | None) -> RegistrationSettings:
     """Return the model and the options of a command; those that it does not name are the file's, if there is one.
 
@@ -832,7 +841,7 @@ def chosen_settings(ctx: typer.Context, file: Path | None) -> RegistrationSettin
     values["fit"] = fit_or_old(given["fit"], given["refine"], given["refine_fine"])
     values["fit_iterations"] = counts_of(given["fit_iterations"])
     if file is None:
-        return RegistrationSettings("", given["model"], registration_options(**values))
+        return RegistrationSettings("", given["model"], from_dict(RegistrationOptions, values, "the options"))
     saved = read_settings(file)
     named = {name for name in given if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"}
     if named & {"refine", "refine_fine"}:
