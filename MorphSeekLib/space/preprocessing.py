@@ -112,18 +112,18 @@ def general(*images: Tensor) -> Preprocessing:
     """Return how images reach search and fit: CT by a window, others from their background to a percentile.
 
     A lower percentile would take what is dark in the object for background, such as the white matter of a T2 image.
-    Images are taken for CT if each reaches far below zero, as air does, and shows tissue, from fat on, of a usual
-    density.
+    Images are taken for CT if each shows air near -1000 and tissue, from fat on, of a usual density.
     """
     window = Preprocessing(intensity="window", low=HOUNSFIELD[0], high=HOUNSFIELD[1])
     return window if all(_is_ct(sampled(image)) for image in images) else Preprocessing(low=0.0)
 
 
 def _is_ct(values: Tensor) -> bool:
-    """Return whether values may be Hounsfield units."""
-    tissue = values[values > HOUNSFIELD[0]]
-    least, most = values.float().quantile(torch.tensor([0.01, 0.99], device=values.device)).tolist()
-    return least < HOUNSFIELD[0] / 2 and most > _FAT and float(tissue.median()) < HOUNSFIELD[1]
+    """Return whether values may be Hounsfield units: some of air (what was not scanned may be lower), some tissue."""
+    values = values.float()
+    air = (values > 1.1 * HOUNSFIELD[0]) & (values < HOUNSFIELD[0] / 2)
+    shares = [float(which.float().mean()) for which in (air, values > _FAT)]
+    return min(shares) >= _LEAST_SHARE and float(values[values > HOUNSFIELD[0]].median()) < HOUNSFIELD[1]
 
 
 def sampled(values: Tensor, count: int = 250_000) -> Tensor:

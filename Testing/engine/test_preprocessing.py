@@ -111,8 +111,11 @@ def test_what_is_constant_then_is_refused_in_one_sentence():
 
 def test_ct_is_told_by_its_air_and_its_tissue(image):
     ct = torch.where(image > 0, image - 100, -1000.0)  # 0 to 100 Hounsfield units
-    assert general(ct, ct).intensity == "window"
-    for other in (image, ct / 1e4 - 997, ct - 1000, ct + 1000, 20 * ct):
+    scanned = ct.clone()
+    scanned[:4] = -3024  # beyond the field of view
+    assert general(ct, scanned).intensity == "window"
+    filled = torch.where(image > 0, image, -5000.0)
+    for other in (image, filled, ct / 1e4 - 997, ct - 1000, ct + 1000, 20 * ct):
         assert general(ct, other).intensity == "percentile"
 
 
