@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .protocol.errors import Cancelled, MorphSeekError
     from .protocol.job import Event, Job
     from .protocol.options import RegistrationOptions
+    from .registration.correction import Correction
     from .registration.landmarks import measure_landmarks
     from .registration.masks import masked
     from .registration.pipeline import register
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cancelled",
+    "Correction",
     "DenseTransform",
     "Event",
     "FinetuneConfig",
@@ -92,6 +94,7 @@ _MODULES = {
     "protocol.errors": ("Cancelled", "MorphSeekError"),
     "protocol.job": ("Event", "Job"),
     "protocol.options": ("RegistrationOptions",),
+    "registration.correction": ("Correction",),
     "registration.landmarks": ("measure_landmarks",),
     "registration.masks": ("masked",),
     "registration.pipeline": ("register",),

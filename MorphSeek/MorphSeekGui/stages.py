@@ -20,7 +20,7 @@ def stage_names(rows: Iterable[StepSection]) -> list[str]:
         if stage == "network":
             names.append(_("Step {n}").format(n=row["step"]))
         else:
-            name = {"align": _("Aligned"), "search": _("Search"), "fit": _("Fitted")}[stage]
+            name = {"align": _("Aligned"), "search": _("Search"), "fit": _("Fitted"), "correct": _("Corrected")}[stage]
             names.append(name if seen[stage] == 1 else f"{name} ({seen[stage]})")
     return names
 
@@ -39,9 +39,9 @@ class LiveStages:
         self._begun: set[str] = set()
 
     def hear(self, message: dict) -> None:
-        """Take in a message: search and fit are one row each."""
+        """Take in a message: search, fit and correction are one row each."""
         phase = message.get("phase")
-        if phase in ("search", "fit") and phase not in self._begun:
+        if phase in ("search", "fit", "correct") and phase not in self._begun:
             self._begun.add(phase)
             self._rows.append({"stage": phase, "step": self._rows[-1]["step"]})
 

@@ -1,4 +1,4 @@
-"""The command line: ``morphseek register | apply | evaluate | check | warmup | finetune | spac | train |
+"""The command line: ``morphseek register | correct | apply | evaluate | check | warmup | finetune | spac | train |
 import-checkpoint | info | doctor | demo``.
 """
 
@@ -30,7 +30,7 @@ from rich.text import Text
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job, Notice
 from ..protocol.options import RegistrationOptions
-from ..protocol.report import LandmarksSection, Report
+from ..protocol.report import CorrectedSection, LandmarksSection, Report
 from ..protocol.run_folder import KEEP
 from ..protocol.settings import from_dict
 from ..protocol.settings_file import (
@@ -266,6 +266,69 @@ def register(
         job.report("write", 0.95, "Writing the results")
         report = write_results(output, result, images[0], {"fixed": shown(fixed), "moving": shown(moving)}, job)
         save_settings(settings, save_options)
+        job.report("write", 1.0, "Done")
+    print_report(report)
+    console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
+
+
+@app.command()
+def correct(
+    fixed: Annotated[Path, typer.Argument(help="The image that stays, as it was registered.")],
+    moving: Annotated[Path, typer.Argument(help="The image that was registered to FIXED.")],
+    transform: Annotated[
+        Path,
+        typer.Argument(help="What is to be corrected: transform.h5 of the registration, or another ITK transform."),
+    ],
+    fixed_points: Annotated[Path, typer.Option(help="Points of the fixed image (.mrk.json, .fcsv, .csv) ...")],
+    moving_points: Annotated[Path, typer.Option(help="... and where these lie in the moving image.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.")],
+    error: Annotated[float, typer.Option(help="How far off a point may be, mm, one standard deviation.")] = 1.0,
+    fit: Annotated[bool, typer.Option(help="Go on with the fit around the points.")] = True,
+    fixed_labels: FixedLabels = None,
+    moving_labels: MovingLabels = None,
+    fixed_mask: FixedMask = None,
+    moving_mask: MovingMask = None,
+    ignore: Ignore = None,
+    ignore_moving: IgnoreMoving = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    nifti_form: NiftiForm = None,
+) -> None:
+    """Correct a registration of MOVING to FIXED where it is wrong, by points that belong together."""
+    with terminal_job() as job:
+        marks = (fixed_mask, ignore), (moving_mask, ignore_moving)
+        beside = fixed_labels, moving_labels, fixed_points, moving_points, *marks[0], *marks[1]
+        inputs = (fixed, moving, transform, *beside)
+        check_files(inputs, None, None)
+        check_choices(device=device, threads=threads)
+        check_output_folder(output)
+
+        import numpy as np
+
+        from ..io.images import read_image
+        from ..io.transforms import read_transform
+        from ..networks.devices import pick_device
+        from ..registration.correction import Correction
+        from ..registration.pipeline import register as run
+        from ..report.results import check_outputs, write_results
+        from ..space.geometry import covering_grid
+
+        begin_to_compute(threads)
+        where = pick_device(device)
+        check_outputs(output, inputs)
+        job.report("read", 0.0, "Reading the images")
+        images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
+        labels = _labels(fixed_labels, images[0], nifti_form), _labels(moving_labels, images[1], nifti_form)
+        points = _landmarks((fixed_points, moving_points), images)
+        assert points is not None  # both files were given
+        start = Correction(
+            read_transform(transform, covering_grid(images[0].grid)), points, np.full(len(points.labels), error)
+        )
+        images = _masked(images[0], marks[0], "fixed", nifti_form), _masked(images[1], marks[1], "moving", nifti_form)
+        options = RegistrationOptions(fit="on" if fit else "off")
+        result = run(*images, None, options, job.part(0.01, 0.95), labels=labels, start=start, device=where)
+        job.report("write", 0.95, "Writing the results")
+        report = write_results(output, result, images[0], {"fixed": shown(fixed), "moving": shown(moving)}, job)
         job.report("write", 1.0, "Done")
     print_report(report)
     console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
@@ -944,6 +1007,8 @@ def print_report(report: Report) -> None:
     console.print(table)
     if landmarks is not None:
         print_landmarks(landmarks)
+    if (corrections := report.get("corrections")) is not None:
+        print_corrections(corrections)
     for warning in report["warnings"]:
         errors.print(warning["message"], style="yellow")
 
@@ -954,6 +1019,14 @@ def print_landmarks(landmarks: LandmarksSection) -> None:
     for point in landmarks["points"]:
         values = (point["input"], point["aligned"], point["warped"])
         table.add_row(point["label"], *(f"{value:.2f}" for value in values))
+    console.print(table)
+
+
+def print_corrections(corrections: CorrectedSection) -> None:
+    """Print how far each point of a correction was and is from where it should lie as a table."""
+    table = Table("point", "before", "after", "stated error", title="Corrected: distance, mm")
+    for point in corrections["points"]:
+        table.add_row(point["label"], *(f"{point[k]:.2f}" for k in ("before", "after", "error_mm")))  # type: ignore[literal-required]
     console.print(table)
 
 

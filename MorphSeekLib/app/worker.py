@@ -61,6 +61,7 @@ from ..protocol.options import PRESETS, RegistrationOptions
 from ..protocol.settings import from_dict, to_dict, to_json
 from ..protocol.version import __version__
 from ..registration.choice import chosen_model
+from ..registration.correction import Correction
 from ..registration.expected import Pace, Sizes, expected_seconds, measure, network_pace
 from ..registration.landmarks import measure_landmarks
 from ..registration.masks import masked
@@ -163,11 +164,13 @@ class Worker:
             labels.append(volume)
         landmarks = _landmarks(params)
         fixed, moving = _masked(fixed, params, "fixed"), _masked(moving, params, "moving")
-        start: Transform | State | None = None
+        start: Transform | State | Correction | None = None
         if (given := _get(params, "initial", dict, None)) is not None:
             start = _transform(given, "initial")
         if (given := _get(params, "state", dict, None)) is not None:
             start = _state(given)
+        if (given := _get(params, "corrections", dict, None)) is not None:
+            start = _correction(given, start)
 
         pictures = itertools.count()  # a fitted step comes twice, and the client may still read the first
 
@@ -448,6 +451,16 @@ def _landmarks(params: Params) -> PointPairs | None:
         for side in sides
     )
     return pair_points(fixed, moving, ("The fixed landmarks", "the moving ones"))
+
+
+def _correction(given: Params, start: Transform | State | Correction | None) -> Correction:
+    """Read {"labels": [text], "fixed": [[x, y, z]], "moving": [[x, y, z]], "errors": [mm]}, LPS mm: what is corrected
+    of the "state" or the "initial" transform."""
+    if start is None or isinstance(start, Correction):
+        raise _InvalidParamsError("corrections: there is no state to correct")
+    fixed, moving = (np.array(_get(given, name, list), dtype=np.float64).reshape(-1, 3) for name in ("fixed", "moving"))
+    points = PointPairs(fixed, moving, tuple(_get(given, "labels", list)))
+    return Correction(start, points, np.array(_get(given, "errors", list), dtype=np.float64))
 
 
 def _array(reference: Params, name: str, axes: int) -> np.ndarray:

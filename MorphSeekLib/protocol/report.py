@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 SCHEMA = 3
-Stage = Literal["align", "search", "network", "fit"]
+Stage = Literal["align", "search", "network", "fit", "correct"]
 SavedReport = Mapping[str, Any]
 """A report as a file or a scene has it: of any schema, so any section may be missing."""
 
@@ -203,6 +203,25 @@ class VerdictSection(TypedDict):
     beyond: list[dict[str, object]]
 
 
+class CorrectionSection(TypedDict):
+    """A pair of points by which a registration was corrected, LPS mm, with its stated error and its distance before and
+    after, mm."""
+
+    label: str
+    fixed: list[float]
+    moving: list[float]
+    error_mm: float
+    before: float
+    after: float
+
+
+class CorrectedSection(TypedDict):
+    """What a registration was corrected by."""
+
+    points: list[CorrectionSection]
+    definition: str
+
+
 class MasksSection(TypedDict):
     """How many voxels of each image count; None: all."""
 
@@ -251,3 +270,4 @@ class Report(_Measured, total=False):
     date: str
     software: dict[str, str]
     files: list[str]
+    corrections: CorrectedSection

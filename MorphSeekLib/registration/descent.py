@@ -20,6 +20,7 @@ RATE, DECAYS = 0.1, (0.8, 0.9)
 """Adam's steps in voxels of the level, and how it forgets."""
 _OFF = 1e-3  # voxels that zero is off: on a voxel's center itself, linear interpolation has two slopes
 _SAME_EXTENT = 0.7  # of what either image shows, both show where they show the same thing
+_HELD = 5  # iterations between two looks at what is to be held
 _AROUND = 2  # blocks around what is shown that count too
 
 OnIteration = Callable[[int], None]
@@ -55,6 +56,7 @@ def descend(
     rate: float = RATE,
     threads: int = 1,
     on_iteration: OnIteration = lambda _: None,
+    hold: Callable[[int, Tensor], None] | None = None,
 ) -> list[Descent]:
     """Fit from coarse to fine.
 
@@ -65,6 +67,8 @@ def descend(
         rate: Adam's, in voxels of each level.
         threads: of the compiled kernels, where they are used.
         on_iteration: given the level's number after each iteration; may raise to cancel.
+        hold: given the level's number and its control points, which it may move, at the start of each level, after some
+            iterations, and at the end.
 
     Returns:
         where each level ended; the last one's control points are the answer.
@@ -78,10 +82,14 @@ def descend(
         objectives = []
         if count:
             stepper = stepper_for(level, control, rate, threads)
-            for _ in range(count):
+            for taken in range(count):
+                if hold is not None and taken % _HELD == 0:
+                    hold(number, stepper.control)
                 objectives.append(stepper.step())
                 on_iteration(number)
             control = stepper.control
+        if hold is not None:
+            hold(number, control)
         values = [torch.as_tensor(value, dtype=torch.float32, device=control.device) for value in objectives]
         ends.append(Descent(control, torch.stack(values) if values else control.new_zeros(0)))
     return ends

@@ -405,6 +405,7 @@ NAMES: dict[str, str] = {
     "search": "The search",
     "network": "Step {step}",
     "fit": "The fit",
+    "correct": "The correction",
 }
 """What the stages are called."""
 

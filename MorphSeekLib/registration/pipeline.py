@@ -21,6 +21,7 @@ from ..protocol.job import SILENT, Job
 from ..protocol.options import RegistrationOptions
 from ..protocol.startup import MAX_STEPS
 from ..space.geometry import DenseTransform, Transform, Volume
+from .correction import CorrectedFit, Correction, corrected_section
 from .find import FAR, Search
 from .fit import Fit, start_of
 from .pair import Clock, Outcome, Pair, State
@@ -37,7 +38,7 @@ def register(
     job: Job = SILENT,
     *,
     labels: Labels = (None, None),
-    start: Transform | State | None = None,
+    start: Transform | State | Correction | None = None,
     device: torch.device | None = None,
 ) -> Registration:
     """Register a moving image to a fixed one.
@@ -50,7 +51,8 @@ def register(
         job: told of every phase and asked often; given a picture after each stage, from 0 (aligned) on.
         labels: integer label maps on their image's grid: fixed, moving; both for Dice; the moving ones are warped.
         start: an initial transform, fixed point -> moving point (LPS mm), from which the alignment starts; or the state
-            of an earlier call with the same images and model, from whose answer the stages go on.
+            of an earlier call with the same images and model, from whose answer the stages go on; or what to correct of
+            such an answer, by points, which then takes the place of the other stages.
         device: where to compute without a model; None: the CPU.
 
     Raises:
@@ -70,17 +72,31 @@ def register(
     with memory_advice(pair.device):
         outcome = _deformed(pair, model, options, start, pictures, clock, job.part(0.2, 0.7))
         transform = pair.delivered(outcome)
-        if options.fit != "off":
+        if options.fit != "off" or isinstance(start, Correction):
             with clock("unfold"):
                 transform = _unfolded(pair, transform, job)
     request = Request(model, options, labels)
-    return deliver(pair, request, outcome, transform, pictures, clock, job.part(0.7, 1.0))
+    result = deliver(pair, request, outcome, transform, pictures, clock, job.part(0.7, 1.0))
+    if isinstance(start, Correction):
+        before = pair.whole(start.start.total) if isinstance(start.start, State) else start.start
+        result.report["corrections"], notices = corrected_section(start, before, transform)
+        result.report["warnings"] += [{"code": notice.code, "message": notice.message} for notice in notices]
+    return result
 
 
 def _align(
-    pair: Pair, model: LoadedModel | None, options: RegistrationOptions, start: Transform | State | None, job: Job
+    pair: Pair,
+    model: LoadedModel | None,
+    options: RegistrationOptions,
+    start: Transform | State | Correction | None,
+    job: Job,
 ) -> None:
     """Align the pair as the options, the card or an earlier call says."""
+    if isinstance(start, Correction) and not isinstance(start.start, State):
+        pair.align("none", start.start, job)
+        return
+    if isinstance(start, Correction):
+        start = start.start
     if isinstance(start, State):
         pair.go_on_from(start)
         return
@@ -96,7 +112,7 @@ def _deformed(
     pair: Pair,
     model: LoadedModel | None,
     options: RegistrationOptions,
-    start: Transform | State | None,
+    start: Transform | State | Correction | None,
     pictures: Pictures,
     clock: Clock,
     job: Job,
@@ -106,7 +122,12 @@ def _deformed(
     with clock("prepare"), torch.no_grad():
         job.report("align", 0.0, "Preparing the images")
         pair.prepare(options.similarity)
-        outcome = start_of(pair, start if isinstance(start, State) else None)
+        begin = start.start if isinstance(start, Correction) else start
+        outcome = start_of(pair, begin if isinstance(begin, State) else None)
+    if isinstance(start, Correction):
+        with clock("fit"), torch.no_grad():
+            corrected = CorrectedFit(options, start, trusted=card is not None and not card.fit)
+            return corrected.run(pair, outcome, pictures, job.part(0.0, 1.0))
     wanted = card is None or card.search
     if options.search == "on" or (options.search == "auto" and wanted and _is_far(pair, outcome)):
         with clock("search"), torch.no_grad():
@@ -132,7 +153,9 @@ def _unfolded(pair: Pair, transform: DenseTransform, job: Job) -> DenseTransform
     return rounded(unfold(transform, pair.alignment.mirrored, job=job))
 
 
-def _check_steps_left(start: Transform | State | None, model: LoadedModel | None, options: RegistrationOptions) -> None:
+def _check_steps_left(
+    start: Transform | State | Correction | None, model: LoadedModel | None, options: RegistrationOptions
+) -> None:
     """Refuse more steps than there may be in all."""
     if model is None or not isinstance(start, State):
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,20 @@ FEATURES = {
     "fast": Plan("mind", (2, 1), (40, 20), 0.2, 0.4, 240.0),
 }
 """By any other similarity than correlation."""
+_AROUND_POINTS = {"lncc": Plan("lncc", (1, 0), (15, 10), 0.1, 0.1, 800.0)}
+_FEATURES_AROUND_POINTS = Plan("mind", (1, 0), (10, 5), 0.2, 0.4, 240.0)
 FINER = 5
 """Iterations more on voxels of half the length, by the best preset ..."""
 FEW_VOXELS = 1_500_000
 """... on a crop of fewer voxels."""
+
+
+def correction_plan(similarity: str, fitted: bool) -> Plan:
+    """Return how the fit goes on around corrected points: in less than half of the time of a fit.
+
+    Args:
+        similarity: a key of SIMILARITIES.
+        fitted: False: the points alone, without an iteration.
+    """
+    plan = _AROUND_POINTS.get(similarity, replace(_FEATURES_AROUND_POINTS, similarity=similarity))
+    return plan if fitted else replace(plan, levels=(0,), iterations=(0,))

@@ -148,6 +148,24 @@ def test_steps_are_shown_and_one_more_can_be_asked_for(client, request_of):
     assert error["error"]["code"] == -32602
 
 
+def test_a_registration_is_corrected_by_points_and_masked(client, request_of):
+    first = client.call("register", request_of | ONE_STEP)["result"]
+    place = first["report"]["fixed"]
+    grid = np.array(request_of["fixed"]["affine"])
+    at = (grid[:3, :3] @ (np.array(place["shape"]) / 2) + grid[:3, 3]).tolist()
+    points = {"labels": ["A"], "fixed": [at], "moving": [at], "errors": [0.5]}
+    error = client.call("register", request_of | {"corrections": points})["error"]
+    assert "there is no state to correct" in error["message"]
+    second = client.call("register", request_of | {"state": first["state"], "corrections": points})["result"]
+    row = second["report"]["corrections"]["points"][0]
+    assert (row["label"], row["error_mm"]) == ("A", 0.5)
+    assert row["after"] < max(0.5, row["before"])
+    assert second["report"]["steps"][-1]["stage"] == "correct"
+    masked = client.call("register", request_of | ONE_STEP | {"fixed_mask": request_of["fixed_labels"]})["result"]
+    assert masked["report"]["masks"]["fixed"] > 0
+    assert masked["report"]["folding"]["inside"]["of"] == "mask"
+
+
 def export_of(request, answer, folder, **changes):
     """Parameters of an export of what a registration answered."""
     names = ("aligned", "warped", "jacobian", "displacement", "inverse", "report")
