@@ -6,6 +6,8 @@ heads and its phantom of an abdomen in two modalities to register. Without a scr
 would see: the panel before, during and after a registration, in Inspect and in Fine-tune, into a folder.
 
     python Testing/preview.py [--photograph FOLDER]
+
+With Colin27 of Debian's mricron-data on the machine, FOLDER may be Resources/Screenshots.
 """
 
 from __future__ import annotations
@@ -151,16 +153,13 @@ def main() -> None:
         window.grab().save(str(folder / name))
         print(folder / name)
 
-    def register(pictures: str) -> None:
-        photograph(f"{pictures}-ready.png")
-        panel.ui.registerButton.click()
-        application.wait(lambda: "Fitting" in panel.ui.statusLabel.text, 600)
-        photograph(f"{pictures}-running.png")
-        application.wait(lambda: panel._run is None, 600)
-        photograph(f"{pictures}.png")
-
     folder.mkdir(parents=True, exist_ok=True)
-    register("register")
+    photograph("register-ready.png")
+    panel.ui.registerButton.click()
+    application.wait(lambda: "Fitting" in panel.ui.statusLabel.text, 600)
+    photograph("register-running.png")
+    application.wait(lambda: panel._run is None, 600)
+    photograph("register.png")
     sections = slicer.modules.MorphSeekWidget.ui
     sections.registerSection.collapsed = True
     inspect = slicer.modules.MorphSeekWidget.panels["inspect"].ui
@@ -180,7 +179,10 @@ def main() -> None:
     sections.registerSection.collapsed = False
     choose(abdomen, Red=20, Yellow=-60, Green=0)
     panel.ui.similaritySelector.currentText = "Two modalities (MIND)"
-    register("abdomen")
+    photograph("register-abdomen-ready.png")
+    panel.ui.registerButton.click()
+    application.wait(lambda: panel._run is None, 600)
+    photograph("register-abdomen.png")
     application.unload()
 
 
