@@ -42,7 +42,6 @@ from ..protocol.settings_file import (
 )
 from ..protocol.startup import (
     AUTO,
-    check_alignment,
     check_device,
     check_interpolation,
     check_iterations,
@@ -52,7 +51,6 @@ from ..protocol.startup import (
     check_output_folder,
     check_readable,
     check_run,
-    check_steps,
     check_threads,
     find,
     shown,
@@ -823,8 +821,6 @@ def check_choices(
     model: str | None = None,
     device: str | None = None,
     threads: int | None = None,
-    steps: int | None = None,
-    align: str | None = None,
     iterations: int | None = None,
 ) -> None:
     """Refuse an impossible name or number before anything is imported or read for it; None was not given.
@@ -838,10 +834,6 @@ def check_choices(
         check_device(device)
     if threads is not None:
         check_threads(threads)
-    if steps is not None:
-        check_steps(steps)
-    if align not in (None, AUTO):
-        check_alignment(str(align))
     if iterations is not None:
         check_iterations(iterations)
 
