@@ -108,7 +108,8 @@ def filled(data: Tensor, counts: Tensor | None) -> Tensor:
     known = counts.to(data.dtype)[None, None]
     levels = [(torch.where(counts, data, 0)[None, None], known)]
     while max(levels[-1][0].shape[2:]) > 1:
-        levels.append(tuple(F.avg_pool3d(x, 2, ceil_mode=True) for x in levels[-1]))  # type: ignore[arg-type]
+        block = [min(2, n) for n in levels[-1][0].shape[2:]]
+        levels.append(tuple(F.avg_pool3d(x, block, ceil_mode=True) for x in levels[-1]))  # type: ignore[arg-type]
     value = levels[-1][0] / levels[-1][1]
     for summed, weight in levels[-2::-1]:
         wide = F.interpolate(value, size=summed.shape[2:], mode="trilinear", align_corners=False)

@@ -70,6 +70,15 @@ def test_a_filled_image_is_the_same_inside_and_as_smooth_as_its_means_outside():
     assert filled(image, None) is image
 
 
+def test_an_image_of_few_slices_is_filled():
+    inside = torch.zeros(40, 44, 5, dtype=torch.bool)
+    inside[3:30, 5:20, 2:] = True
+    image = torch.rand(inside.shape)
+    found = filled(image, inside)
+    assert torch.equal(found[inside], image[inside])
+    assert 0.4 < found[~inside].mean() < 0.6
+
+
 @pytest.mark.parametrize("side", ["fixed", "moving", "both"])
 def test_what_lies_outside_of_a_mask_changes_nothing(side):
     moving = structured()
