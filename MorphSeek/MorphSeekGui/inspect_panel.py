@@ -35,6 +35,7 @@ _COLORS = {
     "amber": ("#f5b83d", "#000000", "▲"),
     "red": ("#c62828", "#ffffff", "■"),
 }
+_INSIDE, _AMBER, _RED = 2, 3, 4  # columns of the figures, behind their names and values
 _OPACITY = {"blend": 0.5, "jacobian": 0.6}  # of a layer that is not opaque at first
 _POLL_MS, _REDRAW_MS = 100, 250
 _JACOBIAN_BAR = "stop:0 #542687, stop:0.5 #f7f7f7, stop:1 #e67305"
@@ -192,6 +193,9 @@ class InspectPanel(Panel):
         table = self.ui.figuresTable
         blocked = table.blockSignals(True)
         table.setRowCount(len(self._figures))
+        inside, of_what = quality.inside_of(self._nodes.report if self._nodes is not None else {})
+        table.horizontalHeaderItem(_INSIDE).setText(inside)
+        table.horizontalHeaderItem(_INSIDE).setToolTip(of_what)
         for row, figure in enumerate(self._figures):
             table_cell(table, row, 0, figure.label, tip=figure.definition)
             value = table_cell(table, row, 1, figure.text, right=True, tip=figure.definition)
@@ -200,8 +204,10 @@ class InspectPanel(Panel):
                 value.setText(f"{sign} {figure.text}")
                 value.setBackground(qt.QBrush(qt.QColor(background)))
                 value.setForeground(qt.QBrush(qt.QColor(text)))
+            tip = f"{figure.definition} {of_what}" if figure.inside is not None else ""
+            table_cell(table, row, _INSIDE, figure.text_inside, right=True, tip=tip)
             limits = self._limits[figure.key] if figure.worse else None
-            for column, bound in ((2, limits and f"{limits.amber:g}"), (3, limits and f"{limits.red:g}")):
+            for column, bound in ((_AMBER, limits and f"{limits.amber:g}"), (_RED, limits and f"{limits.red:g}")):
                 table_cell(table, row, column, bound or "", right=True, editable=limits is not None)
         table.blockSignals(blocked)
         fit_height(table, 450)
@@ -412,10 +418,10 @@ class InspectPanel(Panel):
 
     def _edit_limit(self, row: int, column: int) -> None:
         """Take over what the user typed into the table."""
-        if column not in (2, 3) or not 0 <= row < len(self._figures):
+        if column not in (_AMBER, _RED) or not 0 <= row < len(self._figures):
             return
         figure = self._figures[row]
-        name = "amber" if column == 2 else "red"
+        name = "amber" if column == _AMBER else "red"
         self._say("")
         try:
             text = self.ui.figuresTable.item(row, column).text()

@@ -23,6 +23,7 @@ from MorphSeekLib.protocol.verdict import (
     Limits,
     Verdict,
     figures,
+    figures_inside,
     number,
     shown,
 )
@@ -69,17 +70,24 @@ class Figure:
         key: as in :data:`MorphSeekLib.protocol.verdict.LABELS`.
         label, definition: for the user.
         value: None where it was not measured.
+        inside: the same inside the fixed volume's mask, or its tissue; None where it is measured of the whole alone.
     """
 
     key: str
     label: str
     definition: str
     value: float | None
+    inside: float | None = None
 
     @property
     def text(self) -> str:
         """The value as it is written."""
         return shown(self.key, self.value)
+
+    @property
+    def text_inside(self) -> str:
+        """The value inside as it is written; "" where there is none."""
+        return "" if self.inside is None else shown(self.key, self.inside)
 
     @property
     def worse(self) -> str:
@@ -89,8 +97,33 @@ class Figure:
 
 def measure(report: SavedReport) -> list[Figure]:
     """Return the figures of a registration, in the order of the table."""
-    values, definitions = figures(report), _definitions(report)
-    return [Figure(key, label, definitions[key], values[key]) for key, label in labels().items()]
+    values, inside, definitions = figures(report), figures_inside(report), _definitions(report)
+    return [Figure(key, label, definitions[key], values[key], inside.get(key)) for key, label in labels().items()]
+
+
+def inside_of(report: SavedReport) -> tuple[str, str]:
+    """Return what the figures inside are called, and what they are of, for a tool tip."""
+    inside = (report.get("folding") or {}).get("inside") or {}
+    if not inside:
+        return _("Inside"), _("This registration was not measured inside a mask or the tissue; register again.")
+    masked = inside.get("of") == "mask"
+    words = (
+        _("The same inside the fixed volume's mask: {n} voxels.")
+        if masked
+        else _("The same inside what the fixed volume shows (it has no mask): {n} voxels.")
+    )
+    return _("In mask") if masked else _("In tissue"), words.format(n=f"{inside['voxels']:,}")
+
+
+def masks_sentence(report: SavedReport) -> str:
+    """Return how much of the volumes masks left; "" where nothing was masked."""
+    counts = [(report.get("masks") or {}).get(side) for side in ("fixed", "moving")]
+    if counts == [None, None]:
+        return ""
+    fixed, moving = (_("all voxels") if n is None else _("{n} voxels").format(n=f"{n:,}") for n in counts)
+    return _("Masks: {fixed} of the fixed and {moving} of the moving volume counted.").format(
+        fixed=fixed, moving=moving
+    )
 
 
 def labels() -> dict[str, str]:
@@ -101,6 +134,7 @@ def labels() -> dict[str, str]:
         "undecided_cells": _("Undecided cells"),
         "cells_outside": _("Not proven beyond the fixed volume"),
         "smallest_proven": _("Smallest proven determinant"),
+        "folded_voxels": _("Folded voxels"),
         "largest_region_mm3": _("Largest folded region, mm³"),
         "njd_percent": _("NJD, % (central differences)"),
         "min_jacobian": _("Smallest Jacobian (central differences)"),
@@ -124,6 +158,7 @@ def _definitions(report: SavedReport) -> dict[str, str]:
         "smallest_proven": _(
             "The bound above which the Jacobian determinant is proven to stay in all proven cells of the fixed volume."
         ),
+        "folded_voxels": _("Voxels of the fixed volume whose box meets a folded cell."),
         "largest_region_mm3": _(
             "Fixed voxels that meet a folded cell and touch by face, edge or corner. One large region is worse than as "
             "many single voxels."

@@ -991,6 +991,13 @@ def print_report(report: Report) -> None:
         table.add_row("Undecided cells / not proven beyond the image", f"{cells['undecided']:,} / {beyond:,}")
     table.add_row("NJD, by central differences", f"{folding['njd_percent']:.4f} %")
     table.add_row("SDlogJ", f"{folding['sdlogj']:.3f}")
+    inside = folding["inside"]
+    folded = f"{inside['folded_voxels']:,} of {inside['voxels']:,}"
+    values = f"{folded} / {inside['njd_percent']:.4f} % / {inside['sdlogj']:.3f}"
+    table.add_row(f"Inside the {inside['of']}: folded voxels / NJD / SDlogJ", values)
+    if any(report["masks"].values()):
+        left = ("all" if n is None else f"{n:,}" for n in (report["masks"]["fixed"], report["masks"]["moving"]))
+        table.add_row("Voxels that masks leave, fixed / moving", " / ".join(left))
     motion = report["displacement_mm"]
     table.add_row("Displacement, mean / 95 % / largest", " / ".join(f"{motion[k]:.1f}" for k in motion) + " mm")
     if (inverse := report["inverse"]) is not None and (residual := inverse["residual_mm"]) is not None:

@@ -4,7 +4,7 @@
 2: ``folding.cells``, ``folding.regions`` and ``verdict`` are there; every key of before keeps its meaning, so
 ``folding.njd_percent`` is by central differences. 3: ``steps`` has a row for each stage, with its name; ``fit`` took
 the place of ``refinement``; ``model`` is null where none was used; the similarity is that of the fit. Since then
-``masks`` and ``folding.inside`` were added.
+``masks``, ``folding.inside`` and ``folding.region_voxels`` were added.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ class InsideSection(TypedDict):
 
 
 class FoldingSection(TypedDict):
-    """Figures by central differences, the proof by cells, and the largest folded regions of ``region_count``."""
+    """Figures by central differences, the proof by cells, and the largest folded regions of ``region_count``;
+    ``region_voxels`` are those of all regions."""
 
     njd_percent: float
     folded_voxels: int
@@ -149,6 +150,7 @@ class FoldingSection(TypedDict):
     cells: CellsSection
     regions: list[RegionSection]
     region_count: int
+    region_voxels: int
     inside: InsideSection
 
 

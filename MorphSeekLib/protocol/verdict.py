@@ -33,6 +33,7 @@ LABELS = {
     "undecided_cells": "Undecided cells",
     "cells_outside": "Not proven beyond the fixed volume",
     "smallest_proven": "Smallest proven determinant",
+    "folded_voxels": "Folded voxels",
     "largest_region_mm3": "Largest folded region, mm³",
     "njd_percent": "NJD, % (central differences)",
     "min_jacobian": "Smallest Jacobian (central differences)",
@@ -58,6 +59,7 @@ _FORMS = {
     "folded_cells": "{:,.0f}",
     "undecided_cells": "{:,.0f}",
     "cells_outside": "{:,.0f}",
+    "folded_voxels": "{:,.0f}",
     "njd_percent": "{:.4g}",
     "dice": "{:.3f}",
     "dice_change": "{:+.3f}",
@@ -175,11 +177,19 @@ def figures(report: SavedReport) -> dict[str, float | None]:
         "undecided_cells": number(cells.get("undecided")),
         "cells_outside": None if outside[0] is None or outside[1] is None else outside[0] + outside[1],
         "smallest_proven": number(cells.get("smallest_proven")),
+        "folded_voxels": number(folding.get("region_voxels")),
         "largest_region_mm3": max(sizes, default=0.0) if "regions" in folding else None,
         **{name: number(folding.get(name)) for name in ("njd_percent", "min_jacobian", "max_jacobian", "sdlogj")},
         "dice": after,
         "dice_change": None if before is None or after is None else after - before,
     }
+
+
+def figures_inside(report: SavedReport) -> dict[str, float | None]:
+    """Return the figures that are measured inside the fixed image's mask, or its tissue, too, by the same keys."""
+    inside = (report.get("folding") or {}).get("inside") or {}
+    of_central = ("njd_percent", "min_jacobian", "max_jacobian", "sdlogj")
+    return {name: number(inside.get(name)) for name in ("folded_voxels", *of_central)}
 
 
 @dataclass(frozen=True)

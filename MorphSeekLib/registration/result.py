@@ -224,6 +224,7 @@ def _folding(jacobian: Volume, certificate: Certificate, least: Volume, pair: Pa
     inside of what counts."""
     found = regions(least)
     listed = {"regions": [vars(region).copy() for region in found[:MOST_REGIONS]], "region_count": len(found)}
+    listed["region_voxels"] = sum(region.voxels for region in found)
     cells = {"cells": vars(certificate.count).copy(), "inside": _inside(jacobian, least, pair)}
     return cast("FoldingSection", vars(folding(jacobian=jacobian.data)) | cells | listed)
 

@@ -103,6 +103,19 @@ def test_a_log_file_gets_every_validation_of_a_training():
     assert lines == ["Iteration 1", "Iteration 20: validation/dice 0.5"]
 
 
+def test_masks_are_told_beside_the_whole_grid(files, tmp_path):
+    mask = files / "fixed-labels.nii.gz"
+    printed = run(*registering(files, tmp_path / "out", fixed_mask=mask), "--no-inverse")
+    inside = int((sitk.GetArrayFromImage(sitk.ReadImage(str(mask))) != 0).sum())
+    folding = json.loads((tmp_path / "out" / "report.json").read_text())["folding"]
+    folded = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "folding.nii.gz")))
+    assert folding["region_voxels"] == folded.sum()
+    assert folding["inside"]["voxels"] == inside
+    words = " ".join(re.findall(r"[\w,.%/:]+", printed))  # without the table's lines, which may break
+    assert f"of {inside:,} /" in words
+    assert f"{inside:,} / all" in words
+
+
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
 def test_other_formats(files, tmp_path, suffix):
     image = sitk.ReadImage(str(files / "fixed.nii.gz"))

@@ -23,6 +23,8 @@ from MorphSeekLib.space.geometry import Grid, Volume
 
 CLEAN = {"cells": 8, "folded": 0, "undecided": 0, "folded_outside": 0, "undecided_outside": 0}
 CLEAN |= {"folded_percent": 0.0, "no_fold_proven": True}
+INSIDE = {"of": "mask", "voxels": 4321, "folded_voxels": 12, "njd_percent": 0.125}
+INSIDE |= {"sdlogj": 0.25, "min_jacobian": -0.5, "max_jacobian": 1.5}
 ROTATED = np.array([[math.cos(0.4), -math.sin(0.4), 0], [math.sin(0.4), math.cos(0.4), 0], [0, 0, 1]])
 GRIDS = {
     "plain": Grid.from_parts((30, 34, 28), (3, 3, 3), np.eye(3), (-40, -50, 10)),
@@ -77,7 +79,9 @@ def figures(pictures: reports.RegistrationPictures, **changes) -> dict:
             "mean": {"input": 0.15, "aligned": 0.555555, "warped": 0.8},
         },
         "folding": dataclasses.asdict(metrics.folding(jacobian=pictures.jacobian.data))
-        | {"cells": dataclasses.asdict(folds.certify(pictures.transform, grid).count)},
+        | {"cells": dataclasses.asdict(folds.certify(pictures.transform, grid).count)}
+        | {"region_voxels": 34, "inside": INSIDE},
+        "masks": {"fixed": INSIDE["voxels"], "moving": None},
         "displacement_mm": {"mean": 3.21, "p95": 7.9, "max": 14.2},
         "inverse": {"residual_mm": {"mean": 0.01, "p95": 0.05, "max": math.inf}},
         "similarity": {"name": "LNCC 9", "aligned": 0.31, "warped": 0.56},
@@ -124,6 +128,26 @@ def test_the_table_of_steps_says_which_one_is_the_answer(tmp_path):
     steps = [{"step": n, "similarity": 0.5, "answer": n == 1} for n in range(3)]
     text = reports.write_report(tmp_path, figures(pictures, steps=steps), pictures).read_text("utf-8")
     assert [word for word in Page(text).words if "the answer" in word] == ["1 ◀ the answer"]
+
+
+def test_folding_inside_the_mask_or_the_tissue_stands_beside_that_of_the_whole_image(folded):
+    folder, text, _ = folded
+    page = Page(text)
+    assert "Inside the mask" in page.words
+    shown = {path: number for path, _, number in page.numbers}
+    found = {name: shown[f"folding.inside.{name}"] for name in INSIDE if name != "of"}
+    assert found == {"voxels": "4,321", "folded_voxels": "12", "njd_percent": "0.1250"} | {
+        "sdlogj": "0.250",
+        "min_jacobian": "-0.500",
+        "max_jacobian": "1.500",
+    }
+    assert shown["masks.fixed"] == "4,321"
+    assert "masks.moving" not in shown
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    report["masks"]["fixed"], report["folding"]["inside"]["of"] = None, "tissue"
+    assert "Inside the tissue" in Page(reports.render_page(report, [])).words
+    del report["folding"]["inside"], report["masks"]  # of an earlier version
+    assert "Inside the" not in reports.render_page(report, [])
 
 
 def test_numbers_on_the_page_are_those_of_the_json(folded):

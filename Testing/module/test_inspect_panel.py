@@ -234,16 +234,16 @@ def test_limits_are_typed_kept_refused_and_set_back(panel, ui, nodes, stand_in):
     panel.show(nodes)
     table = ui.figuresTable
     row = row_of(table, "SDlogJ")
-    type_into(table, row, 2, "0.7")
+    type_into(table, row, 3, "0.7")
     assert table.item(row, 1).text() == "● 0.6"
-    type_into(table, row, 3, "nonsense")
+    type_into(table, row, 4, "nonsense")
     assert ui.messageLabel.text == "'nonsense' is not a number; type one such as 0.5."
-    assert table.item(row, 3).text() == "1"
-    type_into(table, row, 3, "0.1")
+    assert table.item(row, 4).text() == "1"
+    type_into(table, row, 4, "0.1")
     assert "Red must not lie below amber" in ui.messageLabel.text
     folded = row_of(table, "Folded cells, %")
-    type_into(table, folded, 3, "50")
-    type_into(table, row_of(table, "Largest folded"), 3, "5000")
+    type_into(table, folded, 4, "50")
+    type_into(table, row_of(table, "Largest folded"), 4, "5000")
     assert not ui.messageLabel.isVisibleTo(panel.widget)
     assert ui.verdictLabel.text.startswith("▲ Amber")
 
@@ -264,12 +264,12 @@ def test_cells_that_are_no_limits_cannot_be_edited(panel, ui, nodes):
     editable = {
         (row, column)
         for row in range(table.rowCount)
-        for column in range(4)
+        for column in range(5)
         if table.item(row, column).flags() & qt.Qt.ItemIsEditable
     }
     names = ("Folded cells, %", "Largest folded", "SDlogJ", "Overlap after", "Overlap gained")
     judged = {row_of(table, name) for name in names}
-    assert editable == {(row, column) for row in judged for column in (2, 3)}
+    assert editable == {(row, column) for row in judged for column in (3, 4)}
 
 
 def test_a_click_goes_to_the_region(panel, ui, nodes, view):

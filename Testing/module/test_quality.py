@@ -111,6 +111,27 @@ def test_figures_are_read_from_the_report_and_missing_ones_left_open():
     assert {figure.key for figure in measure(REPORT) if figure.worse} == set(DEFAULT_LIMITS)
 
 
+def test_what_is_measured_inside_a_mask_or_the_tissue_stands_beside_it():
+    inside = {"voxels": 5000, "folded_voxels": 12, "njd_percent": 0.2, "sdlogj": 0.3, "min_jacobian": -0.1}
+    for of, header, words in (("mask", "In mask", "fixed volume's mask"), ("tissue", "In tissue", "it has no mask")):
+        report = REPORT | {"folding": REPORT["folding"] | {"region_voxels": 1500, "inside": inside | {"of": of}}}
+        found = {figure.key: figure for figure in measure(report)}
+        assert (found["folded_voxels"].text, found["folded_voxels"].text_inside) == ("1,500", "12")
+        assert (found["njd_percent"].text, found["njd_percent"].text_inside) == ("0.25", "0.2")
+        assert found["folded_percent"].text_inside == found["max_jacobian"].text_inside == ""
+        assert quality.inside_of(report)[0] == header
+        assert words in quality.inside_of(report)[1]
+        assert "5,000 voxels" in quality.inside_of(report)[1]
+    assert quality.inside_of(REPORT)[1].endswith("register again.")
+
+
+def test_how_much_masks_leave_is_said_where_there_are_some():
+    assert quality.masks_sentence({"masks": {"fixed": None, "moving": None}}) == quality.masks_sentence({}) == ""
+    assert quality.masks_sentence({"masks": {"fixed": 1234, "moving": None}}) == (
+        "Masks: 1,234 voxels of the fixed and all voxels of the moving volume counted."
+    )
+
+
 def test_what_papers_print_is_called_central_differences_and_not_judged():
     found = {figure.key: figure for figure in measure(REPORT)}
     for key, text in (("njd_percent", "0.25"), ("min_jacobian", "-0.4"), ("max_jacobian", "3.2")):
