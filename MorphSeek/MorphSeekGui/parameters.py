@@ -121,6 +121,10 @@ class MorphSeekParameterNode:
     fixedLandmarks: slicer.vtkMRMLMarkupsFiducialNode
     movingLandmarks: slicer.vtkMRMLMarkupsFiducialNode
     initialTransform: slicer.vtkMRMLTransformNode
+    fixedMask: LabelsNode
+    fixedIgnore: LabelsNode
+    movingMask: LabelsNode
+    movingIgnore: LabelsNode
     alignment: Alignment = Alignment.AUTO
     model: str = DEFAULT
     steps: Annotated[int, WithinRange(1, MAX_STEPS)] = 2

@@ -232,6 +232,10 @@ class RegisterPanel(Panel):
                 p.device,
                 self.ui.threadsSpinBox.value or None,
                 initial_transform_node=p.initialTransform,
+                fixed_mask_node=p.fixedMask,
+                fixed_ignore_node=p.fixedIgnore,
+                moving_mask_node=p.movingMask,
+                moving_ignore_node=p.movingIgnore,
                 fixed_labels_node=p.fixedLabels,
                 moving_labels_node=p.movingLabels,
                 fixed_landmarks_node=p.fixedLandmarks,
@@ -480,6 +484,7 @@ class RegisterPanel(Panel):
         """Return what must be unchanged for going on from the result."""
         p = self._parameters
         nodes = (p.fixedVolume, p.movingVolume, p.fixedLabels, p.movingLabels, p.initialTransform)
+        nodes += (p.fixedMask, p.fixedIgnore, p.movingMask, p.movingIgnore)
         return (*[node.GetID() if node is not None else None for node in nodes], p.model)
 
     def _show_running(self, running: bool) -> None:
@@ -737,7 +742,7 @@ def _summary(report: dict, which_model: str) -> str:
     """
     model, similarity, dice = _model_of(report), report.get("similarity"), report.get("dice")
     named = _("No model.") if model is None else _("Model: {title}.").format(title=model["title"] or model["name"])
-    lines = [which_model or named]
+    lines = [which_model or named, quality.masks_sentence(report)]
     if similarity:
         before, after = similarity["aligned"], similarity["warped"]
         lines.append(_("Similarity {before:.3f} to {after:.3f} (1 is best).").format(before=before, after=after))
@@ -764,4 +769,4 @@ def _summary(report: dict, which_model: str) -> str:
     lines += [f"⚠ {warning['message']}" for warning in report.get("warnings") or []]
     if _knows_no_such_images(report):
         lines.append(_("'No model (any anatomy)' registers them without what a model has learned."))
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines))

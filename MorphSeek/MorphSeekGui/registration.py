@@ -160,6 +160,9 @@ class Request:
         device: "auto", "cpu" or "cuda:N".
         threads: how many of the processor's threads to compute with; None takes all.
         initial_transform_node: any transform node under which the moving volume lies (or would lie) roughly right.
+        fixed_mask_node, moving_mask_node: segmentations (their visible segments) or label maps; only what they mark of
+            their volume counts.
+        fixed_ignore_node, moving_ignore_node: the same of what does not count, such as a lesion.
         fixed_labels_node, moving_labels_node: label maps (matched by value) or segmentations (matched by segment
             name); with both, the report tells Dice before and after; the moving ones are warped too.
         fixed_landmarks_node, moving_landmarks_node: points that belong together, by label or else by order; with both,
@@ -174,6 +177,10 @@ class Request:
     device: str = "auto"
     threads: int | None = None
     initial_transform_node: slicer.vtkMRMLTransformNode | None = None
+    fixed_mask_node: slicer.vtkMRMLNode | None = None
+    fixed_ignore_node: slicer.vtkMRMLNode | None = None
+    moving_mask_node: slicer.vtkMRMLNode | None = None
+    moving_ignore_node: slicer.vtkMRMLNode | None = None
     fixed_labels_node: slicer.vtkMRMLNode | None = None
     moving_labels_node: slicer.vtkMRMLNode | None = None
     fixed_landmarks_node: slicer.vtkMRMLNode | None = None
@@ -230,7 +237,8 @@ def prepare(fixed_node, moving_node, request: Request) -> Job:
 
     folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)
     try:
-        params = _write(Path(folder.name), request, (fixed, moving), labels, initial)
+        masks = _write_masks(Path(folder.name), request, (fixed_node, moving_node), places)
+        params = _write(Path(folder.name), request, (fixed, moving), labels, initial) | masks
         params["fixed_landmarks"] = scene.read_points(request.fixed_landmarks_node)
         params["moving_landmarks"] = scene.read_points(request.moving_landmarks_node, space)
         params["fixed"] |= scene.file_of(fixed_node)
@@ -274,6 +282,31 @@ def _write(
         "show_steps": request.show_steps,
         "state": None if request.state is None else _write_state(request.state, path),
         "output": str(path / "out"),
+    }
+
+
+def _write_masks(path: Path, request: Request, volumes: tuple, places: list[np.ndarray]) -> dict[str, ArrayReference]:
+    """Write what masks mark into a folder; return their part of the parameters of the worker's "register".
+
+    Args:
+        path: the folder.
+        request: with the nodes of the masks.
+        volumes: the fixed and the moving volume node.
+        places: where their voxels stand, LPS.
+
+    Raises:
+        InputError: a mask cannot be used.
+    """
+    nodes = {
+        "fixed_mask": (request.fixed_mask_node, 0),
+        "fixed_ignore": (request.fixed_ignore_node, 0),
+        "moving_mask": (request.moving_mask_node, 1),
+        "moving_ignore": (request.moving_ignore_node, 1),
+    }
+    return {
+        name: scene.save_image(scene.Image(scene.read_mask(node, volumes[n]), places[n]), path / f"{name}.npy")
+        for name, (node, n) in nodes.items()
+        if node is not None
     }
 
 

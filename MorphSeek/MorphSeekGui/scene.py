@@ -200,19 +200,7 @@ def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Label
     Raises:
         InputError: neither kind of node, fractions, nothing inside the volume, or non-linear transforms between them.
     """
-    if not isinstance(node, (slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLScalarVolumeNode)):
-        raise InputError(
-            _("'{node}' holds no labels; choose a segmentation or a label map volume.").format(node=name_of(node))
-        )
-    between = linear_between(node.GetParentTransformNode(), reference.GetParentTransformNode())
-    if between is None:
-        raise InputError(
-            _(
-                "A non-linear transform lies between '{node}' and '{volume}'; harden it (Data module) or put "
-                "both under the same transform."
-            ).format(node=node.GetName(), volume=reference.GetName())
-        )
-    to_labels = np.linalg.inv(between) @ ijk_to_ras(reference)
+    to_labels = _to_labels(node, reference)
     shape = reference.GetImageData().GetDimensions()
     if isinstance(node, slicer.vtkMRMLSegmentationNode):
         labels = _read_segmentation(node, to_labels, shape, {} if numbers is None else numbers)
@@ -256,6 +244,53 @@ def read_label_pair(fixed_labels, fixed, moving_labels, moving) -> tuple[Labels 
             )
         )
     return first, second
+
+
+def read_mask(node, reference) -> np.ndarray:
+    """Return what a mask marks of a volume: a label map by everything but 0, a segmentation by its visible segments.
+
+    Args:
+        node: label map volume, scalar volume with whole numbers, or segmentation, on any grid (nearest neighbor).
+        reference: the volume node.
+
+    Returns:
+        (i, j, k) uint8 on the volume's grid, 1 where it is marked.
+
+    Raises:
+        InputError: neither kind of node, fractions, all segments hidden, nothing inside the volume, or non-linear
+            transforms between them.
+    """
+    to_mask = _to_labels(node, reference)
+    shape = reference.GetImageData().GetDimensions()
+    if isinstance(node, slicer.vtkMRMLSegmentationNode):
+        ids, values = vtk.vtkStringArray(), vtk.vtkIntArray()
+        for name in _visible_segments(node):
+            ids.InsertNextValue(name)
+            values.InsertNextValue(1)
+        if node.GetSegmentation().GetNumberOfSegments() and not ids.GetNumberOfValues():
+            raise InputError(
+                _("All segments of '{node}' are hidden; show those that are meant (Segmentations module).").format(
+                    node=node.GetName()
+                )
+            )
+        marked = _merge_segments(node, _geometry(to_mask, shape), ids, values) != 0
+    else:
+        marked = _read_label_map(node, to_mask, shape).array != 0
+    if not marked.any():
+        raise InputError(
+            _("'{node}' marks nothing inside the volume '{volume}'; choose one that was drawn on it.").format(
+                node=node.GetName(), volume=reference.GetName()
+            )
+        )
+    return marked.astype(np.uint8)
+
+
+def _visible_segments(node) -> list[str]:
+    """Return the ids of a segmentation's visible segments; of all where it was never shown."""
+    ids, display = vtk.vtkStringArray(), node.GetDisplayNode()
+    node.GetSegmentation().GetSegmentIDs(ids)
+    names = [ids.GetValue(n) for n in range(ids.GetNumberOfValues())]
+    return [name for name in names if display is None or display.GetSegmentVisibility(name)]
 
 
 def read_points(node, space=None) -> dict[str, list] | None:
@@ -679,6 +714,59 @@ def _node_points(affine: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray]
     return [row[0] * i + row[1] * j + row[2] * k + row[3] for row in affine[:3]]
 
 
+def _to_labels(node, reference) -> np.ndarray:
+    """Return (4, 4) RAS: from the voxels of a volume to the own coordinates of labels.
+
+    Raises:
+        InputError: no labels, or a non-linear transform between them.
+    """
+    if not isinstance(node, (slicer.vtkMRMLSegmentationNode, slicer.vtkMRMLScalarVolumeNode)):
+        raise InputError(
+            _("'{node}' holds no labels; choose a segmentation or a label map volume.").format(node=name_of(node))
+        )
+    between = linear_between(node.GetParentTransformNode(), reference.GetParentTransformNode())
+    if between is None:
+        raise InputError(
+            _(
+                "A non-linear transform lies between '{node}' and '{volume}'; harden it (Data module) or put "
+                "both under the same transform."
+            ).format(node=node.GetName(), volume=reference.GetName())
+        )
+    return np.linalg.inv(between) @ ijk_to_ras(reference)
+
+
+def _geometry(to_labels: np.ndarray, shape):
+    """Return a grid as an empty vtkOrientedImageData: its voxels to the coordinates of a segmentation."""
+    geometry = slicer.vtkOrientedImageData()
+    geometry.SetDimensions(*shape)
+    geometry.SetImageToWorldMatrix(to_vtk(to_labels))
+    return geometry
+
+
+def _merge_segments(node, geometry, ids, values) -> np.ndarray:
+    """Return segments as labels on a grid, (i, j, k) int32; where they overlap, the later one wins.
+
+    Args:
+        node: the segmentation.
+        geometry: the grid, of :func:`_geometry`.
+        ids, values: the segments and the label of each.
+
+    Raises:
+        InputError: they cannot be turned into labels.
+    """
+    if not ids.GetNumberOfValues():
+        return np.zeros(geometry.GetDimensions(), np.int32)
+    merged, extent_mode = slicer.vtkOrientedImageData(), slicer.vtkSegmentation.EXTENT_REFERENCE_GEOMETRY
+    if not node.GenerateMergedLabelmapForAllSegments(merged, extent_mode, geometry, ids, values):
+        raise InputError(
+            _("The segments of '{node}' cannot be turned into a label map; check it in Segmentations.").format(
+                node=node.GetName()
+            )
+        )
+    array = numpy_support.vtk_to_numpy(merged.GetPointData().GetScalars()).reshape(geometry.GetDimensions()[::-1])
+    return array.transpose(2, 1, 0).astype(np.int32)
+
+
 def _read_segmentation(node, to_labels: np.ndarray, shape, numbers: dict[str, int]) -> Labels:
     segmentation = node.GetSegmentation()
     ids, values, names = vtk.vtkStringArray(), vtk.vtkIntArray(), {}
@@ -695,21 +783,9 @@ def _read_segmentation(node, to_labels: np.ndarray, shape, numbers: dict[str, in
         names[value] = (name, segment.GetColor())
         ids.InsertNextValue(segmentation.GetNthSegmentID(n))
         values.InsertNextValue(value)
-    geometry, merged = slicer.vtkOrientedImageData(), slicer.vtkOrientedImageData()
-    geometry.SetDimensions(*shape)
-    geometry.SetImageToWorldMatrix(to_vtk(to_labels))
-    extent_mode = slicer.vtkSegmentation.EXTENT_REFERENCE_GEOMETRY
-    if names and not node.GenerateMergedLabelmapForAllSegments(merged, extent_mode, geometry, ids, values):
-        raise InputError(
-            _("The segments of '{node}' cannot be turned into a label map; check it in Segmentations.").format(
-                node=node.GetName()
-            )
-        )
-    if not names:
-        return Labels(np.zeros(shape, np.int32))
-    array = numpy_support.vtk_to_numpy(merged.GetPointData().GetScalars()).reshape(shape[::-1])
-    array = array.transpose(2, 1, 0).astype(np.int32)
-    return Labels(array, names, warning=_overlap(node, geometry, ids, values, names, array))
+    geometry = _geometry(to_labels, shape)
+    array = _merge_segments(node, geometry, ids, values)
+    return Labels(array, names, warning=_overlap(node, geometry, ids, values, names, array) if names else "")
 
 
 def _overlap(node, geometry, ids, values, names: dict[int, tuple], merged: np.ndarray) -> str:
