@@ -196,6 +196,13 @@ def test_what_is_proven_is_positive_everywhere_and_what_is_folded_is_not(seed, s
         assert found.count.smallest_proven <= float(exact.min()) + 1e-9
 
 
+def test_more_open_cells_than_are_judged_together_are_all_judged():
+    grid = plain((24, 24, 24))
+    found = folds.certify(dense_from_voxels(rough(grid.shape, 3.0, 0), grid), grid).count
+    assert found.folded > 8_000
+    assert found.folded + found.undecided + found.proven == 23**3
+
+
 @needs_numba
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), strength=st.floats(0.1, 2.0), mirrored=st.booleans(), length=st.integers(2, 70))
