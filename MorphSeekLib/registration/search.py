@@ -137,7 +137,7 @@ def _searched(
 def _cells(features: Tensor, size: int) -> Tensor:
     """Return the means over cells; the last ones are completed by edge values."""
     pad = [n for axis in (4, 3, 2) for n in (0, -features.shape[axis] % size)]
-    return F.avg_pool3d(F.pad(features, pad, mode="replicate"), size)
+    return F.avg_pool3d(F.pad(features, pad, mode="replicate") if any(pad) else features, size)
 
 
 def _one_way(
@@ -223,23 +223,28 @@ class CompiledCosts:
     ) -> None:
         self._kernels, self._reach, self._threads = module, reach, threads
         padded = F.pad(moving.float(), [reach] * 6, mode="replicate")[0]
-        strips = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4).flatten(3)
-        rows = F.pad(strips, (0, module.LANES)).numpy()
+        strips = padded.unfold(3, 2 * reach + 1, 1).permute(1, 3, 0, 2, 4)
+        a, c, channels, b, side = strips.shape
+        rows = torch.zeros(a, c, channels, b * side + module.LANES)
+        rows[..., : b * side].unflatten(3, (b, side)).copy_(strips)
         cells = fixed[0].float().movedim(0, 3).contiguous().numpy()
         self._shape = cells.shape[:3]
         self.costs = np.empty((*self._shape, (2 * reach + 1) ** 3), np.float32)
         check()
         weights = counts.float().contiguous().numpy()
-        self._each(self._shape[0], lambda *slab: module.compare(cells, rows, weights, reach, self.costs, *slab))
+        near = rows.numpy()
+        self._each(self._shape[0], lambda *slab: module.compare(cells, near, weights, reach, self.costs, *slab))
         check()
         self._each(self._shape[1], lambda *slab: module.blur_planes(self.costs, *slab))
+        self._least = np.empty(self._shape, np.float32)
+        self._each(self._shape[0], lambda *slab: module.least_costs(self.costs, self._least, *slab))
 
     def best(self, mean: Tensor, nearness: float) -> Tensor:
         near, weight = mean[0].float().contiguous().numpy(), np.float32(nearness)
         found = np.empty((3, *self._shape), np.float32)
         self._each(
             self._shape[0],
-            lambda *slab: self._kernels.choose(self.costs, near, weight, self._reach, found, *slab),
+            lambda *slab: self._kernels.choose(self.costs, self._least, near, weight, self._reach, found, *slab),
         )
         return torch.from_numpy(found)[None].to(mean.dtype)
 

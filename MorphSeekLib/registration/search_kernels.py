@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 _FAST = {"contract", "nsz", "nnan"}
-LANES = 8  # displacements that are compared at once
+LANES = 16  # displacements that are compared at once
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -20,8 +20,8 @@ def compare(fixed, moving, counts, reach, costs, begin, end):
 
     Args:
         fixed: (a, b, c, channels).
-        moving: (a + 2 reach, c, channels, (b + 2 reach) (2 reach + 1) + 8), with edge values around it: along the last
-            axis the cells' rows, of each the neighbors along k, then eight numbers that do not count.
+        moving: (a + 2 reach, c, channels, (b + 2 reach) (2 reach + 1) + LANES), with edge values around it: along the last
+            axis the cells' rows, of each the neighbors along k, then numbers that do not count.
         counts: (a, b, c).
         reach: cells along each axis.
         costs: (a, b, c, (2 reach + 1)^3), written.
@@ -92,41 +92,76 @@ def _blur(line, spare):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def choose(costs, mean, nearness, reach, found, begin, end):
+def least_costs(costs, least, begin, end):
+    """Write each cell's least cost, (a, b, c), of costs (a, b, c, displacements)."""
+    _, b, c, count = costs.shape
+    for p in range(begin, end):
+        for q in range(b):
+            for r in range(c):
+                here = costs[p, q, r]
+                value = here[0]
+                for d in range(count):
+                    value = min(value, here[d])
+                least[p, q, r] = value
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _within(mean, radius, reach):
+    """Return the first displacement along an axis that is at most so far from the mean, and the one after the last."""
+    low = max(int(np.ceil(mean - radius)), -reach)
+    high = min(int(np.floor(mean + radius)), reach)
+    return min(low, reach), max(high, -reach) + 1
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def choose(costs, least, mean, nearness, reach, found, begin, end):
     """Write each cell's best displacement: the least cost + nearness |displacement - mean|^2, the first of equals.
+
+    One that is so far from the mean that even with the cell's least cost it were worse than that nearest to the mean is
+    not looked at.
 
     Args:
         costs: (a, b, c, (2 reach + 1)^3).
+        least: (a, b, c), from :func:`least_costs`.
         mean: (3, a, b, c) cells.
         nearness: weight.
         reach: cells along each axis.
         found: (3, a, b, c) cells, written.
         begin, end: planes of cells.
     """
-    b, c, count = costs.shape[1:]
+    b, c = costs.shape[1:3]
     side = 2 * reach + 1
-    moves = np.empty((4, count), np.float32)
-    for d in range(count):
-        moves[0, d] = d // (side * side) - reach
-        moves[1, d] = d // side % side - reach
-        moves[2, d] = d % side - reach
-        moves[3, d] = moves[0, d] ** 2 + moves[1, d] ** 2 + moves[2, d] ** 2
-    m0, m1, m2, squares = moves[0], moves[1], moves[2], moves[3]
-    total = np.empty(count, np.float32)
-    two = np.float32(-2)
+    slack = np.float32(1e-3)  # for rounding
+    total = np.empty(side, np.float32)
+    squares = np.empty(side, np.float32)
     for p in range(begin, end):
         for q in range(b):
             for r in range(c):
                 here = costs[p, q, r]
-                u, v, w = two * mean[0, p, q, r], two * mean[1, p, q, r], two * mean[2, p, q, r]
-                for d in range(count):
-                    total[d] = here[d] + nearness * (squares[d] + u * m0[d] + v * m1[d] + w * m2[d])
-                least = total[0]
-                for d in range(count):
-                    least = min(least, total[d])
-                best = 0
-                while total[best] > least:
-                    best += 1
-                found[0, p, q, r] = m0[best]
-                found[1, p, q, r] = m1[best]
-                found[2, p, q, r] = m2[best]
+                u, v, w = mean[0, p, q, r], mean[1, p, q, r], mean[2, p, q, r]
+                x0, x1, y0, y1, z0, z1 = -reach, reach + 1, -reach, reach + 1, -reach, reach + 1
+                if nearness > 0:
+                    x, y, z = int(np.round(u)), int(np.round(v)), int(np.round(w))
+                    middle = here[((x + reach) * side + y + reach) * side + z + reach]
+                    near = (x - u) ** 2 + (y - v) ** 2 + (z - w) ** 2
+                    radius = np.sqrt(near + (middle - least[p, q, r]) / nearness) + slack
+                    (x0, x1), (y0, y1) = _within(u, radius, reach), _within(v, radius, reach)
+                    z0, z1 = _within(w, radius, reach)
+                for z in range(z0, z1):
+                    squares[z - z0] = (z - w) ** 2
+                best, width = np.float32(np.inf), z1 - z0
+                bx, by, bz = x0, y0, z0
+                for x in range(x0, x1):
+                    for y in range(y0, y1):
+                        first = ((x + reach) * side + y + reach) * side + z0 + reach
+                        far = (x - u) ** 2 + (y - v) ** 2
+                        lowest = np.float32(np.inf)
+                        for n in range(width):
+                            total[n] = here[first + n] + nearness * (far + squares[n])
+                            lowest = min(lowest, total[n])
+                        if lowest < best:
+                            best, n = lowest, 0
+                            while total[n] > lowest:
+                                n += 1
+                            bx, by, bz = x, y, z0 + n
+                found[0, p, q, r], found[1, p, q, r], found[2, p, q, r] = bx, by, bz
