@@ -20,8 +20,8 @@ def compare(fixed, moving, counts, reach, costs, begin, end):
 
     Args:
         fixed: (a, b, c, channels).
-        moving: (a + 2 reach, c, channels, (b + 2 reach) (2 reach + 1) + LANES), with edge values around it: along the last
-            axis the cells' rows, of each the neighbors along k, then numbers that do not count.
+        moving: (a + 2 reach, c, channels, (b + 2 reach) (2 reach + 1) + LANES), with edge values around it: along the
+            last axis the cells' rows, of each the neighbors along k, then numbers that do not count.
         counts: (a, b, c).
         reach: cells along each axis.
         costs: (a, b, c, (2 reach + 1)^3), written.
