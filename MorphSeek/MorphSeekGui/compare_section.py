@@ -88,10 +88,12 @@ def figures(first: dict, second: dict) -> list[tuple[str, tuple[str, str], int |
         (_("Alignment"), lambda report: report.get("align")),
         (_("Stages"), _stages),
         (_("Preset"), lambda report: report.get("preset")),
+        (_("Voxels that masks leave, fixed / moving"), _masks),
     ]
+    similarity = "below" if _masks(first) == _masks(second) else ""  # of other voxels it says nothing
     found = [(label, (_text(value(first)), _text(value(second))), None) for label, value in rows]
     numbers = [
-        (_("Similarity (1 is best)"), "{:.3f}", "below", ("similarity", "warped")),
+        (_("Similarity (1 is best)"), "{:.3f}", similarity, ("similarity", "warped")),
         (_("Landmark error, mm"), "{:.2f}", "above", ("landmarks", "mean", "warped")),
     ]
     for label, form, worse, path in numbers:
@@ -120,6 +122,11 @@ def _stages(report: dict) -> str | None:
     rows = report.get("steps") or []
     named = all("stage" in row for row in rows)  # those of earlier versions have no names
     return (", ".join(stage_names(rows)) if named else None) or None
+
+
+def _masks(report: dict) -> str | None:
+    counts = [(report.get("masks") or {}).get(side) for side in ("fixed", "moving")]
+    return " / ".join(_("all") if n is None else f"{n:,}" for n in counts) if counts != [None, None] else None
 
 
 def _text(value: str | None) -> str:

@@ -46,6 +46,17 @@ def test_both_results_stand_in_one_table_with_the_better_one_bold(panel, ui, two
     assert [ui.compareTable.item(at, column).font().bold() for column in (1, 2)] == [False, True]
 
 
+def test_similarities_inside_different_masks_are_not_compared(stand_in):
+    from MorphSeekGui.compare_section import figures
+
+    similar = [{"similarity": {"warped": value}} for value in (0.8, 0.9)]
+    masked = similar[1] | {"masks": {"fixed": 1234, "moving": None}}
+    for other, better, masks in ((similar[1], 1, "–"), (masked, None, "1,234 / all")):
+        rows = {label: (texts, bold) for label, texts, bold in figures(similar[0], other)}
+        assert rows["Similarity (1 is best)"] == (("0.800", "0.900"), better)
+        assert rows["Voxels that masks leave, fixed / moving"][0] == ("–", masks)
+
+
 def test_the_two_warped_volumes_flicker_until_all_is_as_before(panel, ui, two, view, stand_in):  # noqa: F811
     before = layers(view)
     panel.show(two[0])

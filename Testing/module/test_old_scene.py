@@ -143,6 +143,10 @@ def test_the_figures_of_a_report_are_shown_as_before(name):
     report = json.loads((OLD / "reports" / f"{name}.json").read_text(encoding="utf-8"))
     judged = JUDGED[name]
     measured = quality.measure(report)
+    since_then = {"folded_voxels"}
+    assert {figure.key for figure in measured} - set(judged["figures"]) == since_then
+    assert {figure.text for figure in measured if figure.key in since_then} == {"–"}
+    measured = [figure for figure in measured if figure.key not in since_then]
     assert {figure.key: figure.value for figure in measured} == judged["figures"]
     assert {figure.key: figure.text for figure in measured} == judged["texts"]
     regions = [[r.voxels, r.mm3, r.determinant, *r.position] for r in quality.folded_regions(report)]
