@@ -677,6 +677,7 @@ def test_the_engines_python_can_be_emptied(stand_in, panel, ui):
 def test_a_wrong_path_of_the_engines_python_is_said(stand_in, panel, ui, tmp_path):
     text = tmp_path / "notes.txt"
     text.touch()
+    ui.advancedSection.collapsed = False
     ui.enginePythonEdit.currentPath = FOREIGN_PYTHON
     assert ui.enginePythonLabel.isHidden()
     for path, problem in (
