@@ -83,11 +83,12 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui = slicer.util.childWidgetVariables(widget)
         widget.setMRMLScene(slicer.mrmlScene)
         self.panels["register"] = register = RegisterPanel(self.ui.registerSection, self.logic)
-        self.panels["inspect"] = InspectPanel(self.ui.inspectSection, self.logic)
+        self.panels["inspect"] = inspect = InspectPanel(self.ui.inspectSection, self.logic)
         self.panels["training"] = training = TrainingPanel(self.ui.trainingSection, self.logic)
         for panel in self.panels.values():
             panel.setMRMLScene(slicer.mrmlScene)
         register.on_result.append(self._inspect)
+        inspect.on_choice.append(register.take_up)
         training.on_model.append(register.add_model)
         switch = register.ui.trainingCheckBox
         switch.checked = slicer.util.settingsValue(TRAINING, False, converter=slicer.util.toBool)
@@ -181,6 +182,32 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
             InputError, EngineError: one sentence that says what is wrong; no node was made.
         """
         return registration.register(fixedNode, movingNode, **{"client": self.client(), **options})
+
+    def correct(
+        self,
+        nodes: registration.RegistrationNodes,
+        fixedPoints=None,
+        movingPoints=None,
+        errorMm: float = 1.0,
+        **options,
+    ) -> registration.RegistrationNodes:
+        """Correct a registration where it is wrong, and wait for the end; its nodes take the result.
+
+            nodes = logic.correct(nodes, getNode("Fixed points"), getNode("Moving points"), errorMm=2.0)
+            nodes.report["corrections"]["points"]
+
+        Args:
+            nodes: of the registration.
+            fixedPoints, movingPoints: markups that belong together, each with its volume; without them by the lines
+                alone that were drawn for this registration in the panel.
+            errorMm: how far off a point may be, one standard deviation.
+            options: as for :func:`MorphSeekGui.registration.register`; ``fit="off"`` moves the points alone.
+
+        Raises:
+            InputError, EngineError: one sentence that says what is wrong; the nodes are as they were.
+        """
+        options = {"client": self.client(), "error_mm": errorMm, **options}
+        return registration.correct(nodes, fixedPoints, movingPoints, **options)
 
     def registerBatch(self, pairs, **options) -> list[registration.Outcome]:
         """Register many pairs, one after another; one that fails does not stop the others.

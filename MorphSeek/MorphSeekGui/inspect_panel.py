@@ -5,6 +5,7 @@ The widgets and what they call; views.py shows, quality.py judges, export.py wri
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from MorphSeekLib.protocol.verdict import DEFAULT_LIMITS, Folds, Limits, Verdict
 from . import quality, scene
 from .apply_section import ApplySection
 from .compare_section import CompareSection
+from .correct_section import fill_table
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
 from .export import Export, prepare
 from .landmarks_section import LandmarksSection
@@ -43,12 +45,17 @@ _DIFFERENCE_BAR = "stop:0 #7fd4ff, stop:0.25 #1f70d1, stop:0.5 #000000, stop:0.7
 
 
 class InspectPanel(Panel):
-    """See the module's text; ``show`` takes the nodes of a registration, the selector any that the scene holds."""
+    """See the module's text; ``show`` takes the nodes of a registration, the selector any that the scene holds.
+
+    Attributes:
+        on_choice: called with the nodes of each registration that is looked at.
+    """
 
     FILE = "Inspect.ui"
 
     def __init__(self, parent, logic) -> None:
         super().__init__(parent, logic)
+        self.on_choice: list[Callable[[RegistrationNodes], None]] = []
         self._nodes: RegistrationNodes | None = None
         self._views: ResultViews | None = None
         self._figures: list[quality.Figure] = []
@@ -138,7 +145,7 @@ class InspectPanel(Panel):
         self._folder = FolderButton(ui.folderButton, qt.QSettings().value(FOLDER_SETTING) or str(Path.home()))
         ui.exportButton.connect("clicked(bool)", lambda _on: self._start_export())
         ui.cancelExportButton.connect("clicked(bool)", lambda _on: self._cancel_export())
-        for table in (ui.figuresTable, ui.structuresTable, ui.regionsTable):
+        for table in (ui.figuresTable, ui.structuresTable, ui.correctionsTable, ui.regionsTable):
             spread(table, 0 if table is not ui.regionsTable else 4)
         self._show_export(False)
 
@@ -163,6 +170,8 @@ class InspectPanel(Panel):
         self.ui.gridSpacingSlider.value = max(1.0, round(size / 24))
         self._redraw.stop()
         self._fill()
+        for function in self.on_choice:
+            function(nodes)
 
     def _forget(self) -> None:
         """No registration any more, and the views as they were."""
@@ -183,6 +192,8 @@ class InspectPanel(Panel):
         self.ui.definitionLabel.text = (folding.get("cells") or folding).get("definition", "")
         self._fill_figures()
         self._fill_structures()
+        fill_table(ui.correctionsTable, self._nodes.report if there else {})
+        ui.correctionsLabel.visible = ui.correctionsTable.rowCount > 0
         self._fill_regions()
         self._landmarks.show(self._nodes, self._views)
         self._compare.show(self._nodes)

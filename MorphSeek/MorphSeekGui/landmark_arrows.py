@@ -22,19 +22,12 @@ def add_model(scene, name: str, points: Iterable[Mapping[str, Any]], thickness: 
         points: of the report's "landmarks".
         thickness: of the arrows' heads and of the balls at their beginnings, mm.
     """
-    joined = vtk.vtkAppendPolyData()
-    for point in points:
-        begin = np.array(point["fixed"]) * (-1, -1, 1)
-        joined.AddInputData(_ball(begin, thickness / 2))
-        if point.get("moving_in_fixed") is not None:
-            joined.AddInputData(_arrow(begin, np.array(point["moving_in_fixed"]) * (-1, -1, 1), thickness))
-    joined.Update()
     model = scene.CreateNodeByClass("vtkMRMLModelNode")
     model.UnRegister(None)
     model.SetName(scene.GenerateUniqueName(name))
     model.SetHideFromEditors(True)
     model.SetSaveWithScene(False)
-    model.SetAndObserveMesh(joined.GetOutput())
+    model.SetAndObserveMesh(shapes(points, thickness))
     scene.AddNode(model)
     model.CreateDefaultDisplayNodes()
     display = model.GetDisplayNode()
@@ -44,6 +37,25 @@ def add_model(scene, name: str, points: Iterable[Mapping[str, Any]], thickness: 
     display.SetSliceDisplayModeToProjection()
     display.SetSliceIntersectionThickness(2)
     return model
+
+
+def shapes(points: Iterable[Mapping[str, Any]], thickness: float):
+    """Return the surface of the arrows; arguments as :func:`add_model`."""
+    joined = vtk.vtkAppendPolyData()
+    for point in points:
+        begin = np.array(point["fixed"]) * (-1, -1, 1)
+        joined.AddInputData(_ball(begin, thickness / 2))
+        if point.get("moving_in_fixed") is not None:
+            joined.AddInputData(_arrow(begin, np.array(point["moving_in_fixed"]) * (-1, -1, 1), thickness))
+    joined.Update()
+    return joined.GetOutput()
+
+
+def fitting_thickness(volume) -> float:
+    """Return how thick arrows look right on a volume, mm."""
+    bounds = np.zeros(6)
+    volume.GetRASBounds(bounds)
+    return float(np.ptp(bounds.reshape(3, 2), axis=1).max()) / 150
 
 
 def _ball(center: np.ndarray, radius: float):

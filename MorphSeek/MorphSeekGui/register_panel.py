@@ -24,12 +24,14 @@ from MorphSeekLib.protocol.startup import AUTO, NO_MODEL, check_model_choice
 from MorphSeekLib.protocol.verdict import folds
 
 from . import dependencies, models, quality
+from .correct_section import CorrectPanel, summary
+from .corrections import Corrections
 from .engine_client import EngineCancelled, EngineError
 from .expected_time import ExpectedTime
 from .messages import sentence
 from .panel import Panel
 from .parameters import MAX_STEPS, Fit, Preset, chosen_options, has_named_model, other_options, use_options
-from .registration import Request, Run, prepare
+from .registration import Request, Run, into_same, prepare
 from .remaining_time import RemainingTime, duration
 from .saved_settings import SavedSettings
 from .scene import Image, InputError, RegistrationNodes, _, put_into_folder, size_of
@@ -87,6 +89,7 @@ class RegisterPanel(Panel):
         self._status = self.message(self.ui.statusLabel, self.ui.copyDetailsButton, self._folders)
         self._of_steps = _with_help(self.ui.stepsLabel, self.ui.stepsSpinBox, self.ui.stopEarlyCheckBox)
         self._of_presets = _with_help(self.ui.presetLabel, self.ui.presetSelector)
+        self._correct = CorrectPanel(self.ui.correctSection, logic, self)
         self._connect()
         self._saved = SavedSettings(self, self._settings, self._use_settings, self._fail)
 
@@ -128,6 +131,11 @@ class RegisterPanel(Panel):
             self.refresh_models()
             self._update()
 
+    def setMRMLScene(self, scene) -> None:
+        """Take this scene; None at the application's end."""
+        super().setMRMLScene(scene)
+        self._correct.setMRMLScene(scene)
+
     def enter(self) -> None:
         """See what is installed, and ask the engine for its devices."""
         self._update_setup()
@@ -142,6 +150,7 @@ class RegisterPanel(Panel):
             self._run = None
             self._undo()
         self.setParameterNode(None)
+        self._correct.cleanup()
         super().cleanup()
         self.logic.close_engine()
 
@@ -152,6 +161,7 @@ class RegisterPanel(Panel):
             self._time = None
             self._ending = _("The scene was closed, so the registration was canceled.")
         self._steps, self._last, self._before = None, None, None
+        self._correct.forget()
         self.ui.resultWidget.visible = self.ui.noModelButton.visible = False
         self._status.say(self._ending if self._run is not None else "")
 
@@ -207,8 +217,51 @@ class RegisterPanel(Panel):
             options, model = replace(options, steps=None, fit="on"), NO_MODEL
         else:
             options = replace(options, steps=1, stop_early=False)
-        names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
-        self._start(options, model, nodes.state, {name: getattr(nodes, name) for name in names})
+        self._start(options, model, nodes.state, into_same(nodes))
+
+    def correct(self, points: Corrections, fit: bool) -> bool:
+        """Correct the last result by points; its nodes are updated.
+
+        Args:
+            points: of the last result.
+            fit: go on with the fit around them, unless the model is better without.
+
+        Returns:
+            whether it was begun.
+        """
+        what, nodes = self._last
+        if what != self._what():
+            self._fail(_("The inputs were changed since the last registration; press Register to start again."))
+            return False
+        by_model = nodes.state is not None and _model_of(nodes.report) is not None
+        model = self._parameters.model if by_model else NO_MODEL
+        fitted = "off" if not fit else "on" if model == NO_MODEL else "auto"
+        options = replace(chosen_options(self._parameters), search="off", steps=None, stop_early=False, fit=fitted)
+        return self._start(options, model, nodes.state, into_same(nodes), points)
+
+    def take_up(self, nodes: RegistrationNodes) -> None:
+        """Take a result that came with a scene for the last one, so that it can be corrected, unless there is one of
+        this session or another pair is chosen."""
+        p = self._parameters
+        free = self._last is None or self._last[1].state is None
+        if (
+            p is not None
+            and self._run is None
+            and free
+            and (p.fixedVolume, p.movingVolume) == (nodes.fixed, nodes.moving)
+        ):
+            self._correct.forget()
+            self._last = (self._what(), nodes)
+            self._show_steps()
+            self._update()
+
+    def show_earlier(self, nodes: RegistrationNodes) -> None:
+        """Show a result that is in its nodes again, as before a later run changed them."""
+        if self._steps is not None:
+            # without a state it came with a scene: all pictures are of what came later
+            self._steps.keep_first(len(nodes.report.get("steps") or []) if nodes.state is not None else 0)
+        self._show_result(nodes)
+        self._update()
 
     def cancel(self) -> None:
         """Cancel the run; the scene is as before as soon as the engine has stopped."""
@@ -219,10 +272,18 @@ class RegisterPanel(Panel):
             self.ui.cancelButton.enabled = False
             self._status.say(_("Canceling ..."))
 
-    def _start(self, options: RegistrationOptions, model: str, state: dict | None, into: dict) -> None:
+    def _start(
+        self,
+        options: RegistrationOptions,
+        model: str,
+        state: dict | None,
+        into: dict,
+        corrections: Corrections | None = None,
+    ) -> bool:
+        """Start a run of the engine; return whether it was started."""
         p = self._parameters
         if self._run is not None or p is None:
-            return
+            return False
         self._status.say(_("Reading the volumes ..."))
         slicer.app.processEvents()
         try:
@@ -242,15 +303,18 @@ class RegisterPanel(Panel):
                 moving_landmarks_node=p.movingLandmarks,
                 show_steps=p.showSteps,
                 state=state,
+                corrections=corrections,
                 into=into,
             )
             job = prepare(p.fixedVolume, p.movingVolume, request)
-            if state is None or self._steps is None or not self._steps.count:
+            fresh = state is None and corrections is None
+            if fresh:
                 self._drop_steps()
+            if self._steps is None or not self._steps.count:
                 self._steps = Steps(p.fixedVolume, p.movingVolume)
             self._live = LiveStages(state["figures"] if state is not None else ())
             self._learns = None
-            if state is None:
+            if fresh:
                 estimate = self._estimates.get(self._question(), {}).get(p.preset.value)
                 self._learns = self._choice(p.preset), self._voxels(), estimate
             self._stop_asking()
@@ -259,11 +323,12 @@ class RegisterPanel(Panel):
             self._run = Run(job, self.logic.client(), self._hear, self._picture)
         except (InputError, EngineError) as problem:
             self._fail(sentence(problem))
-            return
+            return False
         self._time, self._message, self._which_model = RemainingTime(), "", ""
         self.ui.noModelButton.visible = False
         self._timer.start()
         self._show_running(True)
+        return True
 
     def _poll(self) -> None:
         client = self.logic.client()
@@ -315,6 +380,7 @@ class RegisterPanel(Panel):
     def _finish(self) -> None:
         run, self._run, self._time = self._run, None, None
         self._show_running(False)
+        nodes = None
         try:
             nodes = run.finish()
         except EngineCancelled:
@@ -325,6 +391,7 @@ class RegisterPanel(Panel):
             self._fail(self._ending or sentence(problem), getattr(problem, "details", ""))
         else:
             self._show_result(nodes)
+        self._correct.settle(nodes)
         self._update()
 
     def _show_result(self, nodes: RegistrationNodes) -> None:
@@ -369,6 +436,7 @@ class RegisterPanel(Panel):
     def _drop_steps(self) -> None:
         """Leave the stages of the last registration to the user; the slider shows them no longer."""
         self._steps, self._last = None, None
+        self._correct.forget()
         self.ui.resultWidget.visible = False
 
     # ----------------------------------------------------------------------------------------------- what it looks like
@@ -392,8 +460,9 @@ class RegisterPanel(Panel):
         self._show_expected_time()
         ui.registerButton.enabled = not reason and not running and not self._installing
         ui.registerButton.toolTip = reason or _("Register the moving volume to the fixed one.")
-        more = self._last is not None and self._last[1].state is not None and not running
-        ui.moreButton.enabled = more and self._last[0] == self._what()
+        same = self._last is not None and not running and self._last[0] == self._what()
+        ui.moreButton.enabled = same and self._last[1].state is not None
+        self._correct.show(self._last[1] if self._last is not None else None, same)
         if not running and not self._installing and self._last is None and ui.statusLabel.text in ("", self._reason):
             self._status.say(reason)
         self._reason = reason
@@ -504,7 +573,7 @@ class RegisterPanel(Panel):
         slider.blockSignals(blocked)
         slider.enabled = count > 1
         self.ui.resultWidget.visible = count > 0 or self._last is not None
-        self.ui.moreButton.visible = self._last is not None
+        self.ui.moreButton.visible = self.ui.correctSection.visible = self._last is not None
         self.ui.stepLabel.text = self._step_text(slider.value) if count else ""
 
     def _show_step(self, item: int) -> None:
@@ -760,6 +829,7 @@ def _summary(report: dict, which_model: str) -> str:
                 before=mean["aligned"], after=mean["warped"], n=len(landmarks["points"])
             )
         )
+    lines += summary(report)
     found = folds(report)
     if found is not None:
         lines.append(quality.folds_sentence(found))

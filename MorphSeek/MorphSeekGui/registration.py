@@ -22,8 +22,10 @@ from MorphSeekLib.protocol.messages import Answer, ArrayReference, Params, Progr
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.report import WarningSection
 from MorphSeekLib.protocol.settings import from_dict, to_dict
+from MorphSeekLib.protocol.startup import NO_MODEL
 
 from . import scene
+from .corrections import ERROR_MM, Corrections, gather
 from .engine_client import EngineCancelled, EngineClient, EngineError, shared_client
 from .messages import sentence
 from .models import DEFAULT
@@ -36,6 +38,8 @@ __all__ = [
     "RegistrationNodes",
     "Request",
     "Run",
+    "correct",
+    "into_same",
     "prepare",
     "register",
     "register_batch",
@@ -59,6 +63,7 @@ class Job:
     places: list[np.ndarray]  # where the two volumes stand, LPS
     folder: tempfile.TemporaryDirectory
     warnings: list[WarningSection] = field(default_factory=list)  # of the nodes; they go into the report, too
+    corrections: Corrections | None = None
 
     def finish(self, result: Answer) -> RegistrationNodes:
         """Make nodes of the worker's answer; the folder is removed in any case.
@@ -86,6 +91,8 @@ class Job:
                 result, self.fixed, self.moving, self.moving_to_space, self.labels, into=self.into
             )
             nodes.state = state
+            if self.corrections is not None:
+                self.corrections.keep()
             return nodes
         finally:
             self.discard()
@@ -169,6 +176,7 @@ class Request:
             the report tells their distance before and after. The registration does not use them.
         show_steps: the worker hands over the warped image after each stage.
         state: of an earlier result with the same volumes and model, from which the stages go on.
+        corrections: points by which the state, or without one the transform that they belong to, is corrected instead.
         into: nodes that take the results instead of new ones, by their name in :class:`scene.RegistrationNodes`.
     """
 
@@ -187,6 +195,7 @@ class Request:
     moving_landmarks_node: slicer.vtkMRMLNode | None = None
     show_steps: bool = False
     state: scene.StepState | None = None
+    corrections: Corrections | None = None
     into: scene.Into = field(default_factory=dict)
 
     @classmethod
@@ -231,6 +240,9 @@ def prepare(fixed_node, moving_node, request: Request) -> Job:
         {"code": "overlapping-segments", "message": one.warning} for one in labels if one is not None and one.warning
     ]
     initial = None if initial_node is None else scene.read_transform(initial_node, fixed)
+    corrections = request.corrections
+    if corrections is not None and request.state is None:
+        initial = corrections.start(moving_to_space)
     places = [fixed.affine, moving.affine]
     if request.state is not None and not np.allclose(places, request.state["places"], atol=1e-4):
         raise InputError(_("A volume has moved since the last registration; press Register to start again."))
@@ -241,12 +253,15 @@ def prepare(fixed_node, moving_node, request: Request) -> Job:
         params = _write(Path(folder.name), request, (fixed, moving), labels, initial) | masks
         params["fixed_landmarks"] = scene.read_points(request.fixed_landmarks_node)
         params["moving_landmarks"] = scene.read_points(request.moving_landmarks_node, space)
+        params["corrections"] = None if corrections is None else corrections.sent(moving_to_space)
         params["fixed"] |= scene.file_of(fixed_node)
         params["moving"] |= scene.file_of(moving_node)
     except BaseException:
         folder.cleanup()
         raise
-    return Job(params, fixed_node, moving_node, moving_to_space, labels[1], request.into, places, folder, warnings)
+    return Job(
+        params, fixed_node, moving_node, moving_to_space, labels[1], request.into, places, folder, warnings, corrections
+    )
 
 
 def _write(
@@ -349,6 +364,40 @@ class Outcome:
     pair: Mapping[str, object]
     nodes: RegistrationNodes | None = None
     error: str = ""
+
+
+def correct(
+    nodes: RegistrationNodes,
+    fixed_points=None,
+    moving_points=None,
+    *,
+    error_mm: float = ERROR_MM,
+    **choices,
+) -> RegistrationNodes:
+    """Correct a registration by points, and wait for the end; its nodes take the result.
+
+    Args:
+        nodes: of the registration, as :func:`register` returned them or :func:`scene.result_nodes` found them.
+        fixed_points, moving_points: markups that belong together, each in the space of its volume; None for both
+            takes only the lines that were drawn for this registration, see :mod:`corrections`.
+        error_mm: how far off a point may be, one standard deviation.
+        choices: as for :func:`register`. Name the model that the registration was made with to go on from its state;
+            else no model is used, and a registration by a model is corrected as a transform, aligned by itself.
+
+    Raises:
+        InputError: nothing to correct by, or a node cannot be used.
+        EngineCancelled, EngineDied, EngineError: the nodes are as they were.
+    """
+    points = gather(nodes, fixed_points, moving_points, error_mm)
+    same = "model" in choices or nodes.report.get("model") is None
+    own = {"model": NO_MODEL, "state": nodes.state if same else None, "into": into_same(nodes), "corrections": points}
+    return register(nodes.fixed, nodes.moving, **(own | choices))
+
+
+def into_same(nodes: RegistrationNodes) -> scene.Into:
+    """Return the nodes of a registration as those that take the result of another."""
+    names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
+    return {name: getattr(nodes, name) for name in names}
 
 
 def register_batch(

@@ -68,6 +68,11 @@ class Steps:
         else:
             self.remove()
 
+    def keep_first(self, rows: int) -> None:
+        """Keep the pictures of the first rows of a report, and remove those of later ones."""
+        self._kept = [value for value in map(str, self.rows) if int(value) < rows]
+        self.undo()
+
     def remove(self) -> None:
         """Remove all nodes."""
         # the display node last: a volume that a slice view shows without one is given a new one at once

@@ -213,9 +213,7 @@ class ResultViews:
         self._arrows = None
         if not on:
             return
-        bounds = np.zeros(6)
-        self.nodes.fixed.GetRASBounds(bounds)
-        thickness = float(np.ptp(bounds.reshape(3, 2), axis=1).max()) / 150
+        thickness = landmark_arrows.fitting_thickness(self.nodes.fixed)
         points = (self.nodes.report.get("landmarks") or {}).get("points") or []
         name = _("{name} (landmarks)").format(name=self.nodes.transform.GetName())
         self._arrows = landmark_arrows.add_model(self._scene, name, points, thickness)

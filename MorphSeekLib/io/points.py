@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..protocol.errors import MorphSeekError
+from ..protocol.pairing import paired
 from ..protocol.startup import check_readable, shown
 from ..space.geometry import Grid, apply_affine
 from .files import write_atomically
@@ -122,32 +123,8 @@ def pair_points(fixed: Points, moving: Points, names: tuple[str, str]) -> PointP
     Raises:
         MorphSeekError: unequal counts, a label that occurs twice, or one that only one side has.
     """
-    if len(fixed.positions) != len(moving.positions):
-        raise MorphSeekError(
-            f"{names[0]} and {names[1]} hold {len(fixed.positions)} and {len(moving.positions)} points, and landmarks "
-            "come in pairs; remove those without a partner."
-        )
-    sides = set(fixed.labels), set(moving.labels)
-    if "" in sides[0] | sides[1] or not sides[0] & sides[1]:
-        both = enumerate(zip(fixed.labels, moving.labels, strict=True), 1)
-        labels = tuple(own or other or str(number) for number, (own, other) in both)
-        return PointPairs(fixed.positions, moving.positions, labels)
-    for labels, own in zip((fixed.labels, moving.labels), sides, strict=True):
-        if len(own) < len(labels):
-            twice = next(label for label in labels if labels.count(label) > 1)
-            raise MorphSeekError(f"{_of(names, labels is moving.labels)} names two points '{twice}'; rename one.")
-    if alone := sorted(sides[0] ^ sides[1]):
-        here = alone[0] in sides[1]
-        raise MorphSeekError(
-            f"Only {_of(names, here)} has a point named '{alone[0]}'; give both points of a pair the same label, or "
-            "remove all labels to pair them by their order."
-        )
-    order = [moving.labels.index(label) for label in fixed.labels]
-    return PointPairs(fixed.positions, moving.positions[order], fixed.labels)
-
-
-def _of(names: tuple[str, str], moving: bool) -> str:
-    return names[1] if moving else names[0]
+    order, labels = paired(fixed.labels, moving.labels, names)
+    return PointPairs(fixed.positions, moving.positions[order], tuple(labels))
 
 
 def _read_markups(text: str, path: Path, grid: Grid) -> Points:

@@ -26,6 +26,7 @@ _LOGICS = {
     "Terminologies": "vtkSlicerTerminologiesModuleLogic",
     "Segmentations": "vtkSlicerSegmentationsModuleLogic",
     "Volumes": "vtkSlicerVolumesLogic",
+    "Markups": "vtkSlicerMarkupsLogic",
     "Transforms": "vtkSlicerTransformLogic",
     "Plots": "vtkSlicerPlotsLogic",
     "Sequences": "vtkSlicerSequencesLogic",
@@ -34,6 +35,7 @@ _SLICE_MANAGERS = (
     "vtkMRMLTransformsDisplayableManager2D",
     "vtkMRMLSegmentationsDisplayableManager2D",
     "vtkMRMLModelSliceDisplayableManager",
+    "vtkMRMLMarkupsDisplayableManager",
 )
 _THREE_D_MANAGERS = (
     "vtkMRMLCameraDisplayableManager",
