@@ -130,6 +130,21 @@ def test_the_table_of_steps_says_which_one_is_the_answer(tmp_path):
     assert [word for word in Page(text).words if "the answer" in word] == ["1 ◀ the answer"]
 
 
+def test_corrections_are_listed_with_their_distance_before_and_after(tmp_path):
+    pictures = example(GRIDS["plain"], push=1)
+    point = {"label": "left <horn>", "fixed": [0, 0, 0], "moving": [3, 4, 0], "error_mm": 1.0}
+    corrections = {"points": [point | {"before": 5.0, "after": 0.25}], "definition": "in mm"}
+    text = reports.write_report(tmp_path, figures(pictures, corrections=corrections), pictures).read_text("utf-8")
+    page = Page(text)
+    assert "left <horn>" in page.words
+    shown = {path: number for path, _, number in page.numbers if path.startswith("corrections")}
+    assert shown == {
+        "corrections.points.0.before": "5.00",
+        "corrections.points.0.after": "0.25",
+        "corrections.points.0.error_mm": "1.00",
+    }
+
+
 def test_folding_inside_the_mask_or_the_tissue_stands_beside_that_of_the_whole_image(folded):
     folder, text, _ = folded
     page = Page(text)
