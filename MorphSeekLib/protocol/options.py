@@ -31,7 +31,7 @@ class RegistrationOptions:
         inverse: also compute the inverse transform.
         preset: "best", or "fast" for about a third of the time.
         search: whether large motion is searched for before the network's steps; "auto": where the images are still
-            unlike after the alignment (:data:`MorphSeekLib.registration.find.FAR`), unless the model's card says no.
+            unlike after the alignment (:data:`MorphSeekLib.registration.judge.FAR`), unless the model's card says no.
         fit: whether the pair is fitted after the steps, without labels; "auto": unless the model's card says that its
             steps are better without. "off" also leaves folds as the steps made them.
         similarity: what fit and judge compare by; "auto": "lncc". The search always compares MIND-SSC features.

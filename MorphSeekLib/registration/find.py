@@ -12,9 +12,6 @@ from .fit import taken_over
 from .pair import Outcome, Pair
 from .search import level_for, search
 
-FAR = 0.8
-"""Images that are more alike than this after the alignment, by MIND, are near enough for the fit alone."""
-
 
 @dataclass(frozen=True)
 class Search:

@@ -26,6 +26,7 @@ LEAST_OVERLAP = 0.1  # of what the fixed image shows
 ONE_VALUE = 0.8  # of what an image shows is of one value: a mask
 ON_FACES = 0.1  # of the voxels of an image's faces
 FLAT = 0.02  # of the range
+LOST = 0.15  # of similarity by MIND: nothing but another place in the body, or none, makes so much
 NOTABLE = 0.005  # of similarity or Dice: smaller losses are not worth a sentence
 
 
@@ -91,6 +92,18 @@ def mirrored_alignment(mirrored: bool) -> list[Notice]:
         "folding is judged relative to that. Check that you want this."
     )
     return [Notice("mirrored", words)]
+
+
+def lost_initial(alike: float, possible: float) -> list[Notice]:
+    """Say whether an initial transform leaves the images much less alike, by MIND, than an alignment without it."""
+    if possible - alike < LOST:
+        return []
+    words = (
+        f"The images are far less alike after the initial transform (by MIND: {alike:.2f}) than after an alignment "
+        f"without it ({possible:.2f}); check that it belongs to these images and leads from the fixed to the moving "
+        "one, or leave it out."
+    )
+    return [Notice("initial-lost", words)]
 
 
 def small_foreground(voxels: int) -> list[Notice]:

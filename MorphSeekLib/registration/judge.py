@@ -11,6 +11,10 @@ from ..space.geometry import Transform, map_voxels
 from .objective import Level, Objective
 from .pyramid import Coarse
 
+FAR = 0.8
+"""Images that are more alike than this after the alignment, by MIND, are near enough for the fit alone; others may be
+far apart, or their alignment lost."""
+
 
 class Judge:
     """Measures how like the fixed image the moving one is under a map: the fit's objective at its coarsest level.

@@ -38,9 +38,10 @@ from ..space.geometry import (
 from ..space.preprocessing import Preprocessing, foreground_of, general, normalize, normalized, working_grid
 from . import guards
 from .alignment import alignments, object_size
-from .judge import Judge
+from .judge import FAR, Judge
 from .masks import Masks, check_seen, filled
 from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around, with_opposite_contrast
+from .wide import GAIN, look_around
 
 # working grids beyond this would need more memory than any machine of the field has
 MAX_WORKING_VOXELS = 512**3
@@ -196,11 +197,51 @@ class Pair:
         job.report("align", 0.0, "Aligning the images" if kind != "none" else "Checking that the images overlap")
         kinds = ("none", "center", "affine") if kind == "auto" else (kind,)
         fixed, moving = self.known
-        found = alignments(fixed, moving, kinds, initial, job, self.masks)
-        if len(found) > 1:
-            kind = max(found, key=lambda k: self._alike_after(found[k]))
+        searched = initial is None and kinds[-1] in ("rigid", "affine")
+        found = alignments(fixed, moving, kinds, initial, job.part(0.0, 0.7) if searched else job, self.masks)
+        if len(found) > 1 or searched:
+            alike = {k: self._alike_after(found[k]) for k in found}
+            kind = max(found, key=lambda k: alike[k])
+            if searched and alike[kind] < FAR:
+                kind = self._found_again(found, kind, alike[kind], kinds[-1], job.part(0.7, 1.0))
+        elif initial is not None:
+            self._compare_initial(found[kind], job)
         before = None if kind == "none" else np.eye(4) if initial is None else initial
         self._use(Alignment(found[kind], kind, before))
+
+    def _found_again(self, found: dict[str, Transform], kind: str, alike: float, wanted: str, job: Job) -> str:
+        """Look for an alignment that may be lost from many starts, and add it to what was found if it is better.
+
+        Args:
+            found: alignments by their kind.
+            kind: the best of them.
+            alike: how alike it leaves the images.
+            wanted: "rigid" or "affine".
+            job: told how far it is.
+
+        Returns:
+            the kind of the best alignment now.
+        """
+        own = found[kind]
+        assert isinstance(own, np.ndarray)  # as there is no initial transform
+        start = look_around(self.crop, self.source, own, self.masks.moving, job)
+        after = -1.0 if start is None else self._alike_after(start)
+        if start is None or after < alike + GAIN:
+            return kind
+        found["rigid"] = start
+        climbed = alignments(*self.known, (wanted,), start, job, self.masks)[wanted]
+        if self._alike_after(climbed) > after:
+            found[wanted] = climbed
+            return wanted
+        return "rigid"
+
+    def _compare_initial(self, initial: Transform, job: Job) -> None:
+        """Note an initial transform that leaves the images far less alike than they could be."""
+        alike = self._alike_after(initial)
+        if alike < FAR:
+            other = look_around(self.crop, self.source, None, self.masks.moving, job)
+            possible = alike if other is None else self._alike_after(other)
+            self.notices += guards.lost_initial(alike, possible)
 
     def _alike_after(self, alignment: Transform) -> float:
         """Return how alike the images are after an alignment, by features that heed no contrast."""

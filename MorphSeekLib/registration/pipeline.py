@@ -22,8 +22,9 @@ from ..protocol.options import RegistrationOptions
 from ..protocol.startup import MAX_STEPS
 from ..space.geometry import DenseTransform, Transform, Volume
 from .correction import CorrectedFit, Correction, corrected_section
-from .find import FAR, Search
+from .find import Search
 from .fit import Fit, start_of
+from .judge import FAR
 from .pair import Clock, Outcome, Pair, State
 from .pictures import Pictures
 from .result import Labels, Registration, Request, deliver

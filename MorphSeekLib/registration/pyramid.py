@@ -129,16 +129,16 @@ class Coarse:
         ):
             fixed, seen, level = halved(fixed), halved(seen), level + 1
         grid = level_grid(crop.grid, level)
-        averaged = _averaged(moving, grid)
-        image = averaged.data[None, None].to(fixed.device)
-        points = index_points(grid, alignment, averaged.grid, fixed.device)
+        block = averaged(moving, grid)
+        image = block.data[None, None].to(fixed.device)
+        points = index_points(grid, alignment, block.grid, fixed.device)
         at = index_points(grid, alignment, moving.grid, fixed.device)
         sees = in_box(at, moving.grid) & (seen > 0.99)
         left = _both(crop.counts, counts, at, level)
         counted = counted_blocks(
             fixed, fields.sample(image, points, padding="border"), sees if left is None else sees & left
         )
-        return cls(grid, fixed, counted, None if left is None else whole_blocks(left), image, averaged.grid)
+        return cls(grid, fixed, counted, None if left is None else whole_blocks(left), image, block.grid)
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ def _moved(moving: Volume, grid: Grid, alignment: Transform, device: torch.devic
     return fields.sample(smooth, index_points(grid, alignment, moving.grid, device), padding="border")
 
 
-def _averaged(volume: Volume, onto: Grid) -> Volume:
+def averaged(volume: Volume, onto: Grid) -> Volume:
     """Return the means of blocks of voxels that are about as large as those of a grid."""
     spacing = float(onto.spacing.max())
     size = [

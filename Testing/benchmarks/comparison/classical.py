@@ -7,12 +7,15 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.io.transforms import read_transform
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.space.geometry import DenseTransform, Transform, Volume, dense_from_voxels
+
+_AFFINE = "-a -ia-image-centers"
 
 
 def greedy(
@@ -34,10 +37,7 @@ def greedy(
     Raises:
         MorphSeekError: the package is missing.
     """
-    try:
-        from picsl_greedy import Greedy3D
-    except ImportError as error:
-        raise MorphSeekError("greedy is not installed; run: pip install picsl-greedy.") from error
+    greedy3d = _greedy_package()
     with tempfile.TemporaryDirectory(prefix="morphseek-greedy-") as name:
         folder = Path(name)
         for side, volume in (("fixed", fixed), ("moving", moving)):
@@ -47,14 +47,35 @@ def greedy(
         common = f"{base} -m {metric} -n 100x50x10 -i {folder}/fixed.nii.gz {folder}/moving.nii.gz"
         then = ""
         if affine:
-            Greedy3D().execute(f"{common} -a -ia-image-centers -o {folder}/affine.mat")
+            greedy3d().execute(f"{common} {_AFFINE} -o {folder}/affine.mat")
             then = f"{folder}/affine.mat"
-        Greedy3D().execute(f"{common} {f'-it {then}' if affine else ''} -o {folder}/warp.nii.gz")
-        Greedy3D().execute(
+        greedy3d().execute(f"{common} {f'-it {then}' if affine else ''} -o {folder}/warp.nii.gz")
+        greedy3d().execute(
             f"{base} -rf {folder}/fixed.nii.gz -rm {folder}/moving.nii.gz {folder}/out.nii.gz "
             f"-rc {folder}/whole.nii.gz -r {folder}/warp.nii.gz {then}"
         )
         return _dense(read_transform(folder / "whole.nii.gz", fixed.grid), fixed)
+
+
+def greedy_affine(fixed: Volume, moving: Volume, *, multimodal: bool = False, threads: int = 1) -> np.ndarray:
+    """Return the affine transform that :func:`greedy` begins with: fixed point -> moving point, (4, 4) LPS mm.
+
+    Raises:
+        MorphSeekError: the package is missing.
+        RuntimeError: greedy found none.
+    """
+    greedy3d = _greedy_package()
+    with tempfile.TemporaryDirectory(prefix="morphseek-greedy-") as name:
+        folder = Path(name)
+        for side, volume in (("fixed", fixed), ("moving", moving)):
+            write_image(volume, folder / f"{side}.nii.gz")
+        metric = "NMI" if multimodal else "NCC 2x2x2"
+        greedy3d().execute(
+            f"-d 3 -V 0 -seed 1{f' -threads {threads}' if threads else ''} -m {metric} -n 100x50x10 "
+            f"-i {folder}/fixed.nii.gz {folder}/moving.nii.gz {_AFFINE} -o {folder}/affine.mat"
+        )
+        flip = np.diag([-1.0, -1.0, 1.0, 1.0])  # its file is in RAS
+        return flip @ np.loadtxt(folder / "affine.mat") @ flip
 
 
 def syn(
@@ -98,6 +119,15 @@ def syn(
         )
         ants.apply_transforms(*images, found["fwdtransforms"], compose=f"{folder}/whole")
         return _dense(read_transform(folder / "wholecomptx.nii.gz", fixed.grid), fixed)
+
+
+def _greedy_package() -> type:
+    """Return greedy's class for three dimensions."""
+    try:
+        from picsl_greedy import Greedy3D
+    except ImportError as error:
+        raise MorphSeekError("greedy is not installed; run: pip install picsl-greedy.") from error
+    return Greedy3D
 
 
 def _dense(transform: Transform, fixed: Volume) -> DenseTransform:
