@@ -54,6 +54,7 @@ from ..protocol.startup import (
     check_threads,
     find,
     shown,
+    transform_paths,
     wait_passively,
 )
 
@@ -113,7 +114,11 @@ NiftiForm = Annotated[
     typer.Option(help="qform or sform: which one places NIfTI files that have both; the one ITK takes by default."),
 ]
 InitialTransform = Annotated[
-    Path | None, typer.Option(help="ITK transform file, fixed to moving, to start from (turns --align off).")
+    str | None,
+    typer.Option(
+        help="ITK transform, fixed to moving, to start from (turns --align off); several as in apply.",
+        metavar="FILE[,FILE...]",
+    ),
 ]
 FixedLabels = Annotated[Path | None, typer.Option(help="Label map of the fixed image, for Dice.")]
 MovingLabels = Annotated[Path | None, typer.Option(help="Label map of the moving image, carried along.")]
@@ -224,7 +229,7 @@ def register(
     with terminal_job() as job:
         marks = (fixed_mask, ignore), (moving_mask, ignore_moving)
         beside = fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, *marks[0], *marks[1]
-        inputs = (fixed, moving, initial_transform, *beside)
+        inputs = (fixed, moving, *(starts := transform_paths(initial_transform)), *beside)
         check_files(inputs, options_file, save_options)
         settings = chosen_settings(ctx, options_file)  # all that a registration can be told
         check_choices(model=settings.model, device=choices.device, threads=choices.threads)
@@ -250,7 +255,7 @@ def register(
         labels = _labels(fixed_labels, images[0], nifti_form), _labels(moving_labels, images[1], nifti_form)
         landmarks = _landmarks((fixed_landmarks, moving_landmarks), images)
         images = _masked(images[0], marks[0], "fixed", nifti_form), _masked(images[1], marks[1], "moving", nifti_form)
-        start = None if initial_transform is None else read_transform(initial_transform, covering_grid(images[0].grid))
+        start = read_transform(starts, covering_grid(images[0].grid)) if starts else None
         read = time.perf_counter()
         job.report("load", 0.01, "Loading the model")
         loaded_model, where, words = chosen_model(settings.model, images, choices.device, job)
@@ -402,7 +407,7 @@ def apply(
         for path in read:
             check_readable(path)
 
-        from ..io.apply import apply_transforms, map_points, transform_paths
+        from ..io.apply import apply_transforms, map_points
         from ..io.images import check_image_name, read_grid, read_image, read_labels, write_image
         from ..io.points import read_points, write_points
 

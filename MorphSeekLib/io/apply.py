@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
@@ -110,11 +109,6 @@ def map_points(points: np.ndarray, transforms: Sequence[AnyTransform], *, invers
             )
     _check_finite(moved)
     return moved
-
-
-def transform_paths(text: str) -> list[Path]:
-    """Return the files of TRANSFORM[,TRANSFORM...]; a file whose own name has a comma is one."""
-    return [Path(text)] if Path(text).exists() else [Path(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def _links(transforms: Sequence[AnyTransform]) -> list[Link]:

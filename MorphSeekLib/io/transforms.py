@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -77,7 +79,7 @@ def write_transform(transform: DenseTransform, path: str | os.PathLike) -> None:
         part.write_bytes(made.getbuffer())
 
 
-def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
+def read_transform(path: str | os.PathLike | Sequence[str | os.PathLike], grid: Grid) -> Transform:
     """Read a transform, fixed point -> moving point (what ITK, Slicer and ANTs store to resample the moving image).
 
     A displacement field or a B-spline, alone or within a composite, ends at the edge of its domain, where ITK jumps to
@@ -85,30 +87,35 @@ def read_transform(path: str | os.PathLike, grid: Grid) -> Transform:
 
     Args:
         path: an ITK transform file (.tfm, .txt, .mat, .h5, .xfm) of any kind, composites included, or a displacement
-            field image (.nii.gz, .nrrd, .mha; LPS mm, but NIfTI of intent 1006 RAS mm, as ITK has it).
+            field image (.nii.gz, .nrrd, .mha; LPS mm, but NIfTI of intent 1006 RAS mm, as ITK has it); or several,
+            through which a fixed point goes in this order.
         grid: where to sample a transform that is not linear; it should cover the fixed image.
 
     Returns:
-        A (4, 4) matrix, LPS mm, when the transform is linear; a DenseTransform on ``grid`` otherwise.
+        A (4, 4) matrix, LPS mm, when all are linear; a DenseTransform on ``grid`` otherwise.
 
     Raises:
-        MorphSeekError: missing, damaged, not a 3D transform, singular or not finite.
+        MorphSeekError: missing, damaged, not a 3D transform, singular or not finite; or none is given.
     """
-    transform = read_itk_transform(path)
-    if transform.IsLinear():
-        return _matrix(transform, Path(path))
-    links = links_of(transform)
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise MorphSeekError("There is no transform to read; give one file or more.")
+    transforms = [read_itk_transform(one) for one in paths]
+    if all(transform.IsLinear() for transform in transforms):
+        matrices = [_matrix(transform, Path(one)) for transform, one in zip(transforms, paths, strict=True)]
+        return functools.reduce(lambda before, then: then @ before, matrices)
+    links = [(link, one) for transform, one in zip(transforms, paths, strict=True) for link in links_of(transform)]
     displacement = torch.empty(3, *grid.shape)
     length = max(1, _SLAB_POINTS // (grid.shape[1] * grid.shape[2]))
     for slab, first in zip(displacement.split(length, dim=1), range(0, grid.shape[0], length), strict=True):
         index = np.indices(slab.shape[1:]).reshape(3, -1).T + np.array([first, 0, 0])
         points = apply_affine(grid.affine, np.ascontiguousarray(index, dtype=np.float64))  # as BLAS wants them
         moved = points
-        for link in links:
+        for link, one in links:
             moved = link.map_points(moved)
             if not np.isfinite(moved).all():
                 raise MorphSeekError(
-                    f"{path} moves points by amounts that are NaN or infinite; compute the transform again."
+                    f"{one} moves points by amounts that are NaN or infinite; compute the transform again."
                 )
         slab.copy_(torch.from_numpy((moved - points).T).view(slab.shape))
     return DenseTransform(displacement, grid)

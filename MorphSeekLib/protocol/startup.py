@@ -256,6 +256,13 @@ def check_readable(path: Path | str) -> None:
         raise MorphSeekError(f"{path} is an empty file (0 bytes); copy or export it again.")
 
 
+def transform_paths(text: str | None) -> list[Path]:
+    """Return the files of TRANSFORM[,TRANSFORM...]; a file whose own name has a comma is one, and None is no file."""
+    if text is None:
+        return []
+    return [Path(text)] if Path(text).exists() else [Path(part.strip()) for part in text.split(",") if part.strip()]
+
+
 def check_run(folder: Path | str) -> None:
     """Refuse a folder that holds no training run.
 

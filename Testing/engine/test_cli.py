@@ -134,6 +134,18 @@ def test_initial_transform_file(files, tmp_path):
     assert report["align"] == "none"
 
 
+def test_a_chain_of_initial_transforms_is_applied_in_its_order(files, tmp_path):
+    shift = sitk.TranslationTransform(3, (15.0, 0.0, 0.0))
+    double = sitk.AffineTransform([2.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0], [0.0, 0.0, 0.0])
+    half = sitk.AffineTransform([0.5, 0, 0, 0, 1.0, 0, 0, 0, 1.0], [0.0, 0.0, 0.0])
+    for name, transform in (("half", half), ("shift", shift), ("double", double)):
+        sitk.WriteTransform(transform, str(tmp_path / f"{name}.tfm"))
+    chain = ",".join(str(tmp_path / f"{name}.tfm") for name in ("half", "shift", "double"))
+    run(*registering(files, tmp_path / "out", initial_transform=chain, search="off"), "--steps", "1")
+    transform = sitk.ReadTransform(str(tmp_path / "out" / "transform.h5"))
+    assert transform.TransformPoint((0.0, 0.0, 0.0))[0] == pytest.approx(30, abs=8)  # 7.5 in the other order
+
+
 def test_info_prints_the_card_as_json_for_programs(files):
     assert json.loads(run("info", files / "model.safetensors", "--json"))["title"] == "random"
 

@@ -328,3 +328,24 @@ def test_a_field_of_one_slice_moves_all_points_as_that_slice_does(tmp_path):
     nodes, found = nodes_moved(read_transform(tmp_path / "f.nrrd", far_grid()))
     dense = DenseTransform(torch.from_numpy(values.transpose(3, 2, 1, 0).copy()), grid)
     assert np.abs(found - dense.map_points(nodes)).max() < 1e-4
+
+
+def test_a_chain_of_files_is_the_transforms_one_after_another(tmp_path):
+    transform = dense()
+    write_transform(transform, tmp_path / "dense.h5")
+    sitk.WriteTransform(sitk.TranslationTransform(3, (3.0, -2.0, 1.0)), str(tmp_path / "shift.tfm"))
+    chain = [tmp_path / "shift.tfm", tmp_path / "dense.h5"]
+    found = read_transform(chain, transform.grid)
+    points = apply_affine(transform.grid.affine, np.argwhere(np.ones((14, 12, 10)))[::37])
+    shifted = points + np.array([3.0, -2.0, 1.0])
+    expected = transform.map_points(shifted)
+    index = apply_affine(np.linalg.inv(transform.grid.affine), shifted)
+    inside = ((index >= 0) & (index <= np.array(transform.grid.shape) - 1)).all(axis=1)
+    np.testing.assert_allclose(found.map_points(points)[inside], expected[inside], atol=2e-3)
+    shift = read_transform([tmp_path / "shift.tfm"] * 2, transform.grid)
+    np.testing.assert_allclose(shift[:3, 3], (6.0, -4.0, 2.0), atol=1e-6)
+
+
+def test_an_empty_chain_is_refused():
+    with pytest.raises(MorphSeekError, match="no transform to read"):
+        read_transform([], dense().grid)
