@@ -57,6 +57,7 @@ def positions(node) -> np.ndarray:
 
 def test_a_volume_becomes_what_the_registration_made_of_the_moving_one(panel, ui, nodes, world, stand_in):  # noqa: F811
     panel.show(nodes)
+    ui.applySection.collapsed = False
     assert not ui.interpolationSelector.isVisibleTo(panel.widget)
     ui.applyNodeSelector.setCurrentNode(nodes.moving)
     assert ui.interpolationSelector.isVisibleTo(panel.widget)
