@@ -100,6 +100,7 @@ def test_where_no_python_begins_that_is_copied(stand_in, copy, monkeypatch):
 def test_every_error_of_the_panel_has_the_button(stand_in, module, monkeypatch):
     panels = slicer.modules.MorphSeekWidget.panels
     register, inspect, training = (panels[name] for name in ("register", "inspect", "training"))
+    inspect.ui.exportSection.collapsed = False
     for fail, succeed, button in (
         (lambda: register._fail("no"), lambda: register._status.say("yes"), register.ui.copyDetailsButton),
         (lambda: inspect._say("no"), lambda: inspect._say(""), inspect.ui.copyDetailsButton),
