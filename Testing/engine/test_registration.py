@@ -488,6 +488,8 @@ def test_the_report_holds_what_its_type_says(pair, model):
         ("fit", FitSection),
     ):
         held = report if name is None else report[name]
-        late = {"verdict", "morphseek", "date", "software", "files", "landmarks", "corrections"} if name is None else set()
+        late = (
+            {"verdict", "morphseek", "date", "software", "files", "landmarks", "corrections"} if name is None else set()
+        )
         assert set(held) == set(section.__annotations__) - late, name
     assert set(report["folding"]["cells"]) == set(CellsSection.__annotations__)
