@@ -448,7 +448,7 @@ class Running(Training):
             try:
                 if path.suffix == ".json":
                     json.loads(path.read_text())
-                elif path.suffix == ".safetensors" and model_content(path) != self.files[path.name]:
+                elif path.suffix == ".safetensors" and unchosen(model_content(path)) != unchosen(self.files[path.name]):
                     problems.append(f"{path.name} is not the model of a run without a kill")
                 elif path.suffix == ".state":
                     tensors_content(path)
@@ -492,6 +492,12 @@ def tensors_content(path: Path) -> tuple[str, str]:
 def model_content(path: Path) -> tuple[Any, tuple[str, str]]:
     """Card and weights of a whole model file."""
     return without(read_header(path), VARYING), tensors_content(path)
+
+
+def unchosen(content: tuple[Any, tuple[str, str]]) -> tuple[Any, tuple[str, str]]:
+    """The content of a model file before it is written on its card whether a fit helps, which is done last."""
+    card, weights = content
+    return without(card, ("fit", "with_fit")), weights
 
 
 def without(value: Any, keys: tuple[str, ...]) -> Any:
