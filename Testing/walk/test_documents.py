@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import SimpleITK as sitk
 import torch
 from blocks import DOCS, HOW_TO, PAGES, ROOT, Block, blocks
 from cases import write_dataset
@@ -65,6 +66,8 @@ def folder(tmp_path_factory) -> Path:
     (folder / "brain.toml").write_text('model = "small.safetensors"\nsearch = "off"\nfit = "off"\n')
     for name in ("points", "fixed", "moving"):
         (folder / f"{name}.csv").write_text("label,x,y,z\ntip,2.0,-4.0,1.0\nbase,-5.0,3.0,2.0\n")
+    sitk.WriteTransform(sitk.Euler3DTransform((0.0, 0.0, 0.0), 0.02, 0.0, 0.0), str(folder / "rigid.tfm"))
+    sitk.WriteTransform(sitk.TranslationTransform(3, (1.0, 0.0, -1.0)), str(folder / "warp.h5"))
     random_model(folder / "small.safetensors")
     torch.save(official_names(build_backbone("lapirn").state_dict()), folder / "official.pt")
     return folder
