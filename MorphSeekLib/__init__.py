@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .protocol.version import __version__
 
 if TYPE_CHECKING:
+    from .app.batch import BatchOptions, batch
     from .data.datasets import load_dataset
     from .evaluation.evaluate import evaluate
     from .io.apply import apply_transforms, map_points
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .measures.folds import certify, unfold
     from .networks.devices import use_threads
     from .networks.loading import LoadedModel, load_model
+    from .protocol.batch import BatchSettings
     from .protocol.errors import Cancelled, MorphSeekError
     from .protocol.job import Event, Job
     from .protocol.options import RegistrationOptions
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from .training.warmup import TrainingConfig, warmup
 
 __all__ = [
+    "BatchOptions",
+    "BatchSettings",
     "Cancelled",
     "Correction",
     "DenseTransform",
@@ -57,6 +61,7 @@ __all__ = [
     "Volume",
     "__version__",
     "apply_transforms",
+    "batch",
     "certify",
     "evaluate",
     "finetune",
@@ -82,6 +87,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "app.batch": ("BatchOptions", "batch"),
     "data.datasets": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),
     "io.apply": ("apply_transforms", "map_points"),
@@ -91,6 +97,7 @@ _MODULES = {
     "measures.folds": ("certify", "unfold"),
     "networks.devices": ("use_threads",),
     "networks.loading": ("LoadedModel", "load_model"),
+    "protocol.batch": ("BatchSettings",),
     "protocol.errors": ("Cancelled", "MorphSeekError"),
     "protocol.job": ("Event", "Job"),
     "protocol.options": ("RegistrationOptions",),

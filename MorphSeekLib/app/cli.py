@@ -1,5 +1,5 @@
-"""The command line: ``morphseek register | correct | apply | evaluate | check | warmup | finetune | spac | train |
-import-checkpoint | info | doctor | demo``.
+"""The command line: ``morphseek register | batch | correct | apply | evaluate | check | warmup | finetune | spac |
+train | import-checkpoint | info | doctor | demo``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..protocol.batch import KEPT, BatchSettings, bids_rows, globbed, read_table
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job, Notice
 from ..protocol.options import RegistrationOptions
@@ -272,6 +273,100 @@ def register(
         job.report("write", 1.0, "Done")
     print_report(report)
     console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
+
+
+@app.command(name="batch")
+@with_choices
+def batch_command(
+    ctx: typer.Context,
+    pairs: Annotated[
+        Path | None, typer.Argument(help="CSV or TSV: fixed, moving, and any of name, fixed_labels, an option ...")
+    ] = None,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the batch; made when missing.")],
+    fixed: Annotated[Path | None, typer.Option(help="A template that all images are registered to.")] = None,
+    moving: Annotated[str | None, typer.Option(help="Pattern of the moving images, in quotation marks.")] = None,
+    bids: Annotated[Path | None, typer.Option(help="A BIDS data set; with --fixed or --longitudinal.")] = None,
+    suffix: Annotated[str, typer.Option(help="Of the BIDS images.")] = "T1w",
+    longitudinal: Annotated[
+        bool, typer.Option("--longitudinal", help="Register later sessions of a subject to its first.")
+    ] = False,
+    subject: Annotated[list[str] | None, typer.Option(help="Only this subject; may be repeated.")] = None,
+    session: Annotated[list[str] | None, typer.Option(help="Only this session; may be repeated.")] = None,
+    model: Model = AUTO,
+    choices: Choices,
+    inverse: Annotated[bool, typer.Option(help="Write inverse.h5 too.")] = True,
+    stop_early: StopEarly = False,
+    nifti_form: NiftiForm = None,
+    options_file: OptionsFile = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Results to keep of each pair, such as warped,transform.", show_default="all")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Local processes.", metavar="N")] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="Dask scheduler, tls://HOST:8786; tcp:// for private networks only.")
+    ] = None,
+    cluster_security: Annotated[
+        Path | None, typer.Option(help="JSON for tls://: tls_ca_file, tls_client_cert, tls_client_key.")
+    ] = None,
+    scheduler_file: Annotated[Path | None, typer.Option(help="Scheduler file of a Dask cluster.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Register pairs again that failed before.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to begin if a row has a problem.")] = False,
+) -> None:
+    """Register many pairs, in processes or on a cluster. The same command goes on where it was stopped.
+
+    Exit code: 0 all done, 3 some failed, 2 refused, 130 canceled.
+    """
+    with terminal_job() as job:
+        settings = chosen_settings(ctx, options_file)
+        check_choices(model=settings.model, device=choices.device, threads=choices.threads)
+        rows = _rows(pairs, fixed, moving, bids, suffix, longitudinal, (subject or [], session or []))
+        kept = tuple(part.strip() for part in keep.split(",") if part.strip()) if keep is not None else tuple(KEPT)
+        shared = BatchSettings(settings.model, settings.options, kept, nifti_form)
+
+        from .batch import BatchOptions, batch, cluster_client
+
+        options = BatchOptions(output, shared, workers, choices.threads, choices.device, retry, strict)
+        with cluster_client(cluster, cluster_security, scheduler_file) as client:
+            outcomes = batch(rows, options, client, job)
+    console.print(f"Cohort: {shown((output / 'cohort.html').resolve())}", soft_wrap=True)
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    for outcome in failed:
+        errors.print(f"{outcome.name}: {outcome.problem}", style="red", soft_wrap=True)
+    if failed:
+        names = ", ".join(outcome.name for outcome in failed)
+        console.print(f"{len(failed)} of {len(outcomes)} pairs failed: {names}", soft_wrap=True)
+        raise typer.Exit(3)
+    console.print(f"All {len(outcomes)} pairs are done.")
+
+
+def _rows(
+    pairs: Path | None,
+    fixed: Path | None,
+    moving: str | None,
+    bids: Path | None,
+    suffix: str,
+    longitudinal: bool,
+    only: tuple[list[str], list[str]],
+) -> list[dict[str, str]]:
+    """Return the rows of a batch, however they were named.
+
+    Raises:
+        MorphSeekError: none or several ways were used, or no pair was found.
+    """
+    if sum(way is not None for way in (pairs, moving, bids)) != 1:
+        raise MorphSeekError("Give the pairs in one way: a CSV or TSV file, --fixed with --moving, or --bids.")
+    if fixed is not None:
+        check_readable(fixed)
+    if pairs is not None:
+        return read_table(pairs)
+    if bids is not None:
+        if (fixed is None) is not longitudinal:
+            raise MorphSeekError("--bids needs either --fixed TEMPLATE or --longitudinal.")
+        return bids_rows(bids, suffix, fixed, *only)
+    if fixed is None or moving is None:
+        raise MorphSeekError("--moving needs --fixed, the image that all others are registered to.")
+    return globbed(fixed, moving)
 
 
 @app.command()

@@ -127,9 +127,18 @@ def write_report(folder: Path, report: Report, pictures: RegistrationPictures) -
     page = render_page(report, draw_sheets(pictures))
     path = Path(folder) / "report.html"
     write_atomically(path, page.encode("utf-8"))
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(Path(folder) / "report.json", text.encode("utf-8"))
+    write_figures(Path(folder), report)
     return path
+
+
+def write_figures(folder: Path, report: Report) -> None:
+    """Write ``report.json`` into a folder that exists.
+
+    Raises:
+        MorphSeekError: it cannot be written.
+    """
+    text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "report.json", text.encode("utf-8"))
 
 
 def render_page(report: Report, sheets: list[Sheet]) -> str:

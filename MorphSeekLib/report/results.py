@@ -18,7 +18,7 @@ from ..protocol.startup import refuse_overwriting
 from ..protocol.version import __version__
 from ..registration.result import Registration
 from ..space.geometry import DenseTransform, Volume
-from .page import RegistrationPictures, verdict_values, write_report
+from .page import RegistrationPictures, verdict_values, write_figures, write_report
 
 FILES = {
     "warped.nii.gz": "the moving image on the fixed grid, one linear interpolation",
@@ -40,6 +40,7 @@ def write_results(
     fixed: Volume,
     names: dict[str, str],
     job: Job = SILENT,
+    keep: Collection[str] | None = None,
 ) -> Report:
     """Write all files of a registration; they appear together or not at all.
 
@@ -49,6 +50,7 @@ def write_results(
         fixed: the fixed image, for the pictures.
         names: "fixed" and "moving": what the report calls the images.
         job: asked between files.
+        keep: the files of :data:`FILES` to write; report.json always is; None for all.
 
     Returns:
         the report as written.
@@ -62,30 +64,39 @@ def write_results(
     report = result.report
     for side in ("fixed", "moving"):
         report[side] = {"path": names[side], **report[side]}
+    images = {
+        "warped.nii.gz": result.warped,
+        "jacobian.nii.gz": result.jacobian,
+        "folding.nii.gz": result.folding,
+        "warped-labels.nii.gz": result.warped_labels,
+    }
+    transforms = {"transform.h5": result.transform, "inverse.h5": result.inverse}
+    wanted = set(FILES if keep is None else keep)
     with output_folder(folder, owns=earlier_files(folder), seal="report.json") as part:
-        write_image(result.warped, part / "warped.nii.gz")
-        job.check()
-        write_transform(result.transform, part / "transform.h5")
-        if result.inverse is not None:
-            write_transform(result.inverse, part / "inverse.h5")
-        job.check()
-        write_image(result.jacobian, part / "jacobian.nii.gz")
-        write_image(result.folding, part / "folding.nii.gz")
-        if result.warped_labels is not None:
-            write_image(result.warped_labels, part / "warped-labels.nii.gz")
-        job.check()
+        for name, image in images.items():
+            if image is not None and name in wanted:
+                write_image(image, part / name)
+                job.check()
+        for name, transform in transforms.items():
+            if transform is not None and name in wanted:
+                write_transform(transform, part / name)
+                job.check()
         report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
         report["seconds"]["total"] = round(sum(v for k, v in report["seconds"].items() if k != "total"), 3)
         report |= {"morphseek": __version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "software": software()}
         report["verdict"] = verdict_values(report)
-        report["files"] = sorted({*(file.name for file in part.iterdir()), *_REPORT})
-        write_report(
-            part,
-            report,
-            RegistrationPictures(
-                fixed, result.aligned, result.warped, result.jacobian, result.folding, result.transform
-            ),
-        )
+        pages = _REPORT if "report.html" in wanted else ("report.json",)
+        report["files"] = sorted({*(file.name for file in part.iterdir()), *pages})
+        if "report.html" in wanted:
+            write_report(
+                part,
+                report,
+                RegistrationPictures(
+                    fixed, result.aligned, result.warped, result.jacobian, result.folding, result.transform
+                ),
+            )
+        else:
+            write_figures(part, report)
     return report
 
 

@@ -1,0 +1,188 @@
+"""A batch of pairs: its rows, its folder, its workers."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from MorphSeekLib.app.batch import BatchOptions, batch
+from MorphSeekLib.protocol.batch import BatchSettings, bids_rows, globbed, plan, read_outcomes, read_table
+from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.options import RegistrationOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = BatchSettings("none", RegistrationOptions(align="none", search="off", fit="off", inverse=False))
+
+
+def ball(path: Path, shift: int = 0) -> Path:
+    """Write an image of a ball."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    z, y, x = np.mgrid[:20, :20, :20] - 10.0
+    image = sitk.GetImageFromArray((100 * np.exp(-((x - shift) ** 2 + y**2 + z**2) / 20)).astype(np.float32))
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> list[dict[str, str]]:
+    """Four pairs of one template."""
+    fixed = ball(tmp_path / "in" / "template.nii.gz")
+    return [
+        {"name": f"p{i}", "fixed": str(fixed), "moving": str(ball(tmp_path / "in" / f"m{i}.nii.gz", i))}
+        for i in range(4)
+    ]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "MorphSeekLib.app.cli", "batch", *arguments]
+
+
+def table(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_table_is_read_relative_to_its_folder(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("fixed\tmoving\tpreset\na.nii\tb.nii\tfast\n")
+    row = read_table(path)[0]
+    assert row["fixed"] == str(tmp_path / "a.nii")
+    assert plan([row], QUICK)[0].settings.options.preset == "fast"
+
+
+def test_a_table_without_moving_is_refused(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("fixed,other\na,b\n")
+    with pytest.raises(MorphSeekError, match="no column 'moving'"):
+        read_table(path)
+
+
+def test_a_pattern_names_pairs_by_where_they_differ(tmp_path):
+    fixed = ball(tmp_path / "template.nii.gz")
+    for name in ("anna", "ben"):
+        ball(tmp_path / "scans" / name / "T1.nii.gz")
+    rows = globbed(fixed, str(tmp_path / "scans" / "*" / "T1.nii.gz"))
+    assert [row["name"] for row in rows] == ["anna", "ben"]
+
+
+def test_bids_pairs_later_sessions_with_the_first(tmp_path):
+    for sub, ses in (("01", "a"), ("01", "b"), ("02", "a")):
+        ball(tmp_path / f"sub-{sub}" / f"ses-{ses}" / "anat" / f"sub-{sub}_ses-{ses}_T1w.nii.gz")
+    rows = bids_rows(tmp_path, "T1w")
+    assert [row["name"] for row in rows] == ["sub-01_ses-b_T1w"]
+    assert Path(rows[0]["fixed"]).name == "sub-01_ses-a_T1w.nii.gz"
+    with pytest.raises(MorphSeekError, match="second session"):
+        bids_rows(tmp_path, "T1w", subjects=["02"])
+
+
+def test_all_problems_are_found_at_once(tmp_path):
+    rows = [
+        {"name": "a", "fixed": str(tmp_path / "no.nii"), "moving": str(tmp_path / "nor.nii"), "preset": "slow"},
+        {"name": "A", "moving": "x.nii", "oops": "1"},
+    ]
+    first, second = plan(rows, QUICK)
+    assert len(first.problems) == 4
+    assert len(second.problems) == 4
+
+
+def test_bad_rows_fail_and_the_rest_runs(pairs, tmp_path):
+    bad = Path(pairs[2]["moving"])
+    bad.write_bytes(b"no image")
+    rows = [*pairs, {"name": "missing", "fixed": pairs[0]["fixed"], "moving": "nowhere.nii"}]
+    options = BatchOptions(tmp_path / "out", QUICK, workers=2, threads=1)
+    found = {outcome.name: outcome for outcome in batch(rows, options)}
+    assert {name for name, one in found.items() if one.state == "failed"} == {"p2", "missing"}
+    assert "does not exist" in found["missing"].problem
+    with (tmp_path / "out" / "cohort.csv").open() as file:
+        assert [row["state"] for row in csv.DictReader(file)][:2] == ["failed", "failed"]
+    page = (tmp_path / "out" / "cohort.html").read_text()
+    assert "data:image/jpeg" in page
+    assert "http" not in page
+    ball(bad)
+    again = batch(rows, BatchOptions(tmp_path / "out", QUICK, retry=True, threads=1))
+    assert [one.name for one in again if one.state == "failed"] == ["missing"]
+
+
+def test_strict_refuses_bad_rows(pairs, tmp_path):
+    rows = [*pairs, {"name": "missing", "fixed": "nowhere.nii", "moving": "nowhere.nii"}]
+    with pytest.raises(MorphSeekError, match="1 of 5 rows"):
+        batch(rows, BatchOptions(tmp_path / "out", QUICK, strict=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_settings_is_refused_and_keep_counts(pairs, tmp_path):
+    kept = BatchSettings("none", QUICK.options, keep=("warped",))
+    batch(pairs[:1], BatchOptions(tmp_path / "out", kept, threads=1))
+    assert {p.name for p in (tmp_path / "out" / "p0").iterdir()} == {"warped.nii.gz", "report.json", "thumbnail.jpg"}
+    with pytest.raises(MorphSeekError, match=r"other settings \(keep\)"):
+        batch(pairs[:1], BatchOptions(tmp_path / "out", QUICK))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_killed_batch_goes_on_and_leaves_no_worker(pairs, tmp_path):
+    file, out = table(tmp_path / "pairs.csv", pairs), tmp_path / "out"
+    arguments = (str(file), "-o", str(out), "--model", "none", "--preset", "fast", "--workers", "1", "--threads", "1")
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not read_outcomes(out) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(5)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    first = read_outcomes(out)
+    assert 1 <= len(first) < 4
+    before = {name: (out / name / "report.json").stat().st_mtime_ns for name in first}
+    ended = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert {one.state for one in read_outcomes(out).values()} == {"done"}
+    assert {name: (out / name / "report.json").stat().st_mtime_ns for name in first} == before
+    assert not list(out.rglob(".morphseek-*"))
+
+
+def test_some_failed_is_exit_code_3(pairs, tmp_path):
+    shutil.copy(__file__, pairs[1]["moving"])
+    file = table(tmp_path / "pairs.csv", pairs[:2])
+    ended = subprocess.run(
+        command(str(file), "-o", str(tmp_path / "out"), "--model", "none", "--preset", "fast"),
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stdout.rstrip().splitlines()[-1].endswith("p1")
+
+
+def test_dask_workers_finish_all_pairs_though_one_dies(pairs, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    rows = [{**pair, "name": f"{pair['name']}-{n}"} for n in range(3) for pair in pairs]
+    with (
+        distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        victim = next(iter(client.run(os.getpid).values()))
+        killed = []
+
+        def kill(event) -> None:
+            if event.step == 2 and not killed:
+                killed.append(victim)
+                os.kill(victim, signal.SIGKILL)
+
+        from MorphSeekLib.protocol.job import Job
+
+        found = batch(rows, BatchOptions(tmp_path / "out", QUICK), client, Job(kill))
+    assert killed
+    assert {one.state for one in found} == {"done"}
+    assert len(found) == 12
