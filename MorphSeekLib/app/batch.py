@@ -298,7 +298,8 @@ def _dask(
 
     seen: set[str] = set()
     usable: set[str] = set()
-    left, pending = deque(requests), {}
+    left: deque[Request] = deque(requests)
+    pending: dict[Any, Request] = {}
     paths = [str(options.output.resolve()), requests[0]["files"]["fixed"], requests[0]["files"]["moving"]]
     try:
         while left or pending:

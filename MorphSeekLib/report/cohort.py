@@ -46,7 +46,8 @@ def cohort_row(report: Report) -> dict[str, Any]:
     values = figures(report)
     verdict = judge(values, DEFAULT_LIMITS, folds(report))
     words = [HEADLINES[verdict.color], *(one.sentence() for one in verdict.beyond)]
-    dice = (report["dice"] or {}).get("mean") or {}
+    overlap = report["dice"]
+    dice = overlap["mean"] if overlap is not None else {}
     similarity = report["similarity"]
     before = similarity["input"] if similarity["input"] is not None else similarity["aligned"]
     return {

@@ -64,6 +64,7 @@ def folder(tmp_path_factory) -> Path:
         shutil.copy(folder / f"label_{number}.nii.gz", folder / f"{name}-labels.nii.gz")
     (folder / "settings.toml").write_text(SETTINGS)
     (folder / "brain.toml").write_text('model = "small.safetensors"\nsearch = "off"\nfit = "off"\n')
+    (folder / "pairs.csv").write_text("name,fixed,moving\nfirst,fixed.nii.gz,moving.nii.gz\n")
     for name in ("points", "fixed", "moving"):
         (folder / f"{name}.csv").write_text("label,x,y,z\ntip,2.0,-4.0,1.0\nbase,-5.0,3.0,2.0\n")
     sitk.WriteTransform(sitk.Euler3DTransform((0.0, 0.0, 0.0), 0.02, 0.0, 0.0), str(folder / "rigid.tfm"))
