@@ -42,7 +42,7 @@ NOT_RUN = {
 }
 NAMED_FILE = re.compile(r"`((?:MorphSeekLib|MorphSeek|Resources|Testing)/[\w./-]+)`")
 NAMED_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-OF_OTHER_PROGRAMS = {"--logdir"}
+OF_OTHER_PROGRAMS = {"--logdir", "--nthreads"}
 SHORT = ["--iterations", "2"]
 LIGHTER = {"register": ["--model", "small.safetensors"], "warmup": SHORT, "finetune": SHORT, "spac": SHORT}
 SETTINGS = """
