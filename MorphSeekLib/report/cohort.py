@@ -206,7 +206,7 @@ def _histogram(title: str, values: Sequence[Any], bins: int = 20) -> str:
     known = [float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
     if len(known) < 2:
         return ""
-    counts, edges = np.histogram(known, bins)
+    counts, _ = np.histogram(known, bins)
     bars = "".join(
         f'<rect x="{8 * index}" y="{60 - 50 * count / counts.max():.1f}" width="7" '
         f'height="{50 * count / counts.max():.1f}" fill="#4477aa"/>'
@@ -215,5 +215,5 @@ def _histogram(title: str, values: Sequence[Any], bins: int = 20) -> str:
     return (
         f'<svg width="{8 * bins}" height="90" role="img"><title>{html.escape(title)}</title>{bars}'
         f'<text x="0" y="74" font-size="11">{html.escape(title)}</text>'
-        f'<text x="0" y="88" font-size="11">{edges[0]:.3g} to {edges[-1]:.3g}</text></svg>'
+        f'<text x="0" y="88" font-size="11">{min(known):.3g} to {max(known):.3g}</text></svg>'
     )
