@@ -48,6 +48,9 @@ class Card:
         provenance: data, settings, seconds, software; see :class:`MorphSeekLib.protocol.card.Provenance`.
         results: figures that were measured, each with its definition; free keys.
         license: of the weights, with the reason.
+        labels: label value -> channel of the class-like features that stands for it, see
+            :mod:`MorphSeekLib.data.label_channels`; empty where nothing was learned of labels, or channel c stands for
+            label c.
     """
 
     title: str = ""
@@ -59,6 +62,7 @@ class Card:
     license: str = ""
     search: bool = True
     fit: bool = True
+    labels: dict[int, int] = field(default_factory=dict)
 
 
 def software() -> dict[str, str]:

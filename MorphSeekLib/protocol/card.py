@@ -44,7 +44,8 @@ class ParameterCounts(TypedDict, total=False):
 class CardValues(TypedDict, total=False):
     """A whole card; :class:`MorphSeekLib.networks.model_file.Card` is what the engine makes of it.
 
-    ``model`` and ``preprocessing`` are settings, ``results`` figures by the name of what was measured.
+    ``model`` and ``preprocessing`` are settings, ``results`` figures by the name of what was measured, ``labels``
+    the channel of each label value.
     """
 
     title: str
@@ -54,3 +55,4 @@ class CardValues(TypedDict, total=False):
     provenance: Provenance
     results: dict[str, Any]
     license: str
+    labels: dict[str, int]
