@@ -78,6 +78,14 @@ class Backbone(nn.Module, ABC):
         """
         return None
 
+    def with_features(self, count: int) -> Backbone | None:
+        """Return a network with this one's weights and at least ``count`` learned features, itself if it has them.
+
+        What reads new features begins with weights of 0, so that the field is the same until it is trained. None where
+        a network cannot learn features.
+        """
+        return self if self.learned_features >= count else None
+
 
 BACKBONES: dict[str, type[Backbone]] = {}
 """The backbones by the names that settings use."""

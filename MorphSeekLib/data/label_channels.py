@@ -1,40 +1,20 @@
 """Label values and the channels that stand for them in a network's class-like features.
 
 A network has a few channels, while label maps may hold values such as 1002 and 2035. ``{1002: 1, 2035: 2}`` says which
-channel stands for which value; channel 0 is the background, and whatever is not named. A model's card keeps it
+channel stands for which value (:func:`MorphSeekLib.data.datasets.label_values` reads the values); channel 0 is the background, and whatever is not named. A model's card keeps it
 (``Card.labels``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..io.images import read_labels
 from ..protocol.errors import MorphSeekError
-from ..protocol.job import SILENT, Job
-from .datasets import Case
 
 MOST_LABELS = 100
-
-
-def label_values(cases: Sequence[Case], job: Job = SILENT) -> tuple[int, ...]:
-    """Read the label maps of cases; return the values that occur in any, merged as the cases say, without 0, in order.
-
-    Raises:
-        MorphSeekError: a label map that cannot be read.
-        Cancelled: the user stopped it.
-    """
-    found: set[int] = set()
-    for case in cases:
-        job.check()
-        if case.label is not None:
-            values = {int(value) for value in read_labels(case.label).data.unique()}
-            merged = dict(case.merged)
-            found |= {merged.get(value, value) for value in values}
-    return tuple(sorted(found - {0}))
 
 
 def channels_for(values: Iterable[int], known: Mapping[int, int] | None = None) -> dict[int, int]:
@@ -43,19 +23,21 @@ def channels_for(values: Iterable[int], known: Mapping[int, int] | None = None) 
     Args:
         values: label values above 0.
         known: channels that are given already, as on the card of a model; they are kept, and new values take the
-            lowest free ones.
+            lowest free ones. Those of values that do not occur are given to others where channels become too few.
 
     Raises:
         MorphSeekError: more than :data:`MOST_LABELS` values.
     """
-    channels = dict(known or {})
-    new = sorted(set(values) - set(channels))
-    if len(channels) + len(new) > MOST_LABELS:
+    wanted = set(values)
+    if len(wanted) > MOST_LABELS:
         raise MorphSeekError(
-            f"The label maps hold {len(channels) + len(new)} different labels, and a model learns at most "
-            f"{MOST_LABELS}; merge labels, or remove those that need not be aligned."
+            f"The label maps hold {len(wanted)} different labels, and a model learns at most {MOST_LABELS}; merge "
+            "labels, or remove those that need not be aligned."
         )
-    taken = set(channels.values())
+    channels = dict(known or {})
+    if len(wanted | set(channels)) > MOST_LABELS:
+        channels = {value: channel for value, channel in channels.items() if value in wanted}
+    new, taken = sorted(wanted - set(channels)), set(channels.values())
     free = (channel for channel in range(1, MOST_LABELS + len(taken) + 1) if channel not in taken)
     return channels | dict(zip(new, free, strict=False))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import write_dataset
 
-from MorphSeekLib.data.datasets import Case, load_dataset
-from MorphSeekLib.data.label_channels import channels_for, label_values, to_channels
+from MorphSeekLib.data.datasets import Case, label_values, load_dataset
+from MorphSeekLib.data.label_channels import channels_for, to_channels
 from MorphSeekLib.networks import model_file
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel
 from MorphSeekLib.protocol.errors import MorphSeekError
