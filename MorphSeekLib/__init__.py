@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .protocol.version import __version__
 
 if TYPE_CHECKING:
+    from .app.train import train
     from .data.datasets import load_dataset
     from .evaluation.evaluate import evaluate
     from .io.apply import apply_transforms, map_points
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .networks.loading import LoadedModel, load_model
     from .protocol.errors import Cancelled, MorphSeekError
     from .protocol.job import Event, Job
-    from .protocol.options import RegistrationOptions
+    from .protocol.options import RegistrationOptions, TrainingOptions
     from .registration.correction import Correction
     from .registration.landmarks import measure_landmarks
     from .registration.masks import masked
@@ -54,6 +55,7 @@ __all__ = [
     "RegistrationOptions",
     "SACConfig",
     "TrainingConfig",
+    "TrainingOptions",
     "Volume",
     "__version__",
     "apply_transforms",
@@ -71,6 +73,7 @@ __all__ = [
     "read_points",
     "read_transform",
     "register",
+    "train",
     "train_spac",
     "unfold",
     "use_threads",
@@ -82,6 +85,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "app.train": ("train",),
     "data.datasets": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),
     "io.apply": ("apply_transforms", "map_points"),
@@ -93,7 +97,7 @@ _MODULES = {
     "networks.loading": ("LoadedModel", "load_model"),
     "protocol.errors": ("Cancelled", "MorphSeekError"),
     "protocol.job": ("Event", "Job"),
-    "protocol.options": ("RegistrationOptions",),
+    "protocol.options": ("RegistrationOptions", "TrainingOptions"),
     "registration.correction": ("Correction",),
     "registration.landmarks": ("measure_landmarks",),
     "registration.masks": ("masked",),

@@ -170,6 +170,10 @@ class VoxelMorph(Backbone):
         moving, fixed = F.avg_pool3d(skips[0][:, -2 * self.settings.features :], 2).chunk(2, dim=1)
         return moving, fixed
 
+    def outermost(self) -> nn.Conv3d:
+        """Return the first convolution at the output's resolution, which reads the raw channels again."""
+        return first_convolution(self.extra) if self.extra else self.flow
+
     def with_features(self, count: int) -> VoxelMorph | None:
         """Return a network with this one's weights and at least ``count`` learned features, itself if it has them.
 
@@ -185,8 +189,8 @@ class VoxelMorph(Backbone):
         state, fresh = self.state_dict(), grown.state_dict()
         grown.load_state_dict({k: v if v.shape == fresh[k].shape else fresh[k] for k, v in state.items()}, strict=False)
         places = _places(old, settings)
-        _take_inputs(grown.down[0][0], self.down[0][0], places)
-        outer, mine = (net.extra[0][0] if net.extra else net.flow for net in (grown, self))
+        _take_inputs(first_convolution(grown.down), first_convolution(self.down), places)
+        outer, mine = (net.outermost() for net in (grown, self))
         first = mine.in_channels - old.raw_again * old.raw
         again = [first + number * settings.raw + place for number in range(old.raw_again) for place in places]
         _take_inputs(outer, mine, [*range(first), *again])
@@ -209,6 +213,11 @@ class VoxelMorph(Backbone):
             return fields.resize(self.flow(x.to(self.flow.weight.dtype)), skips[0].shape[2:])
 
 
+def first_convolution(blocks: nn.ModuleList) -> nn.Conv3d:
+    """Return the convolution that the first of some blocks begins with."""
+    return next(layer for layer in blocks.modules() if isinstance(layer, nn.Conv3d))
+
+
 def _places(old: VoxelMorphSettings, new: VoxelMorphSettings) -> list[int]:
     """Return where the raw channels of a network are among those of one with more features."""
     images, found = 2 + 3 * old.forces, 2 + 3 * new.forces
@@ -221,7 +230,7 @@ def _places(old: VoxelMorphSettings, new: VoxelMorphSettings) -> list[int]:
 
 @torch.no_grad()
 def _take_inputs(new: nn.Conv3d, old: nn.Conv3d, places: Sequence[int]) -> None:
-    """Take over a convolution's weights, whose inputs are at these places of a wider one's; the others weigh nothing."""
+    """Take over a convolution's weights, whose inputs are at these places of a wider one's; the others weigh 0."""
     new.weight.zero_()
     new.weight[:, list(places)] = old.weight
     if new.bias is not None and old.bias is not None:

@@ -243,7 +243,7 @@ class _Description:
                 own = [mine or other for mine, other in zip(own, (case.image, case.label, case.landmarks), strict=True)]
             image, label, landmarks = own
             sides.append(Case(image, label, landmarks))
-        return Pair(*sides)
+        return Pair(sides[0], sides[1])
 
     def file(self, row: Row, key: str, where: str) -> Path | None:
         """Return the file that a row names; None where it names none."""

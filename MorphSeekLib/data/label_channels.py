@@ -1,7 +1,8 @@
 """Label values and the channels that stand for them in a network's class-like features.
 
 A network has a few channels, while label maps may hold values such as 1002 and 2035. ``{1002: 1, 2035: 2}`` says which
-channel stands for which value (:func:`MorphSeekLib.data.datasets.label_values` reads the values); channel 0 is the background, and whatever is not named. A model's card keeps it
+channel stands for which value; channel 0 is the background, and whatever is not named.
+:func:`MorphSeekLib.data.datasets.label_values` reads the values of cases; a model's card keeps the dict
 (``Card.labels``).
 """
 
