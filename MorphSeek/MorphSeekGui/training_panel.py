@@ -53,6 +53,8 @@ _BOXES = {
 _FINETUNE_BOXES = {
     "finetune_smoothness": "smoothnessFinetuneBox",
     "dice": "diceBox",
+    "features": "featuresBox",
+    "augmentation": "augmentationBox",
     "policy": "policyBox",
     "trajectories": "trajectoriesBox",
     "reward_dice": "rewardDiceBox",
@@ -112,7 +114,8 @@ class TrainingPanel(Panel):
         ui = self.ui
         ui.stepsBox.maximum = MAX_STEPS
         for name, box in (_BOXES | _FINETUNE_BOXES).items():
-            getattr(ui, box).value = getattr(TrainingOptions, name)
+            if getattr(TrainingOptions, name) is not None:  # the check of the cases suggests the spacing
+                getattr(ui, box).value = getattr(TrainingOptions, name)
         for name in SIMILARITIES:
             ui.similarityBox.addItem(name)
         ui.similarityBox.setCurrentText(TrainingOptions.similarity)
@@ -436,9 +439,7 @@ class TrainingPanel(Panel):
 
     def _show_stages(self, *_args) -> None:
         from_scratch = not self.ui.startBox.currentData
-        if from_scratch and not self.ui.warmupCheck.checked:
-            self.ui.warmupCheck.checked = True  # a fresh network has nothing to fine-tune
-        self.ui.warmupCheck.enabled = not from_scratch
+        self.ui.finalCheck.enabled = self.ui.finetuneCheck.checked
         for name in ("backboneBox", "spacingBox"):
             getattr(self.ui, name).enabled = from_scratch
         for name in (*_FINETUNE_BOXES.values(), "klBox"):
@@ -471,13 +472,13 @@ class TrainingPanel(Panel):
         """Return what is chosen."""
         ui = self.ui
         name, budget = ui.nameEdit.text.strip(), ui.budgetBox.value
-        stages = {"warmup": ui.warmupCheck, "finetune": ui.finetuneCheck}
+        chosen = {"warmup": ui.warmupCheck, "finetune": ui.finetuneCheck, "final": ui.finalCheck}
         return TrainingOptions(
             name=name,
             dataset=CASES if self._exported is not None else self._folder.folder,
             model=str(models_folder() / f"{file_name(name)}.safetensors"),
             init=ui.startBox.currentData or None,
-            stages=tuple(stage for stage in STAGES if stages[stage].checked),
+            stages=tuple(stage for stage in STAGES if chosen[stage].checked and chosen[stage].enabled),
             backbone=ui.backboneBox.currentText,
             minutes=budget if self._in_minutes() else None,
             iterations=TrainingOptions.iterations if self._in_minutes() else int(budget),
@@ -549,7 +550,7 @@ class TrainingPanel(Panel):
     def find_runs(self) -> None:
         """List all runs; the chosen one stays chosen, else one that runs, else the newest."""
         known = {run.folder: run for run in self._runs}
-        self._runs = [known.get(run.folder, run) for run in find_runs(trainings_folder())]
+        self._runs = [known.get(run.folder, run) for run in find_runs(trainings_folder(), models_folder())]
         chosen = self.run if self.run in self._runs else None
         if chosen is None:
             chosen = next((run for run in self._runs if run.is_running()), None)
@@ -624,7 +625,7 @@ class TrainingPanel(Panel):
 
     def _figures(self) -> tuple[str, list[dict[str, float]]]:
         """Return the title and the figures of the last stage that has any."""
-        titles = {"warmup": _("warm-up"), "finetune": _("fine-tuning")}
+        titles = {"warmup": _("warm-up"), "finetune": _("fine-tuning"), "final": _("all cases")}
         found = {stage: self.run.curves(stage) for stage in STAGES} if self.run is not None else {}
         stage = next((stage for stage in reversed(STAGES) if found.get(stage)), None)
         return (f"{self.run.name}, {titles[stage]}", found[stage]) if stage is not None else ("", [])

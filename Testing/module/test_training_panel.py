@@ -164,9 +164,10 @@ def test_every_setting_reaches_the_engine(stand_in, panel, files, home):
     check(stand_in, panel, files / "cases")
     choose(panel, start="from scratch")
     ui = panel.ui
-    assert not ui.warmupCheck.enabled
+    ui.warmupCheck.checked = ui.finalCheck.checked = True
     assert ui.backboneBox.enabled
     ui.klBox.value, ui.policyBox.value, ui.seedBox.value, ui.trajectoriesBox.value = 0.7, 0.25, 5, 4
+    ui.featuresBox.value, ui.augmentationBox.value = 0.5, 0.25
     ui.similarityBox.setCurrentText("mind")
     run = create_run(home / "Trainings", panel.options())
     options, configs = read_run(run.folder / "run.json")  # the engine's own reading; an unknown key would be refused
@@ -176,6 +177,8 @@ def test_every_setting_reaches_the_engine(stand_in, panel, files, home):
     assert first.model.backbone == "voxelmorph"
     assert (first.loss.dice, first.loss.regularization) == (0, 1.0)
     assert (then.loss.dice, then.loss.regularization, then.loss.similarity) == (1.0, 1.0, "mind")
+    assert (then.loss.features, then.training.augmentation) == (0.5, 0.25)
+    assert tuple(configs) == ("warmup", "finetune", "final")
     assert (then.policy.weight, then.policy.trajectories) == (0.25, 4)
     assert (then.training.iterations, then.training.seed, then.training.kl_target) == (3, 5, 0.7)
     assert options.minutes is None
@@ -265,7 +268,7 @@ def test_cases_from_the_scene(stand_in, panel, home):
     ui.addMatching.click()
     assert ui.sceneCases.count == 4
     check(stand_in, panel)
-    assert "Cases to train on: 2." in ui.casesSummary.text
+    assert "Cases to train on: 3." in ui.casesSummary.text
     picture(stand_in, panel, "training-scene")
     choose(panel, iterations=2, grpo=False)
     check(stand_in, panel)
@@ -394,7 +397,7 @@ def test_cases_of_the_scene_are_copied_in_pieces(stand_in, panel, home, monkeypa
     assert 0 < shown[-1] < 1000
     choose(panel, grpo=False)
     check(stand_in, panel)
-    assert "Cases to train on: 2." in ui.casesSummary.text
+    assert "Cases to train on: 3." in ui.casesSummary.text
     copied = Path(panel._exported.name).stat().st_ino
     ui.startButton.click()
     assert (panel.run.folder / "cases").stat().st_ino == copied, "moved, not copied again"
