@@ -171,7 +171,8 @@ class VoxelMorph(Backbone):
         for block in self.extra:
             x = block(x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the field to a hundredth of itself
-            return fields.resize(self.flow(x.to(self.flow.weight.dtype)), skips[0].shape[2:])
+            flow = self.flow(x.to(self.flow.weight.dtype)).contiguous()  # what follows is slow on channels last
+            return fields.resize(flow, skips[0].shape[2:])
 
 
 def structure_force(moving: Tensor, fixed: Tensor) -> Tensor:

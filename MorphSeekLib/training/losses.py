@@ -147,7 +147,7 @@ def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
     moved = warp(batch.moving, outer)
     with training_autocast(outer.device, outer.shape[2] // model.multiple_of):
         latent = model.encode(moved, batch.fixed)
-        field = model.field(latent, latent.mu).float()
+        field = model.field(latent, latent.mu).float().contiguous()
     total = compose(outer, model.displacement(field))
     return Step(latent, field, total, outer, model.backbone.learned(latent.skips))
 
