@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..measures.similarity import box_sum, descriptor_differences, mind_ssc
 from ..space import fields
 from .backbone import Backbone, register, start_near_zero
+from .memory import Conv3d
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ConvBlock(nn.Sequential):
     """3x3x3 convolution, optional InstanceNorm, LeakyReLU 0.2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, norm: str = "none") -> None:
-        layers: list[nn.Module] = [nn.Conv3d(inputs, outputs, 3, stride, 1)]
+        layers: list[nn.Module] = [Conv3d(inputs, outputs, 3, stride, 1)]
         if norm == "instance":
             layers.append(nn.InstanceNorm3d(outputs))
         super().__init__(*layers, nn.LeakyReLU(0.2))
@@ -129,7 +130,7 @@ class VoxelMorph(Backbone):
         for width in settings.extra:
             self.extra.append(ConvBlock(inputs, width, 1, "none" if settings.forces else norm))
             inputs = width
-        self.flow = nn.Conv3d(inputs, 3, 3, 1, 1)
+        self.flow = Conv3d(inputs, 3, 3, 1, 1)
         start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:

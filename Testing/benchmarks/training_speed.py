@@ -43,9 +43,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("MORPHSEEK_DATA", "/work/shared/data"))
 OUT = ROOT / "Testing" / "benchmarks" / "results" / "training-speed.json"
 SETS = {
-    "brain": ("brain_oasis/dataset.json", 2.0, 3),
-    "ct": ("abdomen/dataset_ct.json", 3.0, 3),
-    "hippocampus": ("hippocampus/dataset.json", 1.0, 12),
+    "brain": ("brain_oasis/dataset.json", 2.0, 2),
+    "ct": ("abdomen/dataset_ct.json", 3.0, 2),
+    "hippocampus": ("hippocampus/dataset.json", 1.0, 6),
 }
 """Data set, spacing of the working grid (mm), iterations that are timed in a run."""
 TARGETS = {"brain": 2.0, "ct": 1.6, "hippocampus": 1.2}
@@ -134,7 +134,7 @@ def measure(name: str) -> dict[str, Any]:
         card = Card(title="from scratch", preprocessing=Preprocessing(spacing=(spacing,) * 3, align="center"))
         save(init, network, card)
         task = Finetuning(load_dataset(DATA / file), FinetuneConfig(), init, torch.device("cpu"))
-    warm = count // 3
+    warm = count // 2
     for iteration in range(count + warm):
         task.batch(iteration)  # the cases are read from their files before the clock starts
     watch = Stopwatch()
