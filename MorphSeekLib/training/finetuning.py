@@ -69,6 +69,7 @@ class FinetuneRun(RunSettings):
     update: str = "step"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.update not in UPDATES:
             raise ValueError(f"update is '{self.update}'; it must be one of {', '.join(UPDATES)}")
 
@@ -176,7 +177,7 @@ class Finetuning(Task[list[PreparedPair]]):
     def update(self, iteration: int, batch: list[PreparedPair]) -> dict[str, float]:
         """Take all steps of this iteration's pairs, and the optimizer steps that they make."""
         config, run = self.config, self.run
-        rate, kl_weight = set_learning_rate(self.optimizer, run, iteration), self.memory.kl_weight
+        rate, kl_weight = set_learning_rate(self.optimizer, run, iteration, self.progress), self.memory.kl_weight
         together = run.steps if run.update == "iteration" else 1
         objective = Objective(config.loss, config.policy, config.reward, kl_weight, together * run.pairs)
         walks = [
