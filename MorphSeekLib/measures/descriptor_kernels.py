@@ -1,4 +1,4 @@
-"""MIND-SSC and forces between descriptors, compiled for the CPU by numba: those of :mod:`.similarity`, without gradient.
+"""MIND-SSC and forces between descriptors, without gradient, compiled for the CPU by numba; see :mod:`.similarity`.
 
 Every function works on a slab of planes along i, keeps nothing, and releases Python's lock, so that slabs run side by
 side.

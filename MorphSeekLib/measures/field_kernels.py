@@ -47,11 +47,10 @@ def _fill_corners(classes, i, j, k, labels):
             a, b, c = i + (n >> 2), j + ((n >> 1) & 1), k + (n & 1)
             inside = 0 <= a < n_i and 0 <= b < n_j and 0 <= c < n_k
             labels[n] = classes[a, b, c] if inside else 0
-    first = labels[0]
+    equal = True
     for n in range(1, 8):
-        if labels[n] != first:
-            return False
-    return True
+        equal &= labels[n] == labels[0]
+    return equal
 
 
 @njit(nogil=True, cache=True, inline="always")

@@ -135,7 +135,7 @@ def load_state(
         names = {name: old for old, name in OLD_NAMES.items() if old in standing["memory"]}
         standing |= {name: standing["memory"].pop(old) for name, old in names.items()}
     memory = dataclasses.replace(memory, **standing.pop("memory"))
-    return RunState(**standing, **weights), memory
+    return RunState(**standing, best=weights["best"], average=weights["average"]), memory
 
 
 def fingerprint_of(settings: dict[str, Any]) -> str:

@@ -275,7 +275,7 @@ class Trainer:
         ahead_of = None if run.minutes is not None else run.iterations - 1
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(task.batch, _within(state.done, ahead_of))
-            while not (state.stopped or state.done == run.iterations and run.minutes is None):
+            while not (state.stopped or (state.done == run.iterations and run.minutes is None)):
                 with self.world.together():
                     self.job.check()
                     batch = coming.result()
@@ -330,7 +330,8 @@ class Trainer:
         state.owed, state.stopped = None, last
         if self._log is not None:
             self._log.write(state.done, metrics)
-        self.job.report("train", 1.0 if last else progress, *self._standing(progress), **metrics)
+        message, done, whole = self._standing(progress)
+        self.job.report("train", 1.0 if last else progress, message, done, whole, **metrics)
         if state.done % run.save_every == 0 and not last:
             with self.world.together():
                 self._keep_state()

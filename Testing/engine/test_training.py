@@ -237,8 +237,9 @@ def test_averaged_weights_are_kept_and_survive_a_cancelled_run(dataset, tmp_path
     for name, cancelled in (("whole", False), ("resumed", True)):
         out, seen = tmp_path / f"{name}.safetensors", []
         if cancelled:
+            job = Job(seen.append, lambda seen=seen: len(seen) > 3)
             with pytest.raises(Cancelled):
-                Trainer(counting(dataset, {6: 0.9}, **run), out, Job(seen.append, lambda seen=seen: len(seen) > 3)).run()
+                Trainer(counting(dataset, {6: 0.9}, **run), out, job).run()
         Trainer(counting(dataset, {6: 0.9}, **run), out).run()
         model, card = model_file.load(out)
         assert card.provenance["averaged"] == 0.5
