@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..measures.similarity import mind_ssc
+from ..measures.similarity import box_sum, descriptor_differences, mind_ssc
 from ..space import fields
 from .backbone import Backbone, register, start_near_zero
+from .memory import Conv3d
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ConvBlock(nn.Sequential):
     """3x3x3 convolution, optional InstanceNorm, LeakyReLU 0.2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, norm: str = "none") -> None:
-        layers: list[nn.Module] = [nn.Conv3d(inputs, outputs, 3, stride, 1)]
+        layers: list[nn.Module] = [Conv3d(inputs, outputs, 3, stride, 1)]
         if norm == "instance":
             layers.append(nn.InstanceNorm3d(outputs))
         super().__init__(*layers, nn.LeakyReLU(0.2))
@@ -140,7 +141,7 @@ class VoxelMorph(Backbone):
         for width in settings.extra:
             self.extra.append(ConvBlock(inputs, width, 1, "none" if settings.forces else norm))
             inputs = width
-        self.flow = nn.Conv3d(inputs, 3, 3, 1, 1)
+        self.flow = Conv3d(inputs, 3, 3, 1, 1)
         start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -210,7 +211,8 @@ class VoxelMorph(Backbone):
         for block in self.extra:
             x = block(x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the field to a hundredth of itself
-            return fields.resize(self.flow(x.to(self.flow.weight.dtype)), skips[0].shape[2:])
+            flow = self.flow(x.to(self.flow.weight.dtype)).contiguous()  # what follows is slow on channels last
+            return fields.resize(flow, skips[0].shape[2:])
 
 
 def first_convolution(blocks: nn.ModuleList) -> nn.Conv3d:
@@ -266,14 +268,12 @@ def descriptor_force(moving: Tensor, fixed: Tensor) -> Tensor:
         (batch, 3, i, j, k), voxels, each component within about one voxel; float32.
     """
     with torch.autocast(moving.device.type, enabled=False):
-        m, f = moving.float(), fixed.float()
-        difference = f - m
-        force, energy = [], difference.square().sum(dim=1, keepdim=True)
-        for axis in (2, 3, 4):
-            gradient = torch.gradient(m, dim=axis)[0]
-            force.append((difference * gradient).sum(dim=1, keepdim=True))
-            energy = energy + gradient.square().sum(dim=1, keepdim=True)
-        sums = F.avg_pool3d(torch.cat([*force, energy], dim=1), 3, stride=1, padding=1)
+        force, energy = descriptor_differences(moving, fixed)
+        maps = torch.cat([force, energy], dim=1)
+        if maps.requires_grad:
+            sums = F.avg_pool3d(maps, 3, stride=1, padding=1)
+        else:
+            sums = box_sum(maps, 3) / 27  # the same mean, faster
         return sums[:, :3] / (sums[:, 3:] + 1e-3)
 
 

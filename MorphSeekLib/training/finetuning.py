@@ -71,6 +71,7 @@ class FinetuneRun(RunSettings):
     update: str = "step"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.update not in UPDATES:
             raise ValueError(f"update is '{self.update}'; it must be one of {', '.join(UPDATES)}")
 
@@ -181,7 +182,7 @@ class Finetuning(Task[list[PreparedPair]]):
     def update(self, iteration: int, batch: list[PreparedPair]) -> dict[str, float]:
         """Take all steps of this iteration's pairs, and the optimizer steps that they make."""
         config, run = self.config, self.run
-        rate, kl_weight = set_learning_rate(self.optimizer, run, iteration), self.memory.kl_weight
+        rate, kl_weight = set_learning_rate(self.optimizer, run, iteration, self.progress), self.memory.kl_weight
         together = run.steps if run.update == "iteration" else 1
         objective = Objective(config.loss, config.policy, config.reward, kl_weight, together * run.pairs)
         walks = [
@@ -344,8 +345,8 @@ def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, d
 
 
 def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -> tuple[State, Batch]:
-    """Return a pair on the device before its first step: hard labels for the reward, shares of the common for soft
-    Dice."""
+    """Return a pair on the device before its first step: hard labels for the reward, classes of the common
+    ones for soft Dice."""
     zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=device)
     i, j, k = pair.grid.spacing.tolist()
     fixed, moving = (image.to(device, non_blocking=True) for image in (pair.fixed, pair.moving))
@@ -359,7 +360,5 @@ def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) ->
         state.labels = common.to(device, non_blocking=True)
     if config.loss.dice > 0 or config.loss.features > 0:
         batch.structures = state.labels
-        classes = torch.arange(1, len(state.labels) + 1, device=device).view(1, -1, 1, 1, 1)
-        batch.fixed_labels = (state.fixed_classes == classes).float()
-        batch.moving_labels = (state.moving_classes == classes).float()
+        batch.fixed_classes, batch.moving_classes = state.class_maps
     return state, batch
