@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -30,7 +30,7 @@ from ..networks.model_file import Card
 from ..networks.policy import ModelSettings, RegistrationModel
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Event, Job
-from ..protocol.options import RegistrationOptions, Switch, TrainingOptions
+from ..protocol.options import RegistrationOptions, TrainingOptions
 from ..protocol.run_folder import EVALUATE, SETTINGS, STAGES, STATUS, STOP, HeldOut, Stage, Status, locked, parts
 from ..protocol.settings import from_dict, override, to_dict, to_json
 from ..protocol.settings_file import read_values
@@ -38,10 +38,12 @@ from ..protocol.startup import bundled, check_output_file, check_run, find
 from ..space.preprocessing import Preprocessing
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
+from ..training.segmentation import SegmentationConfig, train_features
 from ..training.warmup import TrainingConfig, warmup
 from .settings_file import load
 
-Configs = dict[Stage, TrainingConfig | FinetuneConfig]
+Config = TrainingConfig | FinetuneConfig | SegmentationConfig
+Configs = dict[Stage, Config]
 """The settings of each stage of a run, in the order of the stages."""
 
 _WARMUP_RATE = 3.0  # times the learning rate of the fine-tuning
@@ -52,8 +54,27 @@ _SAVE_EVERY = 25  # iterations
 _TRIAL = 4  # iterations that are timed when the budget is given in minutes
 _FEWEST = 10  # iterations that such a budget must allow
 _STATUS_SECONDS = 0.5
-_FIT_PAIRS = 6  # pairs on which the steps are compared with and without a fit
-_TITLES = {"warmup": "Warm-up", "finetune": "Fine-tuning", EVALUATE: "Figures", "final": "All cases"}
+_FIT_PAIRS = 6  # pairs on which ways to an answer are compared
+_CHOICE = "with_fit"  # of a card's results, what came out
+_ANSWERS: dict[str, dict[str, tuple[RegistrationOptions, dict[str, Any]]]] = {
+    "intensities": {
+        "steps": (RegistrationOptions(search="off", fit="off"), {"fit": False}),
+        "fitted": (RegistrationOptions(search="off", fit="on"), {"fit": True}),
+    },
+    "features": {
+        "features": (RegistrationOptions(search="off", fit="on"), {"search": False}),
+        "searched_features": (RegistrationOptions(search="on", fit="on"), {"search": True}),
+        "intensities": (RegistrationOptions(similarity="lncc", fit="on"), {"compare": "intensities"}),
+    },
+}
+"""Ways to an answer by what a model's card says is compared: how it is asked for, and what the card says of it then."""
+_TITLES = {
+    "features": "Features",
+    "warmup": "Warm-up",
+    "finetune": "Fine-tuning",
+    EVALUATE: "Figures",
+    "final": "All cases",
+}
 _BEFORE_FINAL = "held-out pairs, measured before the last stage of the training, which has seen their cases too"
 _FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj")
 
@@ -133,7 +154,7 @@ def read_run(path: Path) -> tuple[TrainingOptions, Configs]:
     values = read_values(path)
     tables = {stage: values.pop(stage) for stage in STAGES if isinstance(values, dict) and stage in values}
     if not tables:
-        options = from_dict(TrainingOptions, values, path.name)
+        options = from_dict(TrainingOptions, values, path.name).suited(labeled=True)
         return options, stage_settings(options)
     given = {stage: table for stage, table in tables.items() if table is not None}
     options = from_dict(TrainingOptions, {"minutes": None, **values, "stages": list(given)}, path.name)
@@ -150,6 +171,8 @@ def stage_settings(options: TrainingOptions) -> Configs:
     Raises:
         MorphSeekError: a value that a stage refuses.
     """
+    if "features" in options.stages:
+        return {stage: _features_settings(options, stage) for stage in STAGES if stage in options.stages}
     config: TrainingConfig | FinetuneConfig
     configs: Configs = {}
     for stage in (stage for stage in STAGES if stage in options.stages):
@@ -182,6 +205,23 @@ def stage_settings(options: TrainingOptions) -> Configs:
     return configs
 
 
+def _features_settings(options: TrainingOptions, stage: Stage) -> SegmentationConfig:
+    """Return the settings of features, or of the last stage, in which they go on with all cases."""
+    spacing = (options.spacing or _SPACING,) * 3
+    config = SegmentationConfig(preprocessing=Preprocessing(spacing=spacing, low=0.0, align="center"))
+    rate = config.training.learning_rate * (_FINAL_RATE if stage == "final" else 1.0)
+    iterations = options.iterations
+    return override(
+        config,
+        "training",
+        iterations=iterations,
+        learning_rate=rate,
+        seed=options.seed,
+        validate_every=max(1, iterations // _VALIDATIONS),
+        save_every=_SAVE_EVERY,
+    )
+
+
 def fresh_network(backbone: str) -> ModelSettings:
     """Return the settings of a network that is trained from scratch: its recipe's where it has one, else its own."""
     recipe = bundled("recipe").get(f"scratch-{backbone}")
@@ -212,7 +252,7 @@ def _run(folder: Path, teller: _Teller, job: Job) -> None:
             measured = model_file.read_card(current)
             continue
         stage = cast("Stage", part)
-        if current is None and stage != "warmup":
+        if current is None and stage == "finetune":
             current = _fresh(folder / "fresh.safetensors", options)
         cases = all_cases(found, options.leave_out) if stage == "final" else dataset
         out = folder / f"{stage}.safetensors"
@@ -228,8 +268,9 @@ def _run(folder: Path, teller: _Teller, job: Job) -> None:
     assert current is not None
     network, card = model_file.load(current)
     if measured is not None:  # the choice is of cases that the last stage may have trained on
-        kept = {name: measured.results[name] for name in ("with_fit",) if name in measured.results}
-        card = dataclasses.replace(card, fit=measured.fit, results=card.results | kept)
+        kept = {name: measured.results[name] for name in (_CHOICE,) if name in measured.results}
+        chosen = {name: getattr(measured, name) for name in ("search", "fit", "compare")}
+        card = dataclasses.replace(card, **chosen, results=card.results | kept)
     if "final" in configs and status.held_out:
         status.held_out["definitions"] = status.held_out["definitions"] | {"pairs": _BEFORE_FINAL}
     card = dataclasses.replace(card, title=options.name, results=card.results | {"held_out": status.held_out})
@@ -248,7 +289,7 @@ def _fresh(path: Path, options: TrainingOptions) -> Path:
 
 
 def train_stage(
-    config: TrainingConfig | FinetuneConfig | SACConfig,
+    config: Config | SACConfig,
     dataset: Dataset,
     init: Path | None,
     out: Path,
@@ -262,6 +303,8 @@ def train_stage(
     """
     if isinstance(config, SACConfig):
         train_spac(dataset, config, out, device=device, job=job)
+    elif isinstance(config, SegmentationConfig):
+        train_features(dataset, config, out, device=device, init=init, job=job)
     elif isinstance(config, TrainingConfig):
         warmup(dataset, config, out, device=device, init=init, job=job)
     elif init is None:
@@ -272,13 +315,13 @@ def train_stage(
 
 def _planned(
     path: Path,
-    config: TrainingConfig | FinetuneConfig,
+    config: Config,
     minutes: float | None,
     dataset: Dataset,
     init: Path | None,
     device: torch.device,
     job: Job,
-) -> TrainingConfig | FinetuneConfig:
+) -> Config:
     """Return the settings of a stage, decided once and kept in a file, so that a resumed run has the same."""
     if path.is_file():
         return load(type(config), path)
@@ -289,7 +332,9 @@ def _planned(
         network, _ = model_file.load(init)
         if network.with_features(2) is None:
             config = override(config, "loss", features=0.0)
-    if minutes is not None:
+    if minutes is not None and isinstance(config, SegmentationConfig):
+        config = override(config, "training", minutes=minutes)
+    elif minutes is not None:
         began = time.monotonic()
         seconds = seconds_per_iteration(config, dataset, init, device, job)
         left = max(minutes - (time.monotonic() - began) / 60, 0.5 * minutes)
@@ -300,7 +345,7 @@ def _planned(
 
 
 def seconds_per_iteration(
-    config: TrainingConfig | FinetuneConfig | SACConfig,
+    config: Config | SACConfig,
     dataset: Dataset,
     init: Path | None,
     device: torch.device | str,
@@ -368,7 +413,7 @@ def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) ->
 def _measure(folder: Path, dataset: Dataset, models: tuple[Path | None, Path], device: str, job: Job) -> HeldOut:
     """Choose the answer of the second model, and return the figures of both on the held-out pairs."""
     start, current = models
-    _choose_fit(folder, dataset, current, device, job.part(0.0, 0.0, "With or without a fit: "))
+    _choose_answer(folder, dataset, current, device, job.part(0.0, 0.0, "Choosing the answer: "))
     figures = {}
     for number, (name, model) in enumerate((("start", start), ("result", current))):
         if model is not None and (name == "result" or model != current):
@@ -378,29 +423,32 @@ def _measure(folder: Path, dataset: Dataset, models: tuple[Path | None, Path], d
     return _held_out(figures)
 
 
-def _choose_fit(folder: Path, dataset: Dataset, model: Path, device: str, job: Job) -> None:
-    """Write on a model's card whether its steps are better with a fit after them, by the Dice of pairs of cases that it
-    was not trained on; a fit without labels can undo what labels have taught."""
+def _choose_answer(folder: Path, dataset: Dataset, model: Path, device: str, job: Job) -> None:
+    """Write on a model's card what it does when nothing is asked for: what came to the best mean Dice on pairs of cases
+    that it was not trained on.
+
+    A network's steps may be better with a fit after them, or without: one without labels can undo what labels have
+    taught. Features may be better with a search before the fit, or the intensities better than they.
+    """
     pairs = choice_pairs(dataset)[:_FIT_PAIRS]
     if not pairs:
         return
-    few, dice = dataclasses.replace(dataset, pairs={VALIDATION: pairs}), {}
-    choices: tuple[Switch, Switch] = ("off", "on")
-    for fit in choices:
-        out = folder / f"validation-fit-{fit}.json"
+    few, card = dataclasses.replace(dataset, pairs={VALIDATION: pairs}), model_file.read_card(model)
+    dice: dict[str, float] = {}
+    for name, (options, _) in (answers := _ANSWERS[card.compare]).items():
+        out = folder / f"validation-{name}.json"
         if not out.is_file():
-            options = RegistrationOptions(search="off", fit=fit)
             evaluate(few, VALIDATION, load_model(str(model), device), out, options, job)
-        dice[fit] = json.loads(out.read_text(encoding="utf-8"))["mean"]["dice"]
+        dice[name] = json.loads(out.read_text(encoding="utf-8"))["mean"]["dice"] or 0.0
+    best = max(dice, key=lambda name: dice[name])
     found = {
         "pairs": len(pairs),
-        "dice_steps": dice["off"],
-        "dice_fitted": dice["on"],
-        "definition": "mean Dice of pairs of cases not trained on, by the steps alone and with a fit after them; the "
-        "better is done when nothing is asked for",
+        **{f"dice_{name}": value for name, value in dice.items()},
+        "definition": "mean Dice of pairs of cases not trained on, by each way to an answer: by the steps alone and "
+        "with a fit after them, or by a fit of features without and with a search before it, and of intensities; the "
+        "best is done when nothing is asked for",
     }
-    card = model_file.read_card(model)
-    better = dataclasses.replace(card, fit=dice["on"] > dice["off"], results=card.results | {"with_fit": found})
+    better = dataclasses.replace(card, **answers[best][1], results=card.results | {_CHOICE: found})
     if better != card:
         model_file.rewrite_card(model, better)
 

@@ -91,8 +91,7 @@ def checked(options: TrainingOptions, job: Job = SILENT) -> TrainingOptions:
         cases = [f"{case.name}: {case.problems[0]}" for case in report.cases if case.problems]
         raise MorphSeekError(" ".join([*report.problems, *cases[:3]]))
     return dataclasses.replace(
-        options,
-        stages=options.stages if labeled else ("warmup",),
+        options.suited(labeled),
         spacing=options.spacing or report.spacing or None,
         leave_out=tuple(sorted({*options.leave_out, *report.unusable})),
     )
@@ -110,8 +109,7 @@ def _check_same(folder: Path, options: TrainingOptions) -> None:
     """
     begun = from_dict(TrainingOptions, read_values(folder / SETTINGS), SETTINGS)
     same = dataclasses.replace(options, leave_out=begun.leave_out, spacing=options.spacing or begun.spacing)
-    if begun.stages == ("warmup",):  # there were no labels
-        same = dataclasses.replace(same, stages=begun.stages)
+    same = same.suited(begun.stages != ("warmup",))  # that stage alone: there were no labels
     for field in dataclasses.fields(TrainingOptions):
         old, new = getattr(begun, field.name), getattr(same, field.name)
         if old != new:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from .run_folder import Stage
@@ -85,8 +85,9 @@ class TrainingOptions:
         model: the file of the finished model (.safetensors).
         init: bundled name or file of the model to start from, whose network and working grid are kept; None: from
             scratch.
-        stages: some of "warmup" (without labels), "finetune" (with labels) and "final" (after the figures on held-out
-            cases, fine-tuning goes on with all cases).
+        stages: "features" (a network learns the labels, for a fit to compare), or "warmup" (without labels), "finetune"
+            (with labels), or both; and "final" (after the figures on held-out cases, the training goes on with all
+            cases). None of them: what suits, by :meth:`suited`.
         backbone: the network; from scratch only.
         spacing: of the working grid, in mm; from scratch only. None: what suits the cases, by `morphseek check`.
         minutes: how long the whole run may take, about, shared as :data:`MorphSeekLib.protocol.run_folder.SHARES` says;
@@ -118,7 +119,7 @@ class TrainingOptions:
     dataset: str
     model: str
     init: str | None = None
-    stages: tuple[Stage, ...] = ("finetune",)
+    stages: tuple[Stage, ...] = ()
     backbone: str = "voxelmorph"
     spacing: float | None = None
     minutes: float | None = 60.0
@@ -142,10 +143,12 @@ class TrainingOptions:
     leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("there is neither a warmup nor a finetune stage")
-        if "final" in self.stages and "finetune" not in self.stages:
-            raise ValueError("the final stage goes on with a finetune stage; choose that too")
+        if "features" in self.stages and {"warmup", "finetune"} & set(self.stages):
+            raise ValueError(
+                "a run trains features, or a network by a warmup and a finetune stage; choose one of these"
+            )
+        if set(self.stages) == {"warmup", "final"}:
+            raise ValueError("the final stage goes on with features or a finetune stage; choose one of these too")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError("minutes must be above 0")
         if self.spacing is not None and not self.spacing > 0:
@@ -154,3 +157,16 @@ class TrainingOptions:
             raise ValueError("model must end with .safetensors")
         check_steps(self.steps)
         check_iterations(self.iterations)
+
+    def suited(self, labeled: bool) -> TrainingOptions:
+        """Return the options with the stages that suit, where they name none.
+
+        Without labels that is the warm-up, from a model the fine-tuning, and else features, which came to more Dice and
+        smoother fields than a network in the same minutes (Testing/benchmarks/results/training-answers.json).
+        """
+        named = [stage for stage in self.stages if stage != "final"]
+        if labeled and named:
+            return self
+        usual: Stage = "warmup" if not labeled else "features" if self.init is None else "finetune"
+        last: tuple[Stage, ...] = ("final",) if labeled and "final" in self.stages else ()
+        return replace(self, stages=(usual, *last))

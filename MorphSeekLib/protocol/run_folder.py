@@ -34,11 +34,12 @@ from .lock import try_lock
 
 SETTINGS, STATUS, LOCK, STOP, KEEP, LOG = "run.json", "status.json", "lock", "stop", "keep", "log.txt"
 CASES = "cases"
-Stage = Literal["warmup", "finetune", "final"]
-"""What a run can train: without labels, with labels, and with labels on all cases, the held-out ones too."""
+Stage = Literal["features", "warmup", "finetune", "final"]
+"""What a run can train: features for a fit to compare, from labels; a network without labels; one with labels; and
+whichever was trained with labels once more on all cases, the held-out ones too."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
 EVALUATE = "evaluate"
-SHARES: dict[str, float] = {"warmup": 2.0, "finetune": 8.0, EVALUATE: 1.0, "final": 2.0}
+SHARES: dict[str, float] = {"features": 8.0, "warmup": 2.0, "finetune": 8.0, EVALUATE: 1.0, "final": 2.0}
 """The parts of a run in their order, and how its minutes are shared among those that it has.
 
 A part more is a line here, its settings in :func:`MorphSeekLib.app.runs.stage_settings`, and a branch in
