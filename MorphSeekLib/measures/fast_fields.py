@@ -22,8 +22,6 @@ from ..io.compiled import Kernels, kernels
 from ..space import fields
 
 R = TypeVar("R")
-_SPREAD = 1024
-"""Places that torch adds a class's voxels up in: all in one would wait for each other on a GPU."""
 
 
 def kernels_for(name: Kernels, *tensors: Tensor) -> ModuleType | None:
@@ -55,7 +53,7 @@ def _pool(count: int) -> ThreadPoolExecutor:
 
 
 def label_sums(fixed: Tensor, moving: Tensor, count: int, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """Warp a map of classes once, and sum over the voxels what soft Dice needs of each class.
+    """Warp a map of classes and sum over the voxels what soft Dice needs of each class; the kernels warp it once.
 
     A class's share of a warped voxel is the sum of the weights of those of its eight corners that have the class, 0
     beyond the map: what linear interpolation of a channel that is 1 in the class and 0 elsewhere gives.
@@ -70,19 +68,20 @@ def label_sums(fixed: Tensor, moving: Tensor, count: int, displacement: Tensor) 
         displacement's type.
     """
     displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
+    if kernels_for("measures.field_kernels", displacement) is None:
+        return _channel_sums(fixed, moving, count, displacement)
     together, squares = _LabelSums.apply(displacement, fixed[0, 0], moving[0, 0], count)
     return together, squares
 
 
 class _LabelSums(torch.autograd.Function):
-    """:func:`label_sums` with its gradient written out."""
+    """:func:`label_sums` by the kernels, with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, displacement: Tensor, fixed: Tensor, moving: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(displacement, fixed, moving)
         module = kernels_for("measures.field_kernels", displacement)
-        if module is None:
-            return _torch_sums(displacement, fixed, moving, count)
+        assert module is not None
         grid = _grid(moving[None, None], displacement)
         classes = fixed.contiguous().numpy(), moving.contiguous().numpy()
 
@@ -101,8 +100,7 @@ class _LabelSums(torch.autograd.Function):
         displacement, fixed, moving = ctx.saved_tensors
         numbers = [F.pad(by.to(displacement.dtype), (1, 0)) for by in (by_together, by_squares)]
         module = kernels_for("measures.field_kernels", displacement)
-        if module is None:
-            return _torch_slope(displacement, fixed, moving, *numbers), None, None, None
+        assert module is not None
         grid, slope = _grid(moving[None, None], displacement), torch.empty_like(displacement)
         given = fixed.contiguous().numpy(), moving.contiguous().numpy(), *(number.numpy() for number in numbers)
         out = slope[0].numpy()
@@ -116,63 +114,15 @@ def _grid(image: Tensor, displacement: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(axis[0].contiguous().numpy() for axis in points)
 
 
-def _torch_corners(displacement: Tensor, moving: Tensor) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-    """Return for the eight corners of each voxel's cell its class (long, 0 outside), its weight, and the weight's
-    factors along i, j and k."""
-    sizes = moving.shape
-    places = fields.relative_points(moving[None, None], displacement)[::-1]
-    places = [((place[0] + 1) * n - 1) / 2 for place, n in zip(places, sizes, strict=True)]
-    floors = [place.floor() for place in places]
-    shares = [place - floor for place, floor in zip(places, floors, strict=True)]
-    flat, found, weights, factors = moving.reshape(-1), [], [], []
-    for corner in range(8):
-        high = [corner >> 2, corner >> 1 & 1, corner & 1]
-        at = [floor.long() + h for floor, h in zip(floors, high, strict=True)]
-        inside = torch.ones_like(at[0], dtype=torch.bool)
-        index = torch.zeros_like(at[0])
-        for axis, n in zip(at, sizes, strict=True):
-            inside &= (axis >= 0) & (axis < n)
-            index = index * n + axis.clamp(0, n - 1)
-        found.append(torch.where(inside, flat[index].long(), 0))
-        own = [share if h else 1 - share for share, h in zip(shares, high, strict=True)]
-        factors.append(own)
-        weights.append(own[0] * own[1] * own[2])
-    return found, weights, factors
+def _channel_sums(fixed: Tensor, moving: Tensor, count: int, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """Return :func:`label_sums` by a warp of one channel for each class.
 
-
-def _share(found: list[Tensor], weights: list[Tensor], n: int) -> Tensor:
-    """Return the share of corner n's class in each voxel."""
-    share = torch.zeros_like(weights[0])
-    for label, weight in zip(found, weights, strict=True):
-        share += weight * (label == found[n])
-    return share
-
-
-def _torch_sums(displacement: Tensor, fixed: Tensor, moving: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    found, weights, _ = _torch_corners(displacement, moving)
-    fixed = fixed.long()
-    place = torch.arange(fixed.numel(), device=fixed.device) % _SPREAD
-    together, squares = displacement.new_zeros(2, (count + 1) * _SPREAD)
-    for n, (label, weight) in enumerate(zip(found, weights, strict=True)):
-        at = label.flatten() * _SPREAD + place
-        together.index_add_(0, at, (weight * (label == fixed)).flatten())
-        # a corner's weight times the share of its class: over the corners of a class, the square of the share
-        squares.index_add_(0, at, (weight * _share(found, weights, n)).flatten())
-    return together.view(-1, _SPREAD).sum(dim=1)[1:], squares.view(-1, _SPREAD).sum(dim=1)[1:]
-
-
-def _torch_slope(
-    displacement: Tensor, fixed: Tensor, moving: Tensor, by_together: Tensor, by_squares: Tensor
-) -> Tensor:
-    found, weights, factors = _torch_corners(displacement, moving)
-    fixed = fixed.long()
-    by_axis = [torch.zeros_like(weights[0]) for _ in range(3)]
-    for n, (label, (a, b, c)) in enumerate(zip(found, factors, strict=True)):
-        value = 2 * by_squares[label] * _share(found, weights, n)
-        value = torch.where(label == fixed, value + by_together[label], value)
-        for axis, rest in enumerate((b * c, a * c, a * b)):
-            by_axis[axis].add_(value * rest, alpha=1 if n >> (2 - axis) & 1 else -1)
-    return torch.stack(by_axis)[None]
+    Where there are no kernels, that is the faster form: on an H200, 860,000 voxels took 1.5 ms with 2 to 35 classes and
+    3.3 ms with 99, with the gradient, and 18 ms when the classes of the eight corners were gathered once.
+    """
+    classes = torch.arange(1, count + 1, device=moving.device).view(1, -1, 1, 1, 1)
+    warped = fields.warp((moving == classes).to(displacement.dtype), displacement)
+    return (warped * (fixed == classes)).sum(dim=(0, 2, 3, 4)), warped.square().sum(dim=(0, 2, 3, 4))
 
 
 def warp(image: Tensor, displacement: Tensor, padding: str = "zeros") -> Tensor:
