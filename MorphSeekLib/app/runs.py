@@ -338,6 +338,8 @@ def _planned(
         began = time.monotonic()
         seconds = seconds_per_iteration(config, dataset, init, device, job)
         left = max(minutes - (time.monotonic() - began) / 60, 0.5 * minutes)
+        if path.stem == "final":  # no reason to lose what was trained before
+            left = max(left, 1.001 * fewest_minutes(*seconds))
         iterations, validate_every = planned_iterations(left, *seconds)
         config = override(config, "training", iterations=iterations, validate_every=validate_every)
     write_atomically(path, json.dumps(to_dict(config), indent=1).encode())
@@ -378,6 +380,11 @@ def seconds_per_iteration(
     return iteration, max(0.0, waits[-1] - iteration)
 
 
+def fewest_minutes(iteration: float, validation: float) -> float:
+    """Return the minutes that a stage must have, from the seconds of an iteration and of a validation."""
+    return (_FEWEST * iteration / 0.8 + validation) / 60  # validations may take a fifth
+
+
 def planned_iterations(minutes: float, iteration: float, validation: float) -> tuple[int, int]:
     """Return (iterations, iterations between validations) that take the given minutes.
 
@@ -394,7 +401,7 @@ def planned_iterations(minutes: float, iteration: float, validation: float) -> t
     validations = min(_VALIDATIONS, max(1, int(0.2 * 60 * minutes / max(validation, 1e-6))))
     iterations = int((60 * minutes - validations * validation) / iteration)
     if iterations < _FEWEST:
-        least = (_FEWEST * iteration + validation) / 60
+        least = fewest_minutes(iteration, validation)
         raise MorphSeekError(
             f"{minutes:g} minutes are too short: {_FEWEST} iterations and a validation take {least:.1f} minutes here; "
             "give more time, or a coarser working grid."
