@@ -15,8 +15,9 @@ from MorphSeekLib.networks.model_file import read_card
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.startup import find
+from MorphSeekLib.registration.learned import Features, Learned
 from MorphSeekLib.registration.pipeline import register
-from MorphSeekLib.space.geometry import Volume
 from MorphSeekLib.space.preprocessing import Preprocessing
 from MorphSeekLib.training.segmentation import (
     SegmentationConfig,
@@ -145,7 +146,7 @@ def test_features_go_on_from_a_model_of_features_alone(tmp_path, trained):
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
     assert read_card(out).provenance["init"]["stage"] == "features"
     with pytest.raises(MorphSeekError, match="no model of features"):
-        train_features(dataset, CONFIG, tmp_path / "other.safetensors", init="Resources/Models/hippocampus-mr.safetensors")
+        train_features(dataset, CONFIG, tmp_path / "other.safetensors", init=find("hippocampus-mr"))
 
 
 def test_unlabeled_cases_are_refused(tmp_path):
@@ -159,9 +160,7 @@ def test_unlabeled_cases_are_refused(tmp_path):
 
 
 def test_features_of_large_images_are_compared_where_they_fit(trained):
-    """A thousand features on a large grid would take more memory than there is: the finest level is left out."""
-    from MorphSeekLib.registration.learned import Features, Learned
-
+    """Fifty features on a large grid would take more memory than there may be: the finest level is left out."""
     maps = torch.zeros(1, 50, 8, 8, 8)
     features = Features(maps, blob_grid((8, 8, 8)))
     learned = Learned(features, features)
@@ -169,4 +168,3 @@ def test_features_of_large_images_are_compared_where_they_fit(trained):
     assert learned.levels((2, 1, 0), (160, 208, 192)) == (2, 1)
     assert not features.found()
     assert Features(maps + 1, features.grid).found()
-    assert isinstance(Volume(maps[0, 0], features.grid), Volume)
