@@ -19,14 +19,8 @@ from MorphSeekLib.protocol.startup import find
 from MorphSeekLib.registration.learned import Features, Learned
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.preprocessing import Preprocessing
-from MorphSeekLib.training.segmentation import (
-    SegmentationConfig,
-    SegmentationRun,
-    bent,
-    patch_size,
-    segmentation_loss,
-    train_features,
-)
+from MorphSeekLib.training.examples import bent, patch_size, segmentation_loss
+from MorphSeekLib.training.segmentation import SegmentationConfig, SegmentationRun, train_features
 
 RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2)
 CONFIG = SegmentationConfig(
