@@ -56,7 +56,7 @@ class RunStatus:
     Attributes:
         state: "new" (never started), "starting", "running", "stopping", "stopped", "interrupted" (its process was
             killed, or the computer went off), "failed" or "done".
-        stage: "warmup", "finetune", "evaluate", "final" or "".
+        stage: "features", "warmup", "finetune", "evaluate", "final" or "".
         fraction: share that is done, 0 to 1.
         message: the engine's sentence for the user; "" when its process did not get that far.
         last_words: the end of the log of a process that ended before it could write its status.

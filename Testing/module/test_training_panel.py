@@ -21,6 +21,7 @@ from MorphSeekGui.training_run import TrainingRun, create_run
 
 from MorphSeekLib.app.runs import read_run
 from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.networks.model_file import read_card
 from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
@@ -87,9 +88,10 @@ def check(stand_in, panel, folder=None):
     stand_in.wait(lambda: panel.ui.checkButton.text == "Check the cases")
 
 
-def choose(panel, name="My organ", iterations=3, start="tiny", grpo=True):
+def choose(panel, name="My organ", iterations=3, start="tiny", grpo=True, features=False):
     panel.ui.nameEdit.text = name
     panel.ui.startBox.setCurrentIndex(panel.ui.startBox.findText(start))
+    panel.ui.featuresCheck.checked = features
     panel.ui.warmupCheck.checked = not grpo
     panel.ui.finetuneCheck.checked = grpo
     panel.ui.budgetUnit.setCurrentIndex(1)
@@ -191,7 +193,29 @@ def test_the_panel_begins_with_the_defaults_of_the_engine(stand_in, panel, files
     panel.ui.nameEdit.text = "a"
     options = panel.options()
     named = TrainingOptions(options.name, options.dataset, options.model)
-    assert options == dataclasses.replace(named, spacing=2.0), "the check suggests the spacing"
+    suited = named.suited(labeled=True)
+    assert options == dataclasses.replace(suited, spacing=2.0), "the check suggests the spacing"
+
+
+def test_features_are_learned_instead_of_a_network(stand_in, panel, files, home):
+    check(stand_in, panel, files / "cases")
+    choose(panel, name="Found", start="from scratch", features=True)
+    ui, made = panel.ui, []
+    panel.on_model.append(made.append)
+    assert not (ui.warmupCheck.enabled or ui.finetuneCheck.enabled or ui.backboneBox.enabled or ui.policyBox.enabled)
+    assert ui.finalCheck.enabled
+    assert panel.options().stages == ("features",)
+    picture(stand_in, panel, "training-features")
+    ui.startButton.click()
+    stand_in.wait(lambda: made)
+    assert "2 held-out pairs" in ui.figuresText.text
+    card = read_card(made[0])
+    assert card.labels
+    assert card.compare in ("features", "intensities"), "the better on pairs of cases not trained on"
+    assert {ui.curveBox.itemText(n) for n in range(ui.curveBox.count)} >= {"loss", "validation/dice"}
+    ui.startBox.setCurrentIndex(ui.startBox.findText("tiny"))
+    assert not ui.featuresCheck.enabled, "a network is fine-tuned"
+    assert panel.options().stages == ("finetune",)
 
 
 def test_stop_resume_and_stop_at_once(stand_in, panel, files):
