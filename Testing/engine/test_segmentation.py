@@ -103,6 +103,9 @@ def test_a_model_of_features_is_fitted_by_them(trained):
     dice = report["dice"]["mean"]
     assert dice["warped"] > dice["aligned"] + 0.1
     assert report["folding"]["cells"]["no_fold_proven"]
+    longer = register(fixed, moving, model, RegistrationOptions(search="off", fit="on"), start=found.state)
+    assert [row["stage"] for row in longer.report["steps"]][-1] == "fit"
+    assert longer.report["steps"][-1]["similarity"] >= 0.99 * report["steps"][-1]["similarity"]
     by_intensities = register(fixed, moving, model, RegistrationOptions(similarity="lncc"))
     assert by_intensities.report["fit"]["similarity"] == "lncc"
 

@@ -202,7 +202,8 @@ def test_features_are_learned_instead_of_a_network(stand_in, panel, files, home)
     choose(panel, name="Found", start="from scratch", features=True)
     ui, made = panel.ui, []
     panel.on_model.append(made.append)
-    assert not (ui.warmupCheck.enabled or ui.finetuneCheck.enabled or ui.backboneBox.enabled or ui.policyBox.enabled)
+    others = ui.warmupCheck, ui.finetuneCheck, ui.backboneBox, ui.policyBox
+    assert not any(box.enabled for box in others)
     assert ui.finalCheck.enabled
     assert panel.options().stages == ("features",)
     picture(stand_in, panel, "training-features")
