@@ -16,6 +16,7 @@ from .protocol.version import __version__
 
 if TYPE_CHECKING:
     from .app.batch import BatchOptions, batch
+    from .app.train import train
     from .data.datasets import load_dataset
     from .evaluation.evaluate import evaluate
     from .io.apply import apply_transforms, map_points
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .protocol.batch import BatchSettings
     from .protocol.errors import Cancelled, MorphSeekError
     from .protocol.job import Event, Job
-    from .protocol.options import RegistrationOptions
+    from .protocol.options import RegistrationOptions, TrainingOptions
     from .registration.correction import Correction
     from .registration.landmarks import measure_landmarks
     from .registration.masks import masked
@@ -58,6 +59,7 @@ __all__ = [
     "RegistrationOptions",
     "SACConfig",
     "TrainingConfig",
+    "TrainingOptions",
     "Volume",
     "__version__",
     "apply_transforms",
@@ -76,6 +78,7 @@ __all__ = [
     "read_points",
     "read_transform",
     "register",
+    "train",
     "train_spac",
     "unfold",
     "use_threads",
@@ -88,6 +91,7 @@ __all__ = [
 
 _MODULES = {
     "app.batch": ("BatchOptions", "batch"),
+    "app.train": ("train",),
     "data.datasets": ("load_dataset",),
     "evaluation.evaluate": ("evaluate",),
     "io.apply": ("apply_transforms", "map_points"),
@@ -100,7 +104,7 @@ _MODULES = {
     "protocol.batch": ("BatchSettings",),
     "protocol.errors": ("Cancelled", "MorphSeekError"),
     "protocol.job": ("Event", "Job"),
-    "protocol.options": ("RegistrationOptions",),
+    "protocol.options": ("RegistrationOptions", "TrainingOptions"),
     "registration.correction": ("Correction",),
     "registration.landmarks": ("measure_landmarks",),
     "registration.masks": ("masked",),

@@ -205,7 +205,7 @@ class RegisterPanel(Panel):
         self.register()
 
     def go_on(self) -> None:
-        """Take one more step from the last result, or without a model fit it longer; its nodes are updated."""
+        """Take one more step from the last result, or fit it longer where there were none; its nodes are updated."""
         if self._last is None:
             return
         what, nodes = self._last
@@ -215,6 +215,8 @@ class RegisterPanel(Panel):
         options, model = replace(chosen_options(self._parameters), search="off"), self._parameters.model
         if _model_of(nodes.report) is None:
             options, model = replace(options, steps=None, fit="on"), NO_MODEL
+        elif not _took_steps(nodes.report):
+            options = replace(options, steps=None, fit="on")
         else:
             options = replace(options, steps=1, stop_early=False)
         self._start(options, model, nodes.state, into_same(nodes))
@@ -411,7 +413,7 @@ class RegisterPanel(Panel):
         pictures = self._steps.rows if self._steps is not None else []
         ui.stepSlider.value = pictures.index(answer) if answer in pictures else ui.stepSlider.maximum
         ui.noModelButton.visible = _knows_no_such_images(report)
-        if _model_of(report) is None:
+        if not _took_steps(report):
             ui.moreButton.text = _("Fit longer")
             ui.moreButton.toolTip = _("Go on fitting from this result; its nodes are updated.")
         else:
@@ -789,6 +791,11 @@ def _disable(widgets: list[tuple], reason: str) -> None:
     for widget, help_text in widgets:
         widget.enabled = not reason
         widget.toolTip = reason or help_text
+
+
+def _took_steps(report: dict) -> bool:
+    """Return whether a network moved the image; without a model, or by one of features, none did."""
+    return any(row.get("stage") == "network" for row in report.get("steps") or [])
 
 
 def _model_of(report: dict) -> dict | None:

@@ -53,6 +53,8 @@ _BOXES = {
 _FINETUNE_BOXES = {
     "finetune_smoothness": "smoothnessFinetuneBox",
     "dice": "diceBox",
+    "features": "featuresBox",
+    "augmentation": "augmentationBox",
     "policy": "policyBox",
     "trajectories": "trajectoriesBox",
     "reward_dice": "rewardDiceBox",
@@ -112,7 +114,8 @@ class TrainingPanel(Panel):
         ui = self.ui
         ui.stepsBox.maximum = MAX_STEPS
         for name, box in (_BOXES | _FINETUNE_BOXES).items():
-            getattr(ui, box).value = getattr(TrainingOptions, name)
+            if getattr(TrainingOptions, name) is not None:  # the check of the cases suggests the spacing
+                getattr(ui, box).value = getattr(TrainingOptions, name)
         for name in SIMILARITIES:
             ui.similarityBox.addItem(name)
         ui.similarityBox.setCurrentText(TrainingOptions.similarity)
@@ -141,6 +144,7 @@ class TrainingPanel(Panel):
         ui.removeCase.connect("clicked(bool)", self.remove_case)
         ui.checkButton.connect("clicked(bool)", self.check)
         ui.startBox.connect("currentIndexChanged(int)", self._show_stages)
+        ui.featuresCheck.connect("toggled(bool)", self._stages_changed)
         ui.warmupCheck.connect("toggled(bool)", self._show_stages)
         ui.finetuneCheck.connect("toggled(bool)", self._stages_changed)
         ui.budgetUnit.connect("currentIndexChanged(int)", self._show_budget)
@@ -274,7 +278,7 @@ class TrainingPanel(Panel):
         if self._hello is None:
             self._hello = client.request("hello")
         self._check_timer.setInterval(_ENGINE_MS)
-        params = {"dataset": str(dataset), "labels": bool(self.ui.finetuneCheck.checked)}
+        params = {"dataset": str(dataset), "labels": self._chosen("features") or self._chosen("finetune")}
         self._request = self._client.request("check", params, self._on_check_progress)
 
     def _python(self) -> str | None:
@@ -436,14 +440,22 @@ class TrainingPanel(Panel):
 
     def _show_stages(self, *_args) -> None:
         from_scratch = not self.ui.startBox.currentData
-        if from_scratch and not self.ui.warmupCheck.checked:
-            self.ui.warmupCheck.checked = True  # a fresh network has nothing to fine-tune
-        self.ui.warmupCheck.enabled = not from_scratch
-        for name in ("backboneBox", "spacingBox"):
-            getattr(self.ui, name).enabled = from_scratch
+        self.ui.featuresCheck.enabled = from_scratch
+        features = self._chosen("features")
+        for name in ("warmupCheck", "finetuneCheck"):
+            getattr(self.ui, name).enabled = not features
+        finetune = self._chosen("finetune")
+        self.ui.finalCheck.enabled = features or finetune
+        self.ui.spacingBox.enabled = from_scratch
+        self.ui.backboneBox.enabled = from_scratch and not features
         for name in (*_FINETUNE_BOXES.values(), "klBox"):
-            getattr(self.ui, name).enabled = self.ui.finetuneCheck.checked
+            getattr(self.ui, name).enabled = finetune
         self._show_start()
+
+    def _chosen(self, stage: str) -> bool:
+        """Return whether a stage is checked, and may be."""
+        box = getattr(self.ui, f"{stage}Check")
+        return bool(box.checked and box.enabled)
 
     def _show_budget(self, *_args) -> None:
         self.ui.budgetBox.value = TrainingOptions.minutes if self._in_minutes() else TrainingOptions.iterations
@@ -463,7 +475,7 @@ class TrainingPanel(Panel):
             return _("The cases cannot be used; see above.")
         if not self.ui.nameEdit.text.strip():
             return _("Give the new model a name.")
-        if not (self.ui.warmupCheck.checked or self.ui.finetuneCheck.checked):
+        if not any(self._chosen(stage) for stage in STAGES if stage != "final"):
             return _("Choose a stage.")
         return ""
 
@@ -471,13 +483,12 @@ class TrainingPanel(Panel):
         """Return what is chosen."""
         ui = self.ui
         name, budget = ui.nameEdit.text.strip(), ui.budgetBox.value
-        stages = {"warmup": ui.warmupCheck, "finetune": ui.finetuneCheck}
         return TrainingOptions(
             name=name,
             dataset=CASES if self._exported is not None else self._folder.folder,
             model=str(models_folder() / f"{file_name(name)}.safetensors"),
             init=ui.startBox.currentData or None,
-            stages=tuple(stage for stage in STAGES if stages[stage].checked),
+            stages=tuple(stage for stage in STAGES if self._chosen(stage)),
             backbone=ui.backboneBox.currentText,
             minutes=budget if self._in_minutes() else None,
             iterations=TrainingOptions.iterations if self._in_minutes() else int(budget),
@@ -549,7 +560,7 @@ class TrainingPanel(Panel):
     def find_runs(self) -> None:
         """List all runs; the chosen one stays chosen, else one that runs, else the newest."""
         known = {run.folder: run for run in self._runs}
-        self._runs = [known.get(run.folder, run) for run in find_runs(trainings_folder())]
+        self._runs = [known.get(run.folder, run) for run in find_runs(trainings_folder(), models_folder())]
         chosen = self.run if self.run in self._runs else None
         if chosen is None:
             chosen = next((run for run in self._runs if run.is_running()), None)
@@ -624,7 +635,12 @@ class TrainingPanel(Panel):
 
     def _figures(self) -> tuple[str, list[dict[str, float]]]:
         """Return the title and the figures of the last stage that has any."""
-        titles = {"warmup": _("warm-up"), "finetune": _("fine-tuning")}
+        titles = {
+            "features": _("features"),
+            "warmup": _("warm-up"),
+            "finetune": _("fine-tuning"),
+            "final": _("all cases"),
+        }
         found = {stage: self.run.curves(stage) for stage in STAGES} if self.run is not None else {}
         stage = next((stage for stage in reversed(STAGES) if found.get(stage)), None)
         return (f"{self.run.name}, {titles[stage]}", found[stage]) if stage is not None else ("", [])

@@ -56,7 +56,7 @@ class RunStatus:
     Attributes:
         state: "new" (never started), "starting", "running", "stopping", "stopped", "interrupted" (its process was
             killed, or the computer went off), "failed" or "done".
-        stage: "warmup", "finetune", "evaluate" or "".
+        stage: "features", "warmup", "finetune", "evaluate", "final" or "".
         fraction: share that is done, 0 to 1.
         message: the engine's sentence for the user; "" when its process did not get that far.
         last_words: the end of the log of a process that ended before it could write its status.
@@ -267,9 +267,9 @@ def create_run(root: Path | str, options: TrainingOptions) -> TrainingRun:
     return TrainingRun(folder)
 
 
-def find_runs(root: Path | str) -> list[TrainingRun]:
-    """Return all runs under ``root``, the newest first."""
-    found = [path.parent for path in Path(root).glob(f"*/{SETTINGS}")]
+def find_runs(*roots: Path | str) -> list[TrainingRun]:
+    """Return all runs in folders, the newest first: the panel's, and those of `morphseek train` beside their models."""
+    found = {path.parent for root in roots for path in Path(root).glob(f"*/{SETTINGS}")}
     return [TrainingRun(f) for f in sorted(found, key=lambda f: (f / SETTINGS).stat().st_mtime_ns, reverse=True)]
 
 

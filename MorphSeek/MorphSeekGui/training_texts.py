@@ -67,7 +67,13 @@ def status_sentence(status: RunStatus) -> str:
     }
     if status.state in states:
         return states[status.state]
-    stages = {"warmup": _("Warm-up"), "finetune": _("Fine-tuning"), "evaluate": _("Figures")}
+    stages = {
+        "features": _("Features"),
+        "warmup": _("Warm-up"),
+        "finetune": _("Fine-tuning"),
+        "evaluate": _("Figures"),
+        "final": _("All cases"),
+    }
     if status.state == "running" and status.stage in stages:
         return f"{stages[status.stage]}: {status.message}"
     return status.message

@@ -30,9 +30,9 @@ from rich.text import Text
 from ..protocol.batch import KEPT, BatchSettings, bids_rows, globbed, read_table
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job, Notice
-from ..protocol.options import RegistrationOptions
+from ..protocol.options import RegistrationOptions, TrainingOptions
 from ..protocol.report import CorrectedSection, LandmarksSection, Report
-from ..protocol.run_folder import KEEP
+from ..protocol.run_folder import KEEP, SETTINGS, STATUS, HeldOut, read_json, run_beside
 from ..protocol.settings import from_dict
 from ..protocol.settings_file import (
     RegistrationSettings,
@@ -69,6 +69,8 @@ OLD_NAMES = {"refine-by": "similarity"}
 """Options of before -> of now; the old ones still work, hidden, for one release."""
 FORMER = "--model brain-mr --search off --fit off"
 """What gives the answer that a command without options gave before."""
+
+MINUTES = TrainingOptions.minutes
 
 app = typer.Typer(
     add_completion=False,
@@ -722,29 +724,60 @@ def spac(
 
 @app.command()
 def train(
-    folder: Annotated[Path, typer.Argument(help="A training run: a folder with run.json, as Slicer makes it.")],
+    ctx: typer.Context,
+    cases: Annotated[Path, typer.Argument(help="Cases, as check takes them; or the folder of a training to resume.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The new model (.safetensors); the training's folder is made beside it.", show_default="none"
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="The model to start from: a bundled model's name or a file.", show_default="from scratch"),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes that the whole training may take, about.")] = MINUTES,
+    final: Annotated[
+        bool, typer.Option(help="Train on all cases in the end, also on those held out for the figures.")
+    ] = False,
+    options: Annotated[
+        Path | None,
+        typer.Option(help="Other choices (TOML or JSON) by their names in TrainingOptions.", show_default="none"),
+    ] = None,
     while_open: Annotated[
         bool, typer.Option(help="Stop when standard input is closed, unless the folder then holds a file 'keep'.")
     ] = False,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Warm up, fine-tune and evaluate as a run's folder says. Run it again to resume; a file 'stop' there stops it."""
+    """Train a model on your cases: checked, trained with their labels, measured on cases held out.
+
+    Ctrl-C stops it; the same command, or `morphseek train FOLDER`, goes on.
+    """
     with terminal_job() as job:
-        check_run(folder)
         check_choices(threads=threads)
-
-        from .runs import run
-
-        begin_to_compute(threads)
         stop, alone = threading.Event(), threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what a session's end sends
         if while_open:
             threading.Thread(target=_await_end, args=(sys.stdin.fileno(), alone), daemon=True).start()
-        model = run(
-            folder,
-            job.until(lambda: stop.is_set() or (alone.is_set() and not (folder / KEEP).exists())),
-        )
-    console.print(f"Wrote {model}", soft_wrap=True)
+        if out is None:
+            check_resumed(ctx, cases)
+            folder, choices = cases, None
+        else:
+            folder, choices = run_beside(out), training_options(ctx)
+        job = job.until(lambda: stop.is_set() or (alone.is_set() and not (folder / KEEP).exists()))
+
+        from .runs import run
+        from .train import train as begin
+
+        begin_to_compute(threads)
+        try:
+            model = run(folder, job) if choices is None else begin(choices, job)
+        except Cancelled:
+            if (folder / SETTINGS).is_file():
+                tell(f"{folder} keeps what was trained. To go on: morphseek train {folder}")
+            raise
+    print_trained(model, folder)
 
 
 @app.command()
@@ -998,12 +1031,53 @@ def chosen_settings(ctx: typer.Context, file: Path | None) -> RegistrationSettin
     if file is None:
         return RegistrationSettings("", given["model"], from_dict(RegistrationOptions, values, "the options"))
     saved = read_settings(file)
-    named = {name for name in given if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"}
+    named = named_options(ctx)
     if named & {"refine", "refine_fine"}:
         named.add("fit")
     changed = {name: value for name, value in values.items() if name in named}
     options = from_dict(RegistrationOptions, changed, "the options", saved.options)
     return RegistrationSettings(saved.name, given["model"] if "model" in named else saved.model, options)
+
+
+def training_options(ctx: typer.Context) -> TrainingOptions:
+    """Return the options of a new training; those that the command does not name are the file's, if there is one.
+
+    Raises:
+        MorphSeekError: the file cannot be read, or there is no such option.
+    """
+    given, file = ctx.params, ctx.params["options"]
+    values: dict[str, Any] = {} if file is None else read_values(file)
+    if not isinstance(values, dict):
+        raise MorphSeekError(f"{file} must be a table of options, not {type(values).__name__}.")
+    named = named_options(ctx)
+    if "iterations" in values and "minutes" not in named:
+        values = {"minutes": None, **values}
+    chosen = {name: given[name] for name in ("init", "minutes", "device") if name in named or name not in values}
+    paths = {"dataset": str(given["cases"]), "model": str(given["out"])}
+    options = from_dict(TrainingOptions, {"name": given["out"].stem, **values, **chosen, **paths}, "the options")
+    if given["final"]:
+        options = dataclasses.replace(options, stages=tuple(dict.fromkeys([*options.stages, "final"])))
+    return options
+
+
+def named_options(ctx: typer.Context) -> set[str]:
+    """Return the names of the parameters that were given on the command line."""
+    return {name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"}
+
+
+def check_resumed(ctx: typer.Context, folder: Path) -> None:
+    """Refuse to resume what is no training, or with choices that were made when it began.
+
+    Raises:
+        MorphSeekError: with what to do.
+    """
+    check_run(folder)
+    fixed = sorted(named_options(ctx) & {"init", "minutes", "final", "options", "device"})
+    if fixed:
+        raise MorphSeekError(
+            f"{folder} is a training that has begun, and --{fixed[0]} cannot be changed any more; leave it out, or "
+            "begin another training with --out."
+        )
 
 
 def check_files(inputs: Iterable[Path | None], options_file: Path | None, save_options: Path | None) -> None:
@@ -1066,6 +1140,18 @@ def tell(words: str) -> None:
 def print_written(out: Path) -> None:
     """Say where the model of a training is, and how to look at its curves."""
     console.print(f"Wrote {out}; curves: tensorboard --logdir {out}.log", soft_wrap=True)
+
+
+def print_trained(model: Path, folder: Path) -> None:
+    """Print the figures of a finished training before and after as a table, and where its files are."""
+    held_out: HeldOut = read_json(folder / STATUS).get("held_out", {})
+    if held_out:
+        start, mean = held_out.get("start", {}), held_out["mean"]
+        table = Table("figure", "before", "after", title=f"{held_out['pairs']} held-out pairs")
+        for name, value in mean.items():
+            table.add_row(name, *("none" if v is None else f"{v:.4f}" for v in (start.get(name), value)))
+        console.print(table)
+    console.print(f"Wrote {model}; its training, with curves and figures, is in {folder}", soft_wrap=True)
 
 
 def print_report(report: Report) -> None:

@@ -128,7 +128,7 @@ class Worker:
             **{k: v for k, v in software().items() if k != "morphseek"},
             "devices": describe_devices(),
             "models": models,
-            "backbones": sorted(BACKBONES),
+            "backbones": sorted(name for name, kind in BACKBONES.items() if kind.moves),
         }
 
     def load(self, number: Any, params: Params) -> Answer:

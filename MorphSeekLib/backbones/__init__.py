@@ -4,6 +4,7 @@ from .backbone import BACKBONES, Backbone, build_backbone, register
 from .corrmlp import CorrMLP
 from .lapirn import LapIRN
 from .nice_trans import NICETrans
+from .segmenter import Segmenter
 from .spac import SPAC
 from .transmorph import TransMorph
 from .voxelmorph import VoxelMorph
@@ -16,6 +17,7 @@ __all__ = [
     "CorrMLP",
     "LapIRN",
     "NICETrans",
+    "Segmenter",
     "TransMorph",
     "VoxelMorph",
     "VxmDense",

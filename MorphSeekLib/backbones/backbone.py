@@ -32,6 +32,7 @@ class Backbone(nn.Module, ABC):
         settings: from which it was built; they rebuild it.
         top_channels: of the coarsest feature.
         multiple_of: what every image size must be divisible by.
+        moves: whether it gives a field; one that does not is there for what it learns of each image.
         learned_features: the number of class-like features that :meth:`learned` gives; 0 where it gives none.
         settings_type: dataclass of the settings; set by :func:`register`.
     """
@@ -40,6 +41,7 @@ class Backbone(nn.Module, ABC):
     top_channels: int
     multiple_of: int
     learned_features: int = 0
+    moves: ClassVar[bool] = True
 
     def __init__(self, settings: Any) -> None:
         super().__init__()
@@ -77,6 +79,14 @@ class Backbone(nn.Module, ABC):
         Each is (batch, learned_features, ...), sums to 1 over the features, and is taken from what :meth:`encode` gave.
         """
         return None
+
+    def with_features(self, count: int) -> Backbone | None:
+        """Return a network with this one's weights and at least ``count`` learned features, itself if it has them.
+
+        What reads new features begins with weights of 0, so that the field is the same until it is trained. None where
+        a network cannot learn features.
+        """
+        return self if self.learned_features >= count else None
 
 
 BACKBONES: dict[str, type[Backbone]] = {}

@@ -16,16 +16,18 @@ them: with labels to learn from it finds what tells structures apart, where MIND
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..measures.similarity import mind_ssc
+from ..measures.similarity import box_sum, descriptor_differences, mind_ssc
 from ..space import fields
 from .backbone import Backbone, register, start_near_zero
+from .memory import Conv3d
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class VoxelMorphSettings:
         if len(self.decoder) != climbs:
             raise ValueError(f"decoder needs {climbs} widths for {len(self.encoder)} encoder levels")
 
+    @property
+    def raw(self) -> int:
+        """Channels of what the first convolution reads: the images, their forces, the learned features' forces, the
+        features of the moving and of the fixed image."""
+        return 2 + 3 * self.forces + (6 + 2 * self.features if self.features else 0)
+
+    @property
+    def raw_again(self) -> int:
+        """How often the first convolution at the output's resolution reads them too, after what it is made for."""
+        return (self.flow_stride == 1) + (self.forces > 0)
+
 
 VXM1 = VoxelMorphSettings(encoder=(8, 32, 32, 32), extra=(32, 8, 8))
 VXM2 = VoxelMorphSettings()
@@ -78,7 +91,7 @@ class ConvBlock(nn.Sequential):
     """3x3x3 convolution, optional InstanceNorm, LeakyReLU 0.2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, norm: str = "none") -> None:
-        layers: list[nn.Module] = [nn.Conv3d(inputs, outputs, 3, stride, 1)]
+        layers: list[nn.Module] = [Conv3d(inputs, outputs, 3, stride, 1)]
         if norm == "instance":
             layers.append(nn.InstanceNorm3d(outputs))
         super().__init__(*layers, nn.LeakyReLU(0.2))
@@ -114,8 +127,7 @@ class VoxelMorph(Backbone):
         self.multiple_of = 2 ** len(encoder)
         self.learned_features = settings.features
         self.features = FeatureNet(settings.features, settings.feature_width) if settings.features else None
-        learned = 6 + 2 * settings.features if settings.features else 0
-        widths = [2 + 3 * settings.forces + learned, *encoder]
+        widths = [settings.raw, *encoder]
         self.down = nn.ModuleList(ConvBlock(a, b, 2, norm) for a, b in zip(widths, encoder, strict=False))
         skip_widths = widths[-2::-1]
         self.up = nn.ModuleList()
@@ -129,7 +141,7 @@ class VoxelMorph(Backbone):
         for width in settings.extra:
             self.extra.append(ConvBlock(inputs, width, 1, "none" if settings.forces else norm))
             inputs = width
-        self.flow = nn.Conv3d(inputs, 3, 3, 1, 1)
+        self.flow = Conv3d(inputs, 3, 3, 1, 1)
         start_near_zero(self.flow)
 
     def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -159,6 +171,34 @@ class VoxelMorph(Backbone):
         moving, fixed = F.avg_pool3d(skips[0][:, -2 * self.settings.features :], 2).chunk(2, dim=1)
         return moving, fixed
 
+    def outermost(self) -> nn.Conv3d:
+        """Return the first convolution at the output's resolution, which reads the raw channels again."""
+        return first_convolution(self.extra) if self.extra else self.flow
+
+    def with_features(self, count: int) -> VoxelMorph | None:
+        """Return a network with this one's weights and at least ``count`` learned features, itself if it has them.
+
+        None where it is built without forces, beside which features stand, and they would change its normalization.
+        """
+        old = self.settings
+        if old.features >= count:
+            return self
+        if not old.forces and old.norm != "none":
+            return None
+        settings = dataclasses.replace(old, features=count, forces=max(1, old.forces))
+        grown = VoxelMorph(settings)
+        state, fresh = self.state_dict(), grown.state_dict()
+        grown.load_state_dict({k: v if v.shape == fresh[k].shape else fresh[k] for k, v in state.items()}, strict=False)
+        places = _places(old, settings)
+        _take_inputs(first_convolution(grown.down), first_convolution(self.down), places)
+        outer, mine = (net.outermost() for net in (grown, self))
+        first = mine.in_channels - old.raw_again * old.raw
+        again = [first + number * settings.raw + place for number in range(old.raw_again) for place in places]
+        _take_inputs(outer, mine, [*range(first), *again])
+        if self.features is not None and grown.features is not None:
+            _take_classes(grown.features.out, self.features.out)
+        return grown.to(self.flow.weight.device)
+
     def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
         """Return the field, (batch, 3, i, j, k), float32 or better, in voxels of the full grid."""
         x = top
@@ -171,7 +211,42 @@ class VoxelMorph(Backbone):
         for block in self.extra:
             x = block(x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round the field to a hundredth of itself
-            return fields.resize(self.flow(x.to(self.flow.weight.dtype)), skips[0].shape[2:])
+            flow = self.flow(x.to(self.flow.weight.dtype)).contiguous()  # what follows is slow on channels last
+            return fields.resize(flow, skips[0].shape[2:])
+
+
+def first_convolution(blocks: nn.ModuleList) -> nn.Conv3d:
+    """Return the convolution that the first of some blocks begins with."""
+    return next(layer for layer in blocks.modules() if isinstance(layer, nn.Conv3d))
+
+
+def _places(old: VoxelMorphSettings, new: VoxelMorphSettings) -> list[int]:
+    """Return where the raw channels of a network are among those of one with more features."""
+    images, found = 2 + 3 * old.forces, 2 + 3 * new.forces
+    places = [*range(images)]
+    if old.features:
+        places += [found + n for n in range(6 + old.features)]
+        places += [found + 6 + new.features + n for n in range(old.features)]
+    return places
+
+
+@torch.no_grad()
+def _take_inputs(new: nn.Conv3d, old: nn.Conv3d, places: Sequence[int]) -> None:
+    """Take over a convolution's weights, whose inputs are at these places of a wider one's; the others weigh 0."""
+    new.weight.zero_()
+    new.weight[:, list(places)] = old.weight
+    if new.bias is not None and old.bias is not None:
+        new.bias.copy_(old.bias)
+
+
+@torch.no_grad()
+def _take_classes(new: nn.Conv3d, old: nn.Conv3d) -> None:
+    """Take over the classes of a last layer before a softmax; those that are new begin improbable."""
+    new.weight[: old.out_channels].copy_(old.weight)
+    new.weight[old.out_channels :].mul_(0.1)
+    if new.bias is not None and old.bias is not None:
+        new.bias[: old.out_channels].copy_(old.bias)
+        new.bias[old.out_channels :].fill_(-5.0)
 
 
 def structure_force(moving: Tensor, fixed: Tensor) -> Tensor:
@@ -193,14 +268,12 @@ def descriptor_force(moving: Tensor, fixed: Tensor) -> Tensor:
         (batch, 3, i, j, k), voxels, each component within about one voxel; float32.
     """
     with torch.autocast(moving.device.type, enabled=False):
-        m, f = moving.float(), fixed.float()
-        difference = f - m
-        force, energy = [], difference.square().sum(dim=1, keepdim=True)
-        for axis in (2, 3, 4):
-            gradient = torch.gradient(m, dim=axis)[0]
-            force.append((difference * gradient).sum(dim=1, keepdim=True))
-            energy = energy + gradient.square().sum(dim=1, keepdim=True)
-        sums = F.avg_pool3d(torch.cat([*force, energy], dim=1), 3, stride=1, padding=1)
+        force, energy = descriptor_differences(moving, fixed)
+        maps = torch.cat([force, energy], dim=1)
+        if maps.requires_grad:
+            sums = F.avg_pool3d(maps, 3, stride=1, padding=1)
+        else:
+            sums = box_sum(maps, 3) / 27  # the same mean, faster
         return sums[:, :3] / (sums[:, 3:] + 1e-3)
 
 

@@ -31,8 +31,11 @@ from ..protocol.startup import check_output_file, shown
 from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset, paired_sides
 
 VALIDATION, TEST = "registration_val", "registration_test"
-FEWEST = 4  # cases: two to train on, one to validate on, one for the figures before and after
+FEWEST = 3  # cases: two to train on, one for the figures before and after
 FEW = 10  # cases; below, the figures say little
+_HELD_OUT, _MOST_HELD_OUT = 6, 20  # one case of six is held out for the figures, and at most so many
+_TO_VALIDATE = 60  # cases, from which on some are spared to validate on
+_VALIDATION_PAIRS = 8
 _MOST_VOXELS = 2e6  # of the suggested working grid: what a step of training takes comfortably
 
 _LABEL_WORDS = {"label", "labels", "labelmap", "seg", "segs", "segmentation", "segmentations", "mask", "masks"}
@@ -214,12 +217,14 @@ def check(
 
 
 def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
-    """Return the data set as a run uses it: cases to train on, and pairs to validate on and to test on that are none of
-    them.
+    """Return the data set as a run uses it: cases to train on, pairs to validate on, pairs of other cases to test on.
 
     The data set's own pairs ("registration_val", "registration_test") are kept where both sides have labels, and their
-    cases are taken out of "training". Where it has none, a fifth of the cases is held out for each (of either side, in
-    a data set with a pairing); a single held-out case is the fixed one of pairs with training cases.
+    cases are taken out of "training". Where it has none to test on, a sixth of the cases is held out, at most twenty
+    (of either side, in a data set with a pairing); a single held-out case is the fixed one of pairs with training
+    cases. Where it has none to validate on, as many are held out if there are sixty cases or more. Fewer are too
+    precious: then pairs of training cases are validated on, bent at random. They say little of how good a model is on
+    others, but choose the weights to keep among those of one training, which all know these cases.
 
     Args:
         leave_out: names (:func:`name_of`) of cases not to use.
@@ -230,17 +235,14 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     unwanted = set(leave_out)
     cases = [case for case in dataset.cases.get("training", []) if name_of(case, dataset) not in unwanted]
     labeled = any(case.label is not None for case in cases)
-    pairs: dict[str, list[Pair]] = {}
-    for split in (VALIDATION, TEST):
-        pairs[split] = [
-            pair
-            for pair in dataset.pairs.get(split, [])
-            if all(name_of(c, dataset) not in unwanted and c.label is not None for c in (pair.fixed, pair.moving))
-        ]
+    pairs = {split: _labeled_pairs(dataset, split, unwanted) for split in (VALIDATION, TEST)}
     held = {case.image for rows in pairs.values() for pair in rows for case in (pair.fixed, pair.moving)}
     cases = [case for case in cases if case.image not in held]
     missing = [split for split in (VALIDATION, TEST) if not pairs[split]]
-    needed = FEWEST - 2 + len(missing)
+    bent = VALIDATION in missing and len(cases) < _TO_VALIDATE
+    if bent:
+        missing.remove(VALIDATION)
+    needed = FEWEST - 1 + len(missing)
     if len(cases) < needed:
         raise MorphSeekError(
             f"{dataset.path} leaves {len(cases)} usable training cases besides the held-out ones; at least {needed} "
@@ -260,12 +262,66 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
         pairs |= {split: _pairs_of(group, partners) for split, group in zip(missing, groups, strict=True)}
     elif dataset.pairing is not None:
         paired_sides(cases, dataset.pairing)
+    if bent:
+        pairs[VALIDATION] = _bent_pairs(cases, dataset.pairing)
     return dataclasses.replace(dataset, cases={"training": cases}, pairs=pairs)
 
 
+def all_cases(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
+    """Return the data set as the last stage of a run uses it: what :func:`hold_out` held out is trained on too.
+
+    What the data set itself names to validate or to test on stays apart. Bent pairs of training cases are validated on
+    where it names none.
+    """
+    own = {split: pairs for split in (VALIDATION, TEST) if (pairs := _labeled_pairs(dataset, split, leave_out))}
+    used = hold_out(dataset, leave_out)
+    taken = [
+        case
+        for split, pairs in used.pairs.items()
+        if split not in own
+        for pair in pairs
+        for case in (pair.fixed, pair.moving)
+    ]
+    cases = list(dict.fromkeys([*used.cases["training"], *taken]))
+    validation = own.get(VALIDATION) or _bent_pairs(cases, dataset.pairing)
+    return dataclasses.replace(used, cases={"training": cases}, pairs={VALIDATION: validation})
+
+
+def choice_pairs(dataset: Dataset) -> list[Pair]:
+    """Return the pairs, of a data set from :func:`hold_out`, by which a finished model's answers are compared.
+
+    They must be of cases that were not trained on: a network knows its training cases better than a fit does. They are
+    those to validate on, else those to test on with fixed and moving exchanged, so that no pair is chosen by and
+    measured on.
+    """
+    validation = [pair for pair in dataset.pairs[VALIDATION] if pair.bent_by is None]
+    pairs = validation or [Pair(pair.moving, pair.fixed) for pair in dataset.pairs[TEST]]
+    return [pair for pair in pairs if pair.fixed.label and pair.moving.label]
+
+
+def _labeled_pairs(dataset: Dataset, split: str, leave_out: Collection[str]) -> list[Pair]:
+    """Return the pairs that a data set itself names and that can be used."""
+    return [
+        pair
+        for pair in dataset.pairs.get(split, [])
+        if all(name_of(c, dataset) not in leave_out and c.label is not None for c in (pair.fixed, pair.moving))
+    ]
+
+
+def _bent_pairs(cases: list[Case], pairing: tuple[str, str] | None) -> list[Pair]:
+    """Return pairs of training cases, each bent in its own way; labeled ones where there are enough."""
+    cases = [case for case in cases if case.label is not None] or cases
+    order = random.Random(1).sample(cases, len(cases))
+    if pairing is not None:
+        pairs = [pair for pair in _across(*paired_sides(order, pairing)) if pair.fixed != pair.moving]
+    else:
+        pairs = _pairs_of(order, order[1:]) if len(order) > 1 else []
+    return [dataclasses.replace(pair, bent_by=n) for n, pair in enumerate(pairs[:_VALIDATION_PAIRS])]
+
+
 def _draw(cases: list[Case], groups: int) -> list[list[Case]]:
-    """Draw groups of cases, each a fifth of them; the same groups each time."""
-    count = max(1, len(cases) // 5)
+    """Draw groups of cases, each a sixth of them; the same groups each time."""
+    count = max(1, min(len(cases) // _HELD_OUT, _MOST_HELD_OUT))
     order = random.Random(0).sample(cases, len(cases))
     return [order[n * count : (n + 1) * count] for n in range(groups)]
 

@@ -16,7 +16,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,14 +30,18 @@ from torch import Tensor
 from ..io.images import check_labels, read_image, read_labels
 from ..io.points import read_points
 from ..protocol.errors import MorphSeekError
+from ..protocol.job import SILENT, Job
 from ..registration.alignment import object_size
 from ..space import fields
 from ..space.geometry import Grid, Volume, apply_affine, orientation_matrix, resample, smooth_for_spacing
 from ..space.preprocessing import Preprocessing, normalized, sampled, working_grid
+from .label_channels import to_channels
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+BENT = 0.8
+"""Strength of the deformations of pairs that are validated on though their cases are trained on."""
 KEPT_BYTES = 4 * 2**30
 """What a :class:`PairLoader` keeps. Not a share of the computer's memory: a job on a cluster may use only a part of
 that, several processes share it, and a case that was dropped costs no more than reading it again, ahead of time."""
@@ -72,10 +76,16 @@ def given(path: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class Pair:
-    """A fixed and a moving case."""
+    """A fixed and a moving case.
+
+    Attributes:
+        bent_by: seed of the random deformations by which a :class:`PairLoader` bends both (:func:`augment`), so that
+            cases that are trained on can be validated on too; None: they are taken as they are.
+    """
 
     fixed: Case
     moving: Case
+    bent_by: int | None = None
 
 
 @dataclass(frozen=True)
@@ -233,7 +243,7 @@ class _Description:
                 own = [mine or other for mine, other in zip(own, (case.image, case.label, case.landmarks), strict=True)]
             image, label, landmarks = own
             sides.append(Case(image, label, landmarks))
-        return Pair(*sides)
+        return Pair(sides[0], sides[1])
 
     def file(self, row: Row, key: str, where: str) -> Path | None:
         """Return the file that a row names; None where it names none."""
@@ -361,6 +371,23 @@ def read_case_labels(case: Case, image: Volume) -> Volume:
     for value, other in case.merged:
         labels = Volume(labels.data.masked_fill(labels.data == value, other), labels.grid)
     return labels
+
+
+def label_values(cases: Iterable[Case], job: Job = SILENT) -> tuple[int, ...]:
+    """Read the label maps of cases; return the values that occur in any, merged as the cases say, without 0, in order.
+
+    Raises:
+        MorphSeekError: a label map that cannot be read.
+        Cancelled: the user stopped it.
+    """
+    found: set[int] = set()
+    for case in cases:
+        job.check()
+        if case.label is not None:
+            merged = dict(case.merged)
+            values = (int(value) for value in read_labels(case.label).data.unique())
+            found |= {merged.get(value, value) for value in values}
+    return tuple(sorted(found - {0}))
 
 
 def _noted(volume: Volume) -> Volume:
@@ -492,7 +519,12 @@ class PreparedPair:
 
 class PairLoader:
     """Prepares pairs and keeps the cases it has read, at their own resolution, as far as they fit; the least recently
-    used ones go first. May be called from several threads."""
+    used ones go first. May be called from several threads.
+
+    Attributes:
+        channels: label value -> what stands for it in the pairs (:mod:`MorphSeekLib.data.label_channels`); None: the
+            values themselves. To be set before the first call.
+    """
 
     def __init__(
         self, preprocessing: Preprocessing, multiple_of: int, centered: bool, kept_bytes: int = KEPT_BYTES
@@ -500,6 +532,7 @@ class PairLoader:
         """Set ``centered``: whether the centers of the two images are put together; else world coordinates count."""
         self.preprocessing, self.multiple_of, self.centered = preprocessing, multiple_of, centered
         self.kept_bytes = kept_bytes
+        self.channels: Mapping[int, int] | None = None
         self._cases: OrderedDict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = OrderedDict()
         self._reading = threading.Lock()
 
@@ -527,6 +560,8 @@ class PairLoader:
             back = to_index @ np.linalg.inv(shift)
             prepared.fixed_points = torch.from_numpy(apply_affine(to_index, fixed_points)).float()
             prepared.moving_points = torch.from_numpy(apply_affine(back, moving_points)).float()
+        if pair.bent_by is not None:
+            prepared = augment(prepared, BENT, torch.Generator().manual_seed(pair.bent_by))
         return prepared
 
     def _case(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
@@ -548,6 +583,8 @@ class PairLoader:
         labels = None
         if case.label is not None:
             labels = read_case_labels(case, image)
+            if self.channels is not None:
+                labels = Volume(to_channels(labels.data, self.channels), labels.grid)
         points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
         image = normalized(image, self.preprocessing, f"{case.image}")
         if self.preprocessing.spacing is not None:

@@ -21,7 +21,13 @@ from typing import Literal, get_args
 
 _LOG = logging.getLogger(__name__)
 _PACKAGE = __package__.partition(".")[0]
-Kernels = Literal["measures.fold_kernels", "registration.kernels", "registration.search_kernels"]
+Kernels = Literal[
+    "measures.descriptor_kernels",
+    "measures.field_kernels",
+    "measures.fold_kernels",
+    "registration.kernels",
+    "registration.search_kernels",
+]
 """The modules of compiled functions."""
 
 

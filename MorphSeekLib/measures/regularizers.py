@@ -12,10 +12,12 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..space import fields
+from .fast_fields import in_slabs, kernels_for
 
 
 def diffusion(displacement: Tensor) -> Tensor:
@@ -33,7 +35,33 @@ def diffusion(displacement: Tensor) -> Tensor:
         ValueError: an axis is too short.
     """
     u = _precise(displacement, 2, "Diffusion")
+    if len(u) == 1 and kernels_for("measures.field_kernels", u) is not None:
+        energy: Tensor = _Diffusion.apply(u)
+        return energy
     return reduce(add, (u.diff(dim=axis).square().mean() for axis in (2, 3, 4))) / 3
+
+
+class _Diffusion(torch.autograd.Function):
+    """:func:`diffusion` of one field by the kernels, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        module = kernels_for("measures.field_kernels", u)
+        assert module is not None
+        slope, values = torch.empty_like(u, memory_format=torch.contiguous_format), u[0].contiguous().numpy()
+        counts = [u[0].numel() // n * (n - 1) for n in u.shape[2:]]
+        weights = np.array([2 / (3 * count) for count in counts], values.dtype)
+        out = slope[0].numpy()
+        sums = in_slabs(values.shape[1], lambda begin, end: module.diffusion(values, out, weights, begin, end))
+        ctx.save_for_backward(slope)
+        mean = sum(total / count for total, count in zip(np.sum(sums, axis=0), counts, strict=True)) / 3
+        return u.new_tensor(mean)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return slope * outer
 
 
 def bending(displacement: Tensor) -> Tensor:

@@ -7,15 +7,20 @@ values and gradients the tests compare.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from types import ModuleType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .fast_fields import in_slabs, kernels_for
 
 # The patches that MIND-SSC compares lie at the six face neighbors of a voxel, here as steps along (i, j, k) ...
 _NEIGHBORS = ((-1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 1), (0, 1, 0), (1, 0, 0))
@@ -120,6 +125,10 @@ def mind_ssc(image: Tensor, radius: int = 2, dilation: int = 2) -> Tensor:
     if image.ndim != 5 or image.shape[1] != 1:
         raise ValueError(f"MIND needs an image of shape (batch, 1, i, j, k), not {tuple(image.shape)}.")
     image = image.to(torch.promote_types(image.dtype, torch.float32))
+    if not (image.requires_grad and torch.is_grad_enabled()) and image.dtype == torch.float32 and len(image) == 1:
+        module = kernels_for("measures.descriptor_kernels", image)
+        if module is not None:
+            return _compiled_mind(module, image.detach(), radius, dilation)
     n_i, n_j, n_k = image.shape[2:]
     padded = F.pad(image, (dilation,) * 6, mode="replicate")[:, 0]
     starts = [[dilation * (1 + step) for step in steps] for steps in _NEIGHBORS]
@@ -132,6 +141,44 @@ def mind_ssc(image: Tensor, radius: int = 2, dilation: int = 2) -> Tensor:
     scale = scale.clamp(0.001 * typical, 1000 * typical)
     # a constant image has no scale at all: its descriptor is 1 everywhere
     return torch.exp(-distance / scale.clamp(min=torch.finfo(image.dtype).eps ** 2))
+
+
+def _compiled_mind(module: ModuleType, image: Tensor, radius: int, dilation: int) -> Tensor:
+    """Return :func:`mind_ssc` of one image by the kernels."""
+    padded = F.pad(image, (dilation,) * 6, mode="replicate")[0, 0].numpy()
+    starts = np.array([[dilation * (1 + step) for step in steps] for steps in _NEIGHBORS])
+    distance, scale = image.new_empty(1, len(_PAIRS), *image.shape[2:]), torch.empty_like(image)
+    given = padded, starts, np.array(_PAIRS), radius, distance[0].numpy(), scale[0, 0].numpy()
+    in_slabs(image.shape[2], functools.partial(module.self_similarity, *given))
+    typical = scale.mean()
+    scale = scale.clamp(0.001 * typical, 1000 * typical).clamp(min=torch.finfo(image.dtype).eps ** 2)
+    return distance.div_(scale.neg_()).exp_()
+
+
+def descriptor_differences(moving: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a Gauss-Newton step toward equal descriptors is made of, at each voxel.
+
+    Args:
+        moving, fixed: (batch, channels, i, j, k); every axis at least two long.
+
+    Returns:
+        (batch, 3, i, j, k) sum_c (F_c - M_c) grad M_c, and (batch, 1, i, j, k) sum_c |grad M_c|^2 + (F_c - M_c)^2.
+    """
+    moving, fixed = moving.float(), fixed.float()
+    followed = torch.is_grad_enabled() and (moving.requires_grad or fixed.requires_grad)
+    module = None if followed or len(moving) != 1 else kernels_for("measures.descriptor_kernels", moving, fixed)
+    if module is not None and min(moving.shape[2:]) > 1:
+        out = moving.new_empty(1, 4, *moving.shape[2:])
+        given = moving[0].detach().contiguous().numpy(), fixed[0].detach().contiguous().numpy(), out[0].numpy()
+        in_slabs(moving.shape[2], functools.partial(module.forces, *given))
+        return out[:, :3], out[:, 3:]
+    difference = fixed - moving
+    force, energy = [], difference.square().sum(dim=1, keepdim=True)
+    for axis in (2, 3, 4):
+        gradient = torch.gradient(moving, dim=axis)[0]
+        force.append((difference * gradient).sum(dim=1, keepdim=True))
+        energy = energy + gradient.square().sum(dim=1, keepdim=True)
+    return torch.cat(force, dim=1), energy
 
 
 class Similarity(ABC):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,6 +48,10 @@ class Card:
         provenance: data, settings, seconds, software; see :class:`MorphSeekLib.protocol.card.Provenance`.
         results: figures that were measured, each with its definition; free keys.
         license: of the weights, with the reason.
+        compare: what the fit compares when nothing is asked for: "intensities", or the network's learned "features".
+        labels: label value -> channel of the class-like features that stands for it, see
+            :mod:`MorphSeekLib.data.label_channels`; empty where nothing was learned of labels, or channel c stands for
+            label c.
     """
 
     title: str = ""
@@ -59,6 +63,13 @@ class Card:
     license: str = ""
     search: bool = True
     fit: bool = True
+    labels: dict[int, int] = field(default_factory=dict)
+    compare: Literal["intensities", "features"] = "intensities"
+
+    @property
+    def knows_labels(self) -> bool:
+        """Whether what it answers was found better on labeled pairs than what a fit of intensities leads to."""
+        return not self.fit or self.compare == "features"
 
 
 def software() -> dict[str, str]:

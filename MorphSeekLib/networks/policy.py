@@ -8,6 +8,7 @@ take mu = W_mu f instead, which begins as mu = f: the head then changes nothing 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..backbones import build_backbone
 from ..protocol.card import ParameterCounts
-from ..protocol.settings import current_names
+from ..protocol.settings import current_names, to_dict
 from ..space import fields
 
 OUTPUTS = ("displacement", "velocity")
@@ -127,6 +128,16 @@ class RegistrationModel(nn.Module):
         """Count the parameters of backbone and policy head; give the head's as percent of the backbone's."""
         backbone, head = (sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head))
         return {"backbone": backbone, "policy_head": head, "policy_head_percent": round(100 * head / backbone, 2)}
+
+    def with_features(self, count: int) -> RegistrationModel | None:
+        """Return this model with a backbone that learns at least ``count`` features, itself if it does; None where its
+        kind cannot: see :meth:`MorphSeekLib.backbones.backbone.Backbone.with_features`."""
+        backbone = self.backbone.with_features(count)
+        if backbone is None or backbone is self.backbone:
+            return None if backbone is None else self
+        model = RegistrationModel(dataclasses.replace(self.settings, backbone_settings=to_dict(backbone.settings)))
+        model.backbone, model.head = backbone, self.head
+        return model.train(self.training)
 
     def features(self, fixed: Tensor) -> list[Tensor] | None:
         """Return what a siamese backbone sees in the fixed image alone, for :meth:`encode`; None where images are

@@ -13,8 +13,8 @@ class Provenance(TypedDict, total=False):
 
     A training writes what it was (``stage``), on which ``data`` (name, license, file) and how many ``cases``, whether
     images were ``synthetic``, what it began with (``init``, with the ``sha256`` of that file), its ``settings``, the
-    ``best_iteration`` and the ``seconds`` it took; an import writes ``architecture``, ``source``, ``file`` and
-    ``sha256``.
+    ``best_iteration``, the ``seconds`` it took, and ``averaged``, what an iteration kept of the averaged weights; an
+    import writes ``architecture``, ``source``, ``file`` and ``sha256``.
     """
 
     stage: str
@@ -25,6 +25,7 @@ class Provenance(TypedDict, total=False):
     settings: dict[str, object]
     best_iteration: int | None
     seconds: int
+    averaged: float
     date: str
     software: dict[str, str]
     architecture: str
@@ -44,7 +45,8 @@ class ParameterCounts(TypedDict, total=False):
 class CardValues(TypedDict, total=False):
     """A whole card; :class:`MorphSeekLib.networks.model_file.Card` is what the engine makes of it.
 
-    ``model`` and ``preprocessing`` are settings, ``results`` figures by the name of what was measured.
+    ``model`` and ``preprocessing`` are settings, ``results`` figures by the name of what was measured, ``labels``
+    the channel of each label value.
     """
 
     title: str
@@ -54,3 +56,4 @@ class CardValues(TypedDict, total=False):
     provenance: Provenance
     results: dict[str, Any]
     license: str
+    labels: dict[str, int]

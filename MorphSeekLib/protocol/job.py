@@ -101,7 +101,7 @@ class Job:
         """Return the job of a part of the work, whose fractions 0 to 1 are ``begin`` to ``end`` of this one's."""
 
         def tell(event: Event) -> None:
-            fraction = begin + (end - begin) * event.fraction
+            fraction = (1 - event.fraction) * begin + event.fraction * end  # exact at both ends
             self.tell(dataclasses.replace(event, fraction=fraction, message=prefix + event.message))
 
         return Job(tell, self._cancelled, self._on_picture)

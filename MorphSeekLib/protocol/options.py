@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from .run_folder import STAGES, Stage
+from .run_folder import Stage
 from .startup import check_alignment, check_iterations, check_steps
 
 Similarity = Literal["lncc", "mse", "mind"]
@@ -85,10 +85,13 @@ class TrainingOptions:
         model: the file of the finished model (.safetensors).
         init: bundled name or file of the model to start from, whose network and working grid are kept; None: from
             scratch.
-        stages: "warmup", "finetune" or both.
+        stages: "features" (a network learns the labels, for a fit to compare), or "warmup" (without labels), "finetune"
+            (with labels), or both; and "final" (after the figures on held-out cases, the training goes on with all
+            cases). None of them: what suits, by :meth:`suited`.
         backbone: the network; from scratch only.
-        spacing: of the working grid, in mm; from scratch only.
-        minutes: how long each stage may take, about; None: ``iterations``.
+        spacing: of the working grid, in mm; from scratch only. None: what suits the cases, by `morphseek check`.
+        minutes: how long the whole run may take, about, shared as :data:`MorphSeekLib.protocol.run_folder.SHARES` says;
+            None: ``iterations``.
         iterations: of each stage, where ``minutes`` is None.
         steps: steps T of the network in training.
         learning_rate: of the fine-tuning; the warm-up's is three times as high.
@@ -97,6 +100,9 @@ class TrainingOptions:
         smoothness, finetune_smoothness: weight of the diffusion regularizer in the warm-up and in the fine-tuning.
         folding: weight of the folding penalty, in both stages.
         dice: weight of the soft Dice loss of the fine-tuning.
+        features: weight of the loss that makes the network's learned features those of the labels; a model without
+            such features gets them. No effect on a network that cannot learn any.
+        augmentation: strength of the random deformations and contrasts of the fine-tuning's images; 0 for none.
         policy: weight of the policy's loss (GRPO) of the fine-tuning; 0 samples nothing.
         trajectories: deformations that are sampled and compared in each step of the fine-tuning.
         reward_dice, reward_folding: weights of the reward's terms.
@@ -113,9 +119,9 @@ class TrainingOptions:
     dataset: str
     model: str
     init: str | None = None
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[Stage, ...] = ()
     backbone: str = "voxelmorph"
-    spacing: float = 1.5
+    spacing: float | None = None
     minutes: float | None = 60.0
     iterations: int = 800
     steps: int = 3
@@ -126,6 +132,8 @@ class TrainingOptions:
     finetune_smoothness: float = 1.0
     folding: float = 10.0
     dice: float = 1.0
+    features: float = 1.0
+    augmentation: float = 0.6
     policy: float = 20.0
     trajectories: int = 6
     reward_dice: float = 1.0
@@ -135,13 +143,30 @@ class TrainingOptions:
     leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("there is neither a warmup nor a finetune stage")
-        if self.init is None and "warmup" not in self.stages:
-            raise ValueError("fine-tuning needs a model to start from (init) or a warmup stage before it")
+        if "features" in self.stages and {"warmup", "finetune"} & set(self.stages):
+            raise ValueError(
+                "a run trains features, or a network by a warmup and a finetune stage; choose one of these"
+            )
+        if set(self.stages) == {"warmup", "final"}:
+            raise ValueError("the final stage goes on with features or a finetune stage; choose one of these too")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError("minutes must be above 0")
+        if self.spacing is not None and not self.spacing > 0:
+            raise ValueError("spacing must be above 0 mm")
         if not self.model.endswith(".safetensors"):
             raise ValueError("model must end with .safetensors")
         check_steps(self.steps)
         check_iterations(self.iterations)
+
+    def suited(self, labeled: bool) -> TrainingOptions:
+        """Return the options with the stages that suit, where they name none.
+
+        Without labels that is the warm-up, from a model the fine-tuning, and else features, which came to more Dice and
+        smoother fields than a network in the same minutes (Testing/benchmarks/results/training-answers.json).
+        """
+        named = [stage for stage in self.stages if stage != "final"]
+        if labeled and named:
+            return self
+        usual: Stage = "warmup" if not labeled else "features" if self.init is None else "finetune"
+        last: tuple[Stage, ...] = ("final",) if labeled and "final" in self.stages else ()
+        return replace(self, stages=(usual, *last))

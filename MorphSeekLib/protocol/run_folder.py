@@ -4,8 +4,9 @@
 |---|---|
 | run.json | what is wanted: :class:`MorphSeekLib.protocol.options.TrainingOptions` |
 | cases | copies of the cases, where they came from a scene |
-| warmup.json, finetune.json | the settings of each stage as they were used, for `morphseek warmup` or `finetune` |
-| warmup.safetensors, finetune.safetensors | the stages' models, with .jsonl (curves), .log (TensorBoard), .state |
+| STAGE.json | the settings of each stage as they were used, for `morphseek warmup` or `finetune` |
+| STAGE.safetensors | the stages' models, with .jsonl (curves), .log (TensorBoard), .state |
+| fresh.safetensors | the untrained network that fine-tuning from scratch starts from |
 | start.json, result.json | figures on the held-out pairs, before and after |
 | status.json | where it stands: :class:`Status` |
 | lock | held by the process that trains, with its number and computer |
@@ -17,11 +18,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +34,29 @@ from .lock import try_lock
 
 SETTINGS, STATUS, LOCK, STOP, KEEP, LOG = "run.json", "status.json", "lock", "stop", "keep", "log.txt"
 CASES = "cases"
-Stage = Literal["warmup", "finetune"]
+Stage = Literal["features", "warmup", "finetune", "final"]
+"""What a run can train: features for a fit to compare, from labels; a network without labels; one with labels; and
+whichever was trained with labels once more on all cases, the held-out ones too."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
+EVALUATE = "evaluate"
+SHARES: dict[str, float] = {"features": 8.0, "warmup": 2.0, "finetune": 8.0, EVALUATE: 1.0, "final": 2.0}
+"""The parts of a run in their order, and how its minutes are shared among those that it has.
+
+A part more is a line here, its settings in :func:`MorphSeekLib.app.runs.stage_settings`, and a branch in
+:func:`MorphSeekLib.app.runs.train_stage`.
+"""
+
+
+def parts(stages: Collection[str], measured: bool) -> dict[str, tuple[float, float]]:
+    """Return where each part of a run begins and ends, as shares of the whole, in their order.
+
+    Args:
+        stages: what is trained.
+        measured: whether there are figures on held-out pairs; they follow all stages but the one on all cases.
+    """
+    weights = {name: weight for name, weight in SHARES.items() if name in stages or (name == EVALUATE and measured)}
+    ends = [end / sum(weights.values()) for end in itertools.accumulate(weights.values())]
+    return {name: (begin, end) for name, begin, end in zip(weights, [0.0, *ends], ends, strict=False)}
 
 
 class HeldOut(TypedDict, total=False):
@@ -54,7 +77,7 @@ class Status:
 
     Attributes:
         state: "running", "stopped", "failed" or "done"; "running" without a held lock is a run that was killed.
-        stage: one of STAGES, "evaluate", or "" before the first.
+        stage: one of SHARES, or "" before the first.
         fraction: share of the whole run that is done, 0 to 1.
         message: a sentence for the user; of a failed run, what is wrong and what to do.
         held_out: when done, the figures before and after on the held-out pairs.
@@ -67,6 +90,12 @@ class Status:
     message: str = ""
     held_out: HeldOut = field(default_factory=HeldOut)
     model: str = ""
+
+
+def run_beside(model: Path | str) -> Path:
+    """Return the folder of the run that `morphseek train` makes for a model: NAME-training beside NAME.safetensors."""
+    path = Path(model)
+    return path.with_name(f"{path.stem}-training")
 
 
 def curves_file(folder: Path, stage: str) -> Path:

@@ -115,7 +115,7 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
             raise MorphSeekError(f"{where} needs {len(arguments)} values, not {len(value)}.")
         return tuple(_convert(a, v, where) for a, v in zip(arguments, value, strict=True))
     if origin is dict and isinstance(value, dict):
-        return {str(k): _convert(arguments[1], v, where) for k, v in value.items()}
+        return {_key(arguments[0], k, where): _convert(arguments[1], v, where) for k, v in value.items()}
     if typing.is_typeddict(hint) and isinstance(value, dict):
         return dict(value)
     if hint is Any:
@@ -126,3 +126,13 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         return value
     expected = getattr(hint, "__name__", str(hint))
     raise MorphSeekError(f"{where} must be of type {expected}, but is {value!r}.")
+
+
+def _key(hint: Any, key: object, where: str) -> Any:
+    """Return a key as its type hint says; JSON has only texts."""
+    if hint is not int:
+        return str(key)
+    try:
+        return int(str(key))
+    except ValueError as error:
+        raise MorphSeekError(f"{where} has the key {key!r}, which must be a whole number.") from error

@@ -270,7 +270,10 @@ def check_run(folder: Path | str) -> None:
         MorphSeekError: it has no run.json.
     """
     if not (Path(folder) / SETTINGS).is_file():
-        raise MorphSeekError(f"{folder} is not a training run: it has no {SETTINGS}; choose a folder that Slicer made.")
+        raise MorphSeekError(
+            f"{folder} is not a training run: it has no {SETTINGS}; choose the folder of a training, or name a new "
+            "model by --out to train one on these cases."
+        )
 
 
 def refuse_overwriting(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None]) -> None:

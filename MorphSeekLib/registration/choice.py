@@ -46,7 +46,7 @@ def chosen_model(
     sizes = [object_size(image, job) for image in images]
     for own, path in bundled().items():
         card = read_card(path)
-        if not card.fit and all(card.preprocessing.beyond(size) == 1 for size in sizes):
+        if card.knows_labels and all(card.preprocessing.beyond(size) == 1 for size in sizes):
             shown = " and ".join(f"{size:.0f}" for size in sizes)
             words = f"Model: {own}, which was trained on labels of objects of the size of these ({shown} mm)."
             return load(own, device), where, words

@@ -148,7 +148,7 @@ class CorrectedFit:
         pull = Pull(self.correction, pair.alignment.transform, present)
         notices = contradictions(self.correction, pull)
         fitted = self.options.fit == "on" or (self.options.fit == "auto" and not self.trusted)
-        plan = correction_plan(pair.similarity, fitted)
+        plan = pair.fewer(correction_plan(pair.similarity, fitted))
         pyramid = pair.pyramid.after(present)
         control = pyramid.control(present, plan.levels[0])
         pull(control, pyramid.grid(plan.levels[0] + 1))
@@ -156,7 +156,7 @@ class CorrectedFit:
         pictures.show(
             row, pair, voxel_displacement(pyramid.displacement(control, plan.levels[0]), pair.grid, pair.device)
         )
-        levels = [pyramid.level(n, plan.similarity, plan.regularization, plan.folding) for n in plan.levels]
+        levels = [pair.level(pyramid, n, plan) for n in plan.levels]
         done, count = 0, sum(plan.iterations)
 
         def tick(_: int) -> None:

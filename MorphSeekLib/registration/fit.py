@@ -25,6 +25,7 @@ from .plans import (
     FEATURES,
     FEW_VOXELS,
     FINER,
+    LEARNED,
     Plan,
 )
 
@@ -61,8 +62,7 @@ class Fit:
         levels = []
         for plan in plans:
             images = pyramid if plan.similarity == "lncc" else as_given
-            weights = plan.regularization, plan.folding
-            levels.append([images.level(n, plan.similarity, *weights) for n in plan.levels])
+            levels.append([pair.level(images, n, plan) for n in plan.levels])
         progress = _Progress(levels, plans, job)
         sections: list[LevelSection] = []
         for number, plan in enumerate(plans):
@@ -102,7 +102,9 @@ def plans_for(pair: Pair, begin: Outcome, options: RegistrationOptions) -> list[
     Iterations that were asked for stand on as many of the finest levels of the last plan.
     """
     preset, searched = options.preset, begin.figures[begin.answer]["stage"] == "search"
-    if pair.similarity != "lncc":
+    if pair.similarity == "features":
+        plans = [pair.fewer(LEARNED[preset])]
+    elif pair.similarity != "lncc":
         plans = [replace(FEATURES[preset], similarity=pair.similarity)]
     elif pair.opposite:
         plans = [FEATURES["fast"], CORRELATION_OPPOSITE[preset]]

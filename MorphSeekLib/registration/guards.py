@@ -180,6 +180,17 @@ def lowered_by_alignment(kind: str, measure: str, before: float | None, after: f
     return [Notice("alignment-lowers", words)]
 
 
+def nothing_found(names: Sequence[str]) -> list[Notice]:
+    """Say in which images a network that was trained on labels finds none of them."""
+    if not names:
+        return []
+    words = (
+        f"{' and '.join(names)} {'shows' if len(names) == 1 else 'show'} nothing of what the model was trained to "
+        "find, so the images themselves are compared, as without a model; check that the model is for such images."
+    )
+    return [Notice("nothing-found", words)]
+
+
 def no_step_helped(figures: Sequence[StepSection], answer: int, first: int) -> list[Notice]:
     """Warn if no step of the network brought the images closer, or the trusted ones led away from the alignment.
 

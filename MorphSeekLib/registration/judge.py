@@ -30,7 +30,7 @@ class Judge:
         """
         Args:
             coarse: the two images.
-            similarity: a key of SIMILARITIES.
+            similarity: a key of SIMILARITIES; "features": the images are learned features already.
         """
         self._coarse, self._similarity = coarse, similarity
         features = self._features(coarse.fixed)
@@ -47,7 +47,8 @@ class Judge:
             self._worst = 2 * (voxels - voxels.mean(dim=2, keepdim=True)).square().sum()
             self._best = features.new_zeros(())
         spacing = " x ".join(f"{s:.3g}" for s in coarse.grid.spacing)
-        name = "squared correlation in windows of ten voxels" if similarity == "lncc" else similarity.upper()
+        names = {"lncc": "squared correlation in windows of ten voxels", "features": "squares of learned features"}
+        name = names.get(similarity, similarity.upper())
         self.definition = f"{name} on voxels of {spacing} mm, where both images lie (1 is best)"
 
     def __call__(self, displacement: Tensor | None, alignment: Transform) -> Tensor:
@@ -67,4 +68,4 @@ class Judge:
         return torch.where(span > 1e-6, (self._worst - found) / span.clamp(min=1e-6), 0.0)
 
     def _features(self, image: Tensor) -> Tensor:
-        return image if self._similarity == "lncc" else SIMILARITIES[self._similarity].prepare(image)
+        return image if self._similarity in ("lncc", "features") else SIMILARITIES[self._similarity].prepare(image)

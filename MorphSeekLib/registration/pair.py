@@ -16,6 +16,7 @@ from torch import Tensor
 from ..io.images import air_value, check_overlap
 from ..io.transforms import rounded
 from ..networks.loading import LoadedModel
+from ..networks.policy import RegistrationModel
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job, Notice
 from ..protocol.report import FitSection, Stage, StepSection
@@ -39,7 +40,10 @@ from ..space.preprocessing import Preprocessing, foreground_of, general, normali
 from . import guards
 from .alignment import alignments, object_size
 from .judge import FAR, Judge
+from .learned import Features, Learned
 from .masks import Masks, check_seen, filled
+from .objective import Level
+from .plans import LEARNED_WEIGHT, Plan
 from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around, with_opposite_contrast
 from .wide import GAIN, look_around
 
@@ -147,6 +151,7 @@ class Pair:
         seen: (1, 1, i, j, k), bool, which voxels of the working grid lie in the fixed image.
         as_given: the images as they are fitted, before the moving one's contrast is turned around.
         opposite: whether it is.
+        learned: what the model has found in either image, where its card says that this is to be compared.
         judge: of displacements.
     """
 
@@ -165,6 +170,8 @@ class Pair:
         job: Job = SILENT,
     ) -> None:
         self.fixed, self.moving, self.job, self.opposite = fixed, moving, job, False
+        self.learned: Learned | None = None
+        self._finder = model.network if model is not None and model.card.compare == "features" else None
         self.masks = Masks(fixed.counts, moving.counts)
         self.known = (
             replace(fixed, data=filled(fixed.data, self.masks.fixed)),
@@ -272,9 +279,12 @@ class Pair:
         """Choose what the pair is compared by, and make the judge.
 
         Args:
-            similarity: a key of SIMILARITIES; "auto" for "lncc", which serves two modalities too: after a search, or
-                with the moving image's contrast turned around where it is opposite.
+            similarity: a key of SIMILARITIES; "auto" for what the model's card says, and for "lncc" otherwise, which
+                serves two modalities too: after a search, or with the moving image's contrast turned around where it is
+                opposite.
         """
+        if similarity == "auto" and self._finder is not None and self._find(self._finder):
+            similarity = "features"
         self.similarity = "lncc" if similarity == "auto" else similarity
         self.as_given = self.pyramid
         if self.similarity == "lncc" and self.pyramid.contrast() < OPPOSITE:
@@ -285,13 +295,42 @@ class Pair:
         # what one image does not see must not count as black there: a stretch of thin slices would be taken for a gain
         self.seen = self._inside(self.fixed.grid, np.eye(4))
         self.shown = foreground[None, None].to(self.device)
-        self.judge = Judge(self.coarse, self.similarity)
+        judged = self.coarse if self.learned is None else self.learned.coarse(self.coarse)
+        self.judge = Judge(judged, self.similarity)
         self.notices += guards.small_foreground(int(self.shown.sum()))
         self.notices += guards.nothing_to_judge(self.coarse.counted)
         if self.masks:
             check_seen(8 * int(self.coarse.counted.sum()))
         for volume, role in zip(self.known, ("The fixed image", "The moving image"), strict=True):
             self.notices += guards.few_values(normalize(volume.data, self.preprocessing), volume.called(role))
+
+    def _find(self, network: RegistrationModel) -> bool:
+        """Find the features of both images; return whether there are any in either, which is noted otherwise."""
+        found = [Features.of(network, image, self.preprocessing, self.job) for image in self.intensities]
+        roles = [
+            volume.called(r) for volume, r in zip(self.known, ("The fixed image", "The moving image"), strict=True)
+        ]
+        self.notices += guards.nothing_found([role for role, one in zip(roles, found, strict=True) if not one.found()])
+        if not all(one.found() for one in found):
+            return False
+        self.learned = Learned(*found)
+        return True
+
+    def level(self, images: Pyramid, number: int, plan: Plan) -> Level:
+        """Return what a plan compares on a level of images, numbered as in :meth:`.pyramid.Pyramid.images`."""
+        if self.learned is None or plan.similarity != "features":
+            return images.level(number, plan.similarity, plan.regularization, plan.folding)
+        grid = images.grid(number)
+        maps = self.learned.fixed.on(grid, np.eye(4)), self.learned.moving.on(grid, self.alignment.transform)
+        return Level(*maps, images.whole(number), LEARNED_WEIGHT, plan.regularization, plan.folding)
+
+    def fewer(self, plan: Plan) -> Plan:
+        """Return a plan, if for learned features without the levels on which there would be too many to compare."""
+        if self.learned is None or plan.similarity != "features":
+            return plan
+        kept = self.learned.levels(plan.levels, self.crop.grid.shape)
+        iterations = tuple(n for level, n in zip(plan.levels, plan.iterations, strict=True) if level in kept)
+        return replace(plan, levels=kept, iterations=iterations)
 
     @functools.cached_property
     def tissue(self) -> Volume:

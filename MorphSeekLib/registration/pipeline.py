@@ -133,7 +133,7 @@ def _deformed(
     if options.search == "on" or (options.search == "auto" and wanted and _is_far(pair, outcome)):
         with clock("search"), torch.no_grad():
             outcome = Search().run(pair, outcome, job.part(0.05, 0.3))
-    if model is not None and card is not None:
+    if model is not None and card is not None and model.network.backbone.moves:
         trusted = not card.fit and not pair.masks  # labels were never inside a mask
         steps = NetworkSteps(model.network, options.steps or card.preprocessing.steps, options.stop_early, trusted)
         with clock("network"):

@@ -225,6 +225,11 @@ class Pyramid:
             shares = [halved(share) for share in shares]
         return shares[0], shares[1]
 
+    def whole(self, number: int) -> Tensor:
+        """Return the blocks of a level, (a, b, c) bool, that both images see and that masks leave of both."""
+        seen, left = self.images(number)[2], self.left(number)
+        return whole_blocks(seen if left is None else seen & left)
+
     def level(self, number: int, similarity: str, diffusion: float, folding: float) -> Level:
         """Return what a fit compares on a level; the number as for :meth:`images`, the weights as in
         :class:`.objective.Level`."""
@@ -403,11 +408,16 @@ def _moved(moving: Volume, grid: Grid, alignment: Transform, device: torch.devic
 
 def averaged(volume: Volume, onto: Grid) -> Volume:
     """Return the means of blocks of voxels that are about as large as those of a grid."""
+    data, grid = block_means(volume.data.float()[None, None], volume.grid, onto)
+    return Volume(data[0, 0].contiguous(), grid)
+
+
+def block_means(data: Tensor, grid: Grid, onto: Grid) -> tuple[Tensor, Grid]:
+    """Return the means of blocks of voxels (n, channels, i, j, k) of a grid that are about as large as those of another
+    one, and the grid of the blocks."""
     spacing = float(onto.spacing.max())
-    size = [
-        int(max(1, min(round(spacing / s), n))) for s, n in zip(volume.grid.spacing, volume.grid.shape, strict=True)
-    ]
-    data = F.avg_pool3d(volume.data.float()[None, None], size)[0, 0].contiguous()
+    size = [int(max(1, min(round(spacing / s), n))) for s, n in zip(grid.spacing, grid.shape, strict=True)]
+    data = F.avg_pool3d(data, size)
     to_first = np.diag([*size, 1.0])
     to_first[:3, 3] = (np.array(size) - 1) / 2
-    return Volume(data, _grid(data.shape, volume.grid.affine @ to_first))
+    return data, _grid(data.shape[2:], grid.affine @ to_first)

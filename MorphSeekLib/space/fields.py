@@ -65,16 +65,7 @@ def _interpolate(image: Tensor, moved: list[Tensor], start: list, mode: str, pad
     """Interpolate at the voxel coordinates ``start[axis] + moved[axis]``, in as few passes over memory as possible."""
     if mode not in ("linear", "nearest"):
         raise ValueError(f"mode is '{mode}'; it must be 'linear' or 'nearest'.")
-    # grid_sample wants (x, y, z) = the axes reversed, from -1 to 1 between the outer faces of the first and last voxel
-    # (align_corners=False), which is defined for an axis of one voxel too
-    points = []
-    for axis in (2, 1, 0):
-        size = image.shape[2 + axis]
-        offset = (2 * start[axis] + 1) / size - 1
-        if not isinstance(offset, Tensor):
-            offset = image.new_full((), offset)
-        points.append(torch.add(offset, moved[axis], alpha=2 / size))
-    grid = torch.stack(points, dim=-1)
+    grid = torch.stack(_relative(image, moved, start), dim=-1)
     batch = max(image.shape[0], grid.shape[0])
     return F.grid_sample(
         image.expand(batch, -1, -1, -1, -1),
@@ -83,6 +74,44 @@ def _interpolate(image: Tensor, moved: list[Tensor], start: list, mode: str, pad
         padding_mode=padding,
         align_corners=False,
     )
+
+
+def _relative(image: Tensor, moved: list[Tensor], start: list) -> list[Tensor]:
+    """Return voxel coordinates as grid_sample wants them.
+
+    That is (x, y, z) = the axes reversed, from -1 to 1 between the outer faces of the first and last voxel
+    (align_corners=False), which is defined for an axis of one voxel too.
+    """
+    points = []
+    for axis in (2, 1, 0):
+        size = image.shape[2 + axis]
+        offset = (2 * start[axis] + 1) / size - 1
+        if not isinstance(offset, Tensor):
+            offset = image.new_full((), offset)
+        points.append(torch.add(offset, moved[axis], alpha=2 / size))
+    return points
+
+
+def relative_points(image: Tensor, displacement: Tensor) -> list[Tensor]:
+    """Return where :func:`warp` looks for each voxel: along k, j and i, -1 to 1 between the image's outer faces.
+
+    Args:
+        image: (batch or 1, channel, i, j, k).
+        displacement: (batch, 3, i, j, k), voxels; float32 or float64.
+
+    Returns:
+        three tensors (batch, i, j, k), of the displacement's type.
+    """
+    return _relative(image, list(displacement.unbind(1)), _starts(displacement, displacement.dtype))
+
+
+def _starts(displacement: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return the voxel coordinates of a grid along each axis, to be added to displacements (batch, i, j, k)."""
+    axes = []
+    for axis, size in enumerate(displacement.shape[2:]):
+        view = [size if a == axis else 1 for a in range(3)]
+        axes.append(torch.arange(size, device=displacement.device, dtype=dtype).view(view))
+    return axes
 
 
 def warp(image: Tensor, displacement: Tensor, mode: str = "linear", padding: str = "zeros") -> Tensor:
@@ -95,12 +124,8 @@ def warp(image: Tensor, displacement: Tensor, mode: str = "linear", padding: str
     """
     displacement = _precise(displacement)
     dtype = torch.promote_types(torch.promote_types(image.dtype, displacement.dtype), torch.float32)
-    shape, axes = displacement.shape[2:], []
-    for axis, size in enumerate(shape):
-        view = [size if a == axis else 1 for a in range(3)]
-        axes.append(torch.arange(size, device=displacement.device, dtype=dtype).view(view))
     moved = displacement.to(dtype).unbind(1)
-    return _interpolate(image.to(dtype), list(moved), axes, mode, padding)
+    return _interpolate(image.to(dtype), list(moved), _starts(displacement, dtype), mode, padding)
 
 
 def compose(outer: Tensor, step: Tensor) -> Tensor:

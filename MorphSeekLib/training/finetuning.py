@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..data.datasets import Case, Dataset, PreparedPair, augment, known_sizes
+from ..data.datasets import Case, Dataset, PreparedPair, augment, known_sizes, label_values
+from ..data.label_channels import channels_for
 from ..measures.metrics import label_figures
 from ..networks.devices import place
 from ..networks.model_file import Card, load, read_card, sha256
@@ -69,6 +71,7 @@ class FinetuneRun(RunSettings):
     update: str = "step"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.update not in UPDATES:
             raise ValueError(f"update is '{self.update}'; it must be one of {', '.join(UPDATES)}")
 
@@ -151,15 +154,18 @@ class Finetuning(Task[list[PreparedPair]]):
         world: World | None = None,
     ) -> None:
         network, self._base = load(init)
+        self.cases, self._channels = _usable_cases(dataset, config), self._base.labels
+        if config.loss.features > 0:
+            torch.manual_seed(config.training.seed)  # of the weights that new features begin with
+            network, self._channels = with_features(network, self._base, label_values(self.cases))
         preprocessing = dataclasses.replace(self._base.preprocessing, steps=config.training.steps)
         super().__init__(dataset, config, place(network, device).train(), preprocessing, device, world)
         if self.run.pairs % self.world.size:
             raise MorphSeekError(
                 f"training.pairs is {self.run.pairs}; it must be a multiple of the {self.world.size} processes."
             )
-        self.cases = _usable_cases(dataset, config)
         if config.loss.features > 0:
-            _check_features(network, dataset)
+            self.loader.channels = self._channels
         self.memory = FinetuneMemory(kl_weight=config.loss.kl)
         self._init = init
         self.origin = {"init": sha256(init), "cases": [str(case.image) for case in self.cases]}
@@ -176,7 +182,7 @@ class Finetuning(Task[list[PreparedPair]]):
     def update(self, iteration: int, batch: list[PreparedPair]) -> dict[str, float]:
         """Take all steps of this iteration's pairs, and the optimizer steps that they make."""
         config, run = self.config, self.run
-        rate, kl_weight = set_learning_rate(self.optimizer, run, iteration), self.memory.kl_weight
+        rate, kl_weight = set_learning_rate(self.optimizer, run, iteration, self.progress), self.memory.kl_weight
         together = run.steps if run.update == "iteration" else 1
         objective = Objective(config.loss, config.policy, config.reward, kl_weight, together * run.pairs)
         walks = [
@@ -226,6 +232,7 @@ class Finetuning(Task[list[PreparedPair]]):
             provenance=self.provenance(stage, len(self.cases), {"init": init}),
             results={"definitions": {"posterior_dice_spread": SPREAD_DEFINITION}},
             license=base.license,
+            labels=self._channels,
         )
 
     def _numbers(self, iteration: int) -> range:
@@ -290,19 +297,29 @@ def _usable_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
     return cases
 
 
-def _check_features(model: RegistrationModel, dataset: Dataset) -> None:
-    """Refuse a backbone whose learned features cannot stand for the labels of a data set."""
-    count = model.backbone.learned_features
-    if not count:
-        raise MorphSeekError("loss.features needs a model whose backbone learns features; set it to 0.")
-    name = dataset.path.name
-    if not dataset.labels:
-        raise MorphSeekError(f'loss.features needs the label values; name them under "labels" in {name}.')
-    if max(dataset.labels) >= count:
+def with_features(
+    model: RegistrationModel, card: Card, values: Sequence[int]
+) -> tuple[RegistrationModel, dict[int, int]]:
+    """Return a model whose features can stand for label values, and the channel of each value.
+
+    Args:
+        model: keeps the features that it has; a model without any gets some, and moves images as before.
+        card: the model's, whose labels keep their channels.
+        values: the labels of the cases.
+
+    Raises:
+        MorphSeekError: the network can learn no features, or there are too many labels.
+    """
+    # a model of before had no labels on its card: its feature c stands for label c
+    known = card.labels or {value: value for value in values if value < model.backbone.learned_features}
+    channels = channels_for(values, known)
+    grown = model.with_features(1 + max(channels.values(), default=0))
+    if grown is None:
         raise MorphSeekError(
-            f"{name} has a label {max(dataset.labels)}, but feature c stands for label c and this model has "
-            f"features 0 to {count - 1}; warm up one with more features, or set loss.features to 0."
+            f"The network '{model.settings.backbone}' of the model to start from cannot learn features; set "
+            "loss.features to 0."
         )
+    return grown, channels
 
 
 def score(figures: dict[str, float], folding_limit: float) -> float:
@@ -328,8 +345,8 @@ def posterior_spread(model: RegistrationModel, pair: PreparedPair, tau: float, d
 
 
 def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) -> tuple[State, Batch]:
-    """Return a pair on the device before its first step: hard labels for the reward, shares of the common for soft
-    Dice."""
+    """Return a pair on the device before its first step: hard labels for the reward, classes of the common
+    ones for soft Dice."""
     zero = torch.zeros(1, 3, *pair.fixed.shape[2:], device=device)
     i, j, k = pair.grid.spacing.tolist()
     fixed, moving = (image.to(device, non_blocking=True) for image in (pair.fixed, pair.moving))
@@ -343,7 +360,5 @@ def prepare(pair: PreparedPair, config: FinetuneConfig, device: torch.device) ->
         state.labels = common.to(device, non_blocking=True)
     if config.loss.dice > 0 or config.loss.features > 0:
         batch.structures = state.labels
-        classes = torch.arange(1, len(state.labels) + 1, device=device).view(1, -1, 1, 1, 1)
-        batch.fixed_labels = (state.fixed_classes == classes).float()
-        batch.moving_labels = (state.moving_classes == classes).float()
+        batch.fixed_classes, batch.moving_classes = state.class_maps
     return state, batch

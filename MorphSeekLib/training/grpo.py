@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..measures.fast_fields import compose
 from ..networks.policy import RegistrationModel
-from ..space import fields
 from .losses import Batch, LossSettings, advance, warmup_loss
 from .policies import Policy, PolicyGradientSettings, make_policy
 from .rewards import RewardSettings, State, reward_map
@@ -127,7 +127,7 @@ def sample_group(
     cells: list[list[Tensor]] = []
     best = best_reward = None
     for chunk in zip(*(s.split(settings.chunk) for s in samples), strict=True):
-        totals = fields.compose(state.total, policy.displacements(list(chunk)))
+        totals = compose(state.total, policy.displacements(list(chunk)))
         maps = reward_map(state, totals, reward)
         rewards.append(maps.flatten(1).sum(dim=1))
         cells.append(in_cells(maps))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..measures.fast_fields import compose, label_sums, warp
 from ..measures.regularizers import diffusion, folding_penalty
 from ..measures.similarity import SIMILARITIES
 from ..networks.devices import training_autocast
@@ -53,6 +54,8 @@ class Batch:
         fixed, moving: (1, 1, i, j, k), what the network sees.
         fixed_target, moving_target: (1, 1, i, j, k), what their similarity is measured on; None: the images themselves.
         fixed_labels, moving_labels: shares (1, structures, i/b, j/b, k/b) of structures in blocks of b voxels, or None.
+        fixed_classes, moving_classes: what stands in their place where every voxel has one structure: (1, 1, i, j, k)
+            integers, 1, 2, ... in the order of ``structures``, 0 for none; or None.
         structures: (structures,) their label values; None for synthetic pairs.
     """
 
@@ -62,6 +65,8 @@ class Batch:
     moving_target: Tensor | None = None
     fixed_labels: Tensor | None = None
     moving_labels: Tensor | None = None
+    fixed_classes: Tensor | None = None
+    moving_classes: Tensor | None = None
     structures: Tensor | None = None
 
     @property
@@ -71,12 +76,38 @@ class Batch:
             return self.fixed, self.moving
         return self.fixed_target, self.moving_target
 
+    @property
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """The shares of the structures in the fixed and the moving image; ValueError without labels."""
+        if self.fixed_labels is not None and self.moving_labels is not None:
+            return self.fixed_labels, self.moving_labels
+        if self.fixed_classes is None or self.moving_classes is None or self.structures is None:
+            raise ValueError("The batch has no labels.")
+        classes = torch.arange(1, len(self.structures) + 1, device=self.fixed.device).view(1, -1, 1, 1, 1)
+        return (self.fixed_classes == classes).float(), (self.moving_classes == classes).float()
+
 
 def soft_dice(fixed: Tensor, warped: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Average 2 sum(ab) / (sum(a^2) + sum(b^2)) over structures; (batch, structures, i, j, k) shares -> scalar."""
     together = (fixed * warped).sum(dim=(2, 3, 4))
     apart = fixed.square().sum(dim=(2, 3, 4)) + warped.square().sum(dim=(2, 3, 4))
     return ((2 * together + epsilon) / (apart + epsilon)).mean()
+
+
+def label_dice(
+    fixed: Tensor, moving: Tensor, structures: Tensor, displacement: Tensor, epsilon: float = 1e-5
+) -> Tensor:
+    """Return :func:`soft_dice` of two maps of classes, the moving one warped once for all structures.
+
+    Args:
+        fixed, moving: (1, 1, i, j, k) integers, 1, 2, ... in the order of ``structures``, 0 for none.
+        structures: (structures,) label values.
+        displacement: (1, 3, i, j, k), voxels.
+    """
+    count = len(structures)
+    together, squares = label_sums(fixed, moving, count, displacement)
+    own = together.new_zeros(count + 1).index_add_(0, fixed.flatten(), together.new_ones(()).expand(fixed.numel()))
+    return ((2 * together + epsilon) / (own[1:] + squares + epsilon)).mean()
 
 
 def feature_loss(learned: Tensor, shares: Tensor, structures: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -113,11 +144,11 @@ class Step(NamedTuple):
 
 def advance(model: RegistrationModel, batch: Batch, outer: Tensor) -> Step:
     """Encode the pair as it stands after ``outer`` (1, 3, i, j, k; detached), decode the mean, compose."""
-    moved = fields.warp(batch.moving, outer)
+    moved = warp(batch.moving, outer)
     with training_autocast(outer.device, outer.shape[2] // model.multiple_of):
         latent = model.encode(moved, batch.fixed)
-        field = model.field(latent, latent.mu).float()
-    total = fields.compose(outer, model.displacement(field))
+        field = model.field(latent, latent.mu).float().contiguous()
+    total = compose(outer, model.displacement(field))
     return Step(latent, field, total, outer, model.backbone.learned(latent.skips))
 
 
@@ -137,21 +168,16 @@ def warmup_loss(
     loss = (weights.kl if kl_weight is None else kl_weight) * terms["kl"] + weights.regularization * terms["diffusion"]
     if weights.similarity_weight > 0:
         target, source = batch.targets
-        terms["similarity"] = SIMILARITIES[weights.similarity](target, fields.warp(source, total))
+        terms["similarity"] = SIMILARITIES[weights.similarity](target, warp(source, total))
         loss = loss + weights.similarity_weight * terms["similarity"]
     if weights.folding > 0:
         terms["folding_penalty"] = folding_penalty(total)
         loss = loss + weights.folding * terms["folding_penalty"]
-    fixed_shares, moving_shares = batch.fixed_labels, batch.moving_labels
-    if weights.dice > 0 and fixed_shares is not None and moving_shares is not None:
-        # labels may come in blocks of voxels: the block's mean displacement, in blocks
-        block = total.shape[2] // fixed_shares.shape[2]
-        coarse = F.avg_pool3d(total, block) / block if block > 1 else total
-        terms["soft_dice"] = soft_dice(fixed_shares, fields.warp(moving_shares, coarse))
-        loss = loss + weights.dice * (1 - terms["soft_dice"])
+    if weights.dice > 0 and (overlap := _overlap(batch, total)) is not None:
+        terms["soft_dice"] = overlap
+        loss = loss + weights.dice * (1 - overlap)
     if weights.features > 0 and step.learned is not None and batch.structures is not None:
-        assert fixed_shares is not None  # structures come with their shares
-        assert moving_shares is not None
+        fixed_shares, moving_shares = batch.shares
         moved, known = (
             feature_loss(found, F.avg_pool3d(share, share.shape[2] // found.shape[2]), batch.structures)
             for found, share in zip(step.learned, (fields.warp(moving_shares, step.outer), fixed_shares), strict=True)
@@ -159,6 +185,18 @@ def warmup_loss(
         terms["features"] = moved + known
         loss = loss + weights.features * terms["features"]
     return loss, {name: value.detach() for name, value in terms.items()}
+
+
+def _overlap(batch: Batch, total: Tensor) -> Tensor | None:
+    """Return the soft Dice of the fixed and the warped moving labels; None without labels."""
+    if batch.fixed_classes is not None and batch.moving_classes is not None and batch.structures is not None:
+        return label_dice(batch.fixed_classes, batch.moving_classes, batch.structures, total)
+    if batch.fixed_labels is None or batch.moving_labels is None:
+        return None
+    # labels may come in blocks of voxels: the block's mean displacement, in blocks
+    block = total.shape[2] // batch.fixed_labels.shape[2]
+    coarse = F.avg_pool3d(total, block) / block if block > 1 else total
+    return soft_dice(batch.fixed_labels, fields.warp(batch.moving_labels, coarse))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..measures.fast_fields import credit, least_determinant, nearest_classes
 from ..measures.metrics import landmark_errors
 from ..measures.similarity import lncc_map, mind_ssc
 from ..space import fields
@@ -72,6 +73,11 @@ class State:
         """(1, 1, i, j, k) float, for nearest-neighbor warping."""
         return _classes(self.both_labels[1], self.labels).float()
 
+    @cached_property
+    def class_maps(self) -> tuple[Tensor, Tensor]:
+        """(1, 1, i, j, k) int32 each: the fixed and the moving labels as ``fixed_classes`` has them."""
+        return self.fixed_classes.int(), self.moving_classes.int()
+
     def warped_classes(self, total: Tensor) -> Tensor:
         """Return (J, 1, i, j, k) long: the moving classes under candidate fields."""
         return fields.warp(self.moving_classes, total, "nearest").round().long()
@@ -81,10 +87,26 @@ class State:
         together, fixed, other = _counts(self.fixed_classes, warped, len(self.labels))
         return 2 * together / (fixed + other).clamp(min=1)
 
+    def overlap(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (J, 1, i, j, k) the warped classes, (J, K) voxels of each that agree, and (J, K) all of them."""
+        fixed, moving = self.class_maps
+        found = nearest_classes(moving, total, fixed, len(self.labels))
+        if found is not None:
+            return found
+        warped = self.warped_classes(total)
+        together, _, counts = _counts(self.fixed_classes, warped, len(self.labels))
+        return warped, together, counts
+
+    @cached_property
+    def fixed_counts(self) -> Tensor:
+        """(1, K) voxels of each fixed structure."""
+        return _histogram(self.fixed_classes, len(self.labels))
+
     @cached_property
     def dice_before(self) -> Tensor:
         """(1, K)."""
-        return self.dice(self.warped_classes(self.total))
+        _, together, counts = self.overlap(self.total)
+        return 2 * together / (self.fixed_counts + counts).clamp(min=1)
 
     @cached_property
     def fixed_distance(self) -> Tensor:
@@ -117,24 +139,20 @@ def dice_gain(state: State, total: Tensor) -> Tensor:
     Returns:
         (J, 1, i, j, k).
     """
-    warped, fixed = state.warped_classes(total), state.fixed_classes
-    count = len(state.labels)
-    _, in_fixed, in_warped = _counts(fixed, warped, count)
-    share = 1 / (in_fixed + in_warped).clamp(min=1) / max(count, 1)  # (J, K)
-    both = F.pad(2 * share, (1, 0))
-    loss = F.pad(share * state.dice_before, (1, 0))
-    j = torch.arange(len(warped), device=warped.device).view(-1, 1, 1, 1, 1)
-    return both[j, fixed] * (fixed == warped) - loss[j, fixed] - loss[j, warped]
+    warped, _, in_warped = state.overlap(total)
+    share = 1 / (state.fixed_counts + in_warped).clamp(min=1) / max(len(state.labels), 1)  # (J, K)
+    fixed = state.class_maps[0] if warped.dtype == torch.int32 else state.fixed_classes
+    return credit(fixed, warped, F.pad(2 * share, (1, 0)), F.pad(share * state.dice_before, (1, 0)))
 
 
 def folding(state: State, total: Tensor) -> Tensor:
     """Return minus the share of cells that fold at a corner, counted on the composed field."""
-    return -_on_cells((fields.least_determinant(total) <= 0).float())
+    return -_on_cells((least_determinant(total) <= 0).float())
 
 
 def folding_magnitude(state: State, total: Tensor) -> Tensor:
     """Return minus the mean of relu(-least corner determinant) over cells: how deep the folds are, not how many."""
-    return -_on_cells(torch.relu(-fields.least_determinant(total)))
+    return -_on_cells(torch.relu(-least_determinant(total)))
 
 
 def _on_cells(values: Tensor) -> Tensor:
@@ -281,15 +299,16 @@ def _classes(labels: Tensor, wanted: Tensor) -> Tensor:
 
 def _counts(fixed: Tensor, warped: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Count voxels of each class: in both (J, K), in the fixed image (1, K), in the warped one (J, K)."""
+    return _histogram(warped * (fixed == warped), count), _histogram(fixed, count), _histogram(warped, count)
 
-    def histogram(classes: Tensor) -> Tensor:
-        offset = torch.arange(len(classes), device=classes.device).view(-1, 1, 1, 1, 1) * (count + 1)
-        each = (classes + offset).flatten()
-        # bincount would look for the largest class, and wait for it
-        counts = each.new_zeros(len(classes) * (count + 1)).index_add_(0, each, each.new_ones(()).expand(len(each)))
-        return counts.view(len(classes), count + 1)[:, 1:].float()
 
-    return histogram(warped * (fixed == warped)), histogram(fixed), histogram(warped)
+def _histogram(classes: Tensor, count: int) -> Tensor:
+    """Return (J, K) voxels of each class, of maps (J, 1, i, j, k)."""
+    offset = torch.arange(len(classes), device=classes.device).view(-1, 1, 1, 1, 1) * (count + 1)
+    each = (classes + offset).flatten()
+    # bincount would look for the largest class, and wait for it
+    counts = each.new_zeros(len(classes) * (count + 1)).index_add_(0, each, each.new_ones(()).expand(len(each)))
+    return counts.view(len(classes), count + 1)[:, 1:].float()
 
 
 def _surfaces(classes: Tensor, count: int) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,11 @@ FORMAT = "3"
 OLD_FORMAT = "2"
 OLD_NAMES = {"score": "score", "best/iteration": "best_iteration"}
 """What format 2 kept among the task's numbers, and the attribute of :class:`RunState` that it is now."""
+LATER = {"minutes": None, "average": 0.0, "patience": None}
+"""Settings of a run that there were not always, and the values that change nothing."""
+
+
+_KEPT = ("best", "average")  # weights of a RunState
 
 
 @dataclass
@@ -35,6 +40,10 @@ class RunState:
         best: the weights then.
         figures: of the validation of the weights to keep.
         owed: figures of the last iteration while its validation is not finished; None once it is.
+        validated: seconds that were spent when the last validation ended; ``validation`` those that it took.
+        without_gain: validations in a row that were not better than the best.
+        stopped: whether the run has come to its end.
+        average: the averaged weights, where some are kept.
     """
 
     done: int = 0
@@ -44,6 +53,11 @@ class RunState:
     best: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     owed: dict[str, float] | None = None
+    validated: float = 0.0
+    validation: float = 0.0
+    without_gain: int = 0
+    stopped: bool = False
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,11 +84,13 @@ def save_state(
         state, memory: where the training stands, and its task's numbers.
         model, optimizer: what is trained, and by what.
     """
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in state.best.items()}
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for kept in _KEPT:
+        tensors |= {f"{kept}.{k}": v for k, v in getattr(state, kept).items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"adam.{k}.{name}": v for k, v in optimizer.state[parameter].items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    standing = {f.name: getattr(state, f.name) for f in dataclasses.fields(RunState) if f.name != "best"}
+    standing = {f.name: getattr(state, f.name) for f in dataclasses.fields(RunState) if f.name not in _KEPT}
     standing["memory"] = dataclasses.asdict(memory)
     metadata = {"format": FORMAT, "settings": fingerprint, "standing": json.dumps(standing)}
     write_atomically(path, serialize(tensors, metadata))
@@ -97,7 +113,7 @@ def load_state(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if _fingerprint(metadata.get("settings", "")) != fingerprint:
+            if _todays(metadata.get("settings", "")) != fingerprint:
                 raise MorphSeekError(f"{path.name} belongs to a run with other settings; {advice}.")
             if metadata.get("format") not in (FORMAT, OLD_FORMAT):
                 raise MorphSeekError(f"{path.name} was written by another version of MorphSeek; {advice}.")
@@ -111,18 +127,28 @@ def load_state(
         if keys:  # a parameter that no loss has reached yet has no moments
             moments[index] = {k: stored[f"adam.{k}.{name}"].to(parameter.device) for k in keys}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    best = {k.removeprefix("best."): v for k, v in stored.items() if k.startswith("best.")}
+    weights = {
+        kept: {k.removeprefix(f"{kept}."): v for k, v in stored.items() if k.startswith(f"{kept}.")} for kept in _KEPT
+    }
     standing = json.loads(metadata["standing"])
     if metadata["format"] == OLD_FORMAT:  # what a state says of where it stands, by today's names
         names = {name: old for old, name in OLD_NAMES.items() if old in standing["memory"]}
         standing |= {name: standing["memory"].pop(old) for name, old in names.items()}
     memory = dataclasses.replace(memory, **standing.pop("memory"))
-    return RunState(**standing, best=best), memory
+    return RunState(**standing, best=weights["best"], average=weights["average"]), memory
 
 
-def _fingerprint(text: str) -> str:
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """Return what tells a training's settings, with what else it depends on, from others."""
+    if "training" in settings:
+        run = {name: value for name, value in settings["training"].items() if LATER.get(name, ...) != value}
+        settings = settings | {"training": run}
+    return json.dumps(settings, sort_keys=True)
+
+
+def _todays(text: str) -> str:
     """Return the settings of a state, by today's names, as a training writes them."""
     try:
-        return json.dumps(json.loads(text, object_hook=current_names), sort_keys=True)
+        return fingerprint_of(json.loads(text, object_hook=current_names))
     except ValueError:
         return text

@@ -12,8 +12,9 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,9 @@ from ..protocol.startup import check_output_file
 from ..space import fields
 from ..space.preprocessing import Preprocessing
 from .distributed import World
-from .run_state import Memory, load_state, save_state, state_file
+from .run_state import Memory, RunState, fingerprint_of, load_state, save_state, state_file
+
+_VALIDATIONS = 10  # of a run of minutes
 
 Stream = Literal["pairs", "policy", "layers"]
 """What random numbers are for: pairs and how they are changed, samples of a policy, layers that drop at random."""
@@ -57,6 +60,11 @@ class RunSettings:
         validation_pairs: the most pairs of one validation.
         centered: put the middles of two images together before training; else their world coordinates count.
         gradient_clip: largest norm of a gradient.
+        minutes: how long the run may take, with its validations; ``iterations`` and ``validate_every`` count no more,
+            and the learning rate falls with the time. None: ``iterations`` count.
+        average: share of the averaged weights that an iteration keeps (such as 0.99), the rest being the new weights;
+            validations and the model are of the averaged weights. 0: no average.
+        patience: validations in a row without a better score that end the run; None for no end but its own.
     """
 
     iterations: int = 2000
@@ -68,6 +76,17 @@ class RunSettings:
     validation_pairs: int = 8
     centered: bool = True
     gradient_clip: float = 1.0
+    minutes: float | None = None
+    average: float = 0.0
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ValueError(f"minutes is {self.minutes:g}; it must be above 0")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average is {self.average:g}; it must be 0 (none) or more, and below 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; it must be at least 1")
 
 
 class Config(Protocol):
@@ -104,6 +123,7 @@ class Task(ABC, Generic[B]):
         cases: what pairs are drawn from; set by the task.
         memory: the numbers that must survive a kill.
         origin: what beside the settings the training depends on; a state of others is refused.
+        progress: the share of the run that is done, as the trainer sees it; None: that of its iterations.
         keeps_best: whether the weights with the best :meth:`score` are kept; else the last ones are.
     """
 
@@ -129,6 +149,7 @@ class Task(ABC, Generic[B]):
         self.trained, self.optimizer = self.learner()
         self.memory = Memory()
         self.origin: dict[str, str | list[str] | None] = {}
+        self.progress: float | None = None
 
     def learner(self) -> tuple[nn.Module, torch.optim.Adam]:
         """Return all that is trained, and its optimizer."""
@@ -207,13 +228,17 @@ class Trainer:
     state.
     """
 
-    def __init__(self, task: Task[Any], out: Path, job: Job = SILENT) -> None:
-        self.task, self.out, self.job, self.world = task, out, job, task.world
-        self._fingerprint = json.dumps(to_dict(task.config) | task.origin, sort_keys=True)
+    def __init__(
+        self, task: Task[Any], out: Path, job: Job = SILENT, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Set ``clock``: the seconds by which the run is timed."""
+        self.task, self.out, self.job, self.world, self._clock = task, out, job, task.world, clock
+        self._fingerprint = fingerprint_of(to_dict(task.config) | task.origin)
         saved = load_state(state_file(out), self._fingerprint, task.memory, task.trained, task.optimizer)
         self.state, task.memory = saved
-        self._started = time.monotonic() - self.state.seconds
+        self._started = clock() - self.state.seconds
         self._log: Curves | None = None
+        self._average = WeightAverage(task.trained, task.run.average, self.state)
 
     def run(self) -> Path:
         """Train, and write the model; return its path.
@@ -232,8 +257,9 @@ class Trainer:
         finally:
             if self._log is not None:
                 self._log.close()
-        if self.state.best:
-            self.task.trained.load_state_dict(self.state.best)
+        kept = self.state.best or self.state.average
+        if kept:
+            self.task.trained.load_state_dict(kept)
         with self.world.together():
             if self.world.rank == 0:
                 save(self.out, self.task.network, self._card())
@@ -243,21 +269,49 @@ class Trainer:
 
     def _iterate(self) -> None:
         """Do all iterations that are not done; the next one's batch is made while this one trains."""
-        task, state, last = self.task, self.state, self.task.run.iterations - 1
+        task, state, run = self.task, self.state, self.task.run
         if state.owed is not None:
             self._conclude(state.owed)
+        ahead_of = None if run.minutes is not None else run.iterations - 1
         with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(task.batch, min(state.done, last))
-            while state.done <= last:
+            coming = ahead.submit(task.batch, _within(state.done, ahead_of))
+            while not (state.stopped or (state.done == run.iterations and run.minutes is None)):
                 with self.world.together():
                     self.job.check()
                     batch = coming.result()
-                coming = ahead.submit(task.batch, min(state.done + 1, last))
+                coming = ahead.submit(task.batch, _within(state.done + 1, ahead_of))
                 # layers that drop at random draw from there
-                torch.manual_seed(seed_for(task.run.seed, "layers", state.done))
+                torch.manual_seed(seed_for(run.seed, "layers", state.done))
+                task.progress = self._progress()
                 state.owed = task.update(state.done, batch)
                 state.done += 1
+                self._average.update(state.done)
                 self._conclude(state.owed)
+
+    def _progress(self) -> float:
+        """Return the share of the run that is done, the same in all processes.
+
+        Of a run of minutes, the time of one more iteration and of the last validation is kept free.
+        """
+        run, state = self.task.run, self.state
+        if run.minutes is None:
+            return state.done / run.iterations
+        spent = self._seconds()
+        free = state.validation + (spent / state.done if state.done else 0.0)
+        share = torch.tensor(spent / max(60 * run.minutes - free, 1e-3), device=self.world.device)
+        return min(float(self.world.mean(share)), 1.0)
+
+    def _due(self) -> bool:
+        """Return whether the weights are to be validated after an iteration, before the last one.
+
+        In a run of minutes, that is ten times, but in a fifth of the time at most.
+        """
+        run, state = self.task.run, self.state
+        if run.minutes is None:
+            return state.done % run.validate_every == 0
+        wait = max(60 * run.minutes / _VALIDATIONS, 5 * state.validation)
+        since = torch.tensor(self._seconds() - state.validated, device=self.world.device)
+        return float(self.world.mean(since)) >= wait
 
     def _conclude(self, metrics: dict[str, float]) -> None:
         """End an iteration: validate where that is due, log, report, save.
@@ -265,35 +319,57 @@ class Trainer:
         Cancelled in its validation, it can be done again by a resumed run.
         """
         state, run = self.state, self.task.run
-        last = state.done == run.iterations
-        if state.done % run.validate_every == 0 or last:
+        progress = self._progress()
+        last = progress >= 1
+        if self._due() or last:
+            begin = self._seconds()
             metrics = metrics | {f"validation/{k}": v for k, v in self._validate().items()}
-        state.owed = None
+            state.validated = self._seconds()
+            state.validation = state.validated - begin
+            last |= self._in_vain()
+        state.owed, state.stopped = None, last
         if self._log is not None:
             self._log.write(state.done, metrics)
-        left = _clock(self._seconds() / state.done * (run.iterations - state.done))
-        message = f"Iteration {state.done} of {run.iterations}, {left} left"
-        self.job.report("train", state.done / run.iterations, message, state.done, run.iterations, **metrics)
+        message, done, whole = self._standing(progress)
+        self.job.report("train", 1.0 if last else progress, message, done, whole, **metrics)
         if state.done % run.save_every == 0 and not last:
             with self.world.together():
                 self._keep_state()
+
+    def _in_vain(self) -> bool:
+        """Return whether so many validations were no better than the best that the run ends."""
+        patience = self.task.run.patience
+        return patience is not None and self.state.without_gain >= patience
+
+    def _standing(self, progress: float) -> tuple[str, int, int]:
+        """Return a message, the iterations that are done, and all of them, as far as that is known."""
+        state, run = self.state, self.task.run
+        if self._in_vain():
+            return f"Stopped early: {run.patience} validations were not better than before", state.done, state.done
+        whole = run.iterations if run.minutes is None else max(state.done, round(state.done / max(progress, 1e-6)))
+        left = _clock(self._seconds() / max(progress, 1e-6) * (1 - progress))
+        about = "" if run.minutes is None else "about "
+        return f"Iteration {state.done} of {about}{whole}, {left} left", state.done, whole
 
     def _validate(self) -> dict[str, float]:
         """Return the figures of the weights as they stand, over all processes' pairs; keep the best weights."""
         task, state = self.task, self.state
         _check_weights(task.trained, state.done)
-        task.trained.eval()
-        try:
-            with self.world.together():
-                found = task.validate(self.job)
-            found = self.world.mean_figures(found, len(task.validation))
-        finally:
-            task.trained.train()
-        if not (task.keeps_best and found):
-            state.figures = found
-        elif state.score is None or task.score(found) > state.score:
-            state.figures, state.score, state.best_iteration = found, task.score(found), state.done
-            state.best = {k: v.detach().cpu().clone() for k, v in task.trained.state_dict().items()}
+        with self._average.in_place():
+            task.trained.eval()
+            try:
+                with self.world.together():
+                    found = task.validate(self.job)
+                found = self.world.mean_figures(found, len(task.validation))
+            finally:
+                task.trained.train()
+            state.without_gain += 1
+            if not (task.keeps_best and found):
+                state.figures, state.without_gain = found, 0
+            elif state.score is None or task.score(found) > state.score:
+                state.figures, state.score, state.best_iteration = found, task.score(found), state.done
+                state.best = {k: v.detach().cpu().clone() for k, v in task.trained.state_dict().items()}
+                state.without_gain = 0
         return found
 
     def _keep_state(self) -> None:
@@ -310,8 +386,10 @@ class Trainer:
         seconds, date = round(self._seconds()), time.strftime("%Y-%m-%d")
         card, state = self.task.card(), self.state
         spent: Provenance = {"seconds": seconds, "date": date, "software": software()}
+        if self.task.run.average:
+            spent["averaged"] = self.task.run.average
         if self.task.keeps_best:
-            spent = {"best_iteration": state.best_iteration or self.task.run.iterations, **spent}
+            spent = {"best_iteration": state.best_iteration or state.done, **spent}
         known = definitions(WORKING, VALIDATION_FIGURES) | card.results.get("definitions", {})
         return dataclasses.replace(
             card,
@@ -322,7 +400,52 @@ class Trainer:
 
     def _seconds(self) -> float:
         """Return the time spent on the run, by all processes that it was resumed in."""
-        return time.monotonic() - self._started
+        return self._clock() - self._started
+
+
+class WeightAverage:
+    """The exponential moving average of a network's weights, kept in a training's state; none where its share is 0.
+
+    At first it follows the weights faster, so that it does not remember what the network began with.
+    """
+
+    def __init__(self, network: nn.Module, share: float, state: RunState) -> None:
+        """Set ``share``: what an iteration keeps of the average."""
+        self._network, self._share, self._state = network, share, state
+        if share and not state.average:
+            state.average = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        for name, value in network.state_dict().items() if share else ():
+            state.average[name] = state.average[name].to(value)
+
+    @torch.no_grad()
+    def update(self, done: int) -> None:
+        """Take in the weights after so many iterations."""
+        if not self._share:
+            return
+        new = 1 - min(self._share, (1 + done) / (10 + done))
+        for name, value in self._network.state_dict().items():
+            kept = self._state.average[name]
+            if value.is_floating_point():
+                kept.lerp_(value, new)
+            else:
+                kept.copy_(value)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the average in the place of the weights for a while."""
+        if not self._share:
+            yield
+            return
+        weights = {name: value.detach().clone() for name, value in self._network.state_dict().items()}
+        self._network.load_state_dict(self._state.average)
+        try:
+            yield
+        finally:
+            self._network.load_state_dict(weights)
+
+
+def _within(number: int, most: int | None) -> int:
+    return number if most is None else min(number, most)
 
 
 def _check_weights(model: nn.Module, done: int) -> None:
@@ -397,9 +520,18 @@ def validate(
     return {name: value for name, value in means.items() if value is not None}
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, run: RunSettings, iteration: int) -> float:
-    """Lower the rate from the settings' to a hundredth of it along half a cosine."""
-    rate = run.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * iteration / run.iterations)))
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, run: RunSettings, iteration: int, progress: float | None = None
+) -> float:
+    """Lower the rate from the settings' to a hundredth of it along half a cosine.
+
+    Args:
+        optimizer, run: whose rate, and the settings.
+        iteration: how many are done.
+        progress: the share of the run that is done, where the trainer knows it; None: ``iteration`` of all.
+    """
+    done = iteration / run.iterations if progress is None else progress
+    rate = run.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate

@@ -104,7 +104,7 @@ class Warmup(Task[Batch]):
     def update(self, iteration: int, batch: Batch) -> dict[str, float]:
         """Take all steps of a pair, and one of the optimizer."""
         run, batch = self.run, to_device(batch, self.device)
-        rate = set_learning_rate(self.optimizer, run, iteration)
+        rate = set_learning_rate(self.optimizer, run, iteration, self.progress)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(1, 3, *batch.fixed.shape[2:], device=batch.fixed.device)
         loss_sum = torch.zeros((), device=batch.fixed.device)

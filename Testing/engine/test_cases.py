@@ -12,7 +12,7 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 from typer.testing import CliRunner
 
 from MorphSeekLib.app.cli import app
-from MorphSeekLib.data.cases import TEST, VALIDATION, check, find_cases, hold_out, name_of
+from MorphSeekLib.data.cases import TEST, VALIDATION, all_cases, check, choice_pairs, find_cases, hold_out, name_of
 from MorphSeekLib.data.datasets import Dataset, Pair, PairLoader, load_dataset, paired_sides
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
@@ -121,7 +121,7 @@ def test_every_kind_of_trouble_is_named(mixed):
     assert report.common == (1, 2)
     assert report.labels == {1: 9, 2: 9, 3: 8}
     assert not report.problems
-    assert (report.training, report.validation_pairs, report.test_pairs) == (7, 2, 2)
+    assert (report.training, report.validation_pairs, report.test_pairs) == (8, 8, 2)
     assert rows["good0"].shape == (24, 28, 20)
     assert [e.step for e in events] == [*range(1, 15), 14]
 
@@ -189,36 +189,65 @@ def test_a_data_sets_own_pairs_are_held_out(tmp_path):
         hold_out(dataset, ["image_2.nii.gz", "image_3.nii.gz"])
 
 
-@pytest.mark.parametrize("count", [4, 5, 10, 23])
+@pytest.mark.parametrize("count", [3, 6, 30, 66, 150])
 def test_held_out_cases_are_not_trained_on(tmp_path, count):
     (tmp_path / "dataset.json").write_text(json.dumps(description(tmp_path, count)))
     dataset = find_cases(tmp_path)
     used = hold_out(dataset)
     training = set(used.cases["training"])
     fixed = {split: {pair.fixed for pair in used.pairs[split]} for split in (VALIDATION, TEST)}
-    assert not training & (fixed[VALIDATION] | fixed[TEST])
+    spared = fixed[TEST] | (fixed[VALIDATION] if count >= 60 else set())
+    assert not training & spared
     assert not fixed[VALIDATION] & fixed[TEST]
-    assert len(training) + len(fixed[VALIDATION]) + len(fixed[TEST]) == count
-    assert len(fixed[TEST]) == max(1, count // 5)
-    moving = {pair.moving for split in (VALIDATION, TEST) for pair in used.pairs[split]}
-    assert (moving <= training) == (count < 10), "a single held-out case needs a partner, several have each other"
+    assert len(training) + len(spared) == count
+    assert len(fixed[TEST]) == {3: 1, 6: 1, 30: 5, 66: 11, 150: 20}[count]
+    moving = {pair.moving for pair in used.pairs[TEST]}
+    assert (moving <= training) == (count < 12), "a single held-out case needs a partner, several have each other"
     assert hold_out(dataset) == used, "the same each time"
 
 
+def test_few_cases_are_validated_on_bent_and_all_trained_on_in_the_end(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps(description(tmp_path, 30)))
+    dataset = find_cases(tmp_path)
+    used, final = hold_out(dataset), all_cases(dataset, ["3.nii.gz"])
+    for part in (used, final):
+        pairs = part.pairs[VALIDATION]
+        assert {case for pair in pairs for case in (pair.fixed, pair.moving)} <= set(part.cases["training"])
+        assert [pair.bent_by for pair in pairs] == list(range(8))
+    assert len(used.cases["training"]) == 25
+    assert len(final.cases["training"]) == 29
+    assert not final.pairs.get(TEST)
+
+
+def test_answers_are_chosen_by_cases_that_were_not_trained_on(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps(description(tmp_path, 30)))
+    used = hold_out(find_cases(tmp_path))
+    assert [(p.fixed, p.moving) for p in choice_pairs(used)] == [(p.moving, p.fixed) for p in used.pairs[TEST]]
+    own = hold_out(find_cases(write_dataset(tmp_path / "own", 5)))
+    assert choice_pairs(own) == own.pairs[VALIDATION]
+
+
+def test_what_a_data_set_itself_keeps_apart_stays_apart(tmp_path):
+    dataset = find_cases(write_dataset(tmp_path, 5))
+    assert [name_of(c, dataset) for c in all_cases(dataset).cases["training"]] == [
+        f"image_{n}.nii.gz" for n in (2, 3, 4)
+    ]
+
+
 def test_both_sides_of_a_pairing_are_held_out_and_left(tmp_path):
-    """Ten cases of one digit, which are fixed, and five of two, which move: two and one to each split."""
+    """Ten cases of one digit, which are fixed, and five of two, which move: one of each is held out."""
     values = description(tmp_path, 15) | {"pairing": "fixed = ?.nii.gz, moving = ??.nii.gz"}
     (tmp_path / "dataset.json").write_text(json.dumps(values))
     dataset = find_cases(tmp_path)
     used = hold_out(dataset)
-    pairs = [pair for split in (VALIDATION, TEST) for pair in used.pairs[split]]
+    pairs = used.pairs[TEST]
     assert all(len(name_of(p.fixed, dataset)) == 8 and len(name_of(p.moving, dataset)) == 9 for p in pairs)
-    assert [len(side) for side in paired_sides(used.cases["training"], dataset.pairing)] == [6, 3]
+    assert [len(side) for side in paired_sides(used.cases["training"], dataset.pairing)] == [9, 4]
     held = {case for pair in pairs for case in (pair.fixed, pair.moving)}
     assert not held & {*used.cases["training"]}
-    assert len(held) == 6
-    unwanted = [f"{n}.nii.gz" for n in (10, 11, 12)]
-    with pytest.raises(MorphSeekError, match=r"None of 6 training cases is named '\?\?"):
+    assert len(held) == 2
+    unwanted = [f"{n}.nii.gz" for n in (10, 11, 12, 13)]
+    with pytest.raises(MorphSeekError, match=r"None of 9 training cases is named '\?\?"):
         hold_out(dataset, unwanted)
 
 
@@ -236,16 +265,16 @@ def test_either_side_of_a_pairing_has_labels_of_its_own(tmp_path):
     path.write_text(json.dumps({"training": rows, "pairing": "fixed = mr_*, moving = ct_*"}))
     report = check(load_dataset(path))
     assert not any(row.warnings or row.problems for row in report.cases)
-    assert (report.common, report.training, report.problems) == ((1,), 2, [])
+    assert (report.common, report.training, report.problems) == ((1,), 4, [])
     path.write_text(json.dumps({"training": rows, "pairing": "fixed = mr_[34]*, moving = ct_*"}))
     assert "neither side" in check(load_dataset(path)).cases[5].warnings[0]
     path.write_text(json.dumps({"training": rows, "pairing": "fixed = us_*, moving = ct_*"}))
     assert "is named 'us_*'" in check(load_dataset(path)).problems[0]
 
 
-def test_three_cases_are_too_few(tmp_path):
-    (tmp_path / "dataset.json").write_text(json.dumps(description(tmp_path, 3)))
-    with pytest.raises(MorphSeekError, match=r"leaves 3 usable training cases .* at least 4"):
+def test_two_cases_are_too_few(tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps(description(tmp_path, 2)))
+    with pytest.raises(MorphSeekError, match=r"leaves 2 usable training cases .* at least 3"):
         hold_out(find_cases(tmp_path))
 
 
@@ -268,7 +297,7 @@ def description(folder, count):
 def test_the_command(mixed, tmp_path):
     done = CliRunner().invoke(app, ["check", str(mixed), "--out", str(tmp_path / "check.json")], terminal_width=200)
     assert done.exit_code == 0, done.output
-    assert "7 cases to train on, 2 pairs to validate on, 2 held-out pairs" in " ".join(done.output.split())
+    assert "8 cases to train on, 8 pairs to validate on, 2 held-out pairs" in " ".join(done.output.split())
     written = json.loads((tmp_path / "check.json").read_text())
     assert len(written["cases"]) == 14
     assert written["common"] == [1, 2]

@@ -399,12 +399,27 @@ def test_learned_features_become_the_labels(dataset, init, tmp_path):
     finetune(dataset, config, start, tmp_path / "m.safetensors")
     lines = [json.loads(line) for line in (tmp_path / "m.safetensors.jsonl").read_text().splitlines()]
     assert lines[-1]["features"] < 0.7 * lines[0]["features"]
-    with pytest.raises(MorphSeekError, match="whose backbone learns features"):
+    assert model_file.read_card(tmp_path / "m.safetensors").labels == {1: 1, 2: 2, 3: 3}
+    with pytest.raises(MorphSeekError, match="cannot learn features"):
         finetune(dataset, config, init, tmp_path / "n.safetensors")
-    few = warm(dataset, tmp_path / "few.safetensors", replace_features(model, 2))
-    with pytest.raises(MorphSeekError, match="this model has features 0 to 1"):
-        finetune(dataset, config, few, tmp_path / "n.safetensors")
 
 
-def replace_features(model, count):
-    return dataclasses.replace(model, backbone_settings=model.backbone_settings | {"features": count})
+def test_a_model_gets_the_features_that_the_labels_need(dataset, tmp_path):
+    """None at first; then one more than it has, where the known ones keep their channels."""
+    model = dataclasses.replace(MODEL, backbone_settings=MODEL.backbone_settings | {"forces": 1})
+    start = warm(dataset, tmp_path / "warm.safetensors", model)
+    config = dataclasses.replace(
+        CONFIG,
+        loss=dataclasses.replace(CONFIG.loss, features=1.0),
+        policy=dataclasses.replace(CONFIG.policy, weight=0.0),
+        training=dataclasses.replace(CONFIG.training, iterations=1, pairs=1),
+    )
+    cases = [dataclasses.replace(case, merged=((1, 1002), (2, 2035), (3, 0))) for case in dataset.cases["training"]]
+    large = dataclasses.replace(dataset, cases={"training": cases}, pairs={}, labels={})
+    first = finetune(large, config, start, tmp_path / "first.safetensors")
+    card = model_file.read_card(first)
+    assert (card.labels, card.model.backbone_settings["features"]) == ({1002: 1, 2035: 2}, 3)
+    cases = [dataclasses.replace(case, merged=((1, 1002), (2, 2035))) for case in dataset.cases["training"]]
+    more = dataclasses.replace(large, cases={"training": cases})
+    card = model_file.read_card(finetune(more, config, first, tmp_path / "second.safetensors"))
+    assert (card.labels, card.model.backbone_settings["features"]) == ({1002: 1, 2035: 2, 3: 3}, 4)

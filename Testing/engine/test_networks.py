@@ -197,3 +197,48 @@ def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
     assert [len(level["objective"]) for level in report["fit"]["levels"]] == [2, 2]
     assert report["displacement_mm"]["max"] > 0
     assert dataclasses.asdict(loaded.card)["parameters"]["policy_head"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"forces": 2, "norm": "instance", "flow_stride": 2},
+        {"forces": 1, "flow_stride": 1},
+        {"forces": 0, "flow_stride": 1},
+        {"forces": 0, "flow_stride": 2},
+        {"forces": 1, "flow_stride": 1, "extra": []},
+    ],
+    ids=str,
+)
+def test_a_network_that_gets_features_moves_images_as_before(settings):
+    decoder = [8, 8] if settings["flow_stride"] == 1 else [8]
+    settings = {"encoder": [8, 8], "decoder": decoder, "extra": [8]} | settings
+    torch.manual_seed(0)
+    model = RegistrationModel(ModelSettings(backbone_settings=settings)).eval()
+    torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.1)
+    grown = model.with_features(4)
+    pair = torch.rand(2, 1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert grown.backbone.learned_features == 4
+        assert torch.allclose(model(*pair), grown(*pair), atol=1e-6)
+    assert RegistrationModel(grown.settings).load_state_dict(grown.state_dict())
+    assert grown.with_features(3) is grown
+
+
+def test_known_features_stay_when_others_come():
+    torch.manual_seed(0)
+    settings = {"encoder": [8, 8], "decoder": [8], "extra": [8], "flow_stride": 2, "forces": 1, "features": 3}
+    model = RegistrationModel(ModelSettings(backbone_settings=settings)).eval()
+    torch.nn.init.normal_(model.backbone.flow.weight, 0, 0.1)
+    grown = model.with_features(5)
+    pair = torch.rand(2, 1, 1, 16, 16, 16)
+    with torch.no_grad():
+        before, after = (net.backbone.learned(net.encode(*pair).skips)[1] for net in (model, grown))
+        assert torch.allclose(before, after[:, :3], atol=0.03)
+        assert torch.allclose(model(*pair), grown(*pair), atol=0.05)
+
+
+def test_a_network_that_reads_no_features_has_none_to_get():
+    settings = {"encoder": [8, 8], "decoder": [8], "extra": [8], "norm": "instance", "flow_stride": 2}
+    assert RegistrationModel(ModelSettings(backbone_settings=settings)).with_features(3) is None
+    assert RegistrationModel(ModelSettings("lapirn", {"width": 8, "blocks": 1})).with_features(3) is None

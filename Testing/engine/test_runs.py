@@ -183,7 +183,6 @@ def test_minutes_that_are_too_few_are_refused(dataset, whole, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"warmup": None}, "needs a model to start from"),
         ({"warmup": None, "finetune": None}, "neither a warmup nor a finetune"),
         ({"model": "a.pt"}, "must end with .safetensors"),
         ({"minutes": 0}, "minutes must be above 0"),
@@ -229,7 +228,8 @@ def test_a_runs_choices_come_to_the_settings_that_the_panel_wrote_before(name, t
     """An old run.json still opens, and the same choices come to the same settings today."""
     options, configs = read_run(OLD_RUNS / f"{name}.json")
     chosen = {"name": "Liver CT", "dataset": "cases", "model": "models/Liver-CT.safetensors", "leave_out": ["case 7"]}
-    (tmp_path / "run.json").write_text(json.dumps(chosen | CHOICES[name]))
+    before = {"stages": ["warmup", "finetune"], "features": 0.0, "augmentation": 0.0}  # it did both, and had no others
+    (tmp_path / "run.json").write_text(json.dumps(chosen | before | CHOICES[name]))
     today, same = read_run(tmp_path / "run.json")
     assert same == configs
     for what in ("name", "dataset", "model", "init", "stages", "minutes", "device", "leave_out"):

@@ -20,7 +20,7 @@ ELSEWHERE = {
         f"MorphSeekLib/{name}.py": {"numba"}
         for name in (
             "io/compiled",
-            "measures/fold_kernels",
+            *("measures/descriptor_kernels", "measures/field_kernels", "measures/fold_kernels"),
             *("registration/descent", "registration/kernels", "registration/search_kernels"),
         )
     },

@@ -21,6 +21,7 @@ from MorphSeekGui.training_run import TrainingRun, create_run
 
 from MorphSeekLib.app.runs import read_run
 from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.networks.model_file import read_card
 from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
@@ -87,9 +88,10 @@ def check(stand_in, panel, folder=None):
     stand_in.wait(lambda: panel.ui.checkButton.text == "Check the cases")
 
 
-def choose(panel, name="My organ", iterations=3, start="tiny", grpo=True):
+def choose(panel, name="My organ", iterations=3, start="tiny", grpo=True, features=False):
     panel.ui.nameEdit.text = name
     panel.ui.startBox.setCurrentIndex(panel.ui.startBox.findText(start))
+    panel.ui.featuresCheck.checked = features
     panel.ui.warmupCheck.checked = not grpo
     panel.ui.finetuneCheck.checked = grpo
     panel.ui.budgetUnit.setCurrentIndex(1)
@@ -164,9 +166,10 @@ def test_every_setting_reaches_the_engine(stand_in, panel, files, home):
     check(stand_in, panel, files / "cases")
     choose(panel, start="from scratch")
     ui = panel.ui
-    assert not ui.warmupCheck.enabled
+    ui.warmupCheck.checked = ui.finalCheck.checked = True
     assert ui.backboneBox.enabled
     ui.klBox.value, ui.policyBox.value, ui.seedBox.value, ui.trajectoriesBox.value = 0.7, 0.25, 5, 4
+    ui.featuresBox.value, ui.augmentationBox.value = 0.5, 0.25
     ui.similarityBox.setCurrentText("mind")
     run = create_run(home / "Trainings", panel.options())
     options, configs = read_run(run.folder / "run.json")  # the engine's own reading; an unknown key would be refused
@@ -176,6 +179,8 @@ def test_every_setting_reaches_the_engine(stand_in, panel, files, home):
     assert first.model.backbone == "voxelmorph"
     assert (first.loss.dice, first.loss.regularization) == (0, 1.0)
     assert (then.loss.dice, then.loss.regularization, then.loss.similarity) == (1.0, 1.0, "mind")
+    assert (then.loss.features, then.training.augmentation) == (0.5, 0.25)
+    assert tuple(configs) == ("warmup", "finetune", "final")
     assert (then.policy.weight, then.policy.trajectories) == (0.25, 4)
     assert (then.training.iterations, then.training.seed, then.training.kl_target) == (3, 5, 0.7)
     assert options.minutes is None
@@ -188,7 +193,30 @@ def test_the_panel_begins_with_the_defaults_of_the_engine(stand_in, panel, files
     panel.ui.nameEdit.text = "a"
     options = panel.options()
     named = TrainingOptions(options.name, options.dataset, options.model)
-    assert options == dataclasses.replace(named, spacing=2.0), "the check suggests the spacing"
+    suited = named.suited(labeled=True)
+    assert options == dataclasses.replace(suited, spacing=2.0), "the check suggests the spacing"
+
+
+def test_features_are_learned_instead_of_a_network(stand_in, panel, files, home):
+    check(stand_in, panel, files / "cases")
+    choose(panel, name="Found", start="from scratch", features=True)
+    ui, made = panel.ui, []
+    panel.on_model.append(made.append)
+    others = ui.warmupCheck, ui.finetuneCheck, ui.backboneBox, ui.policyBox
+    assert not any(box.enabled for box in others)
+    assert ui.finalCheck.enabled
+    assert panel.options().stages == ("features",)
+    picture(stand_in, panel, "training-features")
+    ui.startButton.click()
+    stand_in.wait(lambda: made)
+    assert "2 held-out pairs" in ui.figuresText.text
+    card = read_card(made[0])
+    assert card.labels
+    assert card.compare in ("features", "intensities"), "the better on pairs of cases not trained on"
+    assert {ui.curveBox.itemText(n) for n in range(ui.curveBox.count)} >= {"loss", "validation/dice"}
+    ui.startBox.setCurrentIndex(ui.startBox.findText("tiny"))
+    assert not ui.featuresCheck.enabled, "a network is fine-tuned"
+    assert panel.options().stages == ("finetune",)
 
 
 def test_stop_resume_and_stop_at_once(stand_in, panel, files):
@@ -265,7 +293,7 @@ def test_cases_from_the_scene(stand_in, panel, home):
     ui.addMatching.click()
     assert ui.sceneCases.count == 4
     check(stand_in, panel)
-    assert "Cases to train on: 2." in ui.casesSummary.text
+    assert "Cases to train on: 3." in ui.casesSummary.text
     picture(stand_in, panel, "training-scene")
     choose(panel, iterations=2, grpo=False)
     check(stand_in, panel)
@@ -394,7 +422,7 @@ def test_cases_of_the_scene_are_copied_in_pieces(stand_in, panel, home, monkeypa
     assert 0 < shown[-1] < 1000
     choose(panel, grpo=False)
     check(stand_in, panel)
-    assert "Cases to train on: 2." in ui.casesSummary.text
+    assert "Cases to train on: 3." in ui.casesSummary.text
     copied = Path(panel._exported.name).stat().st_ino
     ui.startButton.click()
     assert (panel.run.folder / "cases").stat().st_ino == copied, "moved, not copied again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from cases import write_dataset
 from MorphSeekGui.training_run import RunError, TrainingRun, create_run, find_runs
 
+from MorphSeekLib.app.train import train
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.settings import from_dict
@@ -207,3 +209,13 @@ def test_folders_get_names_of_their_own(make, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="cannot be written"):
         create_run(tmp_path / "file", TrainingOptions("a", "cases", "a.safetensors"))
+
+
+def test_a_training_of_the_command_is_seen_as_one_of_the_panel(files, tmp_path):
+    options = TrainingOptions("Organ", str(files[0]), str(tmp_path / "organ.safetensors"), steps=1, trajectories=2)
+    model = train(dataclasses.replace(options, minutes=None, iterations=2, device="cpu"))
+    [run] = find_runs(tmp_path / "trainings", tmp_path)
+    status = run.status()
+    assert (run.name, status.state, status.model) == ("Organ", "done", str(model))
+    assert [row["iteration"] for row in run.curves("finetune")] == [1, 2]
+    assert status.held_out["pairs"] > 0

@@ -45,6 +45,7 @@ NAMED_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 OF_OTHER_PROGRAMS = {"--logdir", "--nthreads"}
 SHORT = ["--iterations", "2"]
 LIGHTER = {"register": ["--model", "small.safetensors"], "warmup": SHORT, "finetune": SHORT, "spac": SHORT}
+TRAINED_SHORTLY = ["--options", "short.json"]
 SETTINGS = """
 preprocessing = { spacing = [2.5, 2.5, 2.5] }
 [model.backbone_settings]
@@ -62,6 +63,14 @@ def folder(tmp_path_factory) -> Path:
     for number, name in enumerate(("fixed", "moving")):
         shutil.copy(folder / f"image_{number}.nii.gz", folder / f"{name}.nii.gz")
         shutil.copy(folder / f"label_{number}.nii.gz", folder / f"{name}-labels.nii.gz")
+    for number in range(4):
+        for kind in ("image", "label"):
+            (folder / "cases" / f"{kind}s").mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / f"{kind}_{number}.nii.gz", folder / "cases" / f"{kind}s" / f"{number}.nii.gz")
+    for block in blocks(DOCS / "training.md"):
+        if block.file:
+            (folder / block.file).write_text(block.text)
+    (folder / "short.json").write_text('{"iterations": 2, "steps": 1, "trajectories": 2, "device": "cpu"}')
     (folder / "settings.toml").write_text(SETTINGS)
     (folder / "brain.toml").write_text('model = "small.safetensors"\nsearch = "off"\nfit = "off"\n')
     (folder / "pairs.csv").write_text("name,fixed,moving\nfirst,fixed.nii.gz,moving.nii.gz\n")
@@ -89,8 +98,9 @@ def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def small(code: str) -> str:
-    """Return code with a small model in place of the bundled one."""
-    return code.replace("brain-mr", "small.safetensors")
+    """Return code with a small model in place of the bundled one, and two iterations in place of an hour."""
+    code = code.replace("brain-mr", "small.safetensors").replace(" --minutes 60", "")
+    return code.replace("minutes=60", "minutes=None, iterations=2")
 
 
 def of_language(language: str, page: str = "") -> list[Block]:
@@ -127,7 +137,7 @@ def test_the_readme_is_a_page_and_a_half():
 
 def test_every_block_is_run_or_says_why_not():
     for block in BLOCKS:
-        assert block.language in ("sh", "python", "text"), f"{block.page}:\n{block.text}"
+        assert block.language in ("sh", "python", "text") or block.file, f"{block.page}:\n{block.text}"
     fences = sum(page.read_text(encoding="utf-8").count("\n```") for page in PAGES)
     assert fences == 2 * sum(len(blocks(page)) for page in PAGES), "a fence that is not recognized as a block"
     assert {command for block in BLOCKS if block.reason for command in block.commands} == NOT_RUN
@@ -143,7 +153,8 @@ def test_shell_commands_of_a_page_run(block, folder, monkeypatch):
             assert done.returncode == 0, done.stderr
             continue
         assert words[0] == "morphseek", command
-        done = CliRunner().invoke(app, words[1:] + LIGHTER.get(words[1], []))
+        more = TRAINED_SHORTLY if words[1] == "train" and "--out" in words else LIGHTER.get(words[1], [])
+        done = CliRunner().invoke(app, words[1:] + more)
         assert done.exit_code == 0, f"{command}\n{done.output}"
 
 

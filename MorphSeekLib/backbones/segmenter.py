@@ -1,0 +1,102 @@
+"""A network that moves nothing: it learns which label each voxel of one image belongs to, for the fit to compare.
+
+A U-Net (Ronneberger et al. 2015; Isensee et al., nnU-Net, 2021) from one image to a probability for each label. What it
+finds in the two images of a pair is what :class:`MorphSeekLib.registration.fit.Fit` brings together where the model's
+card says so (``Card.compare``); a few labeled cases and minutes suffice to train it
+(:mod:`MorphSeekLib.training.segmentation`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbone import Backbone, register
+from .memory import Conv3d
+
+
+@dataclass(frozen=True)
+class SegmenterSettings:
+    """The network.
+
+    Attributes:
+        features: background and labels.
+        width: channels at full resolution; twice as many at each of the ``depth`` coarser ones.
+    """
+
+    features: int = 2
+    width: int = 12
+    depth: int = 3
+
+    def __post_init__(self) -> None:
+        if self.features < 2:
+            raise ValueError("features must be at least 2: the background and a label")
+        if self.width < 1 or self.depth < 1:
+            raise ValueError("width and depth must be at least 1")
+
+
+@register("segmenter", SegmenterSettings)
+class Segmenter(Backbone):
+    """Learned features without a field: what :meth:`decode` returns is zero everywhere."""
+
+    moves = False
+
+    def __init__(self, settings: SegmenterSettings) -> None:
+        super().__init__(settings)
+        widths = [settings.width * 2**level for level in range(settings.depth + 1)]
+        self.top_channels, self.multiple_of, self.learned_features = 1, 2**settings.depth, settings.features
+        self.down = nn.ModuleList(_two(before, after) for before, after in zip([1, *widths], widths, strict=False))
+        self.up = nn.ModuleList(_two(below + own, own) for own, below in pairwise(widths))
+        self.out = nn.Conv3d(widths[0], settings.features, 1)
+
+    def scores(self, image: Tensor) -> Tensor:
+        """Return a score for each feature (logits), (batch, features, i, j, k), of images (batch, 1, i, j, k)."""
+        x, skips = image, []
+        for level, block in enumerate(self.down):
+            x = block(F.avg_pool3d(x, 2) if level else x)
+            skips.append(x)
+        for level in reversed(range(len(self.up))):
+            x = self.up[level](torch.cat([_doubled(x), skips[level]], dim=1))
+        return self.out(x)
+
+    def image_features(self, image: Tensor) -> list[Tensor]:
+        """Return the probability of each feature, float32, (batch, features, i, j, k)."""
+        return [self.scores(image).float().softmax(dim=1)]
+
+    def encode_with(self, moving: Tensor, fixed_features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Return the probabilities of moving and fixed, and an empty top."""
+        top = moving.new_zeros(moving.shape[0], 1, *(n // self.multiple_of for n in moving.shape[2:]))
+        return [*self.image_features(moving), *fixed_features], top
+
+    def encode(self, moving: Tensor, fixed: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the same as :meth:`encode_with`."""
+        return self.encode_with(moving, self.image_features(fixed))
+
+    def decode(self, skips: list[Tensor], top: Tensor) -> Tensor:
+        """Return no motion."""
+        return skips[0].new_zeros(top.shape[0], 3, *skips[0].shape[2:])
+
+    def learned(self, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the probabilities."""
+        return skips[0], skips[1]
+
+
+def _two(before: int, after: int) -> nn.Sequential:
+    """Two convolutions with their norms."""
+    layers: list[nn.Module] = []
+    for channels in (before, after):
+        layers += [
+            Conv3d(channels, after, 3, padding=1, bias=False),
+            nn.InstanceNorm3d(after, affine=True),
+            nn.LeakyReLU(0.01),
+        ]
+    return nn.Sequential(*layers)
+
+
+def _doubled(image: Tensor) -> Tensor:
+    """Give the eight voxels of each block its value."""
+    return image.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)

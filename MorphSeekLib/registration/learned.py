@@ -1,0 +1,85 @@
+"""What a network has learned to find in each of two images by itself, for search, fit and judge to compare.
+
+Features are probabilities of labels without that of the background, each image's on a grid of its own; nothing of the
+other image is known to them, so that they are made once and then brought along like an image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..networks.devices import network_autocast
+from ..networks.policy import RegistrationModel
+from ..protocol.job import Job
+from ..space import fields
+from ..space.geometry import Grid, Transform, Volume, index_points, resample, smooth_for_spacing, world_spacing
+from ..space.preprocessing import Preprocessing, working_grid
+from .pyramid import Coarse, block_means
+
+MOST_VALUES = 100_000_000
+"""Features times voxels that are compared at once: 400 MB for each image."""
+_FOUND = 0.5  # the probability from which on a voxel shows a label
+_FEWEST = 8  # voxels of the working grid
+
+
+@dataclass(frozen=True)
+class Features:
+    """Those of one image.
+
+    Attributes:
+        maps: (1, labels, i, j, k), probabilities.
+        grid: of their voxels.
+    """
+
+    maps: Tensor
+    grid: Grid
+
+    @classmethod
+    def of(cls, network: RegistrationModel, image: Volume, preprocessing: Preprocessing, job: Job) -> Features:
+        """Find them in an image whose intensities are as the network takes them, on the device of the network."""
+        grid = working_grid(image.grid, preprocessing, network.multiple_of)
+        device = next(network.parameters()).device
+        smooth = smooth_for_spacing(image, world_spacing(grid))
+        seen = resample(smooth, grid, device=device, job=job).data[None, None].to(device)
+        job.check()
+        with torch.no_grad(), network_autocast(device):
+            found = network.features(seen)
+        assert found is not None  # a network whose features are compared has some
+        return cls(found[0][:, 1:].float(), grid)
+
+    def found(self) -> bool:
+        """Return whether any of the labels is there."""
+        return int((self.maps.amax(dim=1) > _FOUND).sum()) >= _FEWEST
+
+    def on(self, grid: Grid, transform: Transform) -> Tensor:
+        """Return them at the voxels of another grid, (1, labels, i, j, k), as smooth as that.
+
+        Args:
+            grid: the other.
+            transform: its points -> points of this image, LPS mm.
+        """
+        maps, own = block_means(self.maps, self.grid, grid)
+        return fields.sample(maps, index_points(grid, transform, own, maps.device), padding="border")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The features of a fixed and a moving image."""
+
+    fixed: Features
+    moving: Features
+
+    def coarse(self, coarse: Coarse) -> Coarse:
+        """Return two images as they are judged, with their features in place of their intensities."""
+        moving, grid = block_means(self.moving.maps, self.moving.grid, coarse.grid)
+        return replace(coarse, fixed=self.fixed.on(coarse.grid, np.eye(4)), moving=moving, moving_grid=grid)
+
+    def levels(self, wanted: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the levels of a crop of ``shape`` on which so many features can be compared, coarse to fine."""
+        count = self.fixed.maps.shape[1] * math.prod(shape)
+        return tuple(level for level in wanted if count / 8**level <= MOST_VALUES) or wanted[:1]

@@ -1,0 +1,167 @@
+"""Features that a network learns from labels, and fits that compare them."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from cases import blob_grid, blob_image, blob_labels, write_dataset
+
+from MorphSeekLib.backbones import build_backbone
+from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.networks.loading import load_model
+from MorphSeekLib.networks.model_file import read_card
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
+from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.startup import find
+from MorphSeekLib.registration.learned import Features, Learned
+from MorphSeekLib.registration.pipeline import register
+from MorphSeekLib.space.preprocessing import Preprocessing
+from MorphSeekLib.training.examples import bent, patch_size, segmentation_loss
+from MorphSeekLib.training.segmentation import SegmentationConfig, SegmentationRun, train_features
+
+RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2)
+CONFIG = SegmentationConfig(
+    width=6, depth=2, preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5), low=0.0, align="center"), training=RUN
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    dataset = load_dataset(write_dataset(folder / "data", 5))
+    return train_features(dataset, CONFIG, folder / "features.safetensors")
+
+
+def test_a_segmenter_says_of_each_voxel_what_it_is_and_moves_nothing():
+    torch.manual_seed(0)
+    network = build_backbone("segmenter", {"features": 4, "width": 3, "depth": 2}).eval()
+    moving, fixed = torch.rand(2, 1, 16, 12, 8), torch.rand(2, 1, 16, 12, 8)
+    skips, top = network.encode(moving, fixed)
+    learned = network.learned(skips)
+    for shares in learned:
+        assert shares.shape == (2, 4, 16, 12, 8)
+        torch.testing.assert_close(shares.sum(dim=1), torch.ones(2, 16, 12, 8))
+    assert torch.equal(network.decode(skips, top), torch.zeros(2, 3, 16, 12, 8))
+    torch.testing.assert_close(learned[1], network.image_features(fixed)[0])
+    with pytest.raises(MorphSeekError, match="at least 2"):
+        build_backbone("segmenter", {"features": 1})
+
+
+def test_labels_are_bent_as_their_image_is():
+    labels = blob_labels(0, blob_grid((32, 32, 32), (2.0, 2.0, 2.0))).data[None, None]
+    image = (labels > 0).float()
+    for seed in range(3):
+        seen, known = bent(image, labels, (24, 24, 24), 2.0, torch.Generator().manual_seed(seed))
+        assert seen.shape == known.shape == (1, 1, 24, 24, 24)
+        inside, outside = seen[known > 0], seen[known == 0]
+        assert inside.mean() > outside.mean() + 0.5
+        assert set(known.unique().tolist()) <= {0, 1, 2, 3}
+    again = bent(image, labels, (24, 24, 24), 2.0, torch.Generator().manual_seed(2))
+    assert torch.equal(again[0], seen)
+    assert torch.equal(again[1], known)
+
+
+def test_the_loss_is_least_where_labels_are_right():
+    labels = torch.randint(3, (1, 1, 6, 6, 6), generator=torch.Generator().manual_seed(0))
+    right = 20.0 * torch.nn.functional.one_hot(labels[:, 0], 3).movedim(-1, 1).float()
+    assert segmentation_loss(right, labels) < 1e-3
+    assert segmentation_loss(right.roll(1, dims=1), labels) > 1
+    # a label that is nowhere neither counts as found nor as missed
+    alone = segmentation_loss(torch.cat([right, torch.full_like(right[:, :1], -20.0)], dim=1), labels)
+    torch.testing.assert_close(alone, segmentation_loss(right, labels))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "most", "size"),
+    [
+        ([(40, 56, 40)], 192_000, (40, 56, 40)),
+        ([(160, 192, 160), (160, 200, 152)], 192_000, (48, 64, 48)),
+        ([(8, 200, 200)], 1000, (16, 24, 24)),
+    ],
+)
+def test_what_is_seen_at_once_is_bounded(shapes, most, size):
+    assert patch_size(shapes, 8, most) == size
+
+
+def test_a_model_of_features_is_fitted_by_them(trained):
+    model = load_model(trained, "cpu")
+    assert model.card.compare == "features"
+    assert model.card.labels == {1: 1, 2: 2, 3: 3}
+    assert model.card.results["validation"]["dice"] > model.card.results["validation"]["dice_before"] + 0.1
+    grid = blob_grid()
+    known = [blob_labels(seed, grid) for seed in (7, 8)]
+    fixed, moving = (blob_image(labels, seed) for seed, labels in enumerate(known))
+    found = register(fixed, moving, model, labels=(known[0], known[1]))
+    report = found.report
+    assert report["fit"]["similarity"] == "features"
+    assert [row["stage"] for row in report["steps"]][-1] == "fit"
+    assert report["steps"][-1]["answer"]
+    assert report["steps"][-1]["similarity"] > report["steps"][0]["similarity"]
+    dice = report["dice"]["mean"]
+    assert dice["warped"] > dice["aligned"] + 0.1
+    assert report["folding"]["cells"]["no_fold_proven"]
+    longer = register(fixed, moving, model, RegistrationOptions(search="off", fit="on"), start=found.state)
+    assert [row["stage"] for row in longer.report["steps"]][-1] == "fit"
+    assert longer.report["steps"][-1]["similarity"] >= 0.99 * report["steps"][-1]["similarity"]
+    by_intensities = register(fixed, moving, model, RegistrationOptions(similarity="lncc"))
+    assert by_intensities.report["fit"]["similarity"] == "lncc"
+
+
+def test_images_of_something_else_are_compared_themselves(trained):
+    model = load_model(trained, "cpu")
+    with torch.no_grad():  # a network that finds nothing
+        model.network.backbone.out.bias[0] += 100
+    grid = blob_grid()
+    fixed, moving = (blob_image(blob_labels(seed, grid), seed) for seed in (7, 8))
+    report = register(fixed, moving, model).report
+    assert report["fit"]["similarity"] == "lncc"
+    said = [row["message"] for row in report["warnings"] if row["code"] == "nothing-found"]
+    assert len(said) == 1
+    assert "show nothing of what the model was trained to find" in said[0]
+
+
+def test_a_training_of_features_resumes_to_the_same_weights(tmp_path):
+    dataset = load_dataset(write_dataset(tmp_path / "data", 4))
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(RUN, iterations=4, validate_every=4))
+    whole = train_features(dataset, config, tmp_path / "whole.safetensors")
+    calls = itertools.count()
+    with pytest.raises(Cancelled):
+        train_features(dataset, config, tmp_path / "cut.safetensors", job=Job(cancelled=lambda: next(calls) > 2))
+    cut = train_features(dataset, config, tmp_path / "cut.safetensors")
+    one, other = (load_model(path, "cpu").network.state_dict() for path in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_features_go_on_from_a_model_of_features_alone(tmp_path, trained):
+    dataset = load_dataset(write_dataset(tmp_path / "data", 4))
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(RUN, iterations=1, learning_rate=1e-9, average=0))
+    out = train_features(dataset, config, tmp_path / "more.safetensors", init=trained)
+    one, other = (load_model(path, "cpu").network.state_dict() for path in (trained, out))
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    assert read_card(out).provenance["init"]["stage"] == "features"
+    with pytest.raises(MorphSeekError, match="no model of features"):
+        train_features(dataset, CONFIG, tmp_path / "other.safetensors", init=find("hippocampus-mr"))
+
+
+def test_unlabeled_cases_are_refused(tmp_path):
+    description = write_dataset(tmp_path / "data", 4)
+    values = json.loads(description.read_text())
+    for case in values["training"]:
+        case.pop("label")
+    description.write_text(json.dumps(values))
+    with pytest.raises(MorphSeekError, match="labeled training cases"):
+        train_features(load_dataset(description), CONFIG, tmp_path / "model.safetensors")
+
+
+def test_features_of_large_images_are_compared_where_they_fit(trained):
+    """Fifty features on a large grid would take more memory than there may be: the finest level is left out."""
+    maps = torch.zeros(1, 50, 8, 8, 8)
+    features = Features(maps, blob_grid((8, 8, 8)))
+    learned = Learned(features, features)
+    assert learned.levels((2, 1, 0), (64, 64, 64)) == (2, 1, 0)
+    assert learned.levels((2, 1, 0), (160, 208, 192)) == (2, 1)
+    assert not features.found()
+    assert Features(maps + 1, features.grid).found()
