@@ -108,7 +108,7 @@ def probe(model: str, paths: list[str]) -> Probe:
 
 def serve(threads: int) -> None:
     """Answer requests until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows Ctrl-C reaches all processes; the parent decides
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a library's print goes to the log
     use_threads(threads)

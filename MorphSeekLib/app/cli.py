@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..protocol.batch import KEPT, BatchSettings, bids_rows, globbed, read_table
+from ..protocol.batch import FILES, KEPT, BatchSettings, bids_rows, globbed, input_paths, read_table
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job, Notice
 from ..protocol.options import RegistrationOptions, TrainingOptions
@@ -61,9 +61,7 @@ from ..protocol.startup import (
 
 if TYPE_CHECKING:
     from ..data.cases import CheckReport
-    from ..io.points import PointPairs
     from ..networks.model_file import Card
-    from ..space.geometry import Volume
 
 OLD_NAMES = {"refine-by": "similarity"}
 """Options of before -> of now; the old ones still work, hidden, for one release."""
@@ -230,47 +228,20 @@ def register(
 ) -> None:
     """Register MOVING to FIXED and write the transform, the warped image, the folding map and a report."""
     with terminal_job() as job:
-        marks = (fixed_mask, ignore), (moving_mask, ignore_moving)
-        beside = fixed_labels, moving_labels, fixed_landmarks, moving_landmarks, *marks[0], *marks[1]
-        inputs = (fixed, moving, *(starts := transform_paths(initial_transform)), *beside)
-        check_files(inputs, options_file, save_options)
+        files = {name: str(value) for name in FILES if (value := ctx.params[name]) is not None}
+        check_files(input_paths(files), options_file, save_options)
         settings = chosen_settings(ctx, options_file)  # all that a registration can be told
         check_choices(model=settings.model, device=choices.device, threads=choices.threads)
         check_output_folder(output)
 
-        from ..io.images import read_image
-        from ..io.transforms import read_transform
-        from ..networks.devices import pick_device
-        from ..registration.choice import chosen_model
-        from ..registration.landmarks import measure_landmarks
-        from ..registration.pipeline import register as run
-        from ..report.results import check_outputs, write_results
-        from ..space.geometry import covering_grid
+        from .pair_files import PairFiles, register_files
 
-        begin = time.perf_counter()
+        def tell_model(words: str) -> None:
+            tell(f"{words} (The answer of earlier versions: {FORMER}.)" if settings.model == AUTO else words)
+
         begin_to_compute(choices.threads)
-        pick_device(choices.device)
-        check_outputs(output, inputs)
-        job.report("read", 0.0, "Reading the images")
-        images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
-        if as_float:
-            images[1].dtype = "float32"
-        labels = _labels(fixed_labels, images[0], nifti_form), _labels(moving_labels, images[1], nifti_form)
-        landmarks = _landmarks((fixed_landmarks, moving_landmarks), images)
-        images = _masked(images[0], marks[0], "fixed", nifti_form), _masked(images[1], marks[1], "moving", nifti_form)
-        start = read_transform(starts, covering_grid(images[0].grid)) if starts else None
-        read = time.perf_counter()
-        job.report("load", 0.01, "Loading the model")
-        loaded_model, where, words = chosen_model(settings.model, images, choices.device, job)
-        tell(f"{words} (The answer of earlier versions: {FORMER}.)" if settings.model == AUTO else words)
-        loaded = time.perf_counter()
-        progress = job.part(0.01, 0.95)
-        result = run(*images, loaded_model, settings.options, progress, labels=labels, start=start, device=where)
-        if landmarks is not None:
-            measure_landmarks(result, landmarks, images[1].grid)
-        result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}
-        job.report("write", 0.95, "Writing the results")
-        report = write_results(output, result, images[0], {"fixed": shown(fixed), "moving": shown(moving)}, job)
+        pair = PairFiles(files, nifti_form, as_float)
+        report, *_ = register_files(pair, settings, output, choices.device, job, tell=tell_model)
         save_settings(settings, save_options)
         job.report("write", 1.0, "Done")
     print_report(report)
@@ -330,7 +301,11 @@ def batch_command(
 
         options = BatchOptions(output, shared, workers, choices.threads, choices.device, retry, strict)
         with cluster_client(cluster, cluster_security, scheduler_file) as client:
-            outcomes = batch(rows, options, client, job)
+            try:
+                outcomes = batch(rows, options, client, job)
+            except Cancelled:
+                tell(f"{output} keeps the pairs that are done. To go on, run the same command again.")
+                raise
     console.print(f"Cohort: {shown((output / 'cohort.html').resolve())}", soft_wrap=True)
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     for outcome in failed:
@@ -373,6 +348,7 @@ def _rows(
 
 @app.command()
 def correct(
+    ctx: typer.Context,
     fixed: Annotated[Path, typer.Argument(help="The image that stays, as it was registered.")],
     moving: Annotated[Path, typer.Argument(help="The image that was registered to FIXED.")],
     transform: Annotated[
@@ -396,74 +372,41 @@ def correct(
 ) -> None:
     """Correct a registration of MOVING to FIXED where it is wrong, by points that belong together."""
     with terminal_job() as job:
-        marks = (fixed_mask, ignore), (moving_mask, ignore_moving)
-        beside = fixed_labels, moving_labels, fixed_points, moving_points, *marks[0], *marks[1]
-        inputs = (fixed, moving, transform, *beside)
-        check_files(inputs, None, None)
+        given = {**ctx.params, "fixed_landmarks": fixed_points, "moving_landmarks": moving_points}
+        files = {name: str(value) for name in FILES if (value := given.get(name)) is not None}
+        check_files([*(inputs := input_paths(files)), transform], None, None)
         check_choices(device=device, threads=threads)
         check_output_folder(output)
 
         import numpy as np
 
-        from ..io.images import read_image
         from ..io.transforms import read_transform
         from ..networks.devices import pick_device
         from ..registration.correction import Correction
         from ..registration.pipeline import register as run
         from ..report.results import check_outputs, write_results
         from ..space.geometry import covering_grid
+        from .pair_files import PairFiles
 
         begin_to_compute(threads)
         where = pick_device(device)
-        check_outputs(output, inputs)
+        check_outputs(output, [*inputs, transform])
         job.report("read", 0.0, "Reading the images")
-        images = read_image(fixed, nifti_form), read_image(moving, nifti_form)
-        labels = _labels(fixed_labels, images[0], nifti_form), _labels(moving_labels, images[1], nifti_form)
-        points = _landmarks((fixed_points, moving_points), images)
+        pair = PairFiles(files, nifti_form)
+        images = pair.images()
+        labels, points = pair.labels(images), pair.landmarks(images)
         assert points is not None  # both files were given
         start = Correction(
             read_transform(transform, covering_grid(images[0].grid)), points, np.full(len(points.labels), error)
         )
-        images = _masked(images[0], marks[0], "fixed", nifti_form), _masked(images[1], marks[1], "moving", nifti_form)
+        images = pair.masked(images)
         options = RegistrationOptions(fit="on" if fit else "off")
         result = run(*images, None, options, job.part(0.01, 0.95), labels=labels, start=start, device=where)
         job.report("write", 0.95, "Writing the results")
-        report = write_results(output, result, images[0], {"fixed": shown(fixed), "moving": shown(moving)}, job)
+        report = write_results(output, result, images[0], pair.names, job)
         job.report("write", 1.0, "Done")
     print_report(report)
     console.print(f"Report: {shown((output / 'report.html').resolve())}", soft_wrap=True)
-
-
-def _labels(path: Path | None, image: Volume, nifti_form: str | None) -> Volume | None:
-    """Read an image's label map, where one was given."""
-    from ..io.images import check_labels, read_labels
-
-    return None if path is None else check_labels(read_labels(path, nifti_form), image, path.name)
-
-
-def _landmarks(paths: tuple[Path | None, Path | None], images: tuple[Volume, Volume]) -> PointPairs | None:
-    """Read the landmarks of both images, where they were given.
-
-    Raises:
-        MorphSeekError: they cannot be read or paired, or only one image has some.
-    """
-    from ..io.points import pair_points, read_points
-
-    if paths[0] is None and paths[1] is None:
-        return None
-    if paths[0] is None or paths[1] is None:
-        raise MorphSeekError("Landmarks come in pairs: give both --fixed-landmarks and --moving-landmarks.")
-    fixed, moving = (read_points(path, image.grid) for path, image in zip(paths, images, strict=True) if path)
-    return pair_points(fixed, moving, (shown(paths[0]), shown(paths[1])))
-
-
-def _masked(image: Volume, files: tuple[Path | None, Path | None], role: str, nifti_form: str | None) -> Volume:
-    """Return an image with what counts of it and what does not, where either file was given."""
-    from ..io.images import read_labels
-    from ..registration.masks import masked
-
-    inside, ignore = (None if path is None else read_labels(path, nifti_form) for path in files)
-    return masked(image, inside, ignore, role)
 
 
 @app.command()

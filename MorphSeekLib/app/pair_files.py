@@ -9,7 +9,9 @@ from pathlib import Path
 from ..io.images import check_labels, read_image, read_labels
 from ..io.points import PointPairs, pair_points, read_points
 from ..io.transforms import read_transform
+from ..networks.devices import pick_device
 from ..networks.loading import LoadedModel, load_model
+from ..protocol.batch import input_paths
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.report import Report
@@ -30,18 +32,22 @@ class PairFiles:
     Args:
         files: by their names in :data:`MorphSeekLib.protocol.batch.FILES`.
         nifti_form: which form places NIfTI files that have both.
+        as_float: warp the moving image to float; to its own type by default.
     """
 
-    def __init__(self, files: Mapping[str, str], nifti_form: str | None = None) -> None:
+    def __init__(self, files: Mapping[str, str], nifti_form: str | None = None, as_float: bool = False) -> None:
         self._files = {name: Path(path) for name, path in files.items()}
-        self._form = nifti_form
+        self._form, self._as_float = nifti_form, as_float
         self.starts = transform_paths(files.get("initial_transform"))
         self.names = {"fixed": shown(files["fixed"]), "moving": shown(files["moving"])}
-        self.inputs = [*(path for name, path in self._files.items() if name != "initial_transform"), *self.starts]
+        self.inputs = input_paths(files)
 
     def images(self) -> tuple[Volume, Volume]:
         """Return the fixed and the moving image."""
-        return read_image(self._files["fixed"], self._form), read_image(self._files["moving"], self._form)
+        fixed, moving = (read_image(self._files[name], self._form) for name in ("fixed", "moving"))
+        if self._as_float:
+            moving.dtype = "float32"
+        return fixed, moving
 
     def labels(self, images: tuple[Volume, Volume]) -> tuple[Volume | None, Volume | None]:
         """Return the label maps; None where none was given."""
@@ -85,6 +91,7 @@ def register_files(
     job: Job = SILENT,
     load: Callable[[str, str], LoadedModel] = load_model,
     keep: Collection[str] | None = None,
+    tell: Callable[[str], object] = lambda words: None,
 ) -> tuple[Report, Registration, Volume]:
     """Register a pair of files and write its results.
 
@@ -96,6 +103,7 @@ def register_files(
         job: told how far it is.
         load: gives a model for a name and a device.
         keep: names of files to write; None for all.
+        tell: takes the sentence that says which model was chosen and why.
 
     Returns:
         the report, the registration, and the fixed image.
@@ -105,6 +113,7 @@ def register_files(
         Cancelled: the job was cancelled.
     """
     begin = time.perf_counter()
+    pick_device(device)
     check_outputs(output, pair.inputs)
     job.report("read", 0.0, "Reading the images")
     images = pair.images()
@@ -112,7 +121,9 @@ def register_files(
     images = pair.masked(images)
     start = read_transform(pair.starts, covering_grid(images[0].grid)) if pair.starts else None
     read = time.perf_counter()
-    model, where, _ = chosen_model(settings.model, images, device, job, load)
+    job.report("load", 0.01, "Loading the model")
+    model, where, words = chosen_model(settings.model, images, device, job, load)
+    tell(words)
     loaded = time.perf_counter()
     progress = job.part(0.01, 0.95)
     result = register(*images, model, settings.options, progress, labels=labels, start=start, device=where)

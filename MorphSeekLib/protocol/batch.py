@@ -50,6 +50,15 @@ _IMAGE = re.compile(r"\.(nii\.gz|nii|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 _ENTITY = re.compile(r"(?:^|_)([a-z]+)-([a-zA-Z0-9+]+)")
 
 
+def input_paths(files: Mapping[str, str]) -> list[Path]:
+    """Return every file of a pair, given by the names of :data:`FILES`."""
+    paths: list[Path] = []
+    for name in FILES:
+        if name in files:
+            paths += transform_paths(files[name]) if name == "initial_transform" else [Path(files[name])]
+    return paths
+
+
 @dataclass(frozen=True)
 class BatchPair:
     """A row of a batch.
@@ -68,8 +77,7 @@ class BatchPair:
 
     def inputs(self) -> list[Path]:
         """Return every file that is read."""
-        starts = transform_paths(self.files.get("initial_transform"))
-        return [*(Path(path) for name, path in self.files.items() if name != "initial_transform"), *starts]
+        return input_paths(self.files)
 
     def key(self) -> str:
         """Return a text that changes with the settings, the names, the sizes or the times of the files."""

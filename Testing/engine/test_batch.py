@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +17,12 @@ import SimpleITK as sitk
 from MorphSeekLib.app.batch import BatchOptions, batch
 from MorphSeekLib.protocol.batch import BatchSettings, bids_rows, globbed, plan, read_outcomes, read_table
 from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.job import Event, Job
 from MorphSeekLib.protocol.options import RegistrationOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = BatchSettings("none", RegistrationOptions(align="none", search="off", fit="off", inverse=False))
+FEW = ("--model", "none", "--preset", "fast", "--align", "none", "--search", "off")
 
 
 def ball(path: Path, shift: int = 0) -> Path:
@@ -35,11 +36,11 @@ def ball(path: Path, shift: int = 0) -> Path:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> list[dict[str, str]]:
-    """Four pairs of one template."""
+    """Three pairs of one template."""
     fixed = ball(tmp_path / "in" / "template.nii.gz")
     return [
         {"name": f"p{i}", "fixed": str(fixed), "moving": str(ball(tmp_path / "in" / f"m{i}.nii.gz", i))}
-        for i in range(4)
+        for i in range(3)
     ]
 
 
@@ -118,7 +119,7 @@ def test_bad_rows_fail_and_the_rest_runs(pairs, tmp_path):
 
 def test_strict_refuses_bad_rows(pairs, tmp_path):
     rows = [*pairs, {"name": "missing", "fixed": "nowhere.nii", "moving": "nowhere.nii"}]
-    with pytest.raises(MorphSeekError, match="1 of 5 rows"):
+    with pytest.raises(MorphSeekError, match="1 of 4 rows"):
         batch(rows, BatchOptions(tmp_path / "out", QUICK, strict=True))
     assert not (tmp_path / "out").exists()
 
@@ -131,58 +132,77 @@ def test_a_folder_of_other_settings_is_refused_and_keep_counts(pairs, tmp_path):
         batch(pairs[:1], BatchOptions(tmp_path / "out", QUICK))
 
 
+def until_a_pair_is_done(process: subprocess.Popen, out: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not read_outcomes(out):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_killed_batch_goes_on_and_leaves_no_worker(pairs, tmp_path):
     file, out = table(tmp_path / "pairs.csv", pairs), tmp_path / "out"
-    arguments = (str(file), "-o", str(out), "--model", "none", "--preset", "fast", "--workers", "1", "--threads", "1")
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not read_outcomes(out) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(5)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    arguments = command(str(file), "-o", str(out), *FEW, "--threads", "1")
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
+    until_a_pair_is_done(process, out)
+    process.kill()
+    process.communicate(timeout=120)  # ends when no worker holds the error stream anymore
     first = read_outcomes(out)
-    assert 1 <= len(first) < 4
+    if len(first) == len(pairs):
+        pytest.skip("this machine was too busy to kill the batch before it was done")
     before = {name: (out / name / "report.json").stat().st_mtime_ns for name in first}
-    ended = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert {one.state for one in read_outcomes(out).values()} == {"done"}
     assert {name: (out / name / "report.json").stat().st_mtime_ns for name in first} == before
     assert not list(out.rglob(".morphseek-*"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_ends_a_batch_and_says_how_to_go_on(pairs, tmp_path):
+    file, out = table(tmp_path / "pairs.csv", pairs), tmp_path / "out"
+    process = subprocess.Popen(
+        command(str(file), "-o", str(out), *FEW), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (out / "batch.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 130, said
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+
+
 def test_some_failed_is_exit_code_3(pairs, tmp_path):
-    shutil.copy(__file__, pairs[1]["moving"])
-    file = table(tmp_path / "pairs.csv", pairs[:2])
+    file = table(tmp_path / "pairs.csv", [{"name": "p1", "fixed": pairs[0]["fixed"], "moving": "nowhere.nii"}])
     ended = subprocess.run(
-        command(str(file), "-o", str(tmp_path / "out"), "--model", "none", "--preset", "fast"),
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        command(str(file), "-o", str(tmp_path / "out"), *FEW), cwd=ROOT, capture_output=True, text=True
+    )
     assert ended.returncode == 3, ended.stderr
     assert ended.stdout.rstrip().splitlines()[-1].endswith("p1")
 
 
 def test_dask_workers_finish_all_pairs_though_one_dies(pairs, tmp_path):
-    distributed = pytest.importorskip("distributed")
-    rows = [{**pair, "name": f"{pair['name']}-{n}"} for n in range(3) for pair in pairs]
+    distributed = pytest.importorskip("distributed", reason="needs Dask: pip install 'morphseek[cluster]'")
+    import dask
+
+    rows = [{**pair, "name": f"{pair['name']}-{n}"} for n in range(2) for pair in pairs]
+    killed = []
+    patient = {"distributed.comm.timeouts.connect": "120s", "distributed.comm.timeouts.tcp": "300s"}
     with (
+        dask.config.set(patient),
         distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
         victim = next(iter(client.run(os.getpid).values()))
-        killed = []
 
-        def kill(event) -> None:
-            if event.step == 2 and not killed:
+        def kill(event: Event) -> None:
+            if event.step == 1 and not killed:
                 killed.append(victim)
                 os.kill(victim, signal.SIGKILL)
 
-        from MorphSeekLib.protocol.job import Job
-
         found = batch(rows, BatchOptions(tmp_path / "out", QUICK), client, Job(kill))
     assert killed
-    assert {one.state for one in found} == {"done"}
-    assert len(found) == 12
+    assert [one.state for one in found] == ["done"] * len(rows)
