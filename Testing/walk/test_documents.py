@@ -36,6 +36,10 @@ from MorphSeekLib.protocol.settings import override
 
 BLOCKS = [block for page in PAGES if page not in HOW_TO for block in blocks(page)]
 NOT_RUN = {
+    "morphseek batch --fixed template.nii.gz --moving 'scans/*/T1.nii.gz' -o study",
+    "morphseek batch --bids /data/study --suffix T1w --longitudinal -o study",
+    "morphseek batch pairs.csv -o /shared/study --cluster tls://scheduler:8786 --cluster-security tls.json",
+    "morphseek batch pairs.csv -o /shared/study --scheduler-file /shared/scheduler.json",
     "python Testing/benchmarks/hippocampus.py gain ../shared/data/hippocampus/dataset.json --runs gain",
     "python Testing/benchmarks/main_table.py main-table --data ../shared/data --out main-table",
     "python Testing/benchmarks/without_model.py --out test-pairs.json",
