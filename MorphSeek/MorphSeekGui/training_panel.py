@@ -94,6 +94,7 @@ class TrainingPanel(Panel):
         self._export: Iterator[str] | None = None
         self._exported: tempfile.TemporaryDirectory | None = None
         self._scene_cases: list[tuple[str, str]] = []  # node IDs
+        self._needs_labels = True
         self._report: dict | None = None  # of the check, while it is true of what is chosen
         self._status = self.message(self.ui.statusLabel, self.ui.copyDetailsButton, _folders)
         self._checked = self.message(self.ui.casesSummary, self.ui.copyCheckDetailsButton, _folders)
@@ -278,7 +279,7 @@ class TrainingPanel(Panel):
         if self._hello is None:
             self._hello = client.request("hello")
         self._check_timer.setInterval(_ENGINE_MS)
-        params = {"dataset": str(dataset), "labels": self._chosen("features") or self._chosen("finetune")}
+        params = {"dataset": str(dataset), "labels": self._needs_labels}
         self._request = self._client.request("check", params, self._on_check_progress)
 
     def _python(self) -> str | None:
@@ -434,9 +435,11 @@ class TrainingPanel(Panel):
         self._show_stages()
 
     def _stages_changed(self, *_args) -> None:
-        """Drop the findings of the check: fine-tuning needs labels in every case, the warm-up does not."""
-        self._forget_check()
+        """Drop the findings of the check where labels are needed in every case now, or no longer."""
+        before = self._needs_labels
         self._show_stages()
+        if self._needs_labels != before:
+            self._forget_check()
 
     def _show_stages(self, *_args) -> None:
         from_scratch = not self.ui.startBox.currentData
@@ -445,6 +448,7 @@ class TrainingPanel(Panel):
         for name in ("warmupCheck", "finetuneCheck"):
             getattr(self.ui, name).enabled = not features
         finetune = self._chosen("finetune")
+        self._needs_labels = features or finetune
         self.ui.finalCheck.enabled = features or finetune
         self.ui.spacingBox.enabled = from_scratch
         self.ui.backboneBox.enabled = from_scratch and not features

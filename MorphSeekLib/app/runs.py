@@ -55,6 +55,7 @@ _TRIAL = 4  # iterations that are timed when the budget is given in minutes
 _FEWEST = 10  # iterations that such a budget must allow
 _STATUS_SECONDS = 0.5
 _FIT_PAIRS = 6  # pairs on which ways to an answer are compared
+_TABLES: tuple[Stage, ...] = ("warmup", "finetune", "final")  # of a run.json of MorphSeek 0.1
 _CHOICE = "with_fit"  # of a card's results, what came out
 _ANSWERS: dict[str, dict[str, tuple[RegistrationOptions, dict[str, Any]]]] = {
     "intensities": {
@@ -152,7 +153,7 @@ def read_run(path: Path) -> tuple[TrainingOptions, Configs]:
         MorphSeekError: a file that cannot be read, an unknown key or an unusable value.
     """
     values = read_values(path)
-    tables = {stage: values.pop(stage) for stage in STAGES if isinstance(values, dict) and stage in values}
+    tables = {stage: values.pop(stage) for stage in _TABLES if isinstance(values, dict) and stage in values}
     if not tables:
         options = from_dict(TrainingOptions, values, path.name).suited(labeled=True)
         return options, stage_settings(options)

@@ -28,7 +28,8 @@ from MorphSeekLib.protocol.run_folder import SHARES, STAGES, parts
 from MorphSeekLib.protocol.startup import bundled
 from MorphSeekLib.space.geometry import Volume
 
-SHORT = {"minutes": None, "iterations": 2, "steps": 1, "trajectories": 2, "device": "cpu"}
+SHORT: dict = {"minutes": None, "iterations": 2, "steps": 1, "trajectories": 2, "device": "cpu"}
+LONG: dict = {**SHORT, "iterations": 100_000, "backbone": "vxm_dense", "stages": ["finetune"]}
 VALUES = {1: 1002, 2: 2035, 3: 2035}
 
 
@@ -137,13 +138,13 @@ def test_defaults_are_the_same_for_command_and_python(cases, tmp_path, monkeypat
     process.send_signal(signal.SIGINT)
     process.wait(300)
     options, _ = read_run(folder_of(out) / "run.json")
-    named = TrainingOptions("organ", str(cases), str(out))
+    named = TrainingOptions("organ", str(cases), str(out)).suited(labeled=True)
     assert options == dataclasses.replace(named, spacing=2.0), "the check suggests the spacing"
     assert not stop.exists()
 
 
 def test_ctrl_c_leaves_a_folder_that_goes_on(cases, tmp_path):
-    (tmp_path / "options.json").write_text(json.dumps(SHORT | {"iterations": 100_000, "backbone": "vxm_dense"}))
+    (tmp_path / "options.json").write_text(json.dumps(LONG))
     out = tmp_path / "organ.safetensors"
     process = start(cases, out, "--options", tmp_path / "options.json")
     curves = folder_of(out) / "finetune.safetensors.jsonl"
@@ -161,11 +162,28 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(cases, tmp_path):
 
     with pytest.raises(Cancelled):
         MorphSeekLib.train(
-            TrainingOptions("organ", str(cases), str(out), **SHORT | {"iterations": 100_000, "backbone": "vxm_dense"}),
+            TrainingOptions("organ", str(cases), str(out), **LONG | {"stages": ("finetune",)}),
             Job(events.append, stop_soon),
         )
     assert len(curves.read_text().splitlines()) > done
     assert any(event.message.startswith("Fine-tuning: Iteration") for event in events)
+
+
+def test_from_scratch_features_are_learned_and_compared_by_the_fit(cases, tmp_path):
+    options = TrainingOptions("organ", str(cases), str(tmp_path / "organ.safetensors"), stages=("final",), **SHORT)
+    out = MorphSeekLib.train(options)
+    card = model_file.read_card(out)
+    assert card.model.backbone == "segmenter"
+    assert card.labels == {1002: 1, 2035: 2}
+    assert card.results["held_out"]["pairs"] == 2
+    found = card.results["with_fit"]
+    ways = {name: found[f"dice_{name}"] for name in ("features", "searched_features", "intensities")}
+    best = max(ways, key=lambda name: ways[name])
+    assert card.compare == ("intensities" if best == "intensities" else "features")
+    stages = [model_file.read_card(folder_of(out) / f"{stage}.safetensors") for stage in ("features", "final")]
+    assert [stage.provenance["cases"] for stage in stages] == [5, 6]
+    images = [read_image(cases / "images" / f"{n}.nii.gz") for n in (0, 1)]
+    assert register(*images, load_model(str(out), "cpu")).report["folding"]["cells"]["no_fold_proven"]
 
 
 def test_cases_without_labels_are_warmed_up_on(tmp_path):
