@@ -162,7 +162,7 @@ class TrainingOptions:
         """Return the options with the stages that suit, where they name none.
 
         Without labels that is the warm-up, from a model the fine-tuning, and else features, which came to more Dice and
-        smoother fields than a network in the same minutes (Testing/benchmarks/results/training-answers.json).
+        smoother fields than a network in the same minutes (Docs/results.md).
         """
         named = [stage for stage in self.stages if stage != "final"]
         if labeled and named:
