@@ -218,7 +218,7 @@ def test_features_are_learned_instead_of_a_network(stand_in, panel, files, home)
     assert "validation/dice" in rows[-1]
     ui.startBox.setCurrentIndex(ui.startBox.findText("tiny"))
     assert not ui.featuresCheck.enabled, "a network is fine-tuned"
-    assert panel.options().stages == ("finetune",)
+    assert ui.finetuneCheck.enabled
 
 
 def test_stop_resume_and_stop_at_once(stand_in, panel, files):
