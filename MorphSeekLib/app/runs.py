@@ -158,6 +158,8 @@ def read_run(path: Path) -> tuple[TrainingOptions, Configs]:
         options = from_dict(TrainingOptions, values, path.name).suited(labeled=True)
         return options, stage_settings(options)
     given = {stage: table for stage, table in tables.items() if table is not None}
+    if not given:
+        raise MorphSeekError(f"{path.name}: there is neither a warmup nor a finetune stage.")
     options = from_dict(TrainingOptions, {"minutes": None, **values, "stages": list(given)}, path.name)
     kinds: dict[Stage, type] = {"warmup": TrainingConfig}
     return options, {

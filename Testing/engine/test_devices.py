@@ -19,6 +19,7 @@ from cases import SHIPPED, TINY
 from host_syncs import HostSyncs, Wait, calls_into
 from torch import Tensor
 
+from MorphSeekLib.measures import fast_fields
 from MorphSeekLib.measures.similarity import mind_ssc
 from MorphSeekLib.networks.policy import ModelSettings, RegistrationModel, take_steps
 from MorphSeekLib.registration import search as searching
@@ -148,7 +149,8 @@ def test_a_step_of_grpo_waits_for_its_noise_alone(policy):
 
 @pytest.mark.parametrize("name", [*WORKS, *POLICIES])
 def test_neither_numpy_nor_simpleitk_is_called(name, monkeypatch):
-    monkeypatch.setattr(searching, "kernels", lambda _: None)  # as on a GPU
+    for module in (searching, fast_fields):
+        monkeypatch.setattr(module, "kernels", lambda _: None)  # as on a GPU
     work = learning_step("cpu", POLICIES[name]) if name in POLICIES else WORKS[name]("cpu")
     with calls_into("numpy", "SimpleITK", "scipy") as called:
         work()

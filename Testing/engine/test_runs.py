@@ -86,7 +86,7 @@ def test_a_run_ends_with_a_checkpoint_and_figures(whole):
     with_fit = card.results["with_fit"]
     assert card.fit == (with_fit["dice_fitted"] > with_fit["dice_steps"])
     assert with_fit["pairs"] >= 1
-    assert json.loads((folder / "validation-fit-off.json").read_text())["mean"]["dice"] == with_fit["dice_steps"]
+    assert json.loads((folder / "validation-steps.json").read_text())["mean"]["dice"] == with_fit["dice_steps"]
     held_out = card.results["held_out"]
     assert held_out["pairs"] == 2
     assert set(held_out["start"]) == {"dice", "hd95", "folded_percent", "njd_percent", "sdlogj"}
@@ -239,7 +239,15 @@ def test_a_runs_choices_come_to_the_settings_that_the_panel_wrote_before(name, t
 def test_a_run_of_choices_trains(dataset, tmp_path):
     (tmp_path / "run").mkdir()
     options = TrainingOptions(
-        "Blobs", str(dataset), "blobs.safetensors", minutes=None, iterations=2, spacing=2.5, steps=1, device="cpu"
+        "Blobs",
+        str(dataset),
+        "blobs.safetensors",
+        stages=("finetune",),
+        minutes=None,
+        iterations=2,
+        spacing=2.5,
+        steps=1,
+        device="cpu",
     )
     (tmp_path / "run" / "run.json").write_text(json.dumps(to_dict(options)))
     run(tmp_path / "run")

@@ -114,7 +114,7 @@ def run_register(stored: Stored, output: Path, model: str | None) -> Ran:
     from typer.testing import CliRunner
 
     from MorphSeekLib.app.cli import app
-    from MorphSeekLib.registration import pipeline as registration
+    from MorphSeekLib.app import pair_files
 
     arguments = ["register", stored.fixed.path, stored.moving.path, "-o", output, "--no-inverse"]
     if model is not None:
@@ -122,18 +122,18 @@ def run_register(stored: Stored, output: Path, model: str | None) -> Ran:
     if stored.fixed_labels is not None:
         arguments += ["--fixed-labels", stored.fixed_labels.path, "--moving-labels", stored.moving_labels.path]
     starts = []
-    register = registration.register
+    register = pair_files.register
 
     def noting(*args, **options):
         result = register(*args, **options)
         starts.append(result.state.start)
         return result
 
-    registration.register = noting
+    pair_files.register = noting
     try:
         done = CliRunner().invoke(app, [str(a) for a in [*arguments, "--device", "cpu"]])
     finally:
-        registration.register = register
+        pair_files.register = register
     error = ""
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         ours = [f for f in traceback.extract_tb(done.exc_info[2]) if "MorphSeekLib" in f.filename]

@@ -438,7 +438,7 @@ class Running(Training):
         return run_process(lambda: app(["train", str(folder)]), self.place / "log.txt")
 
     def content(self, path: Path) -> Any:
-        if path.name in ("lock", "status.json", "start.json", "result.json") or path.name.startswith("validation-fit-"):
+        if path.name in ("lock", "status.json", "start.json", "result.json") or path.name.startswith("validation-"):
             return None  # they hold durations, and the folder's name
         return super().content(path)
 

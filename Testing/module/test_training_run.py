@@ -81,7 +81,7 @@ def test_a_run_to_its_end(make):
     assert run._process.wait(300) == 0
     assert status.held_out["mean"]["dice"] > 0
     assert status.model == str(run.folder / "m.safetensors")
-    assert [row["iteration"] for row in run.curves("finetune")] == [1, 2]
+    assert [row["iteration"] for row in run.curves("features")] == [1, 2]
     assert {"loss", "reward", "reward_spread", "kl"} <= set(run.curves("finetune")[0])
 
 
