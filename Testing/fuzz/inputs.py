@@ -113,8 +113,8 @@ def run_register(stored: Stored, output: Path, model: str | None) -> Ran:
     """Call ``morphseek register`` in this process and note the alignment that it found."""
     from typer.testing import CliRunner
 
-    from MorphSeekLib.app.cli import app
     from MorphSeekLib.app import pair_files
+    from MorphSeekLib.app.cli import app
 
     arguments = ["register", stored.fixed.path, stored.moving.path, "-o", output, "--no-inverse"]
     if model is not None:
