@@ -81,7 +81,7 @@ def test_a_run_to_its_end(make):
     assert run._process.wait(300) == 0
     assert status.held_out["mean"]["dice"] > 0
     assert status.model == str(run.folder / "m.safetensors")
-    assert [row["iteration"] for row in run.curves("features")] == [1, 2]
+    assert [row["iteration"] for row in run.curves("finetune")] == [1, 2]
     assert {"loss", "reward", "reward_spread", "kl"} <= set(run.curves("finetune")[0])
 
 
@@ -217,5 +217,5 @@ def test_a_training_of_the_command_is_seen_as_one_of_the_panel(files, tmp_path):
     [run] = find_runs(tmp_path / "trainings", tmp_path)
     status = run.status()
     assert (run.name, status.state, status.model) == ("Organ", "done", str(model))
-    assert [row["iteration"] for row in run.curves("finetune")] == [1, 2]
+    assert [row["iteration"] for row in run.curves("features")] == [1, 2]
     assert status.held_out["pairs"] > 0
