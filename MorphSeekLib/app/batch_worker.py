@@ -22,6 +22,7 @@ from typing import Any, TypedDict
 from ..io.files import write_atomically
 from ..networks.devices import use_threads
 from ..networks.loading import LoadedModel, load_model
+from ..protocol.batch import BatchPair, BatchSettings
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.options import RegistrationOptions
@@ -136,8 +137,8 @@ def serve(threads: int) -> None:
     os._exit(0)
 
 
-def as_request(pair: Any, settings: Any, output: Path, device: str, keep: list[str]) -> Request:
-    """Return the request of a :class:`MorphSeekLib.protocol.batch.BatchPair`."""
+def as_request(pair: BatchPair, settings: BatchSettings, output: Path, device: str, keep: list[str]) -> Request:
+    """Return the request of a pair."""
     return {
         "name": pair.name,
         "files": dict(pair.files),

@@ -195,34 +195,26 @@ def stage_settings(options: TrainingOptions) -> Configs:
                 rate *= _FINAL_RATE
         loss = {"similarity": options.similarity, "regularization": smoothness, "folding": options.folding}
         config = override(config, "loss", **loss)
-        configs[stage] = override(
-            config,
-            "training",
-            iterations=options.iterations,
-            learning_rate=rate,
-            steps=options.steps,
-            seed=options.seed,
-            validate_every=max(1, options.iterations // _VALIDATIONS),
-            save_every=_SAVE_EVERY,
-        )
+        configs[stage] = override(config, "training", steps=options.steps, **_course(options, rate))
     return configs
 
 
 def _features_settings(options: TrainingOptions, stage: Stage) -> SegmentationConfig:
     """Return the settings of features, or of the last stage, in which they go on with all cases."""
-    spacing = (options.spacing or _SPACING,) * 3
-    config = SegmentationConfig(preprocessing=Preprocessing(spacing=spacing, low=0.0, align="center"))
+    config = SegmentationConfig(preprocessing=dataclasses.replace(fresh_grid(options), low=0.0))
     rate = config.training.learning_rate * (_FINAL_RATE if stage == "final" else 1.0)
-    iterations = options.iterations
-    return override(
-        config,
-        "training",
-        iterations=iterations,
-        learning_rate=rate,
-        seed=options.seed,
-        validate_every=max(1, iterations // _VALIDATIONS),
-        save_every=_SAVE_EVERY,
-    )
+    return override(config, "training", **_course(options, rate))
+
+
+def _course(options: TrainingOptions, rate: float) -> dict[str, float]:
+    """Return what the runs of all stages have in common."""
+    return {
+        "iterations": options.iterations,
+        "learning_rate": rate,
+        "seed": options.seed,
+        "validate_every": max(1, options.iterations // _VALIDATIONS),
+        "save_every": _SAVE_EVERY,
+    }
 
 
 def fresh_network(backbone: str) -> ModelSettings:

@@ -1,7 +1,9 @@
 """Where a fine-tuning iteration's processor time goes, and how much less it takes than at another commit.
 
     python Testing/benchmarks/training_speed.py parts brain
-    python Testing/benchmarks/training_speed.py compare --before CHECKOUT [--rounds 5] [--out FILE]
+    python Testing/benchmarks/training_speed.py compare --before CHECKOUT [--rounds 5] [--ways native plain] [--out F]
+
+The data are those of ../shared/data, or of the folder that MORPHSEEK_DATA names.
 
 CHECKOUT is a working tree of the commit to compare with. "compare" runs both commits in turn, each in a process of its
 own, with the same seeds, the settings of the panel (a VoxelMorph from scratch, three steps, six trajectories) and one
@@ -40,7 +42,7 @@ from MorphSeekLib.training import finetuning, grpo
 from MorphSeekLib.training.finetuning import FinetuneConfig, Finetuning
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("MORPHSEEK_DATA", "/work/shared/data"))
+DATA = Path(os.environ.get("MORPHSEEK_DATA", ROOT.parent / "shared" / "data"))
 OUT = ROOT / "Testing" / "benchmarks" / "results" / "training-speed.json"
 SETS = {
     "brain": ("brain_oasis/dataset.json", 2.0, 2),
@@ -190,7 +192,8 @@ def compare(before: Path, rounds: int, names: list[str], ways: list[str], out: P
     """Run both commits in turn, print each ratio and write all to ``out``."""
     content: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     content |= {
-        "command": f"python Testing/benchmarks/training_speed.py compare --before CHECKOUT --rounds {rounds}",
+        "command": f"python Testing/benchmarks/training_speed.py compare --before CHECKOUT --rounds {rounds} "
+        f"--ways {' '.join(ways)}",
         "processor": processor(), "torch": torch.__version__, "threads": 1, "rounds": rounds,
         "before": commit(before), "after": commit(ROOT), "targets": TARGETS,
     }  # fmt: skip
