@@ -163,6 +163,12 @@ FirstLabels = Annotated[
 Iterations = Annotated[
     int | None, typer.Option(help="Iterations of the training.", show_default="the settings'", metavar="N")
 ]
+Workers = Annotated[int, typer.Option(help="Local processes, each with its share of the threads.", metavar="N")]
+Cluster = Annotated[str | None, typer.Option(help="Dask scheduler, tls://HOST:8786; tcp:// for private networks only.")]
+ClusterSecurity = Annotated[
+    Path | None, typer.Option(help="JSON for tls://: tls_ca_file, tls_client_cert, tls_client_key.")
+]
+SchedulerFile = Annotated[Path | None, typer.Option(help="Scheduler file of a Dask cluster.")]
 NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetensors).")]
 
 
@@ -234,14 +240,14 @@ def register(
         check_choices(model=settings.model, device=choices.device, threads=choices.threads)
         check_output_folder(output)
 
-        from .pair_files import PairFiles, register_files
+        from .pair_files import Around, PairFiles, register_files
 
         def tell_model(words: str) -> None:
             tell(f"{words} (The answer of earlier versions: {FORMER}.)" if settings.model == AUTO else words)
 
         begin_to_compute(choices.threads)
         pair = PairFiles(files, nifti_form, as_float)
-        report, *_ = register_files(pair, settings, output, choices.device, job, tell=tell_model)
+        report, *_ = register_files(pair, settings, output, choices.device, job, around=Around(tell=tell_model))
         save_settings(settings, save_options)
         job.report("write", 1.0, "Done")
     print_report(report)
@@ -275,14 +281,10 @@ def batch_command(
     keep: Annotated[
         str | None, typer.Option(help="Results to keep of each pair, such as warped,transform.", show_default="all")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Local processes.", metavar="N")] = 1,
-    cluster: Annotated[
-        str | None, typer.Option(help="Dask scheduler, tls://HOST:8786; tcp:// for private networks only.")
-    ] = None,
-    cluster_security: Annotated[
-        Path | None, typer.Option(help="JSON for tls://: tls_ca_file, tls_client_cert, tls_client_key.")
-    ] = None,
-    scheduler_file: Annotated[Path | None, typer.Option(help="Scheduler file of a Dask cluster.")] = None,
+    workers: Workers = 1,
+    cluster: Cluster = None,
+    cluster_security: ClusterSecurity = None,
+    scheduler_file: SchedulerFile = None,
     retry: Annotated[bool, typer.Option("--retry", help="Register pairs again that failed before.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to begin if a row has a problem.")] = False,
 ) -> None:
@@ -297,7 +299,8 @@ def batch_command(
         kept = tuple(part.strip() for part in keep.split(",") if part.strip()) if keep is not None else tuple(KEPT)
         shared = BatchSettings(settings.model, settings.options, kept, nifti_form)
 
-        from .batch import BatchOptions, batch, cluster_client
+        from .batch import BatchOptions, batch
+        from .crew import cluster_client
 
         options = BatchOptions(output, shared, workers, choices.threads, choices.device, retry, strict)
         with cluster_client(cluster, cluster_security, scheduler_file) as client:
@@ -503,8 +506,15 @@ def evaluate(
     *,
     split: Annotated[str, typer.Option(help="Which pairs of the data set.")] = "registration_test",
     choices: Choices,
+    workers: Workers = 1,
+    cluster: Cluster = None,
+    cluster_security: ClusterSecurity = None,
+    scheduler_file: SchedulerFile = None,
 ) -> None:
-    """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ of each pair, and their means."""
+    """Register every pair of a data set; write Dice, HD95, NJD and SDlogJ of each pair, and their means.
+
+    The same command goes on where it was stopped.
+    """
     with terminal_job() as job:
         check_readable(dataset)
         settings = chosen_settings(ctx, None)
@@ -516,11 +526,18 @@ def evaluate(
         from ..data.datasets import load_dataset
         from ..evaluation.evaluate import evaluate as run
         from ..registration.choice import chosen_model
+        from .crew import Crew, cluster_client
+        from .evaluate import by_crew
 
         begin_to_compute(choices.threads)
         data = load_dataset(dataset)
         loaded, where, _ = chosen_model(model, (), choices.device, job)
-        result = run(data, split, loaded, out, settings.options, job, device=where)
+        with cluster_client(cluster, cluster_security, scheduler_file) as client:
+            work = None
+            if client is not None or workers != 1:
+                crew = Crew(workers, choices.threads, client)
+                work = by_crew(crew, data, split, model, settings.options, choices.device, job)
+            result = run(data, split, loaded, out, settings.options, job, where, work)
     table = Table("figure", "mean", "standard deviation", title=f"{result['dataset']}, {len(result['pairs'])} pairs")
     for name in result["mean"]:
         values = (result[key][name] for key in ("mean", "std"))

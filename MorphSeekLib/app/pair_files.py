@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ..io.images import check_labels, read_image, read_labels
 from ..io.points import PointPairs, pair_points, read_points
@@ -83,15 +87,33 @@ class PairFiles:
         return None if path is None else read_labels(path, self._form)
 
 
+@dataclass(frozen=True)
+class Around:
+    """What surrounds a registration.
+
+    Attributes:
+        load: gives a model for a name and a device.
+        turn: a context in which the device computes, while files are read and written outside of it.
+        tell: takes the sentence that says which model was chosen and why.
+    """
+
+    load: Callable[[str, str], LoadedModel] = load_model
+    turn: Callable[[torch.device], AbstractContextManager[object]] = nullcontext
+    tell: Callable[[str], object] = lambda words: None
+
+
+ALONE = Around()
+"""A registration that shares neither model nor device."""
+
+
 def register_files(
     pair: PairFiles,
     settings: RegistrationSettings,
     output: Path,
     device: str = "auto",
     job: Job = SILENT,
-    load: Callable[[str, str], LoadedModel] = load_model,
     keep: Collection[str] | None = None,
-    tell: Callable[[str], object] = lambda words: None,
+    around: Around = ALONE,
 ) -> tuple[Report, Registration, Volume]:
     """Register a pair of files and write its results.
 
@@ -101,9 +123,8 @@ def register_files(
         output: the folder to write to.
         device: auto, cpu or cuda:N.
         job: told how far it is.
-        load: gives a model for a name and a device.
         keep: names of files to write; None for all.
-        tell: takes the sentence that says which model was chosen and why.
+        around: where the model comes from, and who else computes.
 
     Returns:
         the report, the registration, and the fixed image.
@@ -122,11 +143,12 @@ def register_files(
     start = read_transform(pair.starts, covering_grid(images[0].grid)) if pair.starts else None
     read = time.perf_counter()
     job.report("load", 0.01, "Loading the model")
-    model, where, words = chosen_model(settings.model, images, device, job, load)
-    tell(words)
+    model, where, words = chosen_model(settings.model, images, device, job, around.load)
+    around.tell(words)
     loaded = time.perf_counter()
     progress = job.part(0.01, 0.95)
-    result = register(*images, model, settings.options, progress, labels=labels, start=start, device=where)
+    with around.turn(where):
+        result = register(*images, model, settings.options, progress, labels=labels, start=start, device=where)
     if landmarks is not None:
         measure_landmarks(result, landmarks, images[1].grid)
     result.report["seconds"] |= {"read": round(read - begin, 3), "load": round(loaded - read, 3)}

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -19,6 +20,7 @@ from ..networks.loading import LoadedModel
 from ..networks.model_file import software
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
+from ..protocol.journal import Journal, followed
 from ..protocol.options import RegistrationOptions
 from ..protocol.settings import to_dict, to_json
 from ..protocol.startup import check_output_file
@@ -35,6 +37,15 @@ _ROW = (
     *("njd_percent", "sdlogj", "seconds", "lost_labels", "dice_per_label"),
 )
 _KEPT = (*_ROW, "folding_definition")
+_FAILED = (
+    "{} of {} pairs failed, for the reasons below. The others are kept: correct these or leave them out, and run the "
+    "same again."
+)
+
+Measured = tuple[int, dict[str, Any], str]
+"""The number of a pair with its figures, see :func:`measure`, or with what is wrong with it."""
+Work = Callable[[Sequence[int]], Iterable[Measured]]
+"""Yields the figures of pairs, given by their numbers, as they come."""
 
 
 class Settings(TypedDict):
@@ -70,12 +81,14 @@ def evaluate(
     options: RegistrationOptions | None = None,
     job: Job = SILENT,
     device: torch.device | None = None,
+    work: Work | None = None,
 ) -> Evaluation:
     """Register every pair of a split and write the figures.
 
     Each pair's row is written to ``out.rows.jsonl`` as soon as it is known; ``out`` itself appears when all are. A call
     that was cancelled, failed or was killed leaves the rows there, and the same call goes on from them; rows of other
-    settings, or of files that have changed since, are not taken.
+    settings, or of files that have changed since, are not taken. A pair that fails does not stop the others, but
+    without it there is no result.
 
     Args:
         dataset, split: pairs with label maps on both sides.
@@ -84,12 +97,14 @@ def evaluate(
         options: of each registration; None for the defaults. No inverse is computed.
         job: told of every pair.
         device: where to compute without a model.
+        work: yields the figures of pairs, by their numbers, as they come; None: they are computed here, in turn.
 
     Returns:
         what was written: settings, definitions, mean and standard deviation, lost labels, and a row per pair.
 
     Raises:
-        MorphSeekError: ``out`` cannot be written, no such split, pairs without labels, unreadable files.
+        MorphSeekError: ``out`` cannot be written, no such split, pairs without labels, or pairs that failed, each with
+            its reason.
         Cancelled: the rows so far are kept beside ``out``.
     """
     out = Path(out)
@@ -105,15 +120,23 @@ def evaluate(
         "device": str(device or torch.device("cpu") if model is None else model.device),
     }
     done = _Rows(out, {**settings, "evaluated": dataset.evaluated, "labels": dataset.labels, "software": software()})
-    rows = []
-    for index, pair in enumerate(pairs):
-        job.check()
-        job.report("step", index / len(pairs), f"Pair {index + 1} of {len(pairs)}", index + 1, len(pairs))
-        row = done.find(pair)
-        if row is None:
-            row = _measure(pair, dataset, model, options, job.heard_by(None), device)
-            done.add(pair, row)
-        rows.append(row)
+    left = [number for number, pair in enumerate(pairs) if done.find(pair) is None]
+
+    def here(numbers: Sequence[int]) -> Iterator[Measured]:
+        for number in numbers:
+            job.check()
+            yield number, *_tried(pairs[number], dataset, model, options, job.heard_by(None), device)
+
+    failed: dict[int, str] = {}
+    if left:
+        for number, figures, problem in followed((work or here)(left), len(left), job, lambda one: bool(one[2])):
+            if problem:
+                failed[number] = problem
+            else:
+                done.add(pairs[number], figures)
+    if failed:
+        raise MorphSeekError("\n".join([_FAILED.format(len(failed), len(pairs)), *failed.values()]))
+    rows = [row for pair in pairs if (row := done.find(pair)) is not None]
     result: Evaluation = {
         **settings,
         "definitions": definitions(DELIVERED, DEFINED),
@@ -157,15 +180,35 @@ def check_judged(fixed_labels: Volume, moving_labels: Volume, pair: Pair, datase
         )
 
 
-def _measure(
+def _tried(
     pair: Pair,
     dataset: Dataset,
     model: LoadedModel | None,
     options: RegistrationOptions,
     job: Job,
     device: torch.device | None,
-) -> PairRow:
-    """Register a pair and return its figures."""
+) -> tuple[dict[str, Any], str]:
+    """Return the figures of a pair, or the sentence for why there are none."""
+    try:
+        return measure(pair, dataset, model, options, job, device), ""
+    except MorphSeekError as error:
+        return {}, str(error)
+
+
+def measure(
+    pair: Pair,
+    dataset: Dataset,
+    model: LoadedModel | None,
+    options: RegistrationOptions,
+    job: Job = SILENT,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Register a pair and return its figures: the fields of :class:`MorphSeekLib.measures.scores.PairRow`.
+
+    Raises:
+        MorphSeekError: unreadable files, no label to judge, or what :func:`MorphSeekLib.register` refuses.
+        Cancelled: the job was.
+    """
     (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
     check_judged(fixed_labels, moving_labels, pair, dataset)
     labels = fixed_labels, moving_labels
@@ -180,7 +223,7 @@ def _measure(
     row = score(maps, figures, cells["folded_percent"], cells["no_fold_proven"])
     judged = judged_labels(fixed_labels.data, moving_labels.data, dataset.evaluated)
     dice = [overlap["labels"][str(label)] for label in judged]
-    return dataclasses.replace(
+    whole = dataclasses.replace(
         row,
         fixed=given(pair.fixed.image).name,
         moving=given(pair.moving.image).name,
@@ -188,50 +231,38 @@ def _measure(
         dice_aligned=mean(stages["aligned"] for stages in dice),
         seconds=float(sum(report["seconds"].values())),
     )
+    return whole.to_json(_KEPT)
 
 
 class _Rows:
     """The rows that are done, in a file beside the result: a line of settings, then a line per pair."""
 
     def __init__(self, out: Path, settings: dict[str, object]) -> None:
-        self._path = out.with_name(out.name + ".rows.jsonl")
-        head = to_json(settings)
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.is_file() else []
+        self._journal = Journal(out.with_name(out.name + ".rows.jsonl"))
+        head, *lines = [*self._journal.read()] or [None]
         self._rows: dict[str, PairRow] = {}
-        if lines[:1] == [head]:
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # the last line of a process that was killed
-                    continue
-                self._rows[to_json(entry["files"])] = PairRow(**entry["row"])
-        kept = [_line(json.loads(files), row) for files, row in self._rows.items()]
-        write_atomically(self._path, "".join(f"{line}\n" for line in [head, *kept]).encode())
+        if head == json.loads(to_json(settings)):
+            self._rows = {to_json(line["files"]): PairRow(**line["row"]) for line in lines}
+        else:
+            self.remove()
+            self._journal.add(settings)
 
     def find(self, pair: Pair) -> PairRow | None:
         """Return the row of a pair whose files are as they were; None where there is none."""
         return self._rows.get(to_json(_files(pair)))
 
-    def add(self, pair: Pair, row: PairRow) -> None:
+    def add(self, pair: Pair, figures: dict[str, Any]) -> None:
         """Write the row of a pair.
 
         Raises:
             MorphSeekError: the disk is full.
         """
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(_files(pair), row) + "\n")
-        except OSError as error:
-            raise MorphSeekError(f"{self._path} cannot be written ({error.strerror}); free some space.") from error
+        self._journal.add({"files": _files(pair), "row": figures})
+        self._rows[to_json(_files(pair))] = PairRow(**figures)
 
     def remove(self) -> None:
         """Remove the file; the result holds all rows."""
-        self._path.unlink(missing_ok=True)
-
-
-def _line(files: list[list[object]], row: PairRow) -> str:
-    """Return a row's line, with the files that it depends on."""
-    return to_json({"files": files, "row": row.to_json(_KEPT)})
+        self._journal.path.unlink(missing_ok=True)
 
 
 def _files(pair: Pair) -> list[list[object]]:

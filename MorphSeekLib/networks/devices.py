@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,12 +22,15 @@ from torch import nn
 
 from ..backbones.memory import channels_last
 from ..protocol.errors import MorphSeekError
+from ..protocol.job import SILENT, Job
+from ..protocol.lock import try_lock
 from ..protocol.startup import check_device, check_threads
 
 if TYPE_CHECKING:
     from typing_extensions import NotRequired  # Python 3.10 has none
 
 _ALL_THREADS = torch.get_num_threads()
+_LOOK = 0.02  # seconds between looks at whether a GPU is free
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,6 +73,31 @@ def use_threads(count: int | None = None) -> None:
         check_threads(count)
     torch.set_num_threads(count or _ALL_THREADS)
     use_simpleitk_threads(count)
+
+
+@contextmanager
+def gpu_turn(device: torch.device, job: Job = SILENT) -> Iterator[None]:
+    """Wait until none of this user's processes on this computer that also ask has its turn on a GPU, then take it.
+
+    Args:
+        device: of the processor there is no turn to wait for.
+        job: asked while waiting.
+
+    Raises:
+        Cancelled: the job was.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    card = torch.cuda.get_device_properties(device)
+    user = os.getuid() if os.name == "posix" else os.environ.get("USERNAME", "")
+    name = f"morphseek-{user}-{getattr(card, 'uuid', device.index)}.lock"  # cuda:0 may be another card elsewhere
+    file = os.open(Path(tempfile.gettempdir()) / name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    with os.fdopen(file, "r+b") as lock:
+        while not try_lock(lock):
+            job.check()
+            time.sleep(_LOOK)
+        yield
 
 
 class DeviceEntry(TypedDict):

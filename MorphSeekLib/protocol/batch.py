@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import glob
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import MorphSeekError
+from .journal import Journal
 from .options import RegistrationOptions
 from .settings import from_dict, to_dict, to_json
 from .settings_file import RegistrationSettings
@@ -288,15 +288,12 @@ def _value(name: str, text: Any) -> Any:
 def read_outcomes(folder: Path) -> dict[str, Outcome]:
     """Return the latest outcome of each pair; a line that a killed process left unfinished is passed over."""
     found: dict[str, Outcome] = {}
-    path = folder / ROWS
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    outcome = Outcome(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                found[outcome.name] = outcome
+    for line in Journal(folder / ROWS).read():
+        try:
+            outcome = Outcome(**line)
+        except TypeError:
+            continue
+        found[outcome.name] = outcome
     return found
 
 

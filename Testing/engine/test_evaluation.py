@@ -15,12 +15,14 @@ from test_registration import random_model
 from typer.testing import CliRunner
 
 from MorphSeekLib.app.cli import app
+from MorphSeekLib.app.crew import Crew
+from MorphSeekLib.app.evaluate import by_crew
 from MorphSeekLib.data.datasets import Case, Pair, PairLoader, load_dataset
 from MorphSeekLib.evaluation.evaluate import evaluate
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.measures.scores import WORKING, definitions
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
-from MorphSeekLib.protocol.job import Job
+from MorphSeekLib.protocol.job import SILENT, Job
 from MorphSeekLib.space.geometry import Grid, Volume
 from MorphSeekLib.training.trainer import VALIDATION_FIGURES, validate
 
@@ -128,7 +130,7 @@ def test_training_evaluation_and_table_take_their_definitions_from_one_table(dat
 
 
 def stopped_after(count, dataset, model, out):
-    """Evaluate, cancelled as the pair after ``count`` of them begins."""
+    """Evaluate, cancelled when ``count`` pairs are done."""
     seen = []
     with pytest.raises(Cancelled):
         evaluate(
@@ -136,7 +138,7 @@ def stopped_after(count, dataset, model, out):
             "registration_test",
             model,
             out,
-            job=Job(lambda event: seen.append(event.step), lambda: seen[-1:] == [count + 1]),
+            job=Job(lambda event: seen.append(event.step), lambda: seen[-1:] == [count]),
         )
 
 
@@ -179,6 +181,24 @@ def test_half_a_row_of_a_killed_process_is_left_out(dataset, model, tmp_path):
             '{"files": [["a',
         )
     assert len(evaluate(dataset, "registration_test", model, out)["pairs"]) == 2
+
+
+def test_workers_give_the_same_figures(dataset, model, tmp_path):
+    here = evaluate(dataset, "registration_test", model, tmp_path / "here.json", steps_only())
+    work = by_crew(Crew(workers=2, threads=1), dataset, "registration_test", model.name, steps_only(), "cpu", SILENT)
+    there = evaluate(dataset, "registration_test", model, tmp_path / "there.json", steps_only(), work=work)
+    for one, other in zip(here["pairs"], there["pairs"], strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_a_pair_that_fails_does_not_stop_the_others(tmp_path, model):
+    path = write_dataset(tmp_path / "data", 3)
+    first = path.parent / load_dataset(path).pairs["registration_test"][0].moving.file.name
+    first.write_bytes(b"no image")
+    out = tmp_path / "e.json"
+    with pytest.raises(MorphSeekError, match=rf"^[12] of 2 pairs failed.*\n.*{first.name}"):
+        evaluate(load_dataset(path), "registration_test", model, out, steps_only())
+    assert not out.exists()
 
 
 # ------------------------------------------------------------------ refused before the work
