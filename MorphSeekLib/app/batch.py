@@ -34,6 +34,7 @@ class BatchOptions:
         device: auto, cpu or cuda:N.
         retry: register those again that failed.
         strict: refuse the batch if any row has a problem.
+        bids: the BIDS data set of the moving images, whose derivatives the results are named as.
     """
 
     output: Path
@@ -43,6 +44,7 @@ class BatchOptions:
     device: str = "auto"
     retry: bool = False
     strict: bool = False
+    bids: Path | None = None
 
 
 def batch(
@@ -64,7 +66,9 @@ def batch(
             problem.
         Cancelled: the same call goes on.
     """
+    from ..data.bids import name_derivatives
     from ..report.cohort import write_cohort
+    from ..report.template import write_template
 
     crew = Crew(options.workers, options.threads, client)
     planned = folders.plan(pairs, options.settings)
@@ -88,8 +92,14 @@ def batch(
                 _run(left, options, crew, known, job)
         finally:
             found = [bad.get(pair.name) or known.get(pair.name) for pair in planned]
-            write_cohort(output, [outcome for outcome in found if outcome is not None])
-    return [outcome for outcome in found if outcome is not None]
+            outcomes = [outcome for outcome in found if outcome is not None]
+            write_cohort(output, outcomes)
+        if options.bids is not None:
+            done = {outcome.name for outcome in outcomes if outcome.state == "done"}
+            name_derivatives(output, options.bids, {pair.name: pair.files for pair in planned if pair.name in done})
+        if words := write_template(output, outcomes, job):
+            job.report("write", 1.0, words)
+    return outcomes
 
 
 def _claim(output: Path, settings: BatchSettings) -> None:

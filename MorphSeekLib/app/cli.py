@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..protocol.batch import FILES, KEPT, BatchSettings, bids_rows, globbed, input_paths, read_table
+from ..protocol.batch import FILES, KEPT, BatchSettings, globbed, input_paths, read_table
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job, Notice
 from ..protocol.options import RegistrationOptions, TrainingOptions
@@ -302,7 +302,7 @@ def batch_command(
         from .batch import BatchOptions, batch
         from .crew import cluster_client
 
-        options = BatchOptions(output, shared, workers, choices.threads, choices.device, retry, strict)
+        options = BatchOptions(output, shared, workers, choices.threads, choices.device, retry, strict, bids)
         with cluster_client(cluster, cluster_security, scheduler_file) as client:
             try:
                 outcomes = batch(rows, options, client, job)
@@ -343,6 +343,8 @@ def _rows(
     if bids is not None:
         if (fixed is None) is not longitudinal:
             raise MorphSeekError("--bids needs either --fixed TEMPLATE or --longitudinal.")
+        from ..data.bids import bids_rows
+
         return bids_rows(bids, suffix, fixed, *only)
     if fixed is None or moving is None:
         raise MorphSeekError("--moving needs --fixed, the image that all others are registered to.")

@@ -16,7 +16,7 @@ import dataclasses
 import glob
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,6 @@ FILES = (
 State = Literal["done", "failed"]
 _SAFE = re.compile(r"[^\w.+-]+")
 _IMAGE = re.compile(r"\.(nii\.gz|nii|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
-_ENTITY = re.compile(r"(?:^|_)([a-z]+)-([a-zA-Z0-9+]+)")
 
 
 def input_paths(files: Mapping[str, str]) -> list[Path]:
@@ -176,50 +175,6 @@ def _shortest_names(paths: Sequence[str]) -> list[str]:
         return [_SAFE.sub("-", "-".join(each[-2:])) for each in parts]
     kept = [index for index, same in enumerate(zip(*parts, strict=True)) if len(set(same)) > 1]
     return [_SAFE.sub("-", "-".join(each[index] for index in kept)) for each in parts]
-
-
-def entities(name: str) -> dict[str, str]:
-    """Return the entities of a BIDS name, such as {"sub": "01", "ses": "a"}."""
-    return dict(_ENTITY.findall(name))
-
-
-def bids_rows(
-    root: Path,
-    suffix: str,
-    fixed: Path | None = None,
-    subjects: Collection[str] = (),
-    sessions: Collection[str] = (),
-) -> list[dict[str, str]]:
-    """Return the pairs of a BIDS data set.
-
-    Args:
-        root: its folder.
-        suffix: such as T1w.
-        fixed: what all images are registered to; None: the later sessions of a subject to its first.
-        subjects, sessions: only these (without sub- and ses-); empty for all.
-
-    Raises:
-        MorphSeekError: no pair was found.
-    """
-    check_readable(root)
-    found: dict[str, list[Path]] = {}
-    for path in sorted(root.glob(f"sub-*/**/*_{suffix}.nii*")):
-        known = entities(path.name)
-        if (subjects and known.get("sub") not in subjects) or (sessions and known.get("ses") not in sessions):
-            continue
-        found.setdefault(known.get("sub", ""), []).append(path)
-    rows = []
-    for images in found.values():
-        first = fixed or images[0]
-        own = entities(first.name)
-        for path in images if fixed else images[1:]:
-            if fixed is None and entities(path.name).get("ses") == own.get("ses"):
-                continue  # another run of the first session
-            rows.append({"fixed": str(first), "moving": str(path), "name": _IMAGE.sub("", path.name)})
-    if not rows:
-        words = "with a second session" if fixed is None else "that matches"
-        raise MorphSeekError(f"{root} holds no image sub-*_{suffix}.nii.gz {words}; check --suffix and the filters.")
-    return rows
 
 
 def plan(rows: Iterable[Mapping[str, str]], settings: BatchSettings) -> list[BatchPair]:

@@ -252,6 +252,7 @@ class _Measured(Figures):
     precision: str
     align: str
     mirrored: bool
+    alignment_determinant: float | None
     masks: MasksSection
     steps: list[StepSection]
     preset: str

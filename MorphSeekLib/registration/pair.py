@@ -104,6 +104,11 @@ class Alignment:
         """Whether it exchanges left and right."""
         return is_mirrored(self.transform)
 
+    @property
+    def determinant(self) -> float | None:
+        """By how much it scales volumes, below 0 where it mirrors; None where it bends."""
+        return float(np.linalg.det(self.transform[:3, :3])) if isinstance(self.transform, np.ndarray) else None
+
 
 @dataclass
 class Outcome:

@@ -167,6 +167,7 @@ def make_report(
         "precision": str(network_precision(pair.device)).removeprefix("torch."),
         "align": alignment.kind,
         "mirrored": alignment.mirrored,
+        "alignment_determinant": alignment.determinant,
         "masks": {
             "fixed": None if pair.masks.fixed is None else int(pair.masks.fixed.sum()),
             "moving": None if pair.masks.moving is None else int(pair.masks.moving.sum()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import SimpleITK as sitk
 
 from MorphSeekLib.app.batch import BatchOptions, batch
-from MorphSeekLib.protocol.batch import BatchSettings, bids_rows, globbed, plan, read_outcomes, read_table
+from MorphSeekLib.data.bids import bids_rows
+from MorphSeekLib.protocol.batch import BatchSettings, globbed, plan, read_outcomes, read_table
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.job import Event, Job
 from MorphSeekLib.protocol.options import RegistrationOptions
@@ -87,6 +89,59 @@ def test_bids_pairs_later_sessions_with_the_first(tmp_path):
     assert Path(rows[0]["fixed"]).name == "sub-01_ses-a_T1w.nii.gz"
     with pytest.raises(MorphSeekError, match="second session"):
         bids_rows(tmp_path, "T1w", subjects=["02"])
+
+
+def test_results_are_named_as_bids_derivatives(tmp_path):
+    for ses in ("a", "b"):
+        ball(tmp_path / "in" / "sub-01" / f"ses-{ses}" / "anat" / f"sub-01_ses-{ses}_acq-x_T1w.nii.gz", ses == "b")
+    out, root = tmp_path / "out", tmp_path / "in"
+    for _ in range(2):  # the second time nothing is left to do
+        batch(bids_rows(root, "T1w"), BatchOptions(out, QUICK, threads=1, bids=root))
+    place = out / "derivatives" / "sub-01" / "ses-b" / "anat"
+    stem = "sub-01_ses-b_acq-x"
+    assert {path.name for path in place.iterdir()} == {
+        *(f"{stem}_space-sesa_desc-warped_T1w{ending}" for ending in (".nii.gz", ".json")),
+        *(f"{stem}_space-sesa_desc-report_T1w{ending}" for ending in (".html", ".json")),
+        f"{stem}_space-sesa_desc-jacobian_T1w.nii.gz",
+        f"{stem}_space-sesa_desc-folding_mask.nii.gz",
+        f"{stem}_from-sesa_to-T1w_mode-points_xfm.h5",
+    }
+    assert (place / f"{stem}_space-sesa_desc-warped_T1w.nii.gz").samefile(out / f"{stem}_T1w" / "warped.nii.gz")
+    about = json.loads((out / "derivatives" / "dataset_description.json").read_text())
+    assert about["DatasetType"] == "derivative"
+    from ancpbids import BIDSLayout
+
+    found = BIDSLayout(str(out / "derivatives")).get(desc="warped", extension=".nii.gz", return_type="filename")
+    assert [Path(path).parent for path in found] == [place]
+
+
+def test_a_template_gets_the_mean_and_the_spread_of_log_jacobians(pairs, tmp_path):
+    """Against numpy, with a pair that the initial transform makes twice as large, which the deformable part is not."""
+    twice = sitk.AffineTransform(3)
+    twice.Scale(2.0)
+    sitk.WriteTransform(twice, str(tmp_path / "twice.tfm"))
+    pairs[2]["initial_transform"] = str(tmp_path / "twice.tfm")
+    fitted = BatchSettings(
+        "none", RegistrationOptions(align="none", search="off", preset="fast", fit_iterations=(4, 4))
+    )
+    out = tmp_path / "out"
+    assert all(one.state == "done" for one in batch(pairs, BatchOptions(out, fitted, threads=1)))
+
+    def values(path: Path) -> np.ndarray:
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(path))).astype(float)
+
+    log = np.log([values(out / f"p{n}" / "jacobian.nii.gz") for n in range(3)])
+    assert values(out / "template" / "mean.nii.gz") == pytest.approx(
+        np.mean([values(out / f"p{n}" / "warped.nii.gz") for n in range(3)], axis=0), abs=1e-3
+    )
+    for part, expected in (("whole-", log), ("", log - np.log([1, 1, 8])[:, None, None, None])):
+        found = [values(out / "template" / f"log-jacobian-{part}{name}.nii.gz") for name in ("mean", "std")]
+        assert found[0] == pytest.approx(expected.mean(axis=0), abs=1e-5)
+        assert found[1] == pytest.approx(expected.std(axis=0, ddof=1), abs=1e-5)
+    assert not values(out / "template" / "folded.nii.gz").any()
+    written = (out / "template" / "mean.nii.gz").stat().st_mtime_ns
+    batch(pairs, BatchOptions(out, fitted))
+    assert (out / "template" / "mean.nii.gz").stat().st_mtime_ns == written
 
 
 def test_all_problems_are_found_at_once(tmp_path):

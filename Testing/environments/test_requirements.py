@@ -14,6 +14,7 @@ ROOT = HERE.parents[1]
 LISTS = sorted(HERE.glob("slicer-python-*.txt"))
 ELSEWHERE = {
     "MorphSeekLib/app/crew.py": {"distributed"},  # a cluster, with a sentence where it is missing
+    "MorphSeekLib/data/bids.py": {"ancpbids"},  # the command line of a cohort, with a sentence where it is missing
     "MorphSeekLib/app/demo.py": {"nilearn"},  # the command that shows it off, with a sentence where it is missing
     "MorphSeekLib/report/cohort.py": {"PIL"},  # pillow, which both Slicers have and matplotlib brings
     "MorphSeekLib/training/distributed.py": {"lightning_fabric"},  # many processes: never started by the panel
