@@ -52,10 +52,11 @@ def bids_rows(
         from ancpbids import BIDSLayout
     except ImportError as error:
         raise MorphSeekError("BIDS data sets need ancpbids: pip install 'morphseek[bids]'.") from error
-    only = {name: list(values) for name, values in (("sub", subjects), ("ses", sessions)) if values}
-    wanted = {"scope": "raw", "suffix": suffix, "extension": [".nii", ".nii.gz"], "return_type": "filename", **only}
+    wanted: dict[str, Any] = {"scope": "raw", "suffix": suffix, "extension": [".nii", ".nii.gz"]}
+    wanted |= {name: list(values) for name, values in (("sub", subjects), ("ses", sessions)) if values}
+    found: list[str] = BIDSLayout(str(root.resolve())).get(**wanted, return_type="filename")
     images: dict[str, list[Path]] = {}
-    for path in sorted(map(Path, BIDSLayout(str(root.resolve())).get(**wanted))):
+    for path in map(Path, sorted(found)):
         images.setdefault(_entities(path).get("sub", ""), []).append(path)
     rows = []
     for own in images.values():
