@@ -54,9 +54,9 @@ def bids_rows(
         raise MorphSeekError("BIDS data sets need ancpbids: pip install 'morphseek[bids]'.") from error
     wanted: dict[str, Any] = {"scope": "raw", "suffix": suffix, "extension": [".nii", ".nii.gz"]}
     wanted |= {name: list(values) for name, values in (("sub", subjects), ("ses", sessions)) if values}
-    found: list[str] = BIDSLayout(str(root.resolve())).get(**wanted, return_type="filename")
+    found = BIDSLayout(str(root.resolve())).get(**wanted, return_type="filename")
     images: dict[str, list[Path]] = {}
-    for path in map(Path, sorted(found)):
+    for path in sorted(Path(str(path)) for path in found):
         images.setdefault(_entities(path).get("sub", ""), []).append(path)
     rows = []
     for own in images.values():
