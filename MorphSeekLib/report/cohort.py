@@ -124,7 +124,7 @@ def outliers(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def write_cohort(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write cohort.csv and cohort.html of all pairs that were tried, the worst first.
+    """Write cohort.csv and cohort.html of all pairs that were tried, the worst first, unless they are there.
 
     Raises:
         MorphSeekError: a file cannot be written.
@@ -143,8 +143,12 @@ def write_cohort(folder: Path, outcomes: Sequence[Outcome]) -> None:
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / "cohort.csv", text.getvalue().encode())
-    write_atomically(folder / "cohort.html", _page(folder, rows).encode("utf-8", "replace"))
+    content = text.getvalue().encode()
+    table, page = folder / "cohort.csv", folder / "cohort.html"
+    if page.is_file() and table.is_file() and table.read_bytes() == content:
+        return
+    write_atomically(page, _page(folder, rows).encode("utf-8", "replace"))
+    write_atomically(table, content)
 
 
 def _badness(row: Mapping[str, Any]) -> tuple[object, ...]:

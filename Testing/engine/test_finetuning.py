@@ -6,11 +6,14 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -265,10 +268,20 @@ def test_a_policy_at_its_floor_stops_the_run(dataset, tmp_path):
 
 
 def test_two_processes_do_what_one_does(dataset, init, tmp_path):
-    """The same global batch, shared by two real CPU processes under torchrun's variables."""
+    """The same global batch, shared by two real CPU processes, started by the command of the SLURM script."""
     pytest.importorskip("lightning_fabric", reason="several processes need Lightning Fabric")
-    for code, errors in ended(two_processes(dataset, init, CONFIG, tmp_path / "two.safetensors")):
-        assert code == 0, errors
+    page = (Path(__file__).resolve().parents[2] / "Resources" / "Docs" / "cluster.md").read_text()
+    command = re.search(r"^srun bash -c 'exec (torchrun .*)'$", page, re.MULTILINE)[1]
+    (tmp_path / "settings.json").write_text(json.dumps(plain(CONFIG)))
+    values = {"NODES": "1", "PROCESSES": "2", "DEVICE": "cpu", "FIRST": "localhost:0", "OMP_NUM_THREADS": "1"}
+    values |= {"CASES": str(dataset.path), "INIT": str(init), "SETTINGS": str(tmp_path / "settings.json")}
+    values |= {"MODEL": str(tmp_path / "two.safetensors")}
+    words = string.Template(command).substitute(values).split()
+    words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    ended = subprocess.run(
+        words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
     finetune(dataset, CONFIG, init, tmp_path / "one.safetensors")
     # biases before InstanceNorm have no gradient but rounding, which Adam blows up: what the models do is compared
     pair = PairLoader(Preprocessing(spacing=(2.5, 2.5, 2.5)), 4, True)(dataset.split("registration_val")[0])
