@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,7 @@ def batch(
         bad = {p.name: Outcome(p.name, "failed", "", " ".join(p.problems)) for p in planned if p.problems}
         try:
             if left:
+                _check_room(left, options)
                 _run(left, options, crew, known, job)
         finally:
             found = [bad.get(pair.name) or known.get(pair.name) for pair in planned]
@@ -100,6 +102,28 @@ def batch(
         if words := write_template(output, outcomes, job):
             job.report("write", 1.0, words)
     return outcomes
+
+
+def _check_room(left: Sequence[BatchPair], options: BatchOptions) -> None:
+    """Refuse a batch whose results are larger than what the disk has left.
+
+    Raises:
+        MorphSeekError: how much is needed, and how much is there.
+    """
+    from ..io.images import voxel_count
+
+    voxels: dict[str, int] = {}
+    for pair in left:
+        if pair.files["fixed"] not in voxels:
+            voxels[pair.files["fixed"]] = voxel_count(pair.files["fixed"])
+    rooms = [folders.ROOM[name] for name in options.settings.keep]
+    needed = sum(each + rate * voxels[pair.files["fixed"]] for pair in left for each, rate in rooms)
+    free = shutil.disk_usage(options.output).free
+    if needed > free:
+        raise MorphSeekError(
+            f"The results of {len(left)} pairs need about {needed / 1e9:.1f} GB, and {options.output} has "
+            f"{free / 1e9:.1f} GB left; free some space, keep less with --keep, or choose another folder."
+        )
 
 
 def _claim(output: Path, settings: BatchSettings) -> None:

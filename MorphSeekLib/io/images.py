@@ -67,6 +67,18 @@ def read_map(path: str | os.PathLike) -> Volume:
     return _volume(_read(path), shown(path), torch.float32)
 
 
+def voxel_count(path: str | os.PathLike) -> int:
+    """Return how many voxels an image file says it has, by its header alone; 0 where that does not tell."""
+    reader = sitk.ImageFileReader()
+    try:
+        reader.SetFileName(library_name(path))
+        with _quiet():
+            reader.ReadImageInformation()
+    except (RuntimeError, MorphSeekError):
+        return 0
+    return math.prod(reader.GetSize())
+
+
 def read_grid(path: str | os.PathLike, nifti_form: str | None = None) -> Grid:
     """Read where the voxels of an image or a label map lie; its values do not matter.
 

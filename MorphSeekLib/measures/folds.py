@@ -12,6 +12,7 @@ bound by Bernstein coefficients).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -349,11 +350,11 @@ def unfold(
 
     Args:
         transform, mirrored: as for :func:`certify`.
-        iterations: the most; none where every cell is proven.
+        iterations: the most in which the cells that are left do not become fewer; none where every cell is proven.
         job: checked once per iteration.
 
     Returns:
-        the transform; it may still fold where the iterations did not suffice.
+        the transform; it may still fold where that did not suffice.
     """
     frame = _Frame(transform, mirrored)
     active = torch.zeros([n - 1 for n in frame.shape], dtype=torch.bool)
@@ -367,7 +368,8 @@ def unfold(
     start = nodes.clone()
     touched = active.clone()
     wanted = torch.full(active.shape, _WANTED)
-    for iteration in range(iterations):
+    fewest, last = active.numel(), iterations
+    for iteration in itertools.count():
         job.check()
         touched |= _with_neighbors(active)
         cells = _with_neighbors(active).nonzero()
@@ -386,6 +388,10 @@ def unfold(
             goal = wanted[tuple(cells.unbind(1))]
             _relax(nodes, cells[goal >= 1])
             wanted[tuple(cells.unbind(1))] = (1.5 * goal).clamp(max=1)
+        if len(cells) < fewest:
+            fewest, last = len(cells), iteration + iterations
+        elif iteration >= last:
+            break
         active.zero_()[tuple(cells.unbind(1))] = True
     moved = frame.to_mm((nodes - start)[0]).float()
     return DenseTransform(transform.displacement + moved, transform.grid)

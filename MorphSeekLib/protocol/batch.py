@@ -39,6 +39,16 @@ KEPT: dict[str, tuple[str, ...]] = {
     "report": ("report.html",),
 }
 """What can be kept of each pair, by its name in --keep; report.json always is."""
+ROOM: dict[str, tuple[float, float]] = {
+    "warped": (0, 2),
+    "transform": (5e5, 0.8),
+    "inverse": (4e5, 0.8),
+    "jacobian": (0, 3.3),
+    "folding": (0, 0.01),
+    "labels": (0, 0.1),
+    "report": (4.4e6, 0),
+}
+"""About how many bytes each takes: of every pair, and of each voxel of its fixed image (1 mm brains)."""
 FILES = (
     *("fixed", "moving", "initial_transform", "fixed_labels", "moving_labels", "fixed_landmarks", "moving_landmarks"),
     *("fixed_mask", "moving_mask", "ignore", "ignore_moving"),

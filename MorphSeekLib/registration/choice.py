@@ -15,6 +15,9 @@ from ..space.geometry import Volume
 from ..space.preprocessing import general
 from .alignment import object_size
 
+NEAR = 1.1
+"""How many times larger or smaller than the objects of a model's training another may be for "auto" to take it."""
+
 
 def chosen_model(
     name: str,
@@ -27,7 +30,7 @@ def chosen_model(
 
     Args:
         name: a bundled model's, a file's, "none", or "auto": the bundled model that was trained on labels, was better
-            on labeled pairs than a fit, and knows objects of the size that both images show; else none.
+            on labeled pairs than a fit, and knows objects of about the size that both images show; else none.
         images: fixed and moving.
         device: as for :func:`MorphSeekLib.networks.loading.load_model`.
         job: checked.
@@ -46,7 +49,7 @@ def chosen_model(
     sizes = [object_size(image, job) for image in images]
     for own, path in bundled().items():
         card = read_card(path)
-        if card.knows_labels and all(card.preprocessing.beyond(size) == 1 for size in sizes):
+        if card.knows_labels and all(1 / NEAR <= card.preprocessing.beyond(size) <= NEAR for size in sizes):
             shown = " and ".join(f"{size:.0f}" for size in sizes)
             words = f"Model: {own}, which was trained on labels of objects of the size of these ({shown} mm)."
             return load(own, device), where, words

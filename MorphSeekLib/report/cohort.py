@@ -34,7 +34,7 @@ FAR = 3.5
 """Robust standard deviations (1.4826 times the median absolute deviation) from the median that make an outlier."""
 RULE = (
     f"An outlier lies more than {FAR} robust standard deviations (1.4826 times the median absolute deviation) from "
-    "the median of all pairs, on the worse side."
+    "the median of all pairs, on the worse side; where more than half of the pairs are equal, every one that is worse."
 )
 _ICONS = {"red": "■", "amber": "▲", "green": "●", None: "○"}
 _ORDER = {"failed": 0, "red": 1, "amber": 2, None: 3, "green": 4}
@@ -118,7 +118,7 @@ def outliers(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
         middle = statistics.median(value for _, value in known)
         spread = 1.4826 * statistics.median(abs(value - middle) for _, value in known)
         for name, value in known:
-            if spread > 0 and sign * (value - middle) > FAR * spread:
+            if sign * (value - middle) > FAR * spread:
                 found.setdefault(name, []).append(figure)
     return found
 
@@ -155,7 +155,8 @@ def _badness(row: Mapping[str, Any]) -> tuple[object, ...]:
     color = "failed" if row["state"] == "failed" else row.get("color")
     figure = row.get("similarity_after")
     likeness = row["dice"] if isinstance(row.get("dice"), float) else figure if isinstance(figure, float) else math.inf
-    return _ORDER[color], -len(row["outlier"].split()), likeness, row["name"]
+    far = sum(figure != "seconds" for figure in row["outlier"].split())
+    return _ORDER[color], -far, likeness, row["name"]
 
 
 _SHOWN = {
@@ -219,5 +220,6 @@ def _histogram(title: str, values: Sequence[Any], bins: int = 20) -> str:
     return (
         f'<svg width="{8 * bins}" height="90" role="img"><title>{html.escape(title)}</title>{bars}'
         f'<text x="0" y="74" font-size="11">{html.escape(title)}</text>'
-        f'<text x="0" y="88" font-size="11">{min(known):.3g} to {max(known):.3g}</text></svg>'
+        f'<text x="0" y="88" font-size="11">{min(known):.3g} to {max(known):.3g}, '
+        f"median {statistics.median(known):.3g}</text></svg>"
     )

@@ -3,8 +3,8 @@
     python Testing/benchmarks/batch_cost.py [--shared ../shared] [--rounds 3] [--rows 10000] [--out FILE]
 
 - throughput: 12 hippocampus and 4 brain pairs (2 mm) of registration_test, by one local worker of one thread and by
-  two, in turn. The clock begins when each worker has registered one pair (models loaded, kernels compiled) and ends with
-  the last pair. "of_two" is the seconds of one worker over those of two, halved: 1 is perfect.
+  two, in turn. The clock begins when each worker has registered one pair (models loaded, kernels compiled) and ends
+  with the last pair. "of_two" is the seconds of one worker over those of two, halved: 1 is perfect.
 - finished: ``batch`` on a folder of so many rows that are all done, in processor seconds of a process of its own, over
   those of one that imports torch. The rows are copies of one that was registered.
 

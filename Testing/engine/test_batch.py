@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import SimpleITK as sitk
 
 from MorphSeekLib.app.batch import BatchOptions, batch
 from MorphSeekLib.data.bids import bids_rows
-from MorphSeekLib.protocol.batch import BatchSettings, globbed, plan, read_outcomes, read_table
+from MorphSeekLib.protocol.batch import BatchSettings, Outcome, globbed, plan, read_outcomes, read_table
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.job import Event, Job
 from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.report.cohort import write_cohort
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = BatchSettings("none", RegistrationOptions(align="none", search="off", fit="off", inverse=False))
@@ -170,6 +172,28 @@ def test_bad_rows_fail_and_the_rest_runs(pairs, tmp_path):
     ball(bad)
     again = batch(rows, BatchOptions(tmp_path / "out", QUICK, retry=True, threads=1))
     assert [one.name for one in again if one.state == "failed"] == ["missing"]
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_first_pair(pairs, tmp_path, monkeypatch):
+    usage = type(shutil.disk_usage(tmp_path))(10**12, 10**12 - 10**7, 10**7)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(MorphSeekError, match=r"3 pairs need about 0\.0 GB.*0\.0 GB left.*--keep"):
+        batch(pairs, BatchOptions(tmp_path / "out", QUICK))
+    few = BatchSettings("none", QUICK.options, keep=("warped",))
+    assert len(batch(pairs[:1], BatchOptions(tmp_path / "few", few, threads=1))) == 1
+
+
+def test_the_worst_come_first_and_outliers_are_marked(tmp_path):
+    """Where all others are equal, one that folds is an outlier; one that only took long is not put first."""
+    plain = {"color": "green", "dice": 0.8, "folded_percent": 0.0, "seconds": 1.0, "verdict": ""}
+    figures = {f"p{n}": plain | {"dice": 0.8 + 0.001 * n} for n in range(6)}
+    figures["p3"] |= {"seconds": 99.0}
+    figures["p4"] |= {"folded_percent": 0.01}
+    write_cohort(tmp_path, [Outcome(name, "done", "", "", each) for name, each in figures.items()])
+    with (tmp_path / "cohort.csv").open() as file:
+        found = {row["name"]: row["outlier"] for row in csv.DictReader(file)}
+    assert found == {"p4": "folded_percent", "p0": "", "p1": "", "p2": "", "p3": "seconds", "p5": ""}
+    assert next(iter(found)) == "p4"
 
 
 def test_strict_refuses_bad_rows(pairs, tmp_path):

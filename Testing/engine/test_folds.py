@@ -327,6 +327,18 @@ def test_unfolding_moves_only_what_folds():
     assert folds.unfold(transform, iterations=0) is transform
 
 
+def test_unfolding_goes_on_while_fewer_folds_are_left():
+    """A field as rough as a network's steps may be, which more than twice the iterations are needed for."""
+    smooth = torch.randn(1, 3, 10, 10, 10, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        smooth = torch.nn.functional.avg_pool3d(smooth, 3, 1, 1)
+    transform = DenseTransform(2 * smooth[0] / smooth.std(), plain((10, 10, 10)))
+    calls = []
+    unfolded = folds.unfold(transform, job=Job(cancelled=lambda: calls.append(None)))
+    assert len(calls) > 600
+    assert folds.certify(unfolded, unfolded.grid).count.no_fold_proven
+
+
 @settings(max_examples=4, deadline=None)
 @given(strength=st.floats(2.0, 20.0), seed=st.integers(0, 1000))
 def test_unfolding_a_field_of_folds_stays_finite_and_makes_none_more(strength, seed):
