@@ -40,13 +40,19 @@ NOT_RUN = {
     "morphseek batch --bids /data/study --suffix T1w --longitudinal -o study",
     "morphseek batch pairs.csv -o /shared/study --cluster tls://scheduler:8786 --cluster-security tls.json",
     "morphseek batch pairs.csv -o /shared/study --scheduler-file /shared/scheduler.json",
+    "morphseek evaluate dataset.json --model site.safetensors --out figures.json --scheduler-file "
+    "/shared/scheduler.json",
     "python Testing/benchmarks/hippocampus.py gain ../shared/data/hippocampus/dataset.json --runs gain",
     "python Testing/benchmarks/main_table.py main-table --data ../shared/data --out main-table",
     "python Testing/benchmarks/without_model.py --out test-pairs.json",
 }
 NAMED_FILE = re.compile(r"`((?:MorphSeekLib|MorphSeek|Resources|Testing)/[\w./-]+)`")
 NAMED_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-OF_OTHER_PROGRAMS = {"--logdir", "--nthreads"}
+OF_OTHER_PROGRAMS = {
+    *("--logdir", "--nthreads"),
+    *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"),  # torchrun
+    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal"),  # SLURM
+}
 SHORT = ["--iterations", "2"]
 LIGHTER = {"register": ["--model", "small.safetensors"], "warmup": SHORT, "finetune": SHORT, "spac": SHORT}
 TRAINED_SHORTLY = ["--options", "short.json"]
