@@ -20,6 +20,7 @@ from pathlib import Path
 import cmake_install
 import pytest
 from cases import blob_grid, blob_image, blob_labels, write_dataset
+from kernel_cache import lend_kernels
 
 from MorphSeekLib.io.images import write_image
 
@@ -67,6 +68,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     call(*pip, "morphseek[demo]", folder=folder)  # what the wheel says it needs, as far as it is not there
     found = call(programs / "python", "-c", "import MorphSeekLib; print(MorphSeekLib.__file__)", folder=folder)
     assert Path(found.strip()).is_relative_to(folder)
+    lend_kernels(Path(found.strip()).parent)
     return programs
 
 
