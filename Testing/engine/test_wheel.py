@@ -121,10 +121,10 @@ def test_the_wheel_registers(installed, tmp_path):
 
 def test_the_wheel_trains_by_a_recipe_of_its_own(installed, tmp_path):
     dataset = write_dataset(tmp_path / "data")
-    options = ("--config", "hippocampus", "--iterations", 10, "--device", "cpu", "--out", "trained.safetensors")
+    options = ("--config", "hippocampus", "--iterations", 2, "--device", "cpu", "--out", "trained.safetensors")
     call(installed / "morphseek", "warmup", dataset, *options, folder=tmp_path)
     rows = (tmp_path / "trained.safetensors.jsonl").read_text().splitlines()
-    assert [json.loads(row)["iteration"] for row in rows] == list(range(1, 11))
+    assert [json.loads(row)["iteration"] for row in rows] == [1, 2]
     card = json.loads(call(installed / "morphseek", "info", "trained.safetensors", "--json", folder=tmp_path))
     assert card["title"].startswith("Hippocampus MR")
 
