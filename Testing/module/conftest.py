@@ -69,10 +69,11 @@ class Engines:
         self._kept._fail_pending(Fault.ENGINE_CLOSED)
 
     def end(self) -> None:
-        """End the engine."""
-        if self._kept is not None:
-            self._kind.close(self._kept)
-        self._kept = None
+        """End the engine, and let it be closed as any other from now on."""
+        engine, self._kept = self._kept, None
+        if engine is not None:
+            del engine.close
+            engine.close()
 
 
 @pytest.fixture(scope="module")
