@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo preview test lint docs environment environments clean
+.PHONY: setup demo preview kernels test lint docs environment environments clean
 
 setup: .venv/ready
 
@@ -19,8 +19,12 @@ demo: setup
 preview: setup
 	$(BIN)/python Testing/preview.py
 
-test: setup
-	$(BIN)/python -m pytest -n 2
+# once for all processes of the tests; each would compile them again while none is done
+kernels: setup
+	$(BIN)/python -m MorphSeekLib.registration.compile_kernels
+
+test: kernels
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

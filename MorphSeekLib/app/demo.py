@@ -123,9 +123,13 @@ def brain_pair() -> DemoPair:
     return DemoPair("brain", titles, fixed, moving, RegistrationOptions(), truth, fixed.data > 0)
 
 
-def abdomen_pair() -> DemoPair:
-    """Return a phantom of the abdomen in two modalities, the moving one with a large known deformation."""
-    grid = abdomen_grid()
+def abdomen_pair(spacing: float = 3.0) -> DemoPair:
+    """Return a phantom of the abdomen in two modalities, the moving one with a large known deformation.
+
+    Args:
+        spacing: of both images, mm.
+    """
+    grid = abdomen_grid(spacing)
     fixed, truth = abdomen(grid, "ct"), known_map(grid, seed=1, wave=80.0, strength=8.0)
     inside = fixed.data > -300
     inside[:, :, :7] = inside[:, :, -7:] = False  # what may have left the moving image is nowhere to be found

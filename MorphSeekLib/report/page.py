@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import SimpleITK as sitk
 import torch
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, to_rgba
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
-from matplotlib.patheffects import withStroke
 
 from ..io.files import write_atomically
 from ..protocol.report import Report, VerdictSection
@@ -36,13 +31,17 @@ from ..space import geometry
 from ..space.geometry import DenseTransform, Grid, Volume
 from ..space.preprocessing import sampled_places
 
+if TYPE_CHECKING:  # matplotlib is imported by what draws: a fifth of the time that a worker takes to start
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+
 _MOST_PIXELS = 512  # along the longest side of a slice
 _SAMPLE_VOXELS = 300_000  # that intensity windows are judged by
 _INCH_WIDTH, _MOST_ROW, _DPI = 12.4, 4.5, 150  # a sheet's width and the most height of one of its rows, inches
 
 # dark in the middle, as a subtraction image: what is black has not changed
-_DIFFERENCE = LinearSegmentedColormap.from_list("difference", ["#7fd4ff", "#1f6fd0", "#000000", "#d07a10", "#ffe08a"])
-_VOLUME_CHANGE = LinearSegmentedColormap.from_list("volume", ["#8ef0c0", "#149060", "#000000", "#8a4fd0", "#e0c0ff"])
+_DIFFERENCE = ("#7fd4ff", "#1f6fd0", "#000000", "#d07a10", "#ffe08a")
+_VOLUME_CHANGE = ("#8ef0c0", "#149060", "#000000", "#8a4fd0", "#e0c0ff")
 _FOLDED = "#ff2020"
 _LINES = "#ffd34d"
 _TEXT = "#d8d8d8"
@@ -303,12 +302,16 @@ class _Panel:
         index = geometry.apply_affine(np.linalg.inv(self.grid.affine), point[None])[0, :2] + 0.5
         center = (self.left + index[0] * self.pixel, self.top + index[1] * self.pixel)
         radius = radius_mm / float(self.grid.spacing[0]) * self.pixel
+        from matplotlib.patches import Circle, Rectangle
+
         frame = Rectangle((self.left, self.top), self.right - self.left, self.bottom - self.top)
         circle = self.axes.add_patch(Circle(center, radius, fill=False, color="white", linewidth=0.9))
         circle.set_clip_path(frame.get_path(), frame.get_transform() + self.axes.transData)
 
     def letters(self) -> None:
         """Draw orientation letters inside the four edges."""
+        from matplotlib.patheffects import withStroke
+
         x, y, rim = (self.left + self.right) / 2, (self.top + self.bottom) / 2, 0.05
         places = (
             (self.left + rim, y, "left", "center"),
@@ -439,7 +442,7 @@ class _Scene:
     def draw_volume_change(self, panel: _Panel) -> None:
         change = np.log(np.maximum(_cut(self.pictures.jacobian, panel.grid), 1e-9))
         limit = math.log(self.volume_limit)
-        panel.show(change, _VOLUME_CHANGE, -limit, limit)
+        panel.show(change, _colors(_VOLUME_CHANGE), -limit, limit)
         self._outline(panel, self.levels[:1], "#a0a0a0", 0.6)
         self._folds(panel)
 
@@ -451,10 +454,12 @@ class _Scene:
     def _difference(self, panel: _Panel, moving: Volume) -> None:
         moving_gray = _scaled(_cut(moving, panel.grid), self.moving_window)
         fixed_gray = _scaled(_cut(self.pictures.fixed, panel.grid), self.fixed_window)
-        panel.show(moving_gray - fixed_gray, _DIFFERENCE, -self.difference_limit, self.difference_limit)
+        panel.show(moving_gray - fixed_gray, _colors(_DIFFERENCE), -self.difference_limit, self.difference_limit)
 
     def _folds(self, panel: _Panel) -> None:
         if self.folds:
+            from matplotlib.colors import to_rgba
+
             folded = _cut(self.pictures.folding, panel.grid, "nearest") > 0
             panel.show(np.where(folded[..., None], to_rgba(_FOLDED), 0.0), smooth=False)
 
@@ -475,6 +480,9 @@ class _Scene:
         self, point: np.ndarray, columns: dict[str, Callable[[_Panel], None]], circle_mm: float | None = None
     ) -> bytes:
         """Draw planes (rows) by columns through one point (LPS mm), all at one scale; PNG."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         grids = [self.slice_grid(plane, point) for plane in PLANES]
         margin, head, gap = 0.32, 0.32, 0.06  # inches
         foot = 0.62 if any(draw in self._scales() for draw in columns.values()) else gap
@@ -514,16 +522,24 @@ class _Scene:
 
     def _scales(self) -> dict[Callable, tuple[Any, tuple[str, str, str]]]:
         """Return colors and the texts below their ends and middle, for the columns that have a scale."""
-        difference = (_DIFFERENCE, ("fixed\nbrighter", "equal", "moving\nbrighter"))
+        difference = (_colors(_DIFFERENCE), ("fixed\nbrighter", "equal", "moving\nbrighter"))
         limit = f"{self.volume_limit:g}"
         return {
             self.draw_difference_before: difference,
             self.draw_difference_after: difference,
             self.draw_volume_change: (
-                _VOLUME_CHANGE,
+                _colors(_VOLUME_CHANGE),
                 (f"1/{limit}: moving\nstretched", "1: kept", f"{limit}: moving\ncompressed"),
             ),
         }
+
+
+@functools.cache
+def _colors(stops: tuple[str, ...]) -> Colormap:
+    """Return the colors between some, from the lowest value to the highest."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("stops", stops)
 
 
 def _write(axes: Axes, x: float, y: float, text: str, size: float = 9, rotation: float = 0) -> None:

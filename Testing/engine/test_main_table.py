@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from cases import TINY, write_dataset
 from comparison.main_table import (
     SETTINGS,
@@ -24,6 +25,7 @@ from comparison.main_table import (
 )
 from comparison.scoring import DEFINITIONS
 from comparison.table import latex, markdown, rows_of, write_report
+from main_table import main
 from safetensors.torch import load_file
 from scipy.stats import wilcoxon
 
@@ -362,17 +364,19 @@ def test_two_processes_share_the_runs(data, tmp_path, monkeypatch):
         assert here != (f"{name}: Measuring" in complained), "trained by one of the two"
 
 
-def test_the_command_line_refuses_in_a_sentence(data, tmp_path):
-    options = ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]
+def test_the_command_line_refuses_in_a_sentence(data, tmp_path, capsys):
+    options = ["main-table", "--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]
     for more, words in (
         (["--only", "lungs"], "No run matches 'lungs'"),
         (["--config", str(tmp_path / "no.toml")], "cannot be read"),
-        ([], "hippocampus/dataset.json"),
     ):
-        command = [sys.executable, str(SCRIPT), "main-table", *options, *more]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert found.returncode == 2
-        assert words in found.stderr.replace("\n", "")
+        with pytest.raises(typer.Exit) as ended:
+            main([*options, *more])
+        assert ended.value.exit_code == 2
+        assert words in capsys.readouterr().err.replace("\n", "")
+    found = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "hippocampus/dataset.json" in found.stderr.replace("\n", "")
 
 
 # ------------------------------------------------------------------ figures of the report, by hand

@@ -17,7 +17,7 @@ from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine, index_points
 
-GRID = Grid.from_parts((44, 48, 40), (2.0, 2.0, 2.0), np.eye(3), (-40.0, -50.0, 10.0))
+GRID = Grid.from_parts((36, 40, 32), (2.0, 2.0, 2.0), np.eye(3), (-40.0, -50.0, 10.0))
 FAST = RegistrationOptions(preset="fast", inverse=False, search="on", align="affine")
 
 

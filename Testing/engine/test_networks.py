@@ -174,7 +174,7 @@ def dataset(tmp_path_factory):
 def test_warm_up_and_fine_tuning_move_every_part(name, dataset, tmp_path):
     """Two iterations each; then a pair is registered with what came out, and fitted a little."""
     run = RunSettings(iterations=2, steps=1, validate_every=2)
-    preprocessing = Preprocessing(spacing=(2.5, 2.5, 2.5), align="none")
+    preprocessing = Preprocessing(spacing=(4.0, 4.0, 4.0), align="none")
     config = TrainingConfig(model=ModelSettings(name, TINY[name]), preprocessing=preprocessing, training=run)
     files = [warmup(dataset, config, tmp_path / "warm.safetensors")]
     for place in ("latent", "field"):

@@ -43,21 +43,16 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = MorphSeekLib.nothing
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_the_names_of_the_first_readme_still_work_with_a_warning():
+    lines = (
         "from MorphSeekLib.images import read_image",
         "from MorphSeekLib.registration import load_model, register",
         "from MorphSeekLib.devices import use_threads",
-    ],
-)
-def test_the_names_of_the_first_readme_still_work_with_a_warning(line):
-    done = run(
-        f"import warnings; warnings.simplefilter('error', DeprecationWarning)\ntry:\n    {line}\n"
-        "except DeprecationWarning as told: print(told)"
     )
-    assert "is now MorphSeekLib." in done
-    run(line)
+    tries = "".join(f"try:\n    {line}\nexcept DeprecationWarning as told: print(told)\n" for line in lines)
+    told = run(f"import warnings; warnings.simplefilter('error', DeprecationWarning)\n{tries}").splitlines()
+    assert ["is now MorphSeekLib." in sentence for sentence in told] == [True] * len(lines)
+    run("; ".join(lines))
 
 
 def test_the_protocol_needs_the_standard_library_alone():

@@ -103,8 +103,8 @@ def test_what_is_misspelled_is_refused_before_anything_heavy_is_imported(here):
     assert not (here / "out").exists()
 
 
-def test_a_registration_imports_neither_scipy_nor_pydicom_before_it_needs_them():
-    script = "import sys, MorphSeekLib.registration.pipeline; print({'scipy', 'pydicom'} & set(sys.modules))"
+def test_the_worker_imports_neither_matplotlib_nor_pydicom_nor_scipy_before_it_needs_them():
+    script = "import sys, MorphSeekLib.app.worker; print({'matplotlib', 'pydicom', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import cmake_install
 import pytest
 from cases import blob_grid, blob_image, blob_labels, write_dataset
+from kernel_cache import lend_kernels
 
 from MorphSeekLib.io.images import write_image
 
@@ -67,6 +68,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     call(*pip, "morphseek[demo]", folder=folder)  # what the wheel says it needs, as far as it is not there
     found = call(programs / "python", "-c", "import MorphSeekLib; print(MorphSeekLib.__file__)", folder=folder)
     assert Path(found.strip()).is_relative_to(folder)
+    lend_kernels(Path(found.strip()).parent)
     return programs
 
 
@@ -119,10 +121,10 @@ def test_the_wheel_registers(installed, tmp_path):
 
 def test_the_wheel_trains_by_a_recipe_of_its_own(installed, tmp_path):
     dataset = write_dataset(tmp_path / "data")
-    options = ("--config", "hippocampus", "--iterations", 10, "--device", "cpu", "--out", "trained.safetensors")
+    options = ("--config", "hippocampus", "--iterations", 2, "--device", "cpu", "--out", "trained.safetensors")
     call(installed / "morphseek", "warmup", dataset, *options, folder=tmp_path)
     rows = (tmp_path / "trained.safetensors.jsonl").read_text().splitlines()
-    assert [json.loads(row)["iteration"] for row in rows] == list(range(1, 11))
+    assert [json.loads(row)["iteration"] for row in rows] == [1, 2]
     card = json.loads(call(installed / "morphseek", "info", "trained.safetensors", "--json", folder=tmp_path))
     assert card["title"].startswith("Hippocampus MR")
 

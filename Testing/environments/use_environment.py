@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+# nothing here is compiled yet (see make_environment.py): let the first process do it for those that follow
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "MorphSeek"), str(ROOT / "Testing" / "engine")]

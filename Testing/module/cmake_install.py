@@ -19,20 +19,16 @@ set(Slicer_INSTALL_QTSCRIPTEDMODULES_LIB_DIR lib/Slicer/qt-scripted-modules)
 """
 
 # The real one runs ITK's platform checks, whose try_compile ends the configuration of a project without C++. Its macros
-# copy each named file when the project is built, and install the whole folder of copies.
+# copy each named file when the project is built, these when it is configured, which starts no process for each file;
+# both install the whole folder of copies.
 USE_FILE = """
 try_compile(compiles ${CMAKE_BINARY_DIR}/check ${CMAKE_CURRENT_LIST_DIR}/check.cxx)
 
 function(ctkMacroCompilePythonScript)
   cmake_parse_arguments(A "NO_INSTALL_SUBDIR" "TARGET_NAME;DESTINATION_DIR;INSTALL_DIR" "SCRIPTS;RESOURCES" ${ARGN})
-  set(copies)
   foreach(file ${A_SCRIPTS} ${A_RESOURCES})
-    set(copy ${A_DESTINATION_DIR}/${file})
-    add_custom_command(OUTPUT ${copy} DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${file}
-      COMMAND ${CMAKE_COMMAND} -E copy ${CMAKE_CURRENT_SOURCE_DIR}/${file} ${copy})
-    list(APPEND copies ${copy})
+    configure_file(${CMAKE_CURRENT_SOURCE_DIR}/${file} ${A_DESTINATION_DIR}/${file} COPYONLY)
   endforeach()
-  add_custom_target(Copy${A_TARGET_NAME}PythonFiles ALL DEPENDS ${copies})
   install(DIRECTORY ${A_DESTINATION_DIR}/ DESTINATION ${A_INSTALL_DIR})
 endfunction()
 

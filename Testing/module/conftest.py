@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +37,65 @@ def module(stand_in):
     stand_in.show(module.widgetRepresentation())
     module.widgetRepresentation().enter()
     return module
+
+
+class Engines:
+    """Makes the engines of panels; one that a panel closed is given to the next, since starting one takes seconds."""
+
+    def __init__(self) -> None:
+        self._kind = self._kept = self._made_for = None
+
+    def of(self, kind: type) -> Engines:
+        """Make engines of a class; another one than before after the module was reloaded."""
+        if kind is not self._kind:
+            self.end()
+        self._kind = kind
+        return self
+
+    def __call__(self, python=None, environment=None):
+        variables = {**(os.environ if environment is None else environment), "PYTEST_CURRENT_TEST": ""}
+        if self._kept is None or self._made_for != (python, variables) or not self._kept.running:
+            self.end()
+            self._kept, self._made_for = self._kind(python, environment=environment), (python, variables)
+            self._kept.close = self._give_up
+        return self._kept
+
+    def _give_up(self, patience: float = 5.0) -> None:
+        """End the requests as a closed engine does, but not the engine."""
+        from MorphSeekGui.engine_client import Fault
+
+        for request in list(self._kept._pending.values()):
+            self._kept.cancel(request)
+        self._kept._fail_pending(Fault.ENGINE_CLOSED)
+
+    def end(self) -> None:
+        """End the engine, and let it be closed as any other from now on."""
+        engine, self._kept = self._kept, None
+        if engine is not None:
+            del engine.close
+            engine.close()
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """What makes the engines of a file's tests."""
+    engines = Engines()
+    yield engines
+    engines.end()
+
+
+@pytest.fixture
+def own_engine():
+    """For a test of how the engine starts and ends, in a file that keeps it."""
+
+
+@pytest.fixture
+def kept_engine(request, engines, monkeypatch):
+    """Keep the engine from test to test, for those of what panels show and do."""
+    from MorphSeekGui import engine_client
+
+    if "own_engine" not in request.fixturenames:
+        monkeypatch.setattr(engine_client, "EngineClient", engines.of(engine_client.EngineClient))
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from test_inspect_panel import one_thread, panel, ui  # noqa: F401 - fixtures
 
 from MorphSeekLib.space import geometry
 
+pytestmark = pytest.mark.usefixtures("kept_engine")
+
 
 @pytest.fixture
 def world():

@@ -19,6 +19,8 @@ from MorphSeekGui.scene import FLIP, InputError
 from test_apply_section import engine_ends, markups, points_of  # noqa: F401 - a fixture
 from test_landmarks_section import texts
 
+pytestmark = pytest.mark.usefixtures("kept_engine")
+
 
 @pytest.fixture
 def world():

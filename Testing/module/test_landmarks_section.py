@@ -16,6 +16,8 @@ from MorphSeekGui.registration import register
 from MorphSeekGui.scene import InputError
 from test_apply_section import engine_ends, markups, points_of  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.usefixtures("kept_engine")
+
 
 def texts(table, column: int) -> list[str]:
     return [table.item(row, column).text() for row in range(table.rowCount)]

@@ -17,12 +17,12 @@ import worlds
 from MorphSeekGui import scene
 from MorphSeekGui.registration import register
 from MorphSeekGui.scene import InputError
-from test_apply_section import engine_ends  # noqa: F401 - a fixture
 from test_inspect_panel import row_of
 from test_scene import segmentation_of
 
 from MorphSeekLib.space.geometry import Grid, Volume, resample
 
+pytestmark = pytest.mark.usefixtures("kept_engine")
 FAST = {"model": "none", "preset": "fast", "search": "off", "align": "none", "inverse": False}
 SELECTORS = ("fixedMaskSelector", "fixedIgnoreSelector", "movingMaskSelector", "movingIgnoreSelector")
 

@@ -21,6 +21,7 @@ from MorphSeekGui import quality, scene
 from MorphSeekGui.training_run import find_runs
 from MorphSeekGui.training_texts import figures_table
 
+pytestmark = pytest.mark.usefixtures("kept_engine")
 OLD = Path(__file__).resolve().parents[1] / "old_files"
 EXPECTED = json.loads((OLD / "scene" / "expected.json").read_text(encoding="utf-8"))
 JUDGED = json.loads((OLD / "reports" / "judged.json").read_text(encoding="utf-8"))

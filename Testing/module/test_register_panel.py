@@ -25,6 +25,7 @@ from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.verdict import folds
 from MorphSeekLib.space import geometry
 
+pytestmark = pytest.mark.usefixtures("kept_engine")
 FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
 
 
@@ -341,6 +342,7 @@ def test_cancel_leaves_the_scene_as_it_was(stand_in, panel, ui, pair, monkeypatc
     assert panel.logic.client().running, "the engine stays for the next run"
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_an_engine_that_dies_is_told_in_a_sentence(stand_in, panel, ui, pair):
     ui.fixedSelector.setCurrentNode(worlds.add_volume("large", large(pair.world.fixed)))
     before = scene_state()
@@ -386,6 +388,7 @@ def test_closing_the_scene_in_the_middle(stand_in, panel, ui, pair):
     assert ui.registerButton.enabled is True, "the panel is of use again"
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_reloading_the_module_in_the_middle_ends_the_engine(stand_in, module, panel, ui, pair):
     # long enough that a busy machine does not hear of the first step and of the end at once
     fixed = worlds.add_volume("large", large(pair.world.fixed))
@@ -412,6 +415,7 @@ def package():
     sys.modules.update(kept)
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_reload_reads_the_package_again(package, stand_in, module, panel):
     """Slicer's developer button reloads the module's file alone."""
     import MorphSeekGui.views as before
@@ -512,6 +516,7 @@ class Pip:
         qt.QTimer.singleShot(20, work)
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_first_run_asks_installs_and_goes_on(stand_in, panel, ui, pair, monkeypatch):
     pip = Pip(stand_in, monkeypatch)
     asked = []
@@ -654,6 +659,7 @@ def test_devices_are_asked_of_the_engine(stand_in, panel, ui):
     assert panel.logic.getParameterNode().device == "cpu"
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_a_python_of_ones_own_runs_the_engine(stand_in, panel, ui):
     """It gets none of the variables that Slicer's launcher sets for Slicer's own."""
     stand_in.wait(lambda: panel._hello is None)
@@ -662,6 +668,7 @@ def test_a_python_of_ones_own_runs_the_engine(stand_in, panel, ui):
     assert panel.logic.client().call("hello")["devices"]
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_the_engines_python_can_be_emptied(stand_in, panel, ui):
     def chosen() -> str:
         return slicer.util.settingsValue("MorphSeek/EnginePython", "")
@@ -674,6 +681,7 @@ def test_the_engines_python_can_be_emptied(stand_in, panel, ui):
         assert not ui.resetPythonButton.enabled
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_a_wrong_path_of_the_engines_python_is_said(stand_in, panel, ui, tmp_path):
     text = tmp_path / "notes.txt"
     text.touch()
@@ -694,6 +702,7 @@ def test_a_wrong_path_of_the_engines_python_is_said(stand_in, panel, ui, tmp_pat
     assert ui.enginePythonLabel.isHidden()
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_a_program_that_is_no_python_is_said(stand_in, panel, ui, tmp_path):
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\necho this is no Python >&2\nexit 4\n")

@@ -15,6 +15,8 @@ from PySide6 import QtWidgets
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.settings_file import read_settings
 
+pytestmark = pytest.mark.usefixtures("kept_engine")
+
 
 @pytest.fixture
 def panel(stand_in, module):

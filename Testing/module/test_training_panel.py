@@ -26,6 +26,8 @@ from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.settings import from_dict
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
+pytestmark = pytest.mark.usefixtures("kept_engine")
+
 MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
 FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
 PICTURES = os.environ.get("MORPHSEEK_PICTURES")  # a folder: pictures of the states, to be looked at
@@ -241,6 +243,7 @@ def test_stop_resume_and_stop_at_once(stand_in, panel, files):
     assert "The training was interrupted" in ui.statusLabel.text
 
 
+@pytest.mark.usefixtures("own_engine")
 @pytest.mark.parametrize("keep", [True, False])
 def test_slicer_closes_and_opens_again(stand_in, panel, files, home, keep):
     check(stand_in, panel, files / "cases")
@@ -352,6 +355,7 @@ def test_a_check_can_be_cancelled(stand_in, panel, files):
     assert "Cases to train on" in panel.ui.casesSummary.text
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_without_the_engine_it_says_what_to_do(stand_in, panel, files, monkeypatch):
     from MorphSeekGui import dependencies
 
@@ -371,6 +375,7 @@ def test_a_failed_training_says_why(stand_in, panel, files, home):
     assert "cuda:42" in panel.ui.logText.plainText
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_a_python_of_ones_own_checks_and_trains(stand_in, panel, files):
     """It gets none of the variables that Slicer's launcher sets for Slicer's own."""
     slicer.app.userSettings().setValue("MorphSeek/EnginePython", FOREIGN_PYTHON)
@@ -382,6 +387,7 @@ def test_a_python_of_ones_own_checks_and_trains(stand_in, panel, files):
     assert panel.run.status().state == "done", panel.run.log()
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_there_is_one_engine_and_it_follows_its_python(stand_in, panel, files, tmp_path):
     check(stand_in, panel, files / "cases")
     first = panel.logic.client()
@@ -505,6 +511,7 @@ def test_figures_say_what_got_better_and_what_worse(stand_in, panel):
     assert "1.250" in text
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_no_process_is_left(stand_in, panel, files):
     """After the panel's cleanup neither the check's engine nor anything else of it runs."""
     check(stand_in, panel, files / "cases")

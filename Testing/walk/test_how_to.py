@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from blocks import DOCS, HOW_TO, ROOT, Block, blocks
 from cases import write_dataset
+from kernel_cache import lend_kernels
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_registration import random_model
 
@@ -53,6 +54,7 @@ def checkout(given, tmp_path) -> Path:
             shutil.copytree(ROOT / name, copy / name, ignore=LEFT_OUT)
         else:
             shutil.copy(ROOT / name, copy / name)
+    lend_kernels(copy / "MorphSeekLib")
     return copy
 
 
