@@ -263,7 +263,7 @@ class BatchPanel(Panel):
             self.engine_python()  # refuses where there is no engine yet
             if source == _SCENE and not self._pairs:
                 raise InputError(
-                    _("The list has no pair yet; choose two volumes above and press 'Add the pair above'.")
+                    _("The list has no pair yet; choose two volumes above and press 'Add pair'.")
                 )
             rows = [] if source == _SCENE else self._rows_of(source)
             run = create_batch(batches_folder(), self.ui.batchNameEdit.text.strip(), settings, start)
