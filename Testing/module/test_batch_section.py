@@ -310,7 +310,8 @@ def test_a_process_that_cannot_begin_says_its_last_words(opened, home):
     batch = opened.batch
     run = create_batch(home, "x", opened.register.chosen_settings(), opened.register.chosen_start())
     write_pairs(run, [{"fixed": "a.nii", "moving": "b.nii"}])
-    run.start(command=[FOREIGN_PYTHON, "-c", "import sys; sys.exit('no room')"])
+    command = [FOREIGN_PYTHON, "-c", "import sys; sys.exit('no room')"]
+    run.start(command=command, environment=slicer.util.startupEnvironment())
     run._process.wait()
     batch.open_batch(run.folder)
     batch._runs[0] = batch.run = run
