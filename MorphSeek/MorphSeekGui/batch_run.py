@@ -26,8 +26,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from MorphSeekLib.protocol import batch as folders
-from MorphSeekLib.protocol.batch import BatchPair, BatchSettings, BatchStatus, plan, read_outcomes, read_table
+from MorphSeekLib.protocol.batch import (
+    REPORT,
+    ROWS,
+    SETTINGS,
+    TABLE,
+    BatchPair,
+    BatchSettings,
+    BatchStatus,
+    globbed,
+    plan,
+    read_outcomes,
+    read_table,
+)
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.protocol.run_folder import STATUS, read_json
 from MorphSeekLib.protocol.settings_file import RegistrationSettings, read_settings, settings_text
@@ -36,8 +47,7 @@ from .faults import Fault
 from .folder_process import FolderProcess, RunError
 
 PAIRS, CHOICES, START = "pairs.csv", "settings.json", "start.json"
-IMAGES = "images"
-"""The folder for what was written from a scene."""
+IMAGES = "images"  # the folder for what was written from a scene
 _WORST_FIRST = ("failed", "red", "amber", "", "green", "waiting")
 
 
@@ -155,7 +165,7 @@ class BatchRun(FolderProcess):
     def stamp(self) -> tuple[object, ...]:
         """Return something that changes when :meth:`rows` would."""
         found: list[object] = [self._planned is None]
-        for name in (PAIRS, folders.ROWS, folders.TABLE):
+        for name in (PAIRS, ROWS, TABLE):
             try:
                 stat = (self.folder / name).stat()
                 found.append((stat.st_size, stat.st_mtime_ns))
@@ -195,7 +205,7 @@ class BatchRun(FolderProcess):
     def _failed(self) -> dict[str, str]:
         """Return the problems of the failed pairs in cohort.csv, where alone those are that were never begun."""
         try:
-            with open(self.folder / folders.TABLE, encoding="utf-8", newline="") as file:
+            with open(self.folder / TABLE, encoding="utf-8", newline="") as file:
                 return {row["name"]: row["problem"] for row in csv.DictReader(file) if row["state"] == "failed"}
         except (OSError, KeyError, csv.Error):
             return {}
@@ -203,12 +213,12 @@ class BatchRun(FolderProcess):
     @property
     def report(self) -> Path | None:
         """The page for people, once there is one."""
-        path = self.folder / folders.REPORT
+        path = self.folder / REPORT
         return path if path.is_file() else None
 
     def nifti_form(self) -> str | None:
         """Return which form places the NIfTI files of its images that have both; None for the one ITK takes."""
-        return read_json(self.folder / folders.SETTINGS).get("nifti_form")
+        return read_json(self.folder / SETTINGS).get("nifti_form")
 
 
 def worst_first(rows: Sequence[BatchRow]) -> list[BatchRow]:
@@ -291,7 +301,7 @@ def folder_rows(template: Path, folder: Path, pattern: str) -> list[dict[str, st
     Raises:
         MorphSeekError: no image has such a name.
     """
-    return folders.globbed(template.resolve(), str(Path(_escaped(folder.resolve())) / pattern))
+    return globbed(template.resolve(), str(Path(_escaped(folder.resolve())) / pattern))
 
 
 def _escaped(folder: Path) -> str:
@@ -305,16 +315,16 @@ def find_batches(root: Path | str, others: Iterable[Path | str] = ()) -> list[Ba
         root: the folder of batches.
         others: folders of single batches elsewhere; those that are gone are left out.
     """
-    found = {path.parent for name in (PAIRS, folders.SETTINGS) for path in Path(root).glob(f"*/{name}")}
+    found = {path.parent for name in (PAIRS, SETTINGS) for path in Path(root).glob(f"*/{name}")}
     found |= {Path(folder) for folder in others if is_batch(folder)}
     return [BatchRun(folder) for folder in sorted(found, key=_age)]
 
 
 def is_batch(folder: Path | str) -> bool:
     """Return whether a folder is a batch's."""
-    return any((Path(folder) / name).is_file() for name in (PAIRS, folders.SETTINGS))
+    return any((Path(folder) / name).is_file() for name in (PAIRS, SETTINGS))
 
 
 def _age(folder: Path) -> int:
-    times = [(folder / name).stat().st_mtime_ns for name in (PAIRS, folders.SETTINGS) if (folder / name).is_file()]
+    times = [(folder / name).stat().st_mtime_ns for name in (PAIRS, SETTINGS) if (folder / name).is_file()]
     return -min(times)

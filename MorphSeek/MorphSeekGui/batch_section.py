@@ -116,6 +116,7 @@ class BatchPanel(Panel):
         self._root = FolderButton(self.ui.batchesFolderButton, str(batches_folder()), self._choose_root)
         self._set_up_tables()
         self._connect()
+        self._tell("")
         self._show_source()
         self._show_pairs()
 
@@ -172,7 +173,7 @@ class BatchPanel(Panel):
         """Add the pair that is chosen in the section Register."""
         pair = self._chooser.chosen_pair()
         if pair.fixed is None or pair.moving is None or pair.fixed is pair.moving:
-            self._start_message.fail(_("Choose a fixed and another moving volume above first."))
+            self._refuse(_("Choose a fixed and another moving volume above first."))
             return
         self._add([pair])
 
@@ -180,7 +181,7 @@ class BatchPanel(Panel):
         """Add every other volume of the scene, registered to the chosen fixed volume."""
         chosen = self._chooser.chosen_pair()
         if chosen.fixed is None:
-            self._start_message.fail(_("Choose a fixed volume above first."))
+            self._refuse(_("Choose a fixed volume above first."))
             return
         made = scene.made_by_registrations(self.scene)
         volumes = [
@@ -190,7 +191,7 @@ class BatchPanel(Panel):
             if node is not chosen.fixed and node.GetID() not in made and node.GetImageData() is not None
         ]
         if not volumes:
-            self._start_message.fail(_("The scene has no other volume; load those to be registered."))
+            self._refuse(_("The scene has no other volume; load those to be registered."))
             return
         labels = [
             node
@@ -213,7 +214,7 @@ class BatchPanel(Panel):
     def _add(self, pairs: list[ScenePair]) -> None:
         known = {(pair.fixed.GetID(), pair.moving.GetID()) for pair in self._pairs}
         self._pairs += [pair for pair in pairs if (pair.fixed.GetID(), pair.moving.GetID()) not in known]
-        self._start_message.say("")
+        self._tell("")
         self._show_pairs()
 
     def remove_pair(self, *_args) -> None:
@@ -253,7 +254,7 @@ class BatchPanel(Panel):
         """Start a batch of what is chosen; pressed again while pairs are copied, cancel it."""
         if self._copying is not None:
             self._end_copying()
-            self._start_message.say(_("Canceled; nothing was started."))
+            self._tell(_("Canceled; nothing was started."))
             return
         settings, start = self._chooser.chosen_settings(), self._chooser.chosen_start()
         start = replace(start, workers=self.ui.workersSpinBox.value)
@@ -262,9 +263,7 @@ class BatchPanel(Panel):
         try:
             self.engine_python()  # refuses where there is no engine yet
             if source == _SCENE and not self._pairs:
-                raise InputError(
-                    _("The list has no pair yet; choose two volumes above and press 'Add pair'.")
-                )
+                raise InputError(_("The list has no pair yet; choose two volumes above and press 'Add pair'."))
             rows = [] if source == _SCENE else self._rows_of(source)
             run = create_batch(batches_folder(), self.ui.batchNameEdit.text.strip(), settings, start)
             if source != _SCENE:
@@ -272,7 +271,7 @@ class BatchPanel(Panel):
                 self._launch(run)
                 return
         except (InputError, MorphSeekError, RunError, OSError) as problem:
-            self._refuse(run, problem)
+            self._give_up(run, problem)
             return
         pairs = [
             replace(pair, request=replace(pair.request, options=settings.options, model=settings.model))
@@ -313,7 +312,7 @@ class BatchPanel(Panel):
             for copied in pieces:
                 if time.monotonic() > until:
                     self.ui.copyProgressBar.value = round(1000 * copied.share)
-                    self._start_message.say(_("Copying {name}").format(name=copied.name))
+                    self._tell(_("Copying {name}").format(name=copied.name))
                     return
             found = writer.exported
             if found.problems:
@@ -323,7 +322,7 @@ class BatchPanel(Panel):
             write_pairs(run, found.rows)
         except (InputError, RunError) as problem:
             self._end_copying()
-            self._refuse(None, problem)
+            self._give_up(None, problem)
             return
         self._copying = None
         self._show_copying(False)
@@ -349,9 +348,9 @@ class BatchPanel(Panel):
         try:
             self._start_process(run)
         except (InputError, RunError, OSError) as problem:
-            self._refuse(run, problem)
+            self._give_up(run, problem)
             return
-        self._start_message.say("")
+        self._tell("")
         self._runs.insert(0, run)
         self._list_runs(run)
 
@@ -359,11 +358,21 @@ class BatchPanel(Panel):
         python, environment = self.engine_python(), self.logic.engine_environment()
         run.start(bool(self.ui.keepBatchCheck.checked), retry, python, environment=environment)
 
-    def _refuse(self, run: BatchRun | None, problem: Exception) -> None:
+    def _give_up(self, run: BatchRun | None, problem: Exception) -> None:
         """Say why a batch cannot be started; nothing is left of it."""
         if run is not None:
             discard(run)
-        self._start_message.fail(sentence(problem))
+        self._refuse(sentence(problem))
+
+    def _refuse(self, problem: str) -> None:
+        """Show an error below the button that starts."""
+        self._start_message.fail(problem)
+        self.ui.startBatchLabel.visible = True
+
+    def _tell(self, text: str) -> None:
+        """Show a text below the button that starts; "" for none."""
+        self._start_message.say(text)
+        self.ui.startBatchLabel.visible = bool(text)
 
     # ---------------------------------------------------------------------------------------------------- batches
 

@@ -12,8 +12,8 @@ from .quality import headline
 from .remaining_time import duration
 from .scene import _
 
+# not everybody can tell the colors apart
 ICONS = {"failed": "✕", "red": "■", "amber": "▲", "": "○", "green": "●", "waiting": "…"}
-"""Not everybody can tell the colors apart."""
 
 
 def verdict(row: BatchRow) -> str:
