@@ -18,7 +18,8 @@ import numpy as np
 import qt
 import slicer
 import slicer.util
-from MorphSeekGui import applying, dependencies, registration
+from MorphSeekGui import applying, batch_script, dependencies, registration
+from MorphSeekGui.batch_section import batches_folder
 from MorphSeekGui.engine_client import EngineClient, close_shared_client, shared_client
 from MorphSeekGui.inspect_panel import InspectPanel
 from MorphSeekGui.panel import Panel
@@ -209,18 +210,33 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
         options = {"client": self.client(), "error_mm": errorMm, **options}
         return registration.correct(nodes, fixedPoints, movingPoints, **options)
 
-    def registerBatch(self, pairs, **options) -> list[registration.Outcome]:
-        """Register many pairs, one after another; one that fails does not stop the others.
+    def registerBatch(
+        self, pairs, folder=None, workers: int = 1, load: bool = True, **options
+    ) -> list[batch_script.Outcome]:
+        """Register many pairs by `morphseek batch` and wait for the end; one that fails does not stop the others.
 
             pairs = [{"fixed_node": atlas, "moving_node": scan} for scan in scans]
             for outcome in MorphSeekLogic().registerBatch(pairs):
-                print(outcome.pair["moving_node"].GetName(), outcome.error or outcome.nodes.report["folding"]["cells"])
+                print(outcome.pair["moving_node"].GetName(), outcome.error or outcome.figures["folded_percent"])
 
         Args:
-            pairs: dicts of the arguments that differ, see :func:`MorphSeekGui.registration.register_batch`.
-            options: the arguments that all pairs share; also on_outcome, called after each pair.
+            pairs: dicts of the arguments of :meth:`register` that differ, "fixed_node" and "moving_node" at least.
+            folder: where the batch gets a folder of its own, which the panel can open; the folder of batches by
+                default.
+            workers: how many pairs are registered at once.
+            load: put the results of each pair into the scene; False leaves them in their files.
+            options: the arguments of :meth:`register` that all pairs share; also on_outcome, called after each pair,
+                and cancelled.
+
+        Returns:
+            an outcome for each pair: nodes, error, folder, figures; see :class:`MorphSeekGui.batch_script.Outcome`.
+
+        Raises:
+            InputError, RunError: the folder cannot be written, or the engine cannot be started.
         """
-        return registration.register_batch(pairs, **{"client": self.client(), **options})
+        engine = batch_script.Engine(self.client(), self.engine_python() or None, self.engine_environment())
+        root = Path(folder) if folder is not None else batches_folder()
+        return batch_script.register_batch(pairs, root, engine, workers=workers, load=load, **options)
 
     def apply(self, nodes: registration.RegistrationNodes, node, **options):
         """Apply a registration to another node that lies with its moving volume, and wait for the end.

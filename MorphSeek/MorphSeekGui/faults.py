@@ -1,4 +1,4 @@
-"""What can go wrong with the engine's process and with a training run, as codes.
+"""What can go wrong with the engine's process, a training run and a batch, as codes.
 
 The process and the run know no Slicer, so they cannot translate: they raise a :class:`Fault`, whose value is the
 English sentence for scripts and logs. The panel shows :func:`MorphSeekGui.messages.sentence`, in the user's language.
@@ -37,6 +37,18 @@ class Fault(Enum):
     RUN_FOLDER = (
         "The folder {folder} cannot be written ({reason}); choose another one for the runs, or free some space."
     )
+
+    BATCH_ALREADY = "The batch '{name}' is running already."
+    BATCH_NOT_STARTED = (
+        "The batch could not be started with '{program}' ({reason}); check that this Python exists and may be run, and "
+        "that the batch's folder can be written."
+    )
+    BATCH_NOT_BEGUN = "The batch could not begin; its log says: {reason}"
+    BATCH_NOT_BEGUN_SILENTLY = "The batch could not begin and its log is empty; please report this."
+    BATCH_FOLDER = (
+        "The folder {folder} cannot be written ({reason}); choose another one for the results, or free some space."
+    )
+    BATCH_NO_PAIRS = "There is no pair to register; add one first."
 
 
 class FaultError(Exception):

@@ -49,4 +49,15 @@ def _translated() -> dict[Fault, str]:
         Fault.RUN_FOLDER: _(
             "The folder {folder} cannot be written ({reason}); choose another one for the runs, or free some space."
         ),
+        Fault.BATCH_ALREADY: _("The batch '{name}' is running already."),
+        Fault.BATCH_NOT_STARTED: _(
+            "The batch could not be started with '{program}' ({reason}); check that this Python exists and may be run, "
+            "and that the batch's folder can be written."
+        ),
+        Fault.BATCH_NOT_BEGUN: _("The batch could not begin; its log says: {reason}"),
+        Fault.BATCH_NOT_BEGUN_SILENTLY: _("The batch could not begin and its log is empty; please report this."),
+        Fault.BATCH_FOLDER: _(
+            "The folder {folder} cannot be written ({reason}); choose another one for the results, or free some space."
+        ),
+        Fault.BATCH_NO_PAIRS: _("There is no pair to register; add one first."),
     }

@@ -20,12 +20,12 @@ _GZIP = 31  # zlib's window bits for a gzip header and trailer
 
 
 def write_nrrd(image: Image, path: Path) -> Iterator[int]:
-    """Write a volume; yields the bytes of each piece of voxels that is written.
+    """Write a volume, or a displacement field (3, i, j, k); yields the bytes of each piece that is written.
 
     Raises:
         OSError: the file cannot be written.
     """
-    voxels = np.ascontiguousarray(image.array.transpose(2, 1, 0)).data.cast("B")  # i runs fastest
+    voxels = np.ascontiguousarray(image.array.T).data.cast("B")  # components run fastest, then i
     packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP)
     with open(path, "wb") as file:
         file.write(_header(image).encode("ascii"))
@@ -38,6 +38,7 @@ def write_nrrd(image: Image, path: Path) -> Iterator[int]:
 
 def _header(image: Image) -> str:
     columns = [_vector(image.affine[:3, axis]) for axis in range(3)]
+    field = image.array.ndim == 4
     kind = image.array.dtype
     floats, integers = {4: "float", 8: "double"}, {"i": "int", "u": "uint", "b": "uint"}
     name = floats[kind.itemsize] if kind.kind == "f" else f"{integers[kind.kind]}{8 * kind.itemsize}"
@@ -45,11 +46,11 @@ def _header(image: Image) -> str:
     lines = (
         "NRRD0004",
         f"type: {name}",
-        "dimension: 3",
+        f"dimension: {image.array.ndim}",
         "space: left-posterior-superior",
         f"sizes: {' '.join(map(str, image.array.shape))}",
-        f"space directions: {' '.join(columns)}",
-        "kinds: domain domain domain",
+        f"space directions: {' '.join((['none'] if field else []) + columns)}",
+        f"kinds: {'vector ' if field else ''}domain domain domain",
         f"endian: {order}",
         "encoding: gzip",
         f"space origin: {_vector(image.affine[:3, 3])}",

@@ -10,7 +10,9 @@ import qt
 import slicer.util
 from slicer.util import VTKObservationMixin
 
+from . import dependencies
 from .details import CopyDetails
+from .scene import InputError, _
 from .widgets import ink
 
 _UI = Path(__file__).resolve().parents[1] / "Resources" / "UI"
@@ -82,6 +84,17 @@ class Panel(VTKObservationMixin):
         """Return the message of a label and its button Copy details; arguments as for :class:`CopyDetails`."""
         self._messages.append(Message(label, CopyDetails(button, self.logic, folders)))
         return self._messages[-1]
+
+    def engine_python(self) -> str | None:
+        """Return the Python that runs the engine, None for Slicer's own.
+
+        Raises:
+            InputError: the engine is not installed in it yet.
+        """
+        python = self.logic.engine_python() or None
+        if python is None and dependencies.missing():
+            raise InputError(_("The engine is not installed yet; press Install in the section Register."))
+        return python
 
     def timer(self, function: Callable[[], None], milliseconds: int, once: bool = False):
         """Return a timer that calls a function when it is started, again and again or once."""

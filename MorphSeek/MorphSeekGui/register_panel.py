@@ -24,6 +24,9 @@ from MorphSeekLib.protocol.startup import AUTO, NO_MODEL, check_model_choice
 from MorphSeekLib.protocol.verdict import folds
 
 from . import dependencies, models, quality
+from .batch_pairs import ScenePair
+from .batch_run import Start
+from .batch_section import BatchPanel
 from .correct_section import CorrectPanel, summary
 from .corrections import Corrections
 from .engine_client import EngineCancelled, EngineError
@@ -90,8 +93,9 @@ class RegisterPanel(Panel):
         self._of_steps = _with_help(self.ui.stepsLabel, self.ui.stepsSpinBox, self.ui.stopEarlyCheckBox)
         self._of_presets = _with_help(self.ui.presetLabel, self.ui.presetSelector)
         self._correct = CorrectPanel(self.ui.correctSection, logic, self)
+        self.batch = BatchPanel(self.ui.batchSection, logic, self)
         self._connect()
-        self._saved = SavedSettings(self, self._settings, self._use_settings, self._fail)
+        self._saved = SavedSettings(self, self.chosen_settings, self._use_settings, self._fail)
 
     def _connect(self) -> None:
         ui = self.ui
@@ -135,12 +139,14 @@ class RegisterPanel(Panel):
         """Take this scene; None at the application's end."""
         super().setMRMLScene(scene)
         self._correct.setMRMLScene(scene)
+        self.batch.setMRMLScene(scene)
 
     def enter(self) -> None:
         """See what is installed, and ask the engine for its devices."""
         self._update_setup()
         if not self._devices and self._ready():
             self._ask_devices()
+        self.batch.enter()
 
     def cleanup(self) -> None:
         """Cancel what runs, and end the engine."""
@@ -151,6 +157,7 @@ class RegisterPanel(Panel):
             self._undo()
         self.setParameterNode(None)
         self._correct.cleanup()
+        self.batch.cleanup()
         super().cleanup()
         self.logic.close_engine()
 
@@ -162,6 +169,7 @@ class RegisterPanel(Panel):
             self._ending = _("The scene was closed, so the registration was canceled.")
         self._steps, self._last, self._before = None, None, None
         self._correct.forget()
+        self.batch.forget()
         self.ui.resultWidget.visible = self.ui.noModelButton.visible = False
         self._status.say(self._ending if self._run is not None else "")
 
@@ -257,6 +265,25 @@ class RegisterPanel(Panel):
             self._show_steps()
             self._update()
 
+    def chosen_settings(self) -> RegistrationSettings:
+        """Return the chosen model and options."""
+        return RegistrationSettings("", self._parameters.model, chosen_options(self._parameters))
+
+    def chosen_start(self) -> Start:
+        """Return the chosen device and threads."""
+        return Start(self._parameters.device, self.ui.threadsSpinBox.value or None)
+
+    def chosen_pair(self) -> ScenePair:
+        """Return the chosen volumes, with what belongs to them."""
+        p = self._parameters
+        return ScenePair(p.fixedVolume, p.movingVolume, self._request(chosen_options(p), p.model))
+
+    def show_loaded(self, nodes: RegistrationNodes) -> None:
+        """Show a registration that was loaded from files."""
+        slicer.util.setSliceViewerLayers(nodes.fixed, nodes.warped, foregroundOpacity=0.5, fit=True)
+        for function in self.on_result:
+            function(nodes)
+
     def show_earlier(self, nodes: RegistrationNodes) -> None:
         """Show a result that is in its nodes again, as before a later run changed them."""
         if self._steps is not None:
@@ -289,24 +316,8 @@ class RegisterPanel(Panel):
         self._status.say(_("Reading the volumes ..."))
         slicer.app.processEvents()
         try:
-            request = Request(
-                options,
-                model,
-                p.device,
-                self.ui.threadsSpinBox.value or None,
-                initial_transform_node=p.initialTransform,
-                fixed_mask_node=p.fixedMask,
-                fixed_ignore_node=p.fixedIgnore,
-                moving_mask_node=p.movingMask,
-                moving_ignore_node=p.movingIgnore,
-                fixed_labels_node=p.fixedLabels,
-                moving_labels_node=p.movingLabels,
-                fixed_landmarks_node=p.fixedLandmarks,
-                moving_landmarks_node=p.movingLandmarks,
-                show_steps=p.showSteps,
-                state=state,
-                corrections=corrections,
-                into=into,
+            request = replace(
+                self._request(options, model), show_steps=p.showSteps, state=state, corrections=corrections, into=into
             )
             job = prepare(p.fixedVolume, p.movingVolume, request)
             fresh = state is None and corrections is None
@@ -331,6 +342,25 @@ class RegisterPanel(Panel):
         self._timer.start()
         self._show_running(True)
         return True
+
+    def _request(self, options: RegistrationOptions, model: str) -> Request:
+        """Return the request of a registration with all chosen nodes but the two volumes."""
+        p = self._parameters
+        return Request(
+            options,
+            model,
+            p.device,
+            self.ui.threadsSpinBox.value or None,
+            initial_transform_node=p.initialTransform,
+            fixed_mask_node=p.fixedMask,
+            fixed_ignore_node=p.fixedIgnore,
+            moving_mask_node=p.movingMask,
+            moving_ignore_node=p.movingIgnore,
+            fixed_labels_node=p.fixedLabels,
+            moving_labels_node=p.movingLabels,
+            fixed_landmarks_node=p.fixedLandmarks,
+            moving_landmarks_node=p.movingLandmarks,
+        )
 
     def _poll(self) -> None:
         client = self.logic.client()
@@ -612,10 +642,6 @@ class RegisterPanel(Panel):
                 self._parameters.steps = min(MAX_STEPS, max(1, model.card["preprocessing"].get("steps", 2)))
             self._parameters.model = model.name
         self._update()
-
-    def _settings(self) -> RegistrationSettings:
-        """Return model and choices, to be saved."""
-        return RegistrationSettings("", self._parameters.model, chosen_options(self._parameters))
 
     def _use_settings(self, settings: RegistrationSettings | None) -> None:
         """Choose what saved settings say; None forgets those of their options that no widget shows.

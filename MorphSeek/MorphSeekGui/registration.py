@@ -10,7 +10,7 @@ A panel that must not block uses :func:`prepare` and a :class:`Run`, which a tim
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -26,23 +26,22 @@ from MorphSeekLib.protocol.startup import NO_MODEL
 
 from . import scene
 from .corrections import ERROR_MM, Corrections, gather
-from .engine_client import EngineCancelled, EngineClient, EngineError, shared_client
-from .messages import sentence
+from .engine_client import EngineClient, shared_client
 from .models import DEFAULT
 from .scene import InputError, RegistrationNodes, _
 
 __all__ = [
     "InputError",
+    "Inputs",
     "Job",
-    "Outcome",
     "RegistrationNodes",
     "Request",
     "Run",
     "correct",
     "into_same",
     "prepare",
+    "read_inputs",
     "register",
-    "register_batch",
 ]
 
 
@@ -222,55 +221,103 @@ class Request:
         return cls(**({"options": options} | own))
 
 
+@dataclass
+class Inputs:
+    """What the nodes of a registration hold.
+
+    Attributes:
+        fixed, moving: the images, where they stand in the world; the moving one may hang under its initial transform.
+        moving_to_space: (4, 4) RAS, from the moving volume's own coordinates to those of ``moving``.
+        labels: of both, numbered alike.
+        masks: what is marked, by the names of the worker's parameters.
+        points: of both, by the names of the worker's parameters; None where none were given.
+        initial: the transform to start from, see :func:`scene.read_transform`.
+    """
+
+    fixed: scene.Image
+    moving: scene.Image
+    moving_to_space: np.ndarray
+    labels: tuple[scene.Labels | None, scene.Labels | None]
+    masks: dict[str, scene.Image]
+    points: dict[str, dict[str, list] | None]
+    initial: np.ndarray | scene.Image | None
+
+
+def read_inputs(fixed_node, moving_node, request: Request, numbers: dict[str, int] | None = None) -> Inputs:
+    """Read the nodes of a registration; the scene is not touched.
+
+    Args:
+        fixed_node, moving_node: the volumes.
+        request: with the other nodes.
+        numbers: as for :func:`scene.read_label_pair`.
+
+    Raises:
+        InputError: a node cannot be used.
+    """
+    initial_node = request.initial_transform_node
+    fixed = scene.read_volume(fixed_node)
+    # a moving volume that already hangs under its initial transform is not moved by it a second time
+    space = initial_node if _is_ancestor(initial_node, moving_node) else None
+    moving = scene.read_volume(moving_node, space)
+    labels = (request.fixed_labels_node, fixed_node, request.moving_labels_node, moving_node)
+    return Inputs(
+        fixed,
+        moving,
+        scene.matrix_to_space(moving_node, space),
+        scene.read_label_pair(*labels, numbers),
+        _read_masks(request, (fixed_node, moving_node), (fixed, moving)),
+        {
+            "fixed_landmarks": scene.read_points(request.fixed_landmarks_node),
+            "moving_landmarks": scene.read_points(request.moving_landmarks_node, space),
+        },
+        None if initial_node is None else scene.read_transform(initial_node, fixed),
+    )
+
+
 def prepare(fixed_node, moving_node, request: Request) -> Job:
     """Read the nodes and write what the worker needs; the scene is not touched.
 
     Raises:
         InputError: a node cannot be used.
     """
-    initial_node = request.initial_transform_node
-    _check_outputs(request.into, fixed_node, moving_node, initial_node)
-    fixed = scene.read_volume(fixed_node)
-    # a moving volume that already hangs under its initial transform is not moved by it a second time
-    space = initial_node if _is_ancestor(initial_node, moving_node) else None
-    moving = scene.read_volume(moving_node, space)
-    moving_to_space = scene.matrix_to_space(moving_node, space)
-    labels = scene.read_label_pair(request.fixed_labels_node, fixed_node, request.moving_labels_node, moving_node)
+    _check_outputs(request.into, fixed_node, moving_node, request.initial_transform_node)
+    inputs = read_inputs(fixed_node, moving_node, request)
     warnings = [
-        {"code": "overlapping-segments", "message": one.warning} for one in labels if one is not None and one.warning
+        {"code": "overlapping-segments", "message": one.warning}
+        for one in inputs.labels
+        if one is not None and one.warning
     ]
-    initial = None if initial_node is None else scene.read_transform(initial_node, fixed)
     corrections = request.corrections
     if corrections is not None and request.state is None:
-        initial = corrections.start(moving_to_space)
-    places = [fixed.affine, moving.affine]
+        inputs.initial = corrections.start(inputs.moving_to_space)
+    places = [inputs.fixed.affine, inputs.moving.affine]
     if request.state is not None and not np.allclose(places, request.state["places"], atol=1e-4):
         raise InputError(_("A volume has moved since the last registration; press Register to start again."))
 
     folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)
     try:
-        masks = _write_masks(Path(folder.name), request, (fixed_node, moving_node), places)
-        params = _write(Path(folder.name), request, (fixed, moving), labels, initial) | masks
-        params["fixed_landmarks"] = scene.read_points(request.fixed_landmarks_node)
-        params["moving_landmarks"] = scene.read_points(request.moving_landmarks_node, space)
-        params["corrections"] = None if corrections is None else corrections.sent(moving_to_space)
+        params = _write(Path(folder.name), request, inputs)
+        params["corrections"] = None if corrections is None else corrections.sent(inputs.moving_to_space)
         params["fixed"] |= scene.file_of(fixed_node)
         params["moving"] |= scene.file_of(moving_node)
     except BaseException:
         folder.cleanup()
         raise
     return Job(
-        params, fixed_node, moving_node, moving_to_space, labels[1], request.into, places, folder, warnings, corrections
+        params,
+        fixed_node,
+        moving_node,
+        inputs.moving_to_space,
+        inputs.labels[1],
+        request.into,
+        places,
+        folder,
+        warnings,
+        corrections,
     )
 
 
-def _write(
-    path: Path,
-    request: Request,
-    images: tuple[scene.Image, scene.Image],
-    labels: tuple[scene.Labels | None, scene.Labels | None],
-    initial: np.ndarray | scene.Image | None,
-) -> dict[str, object]:
+def _write(path: Path, request: Request, inputs: Inputs) -> dict[str, object]:
     """Write the arrays into a folder; return the parameters of the worker's "register"."""
 
     def save(image: scene.Image | None, name: str) -> ArrayReference | None:
@@ -279,16 +326,17 @@ def _write(
     def labels_on(own: scene.Labels | None, image: scene.Image) -> scene.Image | None:
         return None if own is None else scene.Image(own.array, image.affine)
 
+    initial = inputs.initial
     if isinstance(initial, np.ndarray):
         start = {"matrix": initial.tolist()}
     else:
         start = None if initial is None else {"displacement": save(initial, "initial")}
     (path / "out").mkdir()
     return {
-        "fixed": save(images[0], "fixed"),
-        "moving": save(images[1], "moving"),
-        "fixed_labels": save(labels_on(labels[0], images[0]), "fixed-labels"),
-        "moving_labels": save(labels_on(labels[1], images[1]), "moving-labels"),
+        "fixed": save(inputs.fixed, "fixed"),
+        "moving": save(inputs.moving, "moving"),
+        "fixed_labels": save(labels_on(inputs.labels[0], inputs.fixed), "fixed-labels"),
+        "moving_labels": save(labels_on(inputs.labels[1], inputs.moving), "moving-labels"),
         "model": request.model,
         "device": request.device,
         "threads": request.threads,
@@ -297,17 +345,18 @@ def _write(
         "show_steps": request.show_steps,
         "state": None if request.state is None else _write_state(request.state, path),
         "output": str(path / "out"),
+        **{name: save(image, name) for name, image in inputs.masks.items()},
+        **inputs.points,
     }
 
 
-def _write_masks(path: Path, request: Request, volumes: tuple, places: list[np.ndarray]) -> dict[str, ArrayReference]:
-    """Write what masks mark into a folder; return their part of the parameters of the worker's "register".
+def _read_masks(request: Request, volumes: tuple, images: tuple[scene.Image, scene.Image]) -> dict[str, scene.Image]:
+    """Return what masks mark, by the names of the worker's parameters.
 
     Args:
-        path: the folder.
         request: with the nodes of the masks.
         volumes: the fixed and the moving volume node.
-        places: where their voxels stand, LPS.
+        images: where their voxels stand.
 
     Raises:
         InputError: a mask cannot be used.
@@ -319,7 +368,7 @@ def _write_masks(path: Path, request: Request, volumes: tuple, places: list[np.n
         "moving_ignore": (request.moving_ignore_node, 1),
     }
     return {
-        name: scene.save_image(scene.Image(scene.read_mask(node, volumes[n]), places[n]), path / f"{name}.npy")
+        name: scene.Image(scene.read_mask(node, volumes[n]), images[n].affine)
         for name, (node, n) in nodes.items()
         if node is not None
     }
@@ -357,15 +406,6 @@ def register(
         job.discard()
 
 
-@dataclass
-class Outcome:
-    """What became of one pair of a batch: its nodes, or the reason why there are none."""
-
-    pair: Mapping[str, object]
-    nodes: RegistrationNodes | None = None
-    error: str = ""
-
-
 def correct(
     nodes: RegistrationNodes,
     fixed_points=None,
@@ -398,36 +438,6 @@ def into_same(nodes: RegistrationNodes) -> scene.Into:
     """Return the nodes of a registration as those that take the result of another."""
     names = ("warped", "transform", "jacobian", "folding", "inverse", "aligned", "warped_labels")
     return {name: getattr(nodes, name) for name in names}
-
-
-def register_batch(
-    pairs: Iterable[Mapping[str, object]],
-    *,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
-    cancelled: Callable[[], bool] | None = None,
-    **options,
-) -> list[Outcome]:
-    """Register one pair after another. A pair that fails does not stop the others.
-
-    Args:
-        pairs: the arguments of :func:`register` that differ, "fixed_node" and "moving_node" at least.
-        on_outcome: called after each pair.
-        cancelled: True ends the batch; the pairs that were not reached have no outcome.
-        options: the arguments of :func:`register` that all pairs share.
-    """
-    outcomes = []
-    for pair in pairs:
-        if cancelled is not None and cancelled():
-            break
-        try:
-            outcome = Outcome(pair, register(**{**options, **pair}, cancelled=cancelled))
-        except EngineCancelled:
-            break
-        except (InputError, EngineError) as problem:
-            outcome = Outcome(pair, error=sentence(problem))
-        outcomes.append(outcome)
-        on_outcome(outcome)
-    return outcomes
 
 
 def _check_outputs(into: scene.Into, fixed_node, moving_node, initial_transform_node) -> None:

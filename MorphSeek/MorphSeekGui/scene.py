@@ -215,11 +215,17 @@ def read_labels(node, reference, numbers: dict[str, int] | None = None) -> Label
     return labels
 
 
-def read_label_pair(fixed_labels, fixed, moving_labels, moving) -> tuple[Labels | None, Labels | None]:
+def read_label_pair(
+    fixed_labels, fixed, moving_labels, moving, numbers: dict[str, int] | None = None
+) -> tuple[Labels | None, Labels | None]:
     """Return the labels of both volumes, numbered alike: label maps by their values, segmentations by the segments'
     names.
 
     Any of the two may be None.
+
+    Args:
+        fixed_labels, fixed, moving_labels, moving: the labels, each with its volume.
+        numbers: of earlier pairs that are to be numbered like this one, see :func:`read_labels`.
 
     Raises:
         InputError: as :func:`read_labels`; or a label map and a segmentation, which nothing matches.
@@ -233,9 +239,9 @@ def read_label_pair(fixed_labels, fixed, moving_labels, moving) -> tuple[Labels 
                     "belong together; import the label map into a segmentation with the same segment names."
                 ).format(a=fixed_labels.GetName(), b=moving_labels.GetName())
             )
-    numbers: dict[str, int] = {}
+    numbers = {} if numbers is None else numbers
     first = read_labels(fixed_labels, fixed, numbers) if fixed_labels is not None else None
-    known = set(numbers)
+    known = {name for name, _color in first.names.values()} if first is not None else set()
     second = read_labels(moving_labels, moving, numbers) if moving_labels is not None else None
     if known and second is not None and not known & {name for name, _color in second.names.values()}:
         raise InputError(
@@ -592,6 +598,17 @@ def result_nodes(transform) -> RegistrationNodes | None:
     except ValueError:
         report = {}
     return RegistrationNodes(transform=transform, report=report, **parts)
+
+
+def made_by_registrations(scene) -> set[str]:
+    """Return the IDs of the nodes of a scene that registrations made."""
+    made = set()
+    for n in range(scene.GetNumberOfNodesByClass("vtkMRMLTransformNode")):
+        transform = scene.GetNthNodeByClass(n, "vtkMRMLTransformNode")
+        if transform.GetAttribute(REPORT) is not None:
+            parts = (transform.GetNodeReferenceID(f"MorphSeek.{role}") for role in _ROLES[2:])
+            made |= {part for part in (transform.GetID(), *parts) if part}
+    return made
 
 
 def keep_linear(transform) -> None:

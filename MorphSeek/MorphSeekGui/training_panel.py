@@ -22,15 +22,16 @@ from MorphSeekLib.protocol.options import SIMILARITIES, TrainingOptions
 from MorphSeekLib.protocol.run_folder import CASES, STAGES
 from MorphSeekLib.protocol.startup import MAX_STEPS
 
-from . import dependencies, models
+from . import models
 from .engine_client import EngineCancelled, EngineClient, EngineError
+from .folder_process import RunError
 from .messages import sentence
 from .panel import Panel
 from .register_panel import MODELS_FOLDER
 from .scene import InputError, _
 from .training_cases import export_cases, matching_cases
 from .training_plot import CurveView
-from .training_run import RunError, TrainingRun, create_run, find_runs
+from .training_run import TrainingRun, create_run, find_runs
 from .training_texts import distinct_names, figures_table, file_name, size_text, status_sentence
 from .widgets import FolderButton, fit_height, ink
 
@@ -268,7 +269,7 @@ class TrainingPanel(Panel):
         self._check_timer.start()
 
     def _ask_engine(self, dataset: str) -> None:
-        self._python()  # refuses where there is no engine yet
+        self.engine_python()  # refuses where there is no engine yet
         client = self.logic.client()
         if client is not self._client or self._hello is None or self._hello.error is not None:
             self._hello = None  # a client of another engine than before has other answers
@@ -281,17 +282,6 @@ class TrainingPanel(Panel):
         self._check_timer.setInterval(_ENGINE_MS)
         params = {"dataset": str(dataset), "labels": self._needs_labels}
         self._request = self._client.request("check", params, self._on_check_progress)
-
-    def _python(self) -> str | None:
-        """Return the Python that runs the engine, None for Slicer's own.
-
-        Raises:
-            InputError: the engine is not installed in it yet.
-        """
-        python = self.logic.engine_python() or None
-        if python is None and dependencies.missing():
-            raise InputError(_("The engine is not installed yet; press Install in the section Register."))
-        return python
 
     def _on_check_progress(self, progress: Progress) -> None:
         self.ui.checkProgress.maximum = max(1, progress["steps"])
@@ -520,7 +510,9 @@ class TrainingPanel(Panel):
             if self._exported is not None:
                 Path(self._exported.name).chmod(0o755)
                 os.replace(self._exported.name, run.folder / CASES)  # beside it, so that nothing is copied
-            run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
+            run.start(
+                bool(self.ui.keepCheck.checked), self.engine_python(), environment=self.logic.engine_environment()
+            )
         except (InputError, RunError, OSError) as problem:
             if (run.folder / CASES).exists():
                 os.replace(run.folder / CASES, self._exported.name)
@@ -551,7 +543,9 @@ class TrainingPanel(Panel):
         if self.run is None:
             return
         try:
-            self.run.start(bool(self.ui.keepCheck.checked), self._python(), environment=self.logic.engine_environment())
+            self.run.start(
+                bool(self.ui.keepCheck.checked), self.engine_python(), environment=self.logic.engine_environment()
+            )
         except (InputError, RunError, OSError) as problem:
             self._fail(sentence(problem))
             return

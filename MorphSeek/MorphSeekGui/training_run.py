@@ -1,10 +1,7 @@
 """A training run as Slicer sees it: a folder, and the process that works in it and may outlive Slicer.
 
-The folder is the whole contract with the engine (:mod:`MorphSeekLib.protocol.run_folder`). Nothing else is remembered,
-so a run is found again after Slicer or the computer was restarted. The lock, not the number of the process, says
-whether it runs: numbers are used again, and a lock is freed however its holder ends.
-
-Neither slicer nor qt is imported.
+The folder is the whole contract with the engine (:mod:`MorphSeekLib.protocol.run_folder`). Neither slicer nor qt is
+imported.
 """
 
 from __future__ import annotations
@@ -24,29 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from MorphSeekLib.protocol.options import TrainingOptions
-from MorphSeekLib.protocol.run_folder import (
-    KEEP,
-    LOG,
-    SETTINGS,
-    STAGES,
-    STATUS,
-    STOP,
-    HeldOut,
-    curves_file,
-    holder,
-    is_locked,
-    read_json,
-)
+from MorphSeekLib.protocol.run_folder import SETTINGS, STAGES, STATUS, HeldOut, curves_file, holder, read_json
 from MorphSeekLib.protocol.settings import to_dict
 
-from .engine_client import default_python, last_words, process_of_its_own
-from .faults import Fault, FaultError
-
-_START_SECONDS = 90.0  # after which a process that holds no lock has failed; torch is slow to import
-
-
-class RunError(FaultError):
-    """A run that cannot be made, started or ended."""
+from .faults import Fault
+from .folder_process import FolderProcess, RunError
 
 
 @dataclass
@@ -83,14 +62,13 @@ class RunStatus:
         return self.state in ("new", "stopped", "interrupted", "failed")
 
 
-class TrainingRun:
+class TrainingRun(FolderProcess):
     """One run's folder."""
 
+    ALREADY, NOT_STARTED = Fault.RUN_ALREADY, Fault.RUN_NOT_STARTED
+
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        self._process: subprocess.Popen | None = None
-        self._started = 0.0
-        self._log_begin = 0  # of what the process that was started last wrote into log.txt
+        super().__init__(folder)
         self._curves: dict[str, _Lines] = {stage: _Lines(curves_file(self.folder, stage)) for stage in STAGES}
 
     @property
@@ -122,43 +100,7 @@ class TrainingRun:
         Raises:
             RunError: it runs already, or no process can be started.
         """
-        if self.is_running():
-            raise RunError(Fault.RUN_ALREADY, name=self.name)
-        self.keep(keep)
-        for name in (STOP, STATUS):
-            (self.folder / name).unlink(missing_ok=True)
-        command = list(command or [str(python or default_python()), "-m", "MorphSeekLib.app.cli"])
-        try:
-            with open(self.folder / LOG, "ab") as log:
-                self._log_begin = log.tell()
-                self._process = subprocess.Popen(
-                    [*command, "train", str(self.folder), "--while-open"],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    cwd=self.folder,
-                    **process_of_its_own(environment),
-                )
-        except OSError as problem:
-            reason = problem.strerror or problem
-            raise RunError(Fault.RUN_NOT_STARTED, program=command[0], reason=reason) from problem
-        self._started = time.monotonic()
-
-    def keep(self, on: bool) -> None:
-        """Choose whether the training goes on without Slicer; may be changed while it runs."""
-        if on:
-            (self.folder / KEEP).touch()
-        else:
-            (self.folder / KEEP).unlink(missing_ok=True)
-
-    @property
-    def kept(self) -> bool:
-        """See :meth:`keep`."""
-        return (self.folder / KEEP).exists()
-
-    def stop(self) -> None:
-        """Ask it to stop after the iteration under way; it keeps its state."""
-        (self.folder / STOP).touch()
+        self.launch(["train", str(self.folder), "--while-open"], keep, python, command, environment)
 
     def kill(self) -> None:
         """End its process at once; it resumes from the last state it saved.
@@ -188,60 +130,22 @@ class TrainingRun:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5.0)
 
-    def release(self) -> None:
-        """Let it go on without this Slicer if it is kept; else it stops."""
-        if self._process is not None:
-            if self._process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    self._process.stdin.close()
-            # nobody waits for a process that goes on; without this, Python warns when the object is deleted
-            self._process.returncode = self._process.poll() or 0
-            self._process = None
-        if self.is_running() and not self.kept:
-            self.stop()
-
-    def is_running(self) -> bool:
-        """Return whether a process holds the run's lock."""
-        return is_locked(self.folder)
-
     # --------------------------------------------------------------------------------------------- what it left
 
     def status(self) -> RunStatus:
         """Return where it stands, by its folder and, if this Slicer started it, by its process."""
         running = self.is_running()
         values = read_json(self.folder / STATUS)
-        known = {name: values[name] for name in RunStatus.__dataclass_fields__ if name in values}
-        status = RunStatus(**({"state": "new"} | known))
-        if running:
-            status.state = "stopping" if (self.folder / STOP).exists() else "running"
-            return status
-        code = self._process.poll() if self._process is not None else None
-        if status.state in ("stopped", "failed", "done"):
-            return status
-        if self._process is not None and code is None and time.monotonic() - self._started < _START_SECONDS:
-            # the first lock is not taken yet, or the last word not written yet
-            status.state, status.message = "starting", ""
-        elif self._process is not None and code not in (None, 0) and not values:
-            status.state, status.last_words = "failed", last_words(self.log(begin=self._log_begin))
-        elif values or self._begun():
-            status.state, status.message = "interrupted", ""
+        status = RunStatus(**({"state": "new"} | {n: values[n] for n in RunStatus.__dataclass_fields__ if n in values}))
+        state, status.last_words = self.judge(running, status.state if values else "")
+        if state in ("starting", "interrupted"):
+            status.message = ""
+        status.state = state
         return status
 
     def curves(self, stage: str) -> list[dict[str, float]]:
         """Return a row of figures per iteration; what was read before is not read again."""
         return self._curves[stage].read()
-
-    def log(self, lines: int = 40, begin: int = 0) -> list[str]:
-        """Return the end of its log, not further back than the byte ``begin``."""
-        try:
-            with open(self.folder / LOG, "rb") as file:
-                file.seek(max(begin, file.seek(0, os.SEEK_END) - 200 * lines))
-                return file.read().decode("utf-8", "replace").splitlines()[-lines:]
-        except OSError:
-            return []
-
-    def _begun(self) -> bool:
-        return (self.folder / LOG).exists()
 
 
 def create_run(root: Path | str, options: TrainingOptions) -> TrainingRun:

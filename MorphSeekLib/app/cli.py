@@ -169,6 +169,12 @@ ClusterSecurity = Annotated[
     Path | None, typer.Option(help="JSON for tls://: tls_ca_file, tls_client_cert, tls_client_key.")
 ]
 SchedulerFile = Annotated[Path | None, typer.Option(help="Scheduler file of a Dask cluster.")]
+WhileOpen = Annotated[
+    bool,
+    typer.Option(
+        "--while-open", help="Stop when standard input is closed, unless the folder then holds a file 'keep'."
+    ),
+]
 NewModel = Annotated[Path, typer.Option(help="The model file to write (.safetensors).")]
 
 
@@ -287,6 +293,7 @@ def batch_command(
     scheduler_file: SchedulerFile = None,
     retry: Annotated[bool, typer.Option("--retry", help="Register pairs again that failed before.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to begin if a row has a problem.")] = False,
+    while_open: WhileOpen = False,
 ) -> None:
     """Register many pairs, in processes or on a cluster. The same command goes on where it was stopped.
 
@@ -300,12 +307,16 @@ def batch_command(
         shared = BatchSettings(settings.model, settings.options, kept, nifti_form)
 
         from .batch import BatchOptions, batch
+        from .batch_status import told
         from .crew import cluster_client
 
         options = BatchOptions(output, shared, workers, choices.threads, choices.device, retry, strict, bids)
-        with cluster_client(cluster, cluster_security, scheduler_file) as client:
+        with (
+            told(output, job, _alone() if while_open else None) as watched,
+            cluster_client(cluster, cluster_security, scheduler_file) as client,
+        ):
             try:
-                outcomes = batch(rows, options, client, job)
+                outcomes = batch(rows, options, client, watched)
             except Cancelled:
                 tell(f"{output} keeps the pairs that are done. To go on, run the same command again.")
                 raise
@@ -706,9 +717,7 @@ def train(
         Path | None,
         typer.Option(help="Other choices (TOML or JSON) by their names in TrainingOptions.", show_default="none"),
     ] = None,
-    while_open: Annotated[
-        bool, typer.Option(help="Stop when standard input is closed, unless the folder then holds a file 'keep'.")
-    ] = False,
+    while_open: WhileOpen = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -718,10 +727,8 @@ def train(
     """
     with terminal_job() as job:
         check_choices(threads=threads)
-        stop, alone = threading.Event(), threading.Event()
+        stop, alone = threading.Event(), _alone() if while_open else threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what a session's end sends
-        if while_open:
-            threading.Thread(target=_await_end, args=(sys.stdin.fileno(), alone), daemon=True).start()
         if out is None:
             check_resumed(ctx, cases)
             folder, choices = cases, None
@@ -1247,6 +1254,13 @@ def _figures(results: Mapping[str, Any]) -> list[str]:
 
 def _by(numbers: Iterable[float]) -> str:
     return " x ".join(f"{number:g}" for number in numbers)
+
+
+def _alone() -> threading.Event:
+    """Return an event that is set when standard input is closed, as it is when the one who started this ends."""
+    alone = threading.Event()
+    threading.Thread(target=_await_end, args=(sys.stdin.fileno(), alone), daemon=True).start()
+    return alone
 
 
 def _await_end(source: int, ended: threading.Event) -> None:

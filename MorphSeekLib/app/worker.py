@@ -2,7 +2,7 @@
 
     python -m MorphSeekLib.app.worker
 
-Requests: hello, load, info, register, expect, apply, check, export, shutdown. Notifications out: progress.
+Requests: hello, load, info, register, expect, apply, check, export, results, shutdown. Notifications out: progress.
 Notification in: cancel.
 Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
 ``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A model is
@@ -40,7 +40,7 @@ from ..backbones import BACKBONES
 from ..data.cases import check, find_cases
 from ..io.apply import apply_transforms
 from ..io.compiled import compile_ahead
-from ..io.images import form_notices, label_values, stored_values, usable
+from ..io.images import form_notices, label_values, read_image, read_labels, stored_values, usable
 from ..io.points import PointPairs, Points, pair_points
 from ..measures.folds import certify, folded_voxels
 from ..networks.devices import describe_devices, pick_device, use_threads
@@ -68,7 +68,7 @@ from ..registration.masks import masked
 from ..registration.pair import State
 from ..registration.pipeline import register
 from ..report.page import RegistrationPictures
-from ..report.results import export_results
+from ..report.results import export_results, read_results
 from ..space.geometry import DenseTransform, Grid, Transform, Volume
 
 PROTOCOL = 1
@@ -108,6 +108,7 @@ class Worker:
             "apply": self.apply,
             "export": self.export,
             "check": self.check,
+            "results": self.results,
             "shutdown": lambda number, params: {},
         }
 
@@ -299,6 +300,30 @@ class Worker:
             job=self._job(number),
         )
         return to_dict(report)
+
+    def results(self, number: Any, params: Params) -> Answer:
+        """Hand over what a registration left in a ``folder`` as "register" answers, and with it the images and labels
+        of the files ``fixed``, ``moving``, ``fixed_labels`` and ``moving_labels``, where they are named; into
+        ``output``, which the client made and will remove."""
+        output, job = Path(_get(params, "output", str)), self._job(number)
+        form = _get(params, "nifti_form", str, None)
+        job.report("read", 0.0, "Reading the results")
+        found = read_results(_get(params, "folder", str))
+        answer: dict[str, object] = {
+            "warped": _reference(found.warped, output / "warped.npy"),
+            "jacobian": _reference(found.jacobian, output / "jacobian.npy"),
+            "folding": _reference(found.folding, output / "folding.npy"),
+            "warped_labels": _optional_reference(found.warped_labels, output / "warped_labels.npy"),
+            "displacement": _reference(found.transform, output / "displacement.npy"),
+            "inverse": _optional_reference(found.inverse, output / "inverse.npy"),
+            "report": found.report,
+        }
+        for name in ("fixed", "moving", "fixed_labels", "moving_labels"):
+            if (path := _get(params, name, str, None)) is not None:
+                job.report("read", 0.5, "Reading the images")
+                read = read_labels if name.endswith("labels") else read_image
+                answer[name] = _reference(read(path, form), output / f"{name}.npy")
+        return answer
 
     def _model(
         self, name: str, device: str, images: tuple[Volume, ...]

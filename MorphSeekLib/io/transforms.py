@@ -121,6 +121,21 @@ def read_transform(path: str | os.PathLike | Sequence[str | os.PathLike], grid: 
     return DenseTransform(displacement, grid)
 
 
+def read_dense(path: str | os.PathLike) -> DenseTransform:
+    """Read a displacement field with its own nodes, as :func:`write_transform` wrote it.
+
+    Raises:
+        MorphSeekError: it cannot be read, or is a transform of another kind.
+    """
+    transform = read_itk_transform(path)
+    if transform.GetTransformEnum() != sitk.sitkDisplacementField:
+        raise MorphSeekError(f"{path} is not a displacement field; give a transform.h5 of a registration.")
+    field = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
+    values = np.ascontiguousarray(sitk.GetArrayViewFromImage(field).transpose(3, 2, 1, 0), dtype=np.float32)
+    place = field.GetSpacing(), field.GetDirection(), field.GetOrigin()
+    return DenseTransform(torch.from_numpy(values), Grid.from_parts(field.GetSize(), *place))
+
+
 def read_itk_transform(path: str | os.PathLike) -> sitk.Transform:
     """Read a transform as ITK has it; see :func:`read_transform` for what can be read.
 

@@ -5,6 +5,8 @@
 | batch.json | the settings that all pairs share: :class:`BatchSettings` |
 | rows.jsonl | a line for each attempt at a pair, the latest counts: :class:`Outcome` |
 | lock | held by the process that works in the folder |
+| status.json | how far that process is, or how it ended: :class:`BatchStatus` |
+| stop, keep | as in the folder of a training, see :mod:`MorphSeekLib.protocol.run_folder` |
 | NAME/ | the results of a pair, as `morphseek register` writes them |
 | cohort.csv, cohort.html | a row for each pair, for programs and for people |
 """
@@ -29,6 +31,7 @@ from .settings_file import RegistrationSettings
 from .startup import check_model_choice, check_readable, transform_paths
 
 SETTINGS, ROWS, LOCK = "batch.json", "rows.jsonl", "lock"
+REPORT, TABLE = "cohort.html", "cohort.csv"
 KEPT: dict[str, tuple[str, ...]] = {
     "warped": ("warped.nii.gz",),
     "transform": ("transform.h5",),
@@ -134,6 +137,33 @@ class Outcome:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class BatchStatus:
+    """status.json: how far the process is that works in a batch's folder, or how it ended.
+
+    Attributes:
+        state: "running", "stopped", "failed" (it could not begin, or go on) or "done" (some pairs may have failed);
+            "running" without a held lock is a batch that was killed.
+        message: the last sentence for the user; of a failed batch, what is wrong and what to do.
+        done: pairs that were tried since it was started.
+        count: pairs that were left then.
+        begun, written: when it began with the first pair, and when this was written; seconds since 1970.
+    """
+
+    state: Literal["running", "stopped", "failed", "done"] = "running"
+    message: str = ""
+    done: int = 0
+    count: int = 0
+    begun: float = 0.0
+    written: float = 0.0
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return about how long it will still take; None while nobody can know."""
+        if not self.done or self.written <= self.begun:
+            return None
+        return max(0.0, (self.written - self.begun) / self.done * (self.count - self.done) - (now - self.written))
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV or TSV file; paths in it are relative to its folder.
 
@@ -159,7 +189,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
         values = {name: value.strip() for name, value in row.items() if name and value and value.strip()}
         for column in FILES:
             if column in values:
-                values[column] = ",".join(str(path.parent / part.strip()) for part in values[column].split(","))
+                chain = column == "initial_transform"
+                parts = values[column].split(",") if chain else [values[column]]
+                values[column] = ",".join(str(path.parent / part.strip()) for part in parts)
         rows.append(values)
     return rows
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..io.files import output_folder
-from ..io.images import write_image
-from ..io.transforms import write_transform
+from ..io.images import read_sitk, volume_from_sitk, write_image
+from ..io.transforms import read_dense, write_transform
 from ..networks.model_file import software
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.report import Report
-from ..protocol.startup import refuse_overwriting
+from ..protocol.startup import refuse_overwriting, shown
 from ..protocol.version import __version__
 from ..registration.result import Registration
 from ..space.geometry import DenseTransform, Volume
@@ -98,6 +102,52 @@ def write_results(
         else:
             write_figures(part, report)
     return report
+
+
+@dataclass(frozen=True)
+class Results:
+    """What :func:`write_results` wrote, read back; None for what an option left out."""
+
+    report: dict[str, Any]
+    warped: Volume
+    jacobian: Volume
+    folding: Volume
+    transform: DenseTransform
+    inverse: DenseTransform | None = None
+    warped_labels: Volume | None = None
+
+
+def read_results(folder: Path | str) -> Results:
+    """Read the files of a registration.
+
+    Raises:
+        MorphSeekError: there is no registration, a file was not kept, or cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MorphSeekError(f"{shown(folder)} holds no registration: its report.json cannot be read.") from error
+    needed = ("warped.nii.gz", "transform.h5", "jacobian.nii.gz", "folding.nii.gz")
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise MorphSeekError(
+            f"{shown(folder)} has no {missing[0]}; keep warped, transform, jacobian and folding of each pair to look "
+            "at it."
+        )
+
+    def volume(name: str, dtype: torch.dtype) -> Volume:
+        return volume_from_sitk(read_sitk(folder / name), name, dtype)
+
+    whole = (folder / "inverse.h5").is_file(), (folder / "warped-labels.nii.gz").is_file()
+    return Results(
+        report,
+        volume("warped.nii.gz", torch.float32),
+        volume("jacobian.nii.gz", torch.float32),
+        volume("folding.nii.gz", torch.uint8),
+        read_dense(folder / "transform.h5"),
+        read_dense(folder / "inverse.h5") if whole[0] else None,
+        volume("warped-labels.nii.gz", torch.int32) if whole[1] else None,
+    )
 
 
 def export_results(

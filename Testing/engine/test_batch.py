@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,13 +20,24 @@ import SimpleITK as sitk
 from typer.testing import CliRunner
 
 from MorphSeekLib.app.batch import BatchOptions, batch
+from MorphSeekLib.app.batch_status import told
 from MorphSeekLib.app.cli import app
 from MorphSeekLib.data.bids import bids_rows
-from MorphSeekLib.protocol.batch import BatchSettings, Outcome, globbed, plan, read_outcomes, read_table
-from MorphSeekLib.protocol.errors import MorphSeekError
+from MorphSeekLib.protocol.batch import (
+    BatchSettings,
+    BatchStatus,
+    Outcome,
+    globbed,
+    plan,
+    read_outcomes,
+    read_table,
+)
+from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Event, Job
 from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.run_folder import read_json
 from MorphSeekLib.report.cohort import write_cohort
+from MorphSeekLib.report.results import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = BatchSettings("none", RegistrationOptions(align="none", search="off", fit="off", inverse=False))
@@ -285,3 +298,54 @@ def test_dask_workers_finish_all_pairs_though_one_dies(pairs, tmp_path):
         found = batch(rows, BatchOptions(tmp_path / "out", QUICK), client, Job(kill))
     assert killed
     assert [one.state for one in found] == ["done"] * len(rows)
+
+
+def test_a_folder_says_how_far_its_batch_is_and_how_it_ended(tmp_path):
+    with told(tmp_path, Job(), None) as job:
+        job.report("step", 0.0, "4 pairs to register", 0, 4)
+        job.report("step", 0.5, "2 of 4 pairs", 2, 4)
+        running = BatchStatus(**read_json(tmp_path / "status.json"))
+        assert (running.state, running.done, running.count) == ("running", 2, 4)
+        begun = running.begun
+        halfway = dataclasses.replace(running, written=begun + 10)
+        assert halfway.seconds_left(begun + 13) == pytest.approx(7)
+    assert read_json(tmp_path / "status.json")["state"] == "done"
+    with pytest.raises(MorphSeekError), told(tmp_path, Job(), None):
+        raise MorphSeekError("The disk is full.")
+    assert read_json(tmp_path / "status.json")["message"] == "The disk is full."
+
+
+def test_a_batch_is_stopped_by_its_folder_or_with_its_starter(tmp_path):
+    (tmp_path / "stop").touch()
+    with told(tmp_path, Job(), None) as job:
+        job.check()  # what is left from before counts for nothing
+        (tmp_path / "stop").touch()
+        with pytest.raises(Cancelled):
+            job.check()
+    (tmp_path / "stop").unlink()
+    alone = threading.Event()
+    alone.set()
+    with told(tmp_path, Job(), alone) as job:
+        (tmp_path / "keep").touch()
+        job.check()
+        (tmp_path / "keep").unlink()
+        with pytest.raises(Cancelled):
+            job.check()
+    with pytest.raises(Cancelled), told(tmp_path, Job(), alone):
+        raise Cancelled
+    assert read_json(tmp_path / "status.json")["state"] == "stopped"
+
+
+def test_a_comma_in_the_name_of_an_image_is_no_list(tmp_path):
+    path = table(tmp_path / "pairs.csv", [{"fixed": "a,b.nii", "moving": "c.nii", "initial_transform": "d.h5,e.h5"}])
+    row = read_table(path)[0]
+    assert row["fixed"] == str(tmp_path / "a,b.nii")
+    assert row["initial_transform"] == f"{tmp_path / 'd.h5'},{tmp_path / 'e.h5'}"
+
+
+def test_results_that_were_not_kept_are_named(tmp_path):
+    with pytest.raises(MorphSeekError, match="holds no registration"):
+        read_results(tmp_path)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(MorphSeekError, match=r"has no warped.nii.gz; keep warped"):
+        read_results(tmp_path)

@@ -12,9 +12,22 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "MorphSeek").rglob("*.py"))
 TRANSLATE = {"_", "tr", "translate"}
 SHOWN = {"text", "toolTip", "title", "placeholderText", "windowTitle"}
-SHOW = {"say", "_say", "fail", "_fail", "_fail_check", "setText", "setToolTip", "InputError", "InstallError"}
+SHOW = {
+    "say",
+    "_say",
+    "_tell",
+    "_refuse",
+    "fail",
+    "_fail",
+    "_fail_check",
+    "setText",
+    "setToolTip",
+    "InputError",
+    "InstallError",
+}
 SENTENCE = re.compile(r"[A-Za-z']{2,},?( [A-Za-z']{2,},?){2,}")
 NOT_SHOWN = {
+    "batch_pairs.py": "_write_transform",  # of a file
     "faults.py": "class Fault",  # codes, translated in messages.py
     "nrrd.py": "_header",  # of a file
     "engine_client.py": "last_words",  # what Python writes

@@ -734,18 +734,35 @@ def test_the_settings_are_saved_with_the_scene(stand_in, panel, ui, pair, tmp_pa
     assert ui.stepsSpinBox.value == 4
 
 
-def test_batch_goes_on_after_a_pair_that_fails(stand_in, panel, pair, model):
+def test_a_batch_of_a_script_goes_on_after_a_pair_that_fails(stand_in, panel, pair, model, tmp_path):
     told = []
-    logic = panel.logic
+    parent = worlds.linear_transform("frame", shift=(1.0, 0.0, 0.0))
+    framed = worlds.add_volume("framed", pair.world.moving, frame=parent)
     pairs = [
         {"fixed_node": pair.fixed, "moving_node": pair.moving},
         {"fixed_node": pair.fixed, "moving_node": None},
-        {"fixed_node": pair.fixed, "moving_node": pair.moving, "steps": 2},
+        {"fixed_node": pair.fixed, "moving_node": framed, "steps": 2, "fit": "off"},
+        {"fixed_node": pair.fixed, "moving_node": pair.moving, "device": "cpu"},
     ]
-    outcomes = logic.registerBatch(pairs, model=model, steps=1, align="none", device="cpu", on_outcome=told.append)
-    assert told == outcomes
-    taken = [o.nodes.report["steps"][-1]["step"] if o.nodes else o.error[:8] for o in outcomes]
-    assert taken == [1, "Choose a", 2]
+    choices = {"model": model, "steps": 1, "align": "none", "preset": "fast", "inverse": False, "device": "cpu"}
+    outcomes = panel.logic.registerBatch(pairs, folder=tmp_path, on_outcome=told.append, **choices)
+    assert [outcome.pair for outcome in outcomes] == pairs
+    assert sorted(map(id, told)) == sorted(map(id, outcomes)), "each is told of once"
+    assert [outcome.error[:8] for outcome in outcomes] == ["", "Choose a", "", "'device'"]
+    taken = [[row["step"] for row in outcome.nodes.report["steps"] if "step" in row] for outcome in outcomes[::2]]
+    assert max(taken[0]) == 1
+    assert max(taken[1]) == 2
+    first, framed_result = outcomes[0].nodes, outcomes[2].nodes
+    assert (first.fixed, first.moving) == (pair.fixed, pair.moving)
+    assert (outcomes[0].folder / "transform.h5").is_file()
+    alone = panel.logic.register(pair.fixed, framed, **{**choices, "steps": 2, "fit": "off"})
+    a, b = (slicer.util.arrayFromVolume(nodes.warped) for nodes in (framed_result, alone))
+    assert np.abs(a - b).max() < 1e-2 * np.ptp(b)
+    points = [
+        np.array(nodes.transform.GetTransformFromParent().TransformPoint(10, 20, 60))
+        for nodes in (framed_result, alone)
+    ]
+    np.testing.assert_allclose(*points, atol=0.05)
 
 
 def test_self_test(stand_in, module):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from cases import write_dataset
-from MorphSeekGui.training_run import RunError, TrainingRun, create_run, find_runs
+from MorphSeekGui.folder_process import RunError
+from MorphSeekGui.training_run import TrainingRun, create_run, find_runs
 
 from MorphSeekLib.app.train import train
 from MorphSeekLib.data.datasets import load_dataset

@@ -201,6 +201,7 @@ def test_python_of_the_slicer_page_runs(folder, monkeypatch):
 
     monkeypatch.syspath_prepend(ROOT / "MorphSeek")
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(Path, "home", lambda: folder)  # where batches are kept
     application = SlicerStandIn.start()
     application.fresh()
     printed: list[tuple] = []
