@@ -29,6 +29,7 @@ from .pair import Clock, Outcome, Pair, State
 from .pictures import Pictures
 from .result import Labels, Registration, Request, deliver
 from .steps import NetworkSteps
+from .trust import look_again
 
 
 def register(
@@ -82,6 +83,9 @@ def register(
         before = pair.whole(start.start.total) if isinstance(start.start, State) else start.start
         result.report["corrections"], notices = corrected_section(start, before, transform)
         result.report["warnings"] += [{"code": notice.code, "message": notice.message} for notice in notices]
+    elif options.trust == "on":
+        with clock("trust"), memory_advice(pair.device):
+            result.trust = look_again(pair, outcome, model, options, job)
     return result
 
 

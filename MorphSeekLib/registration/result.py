@@ -38,6 +38,7 @@ from ..space.preprocessing import sampled
 from . import guards
 from .pair import Clock, Outcome, Pair, State, displacement_mm
 from .pictures import Pictures
+from .trust import Quantities
 
 Labels = tuple[Volume | None, Volume | None]
 """The label maps of the fixed and of the moving image."""
@@ -90,6 +91,7 @@ class Registration:
     inverse: DenseTransform | None
     state: State
     report: Report
+    trust: Quantities | None = None
 
 
 def deliver(
