@@ -38,7 +38,7 @@ from ..space.preprocessing import sampled
 from . import guards
 from .pair import Clock, Outcome, Pair, State, displacement_mm
 from .pictures import Pictures
-from .trust import Quantities
+from .trust_map import Trust
 
 Labels = tuple[Volume | None, Volume | None]
 """The label maps of the fixed and of the moving image."""
@@ -80,6 +80,7 @@ class Registration:
         inverse: moving point -> fixed point, or None.
         state: to continue from.
         report: figures, as report.json.
+        trust: the estimated error, where it was asked for.
     """
 
     transform: DenseTransform
@@ -91,7 +92,7 @@ class Registration:
     inverse: DenseTransform | None
     state: State
     report: Report
-    trust: Quantities | None = None
+    trust: Trust | None = None
 
 
 def deliver(

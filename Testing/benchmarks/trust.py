@@ -35,6 +35,7 @@ from MorphSeekLib.registration.compile_kernels import main as compile_kernels
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.registration.result import Registration
 from MorphSeekLib.registration.trust import Quantities
+from MorphSeekLib.registration.trust_map import Trust
 from MorphSeekLib.space.geometry import Grid, Volume, in_box, index_points, resample
 from MorphSeekLib.space.preprocessing import foreground_of
 
@@ -147,7 +148,7 @@ class Bench:
         pairs = [pairs[n] for n in pool.permutation(len(pairs))[:OTHERS]]
         first, second = pairs[number % len(pairs)]
         known = self.work / "others" / f"{first.file.name.split('.')[0]} {second.file.name.split('.')[0]}.npz"
-        other = Other.of(_read(first), _read(second), known)
+        other = Other.of(_read(first), _read(second), known, self.kind.curve)
         free = [case for case in moving if case not in (first, second)]
         pair = simulated(_read(free[generator.integers(len(free))]), other, self.kind.curve, generator)
         fixed, moving = pair.fixed, pair.moving
@@ -233,9 +234,9 @@ def _read(case: Case) -> Volume:
     return read_image(case.image)
 
 
-def _given(quantities: Quantities | None) -> Quantities:
-    assert quantities is not None  # it was asked for
-    return quantities
+def _given(trust: Trust | None) -> Quantities:
+    assert trust is not None  # it was asked for
+    return trust.quantities
 
 
 def _shown(image: Volume, grid: Grid) -> torch.Tensor:

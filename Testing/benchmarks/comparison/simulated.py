@@ -3,7 +3,7 @@
 The fixed image is a case A after a map, F(x) = A(T(x)), the moving one is A itself, so that T is the truth at every
 voxel of F. T is what another pair of cases was registered by, plus random fields of three scales. F is then changed as
 scans differ: gamma, a bias field, noise, what was left of the other pair's intensities after its registration, a
-lesion, a blurred and a replaced region; and for two modalities by a random curve that is not monotonic.
+lesion, two blurred and two replaced regions; and for two modalities by a random curve that is not monotonic.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ STRENGTH = (0.5, 1.5)
 """Times which the random fields are taken."""
 LEAST_DETERMINANT, MOST_BELOW = 0.05, 0.001
 """Where more than this share of the voxels has a smaller determinant, the random fields are halved."""
+RESIDUAL = (0.7, 1.3)
+"""Times which the other pair's residual is added."""
 AIR = -1000.0
 
 
@@ -39,7 +41,7 @@ class Simulated:
     Attributes:
         fixed, moving: the images.
         truth: fixed point -> moving point.
-        changed: (i, j, k) bool, the lesion, the blurred and the replaced region.
+        changed: (i, j, k) bool, the lesion, the blurred and the replaced regions.
     """
 
     fixed: Volume
@@ -55,7 +57,7 @@ class Other:
     Attributes:
         transform: fixed point -> moving point, between grids whose centers were brought together.
         fixed: its fixed image.
-        residual: what is left of the fixed image after the warped one, times the fixed image's range.
+        residual: what is left of the fixed image after the warped one.
     """
 
     transform: DenseTransform
@@ -63,8 +65,15 @@ class Other:
     residual: Volume
 
     @classmethod
-    def of(cls, fixed: Volume, moving: Volume, file: Path) -> Other:
-        """Register two images, or read what an earlier call has found from a file."""
+    def of(cls, fixed: Volume, moving: Volume, file: Path, curve: bool) -> Other:
+        """Register two images, or read what an earlier call has found from a file.
+
+        Args:
+            fixed, moving: the images.
+            file: that keeps the transform.
+            curve: they are of two modalities, so that the residual is that of the mean of the one's values where the
+                other has a value.
+        """
         if file.is_file():
             saved = np.load(file)
             found = DenseTransform(torch.from_numpy(saved["displacement"]), Grid(saved["shape"], saved["affine"]))
@@ -75,7 +84,8 @@ class Other:
         warped = resample(moving, fixed.grid, found, background=float(moving.data.min()))
         apart = torch.from_numpy(moving.grid.center - fixed.grid.center).float().view(3, 1, 1, 1)
         centered = DenseTransform(found.displacement - apart, found.grid)
-        return cls(centered, fixed, Volume(fixed.data - _explained(fixed.data, warped.data), fixed.grid))
+        expected = _explained(fixed.data, warped.data) if curve else warped.data
+        return cls(centered, fixed, Volume(fixed.data - expected, fixed.grid))
 
 
 def simulated(case: Volume, other: Other, curve: bool, generator: np.random.Generator) -> Simulated:
@@ -131,7 +141,8 @@ def _changed(image: Volume, other: Other, curve: bool, generator: np.random.Gene
     residual = resample(Volume(other.residual.data, Grid(other.fixed.grid.shape, here)), image.grid).data
     changed = torch.zeros_like(shown)
     scaled = ((data - low) / (high - low)).clamp(0, 1.2)
-    for change in (_lesion(generator), _blurred, _replaced(((replacing - low) / (high - low)).clamp(0, 1.2), curve)):
+    by = ((replacing - low) / (high - low)).clamp(0, 1.2)
+    for change in (_lesion(generator), _blurred, _replaced(by, curve), _blurred, _replaced(by, curve)):
         ball = _ball(shown, generator)
         scaled = scaled + ball * (change(scaled) - scaled)
         changed |= ball > 0.5
@@ -141,7 +152,7 @@ def _changed(image: Volume, other: Other, curve: bool, generator: np.random.Gene
     bias = torch.from_numpy(generator.uniform(0.8, 1.2, (1, 1, 3, 3, 3)).astype(np.float32))
     scaled = scaled * F.interpolate(bias, size=data.shape, mode="trilinear", align_corners=True)[0, 0]
     span = float(other.fixed.data.max() - other.fixed.data.min())
-    scaled = scaled + float(generator.uniform(0.3, 1.0)) * residual / span
+    scaled = scaled + float(generator.uniform(*RESIDUAL)) * residual / span
     scaled = scaled + float(generator.uniform(0.005, 0.03)) * torch.from_numpy(
         generator.standard_normal(data.shape).astype(np.float32)
     )
@@ -169,7 +180,7 @@ def _ball(shown: Tensor, generator: np.random.Generator) -> Tensor:
     """Return a ball about a random place of what is shown, 1 inside with a soft edge, (i, j, k)."""
     places = torch.nonzero(shown).numpy()
     center = places[generator.integers(len(places))]
-    radius = float(generator.uniform(0.06, 0.12)) * float(np.cbrt(int(shown.sum())))
+    radius = float(generator.uniform(0.06, 0.18)) * float(np.cbrt(int(shown.sum())))
     away = [np.arange(n) - c for n, c in zip(shown.shape, center, strict=True)]
     distance = np.sqrt(away[0][:, None, None] ** 2 + away[1][:, None] ** 2 + away[2] ** 2)
     return torch.from_numpy(np.clip(0.5 + (radius - distance) / 2, 0, 1).astype(np.float32))
@@ -185,7 +196,7 @@ def _curved(data: Tensor, generator: np.random.Generator) -> Tensor:
 def _explained(fixed: Tensor, warped: Tensor) -> Tensor:
     """Return the mean of what the fixed image shows where the warped one has a value, voxel by voxel.
 
-    It explains one modality by another; of two images of one modality it is the warped one, up to a curve.
+    It explains one modality by another.
     """
     edges = torch.quantile(warped.flatten()[:: max(1, warped.numel() // 100_000)], torch.linspace(0, 1, 33)).unique()
     index = torch.bucketize(warped, edges[1:-1].contiguous())
