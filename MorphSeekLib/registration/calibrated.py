@@ -51,6 +51,7 @@ class Kind:
         stage: that gives the answer.
         model: SHA-256 of the model's file; "" for none.
         fixed, moving: figure of :func:`look_of` -> smallest and largest value that is known.
+        weights: of the logarithms of the three quantities.
         offsets: preset -> offset of each of :data:`DECILES`.
         pairs: preset -> how many simulated pairs these come from.
     """
@@ -60,6 +61,7 @@ class Kind:
     model: str = ""
     fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
     moving: dict[str, tuple[float, float]] = field(default_factory=dict)
+    weights: tuple[float, float, float] = (0.0, 0.0, 0.0)
     offsets: dict[str, tuple[float, ...]] = field(default_factory=dict)
     pairs: dict[str, int] = field(default_factory=dict)
 
@@ -79,8 +81,7 @@ class Calibration:
     Attributes:
         fit: :func:`fingerprint` of the fit that was calibrated.
         date: of the calibration.
-        weights: of the logarithms of the three quantities.
-        pooled: offsets of all kinds together, for colors where the kind is unknown.
+        weights, pooled: weights and offsets of all kinds together, for colors where the kind is unknown.
         kinds: by name.
     """
 
@@ -90,9 +91,11 @@ class Calibration:
     pooled: tuple[float, ...]
     kinds: dict[str, Kind] = field(default_factory=dict)
 
-    def offsets(self, kind: str | None, preset: str) -> tuple[float, ...]:
-        """Return the offsets of a kind, or of all where it is None."""
-        return self.pooled if kind is None else self.kinds[kind].offsets[preset]
+    def of(self, kind: str | None, preset: str) -> tuple[tuple[float, float, float], tuple[float, ...]]:
+        """Return weights and offsets of a kind, or of all where it is None."""
+        if kind is None:
+            return self.weights, self.pooled
+        return self.kinds[kind].weights, self.kinds[kind].offsets[preset]
 
     def kind_of(
         self, pair: Pair, outcome: Outcome, model: LoadedModel | None, options: RegistrationOptions

@@ -183,7 +183,7 @@ class Pyramid:
         return replace(self, counts=_both(self.crop.counts, self.moving_counts, at, 0))
 
     def swapped(self) -> Pyramid:
-        """Return the images in exchanged roles on the same grid: the aligned moving one is fixed, the fixed one moves."""
+        """Return the images in exchanged roles on the same grid: the fixed one moves to the aligned moving one."""
         crop, marks = self.crop, None
         if self.moving_counts is not None:
             at = index_points(crop.grid, self.alignment, self.source.grid, self.moving.device)

@@ -53,9 +53,7 @@ class Trust:
     quantities: Quantities
 
 
-def estimate(
-    pair: Pair, outcome: Outcome, model: LoadedModel | None, options: RegistrationOptions, job: Job
-) -> Trust:
+def estimate(pair: Pair, outcome: Outcome, model: LoadedModel | None, options: RegistrationOptions, job: Job) -> Trust:
     """Estimate the error of an answer at each place; arguments as in :func:`.trust.look_again`."""
     job.report("fit", 0.0, "Estimating the error")
     found = look_again(pair, outcome, model, options, job.part(0.0, 0.95))
@@ -73,7 +71,8 @@ def trust_of(pair: Pair, found: Quantities, known: Calibration, kind: str | None
         kind: of the pair; None for an unknown one.
         preset: of the fit.
     """
-    scores, offsets = found.score(known.weights), known.offsets(kind, preset)
+    weights, offsets = known.of(kind, preset)
+    scores = found.score(weights)
     at = dict(zip(DECILES, offsets, strict=True))
     limit = bound(scores, at[0.8], found.voxel)
     near = max(NEAR_MM, NEAR_VOXELS * found.voxel)

@@ -158,7 +158,8 @@ def _badness(row: Mapping[str, Any]) -> tuple[object, ...]:
 _SHOWN = {
     "dice_before": "Dice before", "dice": "Dice", "folded_percent": "Folded cells, %", "njd_percent": "NJD, %",
     "sdlogj": "SDlogJ", "similarity_before": "Similarity before", "similarity_after": "Similarity after",
-    "largest_region_mm3": "Largest folded region, mm³", "trust_p80_mm": "Estimated error, 4 of 5 places, mm", "seconds": "Seconds",
+    "largest_region_mm3": "Largest folded region, mm³", "trust_p80_mm": "Estimated error (80 %), mm",
+    "seconds": "Seconds",
 }  # fmt: skip
 _STYLE = """body{font:14px sans-serif;margin:1.5em;color:#222;background:#fff}table{border-collapse:collapse}
 th,td{padding:4px 8px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}

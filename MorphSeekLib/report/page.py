@@ -302,9 +302,7 @@ def _trust_sheet(scene: _Scene, trust: TrustPicture) -> Sheet:
 
 def estimated_error(error: Mapping[str, float]) -> str:
     """Return the sentence that says how far off a registration is estimated to be."""
-    return (
-        f"Estimated error: usually below {error['median']:.1f} mm, in 4 of 5 places below {error['p80']:.1f} mm."
-    )
+    return f"Estimated error: usually below {error['median']:.1f} mm, in 4 of 5 places below {error['p80']:.1f} mm."
 
 
 @dataclass(frozen=True)

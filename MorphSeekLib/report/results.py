@@ -26,7 +26,7 @@ FILES = {
     "inverse.h5": "ITK transform, moving point to fixed point",
     "jacobian.nii.gz": "Jacobian determinant of the transform on the fixed grid, by central differences",
     "folding.nii.gz": "1 where a voxel meets a folded cell of the transform",
-    "trust.nii.gz": "mm on the fixed grid that the error is below in four of five places, estimated; 0: nothing is said",
+    "trust.nii.gz": "mm that the error is estimated to be below in four of five places; 0: nothing is said",
     "trust-colors.nii.gz": "1 likely near, 2 in between, 3 not to be relied on; 0: nothing is said",
     "warped-labels.nii.gz": "the moving labels on the fixed grid, nearest neighbor",
     "report.json": "every figure, with its definition",
@@ -97,7 +97,12 @@ def write_results(
                 part,
                 report,
                 RegistrationPictures(
-                    fixed, result.aligned, result.warped, result.jacobian, result.folding, result.transform,
+                    fixed,
+                    result.aligned,
+                    result.warped,
+                    result.jacobian,
+                    result.folding,
+                    result.transform,
                     None if trust is None else TrustPicture(trust.colors, trust.section),
                 ),
             )

@@ -17,20 +17,25 @@ from __future__ import annotations
 import argparse
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from comparison.side_by_side import ROOT
 from comparison.simulated import Other, Simulated, hounsfield, simulated
+from comparison.trust_figures import Measured, calibrated_kind, pooled_fit, real_figures, simulated_figures
 from scipy import ndimage
 
 from MorphSeekLib.data.datasets import Case, Dataset, load_dataset, read_pair, scored_pairs
+from MorphSeekLib.io.files import write_atomically
 from MorphSeekLib.io.images import read_image
 from MorphSeekLib.networks.loading import LoadedModel, load_model
 from MorphSeekLib.protocol.options import RegistrationOptions
+from MorphSeekLib.protocol.settings import to_json
+from MorphSeekLib.registration.calibrated import FILE, Calibration, calibration, fingerprint, look_of
 from MorphSeekLib.registration.compile_kernels import main as compile_kernels
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.registration.result import Registration
@@ -39,6 +44,9 @@ from MorphSeekLib.registration.trust_map import Trust
 from MorphSeekLib.space.geometry import Grid, Volume, in_box, index_points, resample
 from MorphSeekLib.space.preprocessing import foreground_of
 
+PRESETS = ("best", "fast")
+LOOKS = 40
+"""Images of each side of a kind, by whose look the kind is recognized."""
 STAGES = ("calibration", "evaluation", "real")
 MOST = 12_000
 """Blocks of a pair that are kept, drawn at random."""
@@ -54,6 +62,7 @@ class Kind:
 
     Attributes:
         file: of its data set, under data.
+        title: in words.
         splits: whose cases are simulated, by stage.
         model: a bundled name; None for none.
         curve: the two images are of two modalities.
@@ -61,6 +70,7 @@ class Kind:
     """
 
     file: str
+    title: str
     splits: dict[str, str]
     model: str | None = None
     curve: bool = False
@@ -70,50 +80,31 @@ class Kind:
 
 _SPLITS = {"calibration": "training", "evaluation": "test"}
 KINDS = {
-    "hippocampus": Kind("hippocampus/dataset.json", _SPLITS),
-    "brain": Kind("brain_oasis/dataset.json", _SPLITS),
-    "ct": Kind("abdomen/dataset_ct.json", _SPLITS, fixed="ct", moving="ct"),
-    "mr-ct": Kind("abdomen/dataset_mrct.json", _SPLITS, curve=True, fixed="mr", moving="ct"),
+    "hippocampus": Kind("hippocampus/dataset.json", "hippocampi in T1-weighted MR crops of 1 mm", _SPLITS),
+    "brain": Kind("brain_oasis/dataset.json", "brains without skull in T1-weighted MR of 2 mm", _SPLITS),
+    "ct": Kind("abdomen/dataset_ct.json", "abdomens in CT of 3 mm", _SPLITS, fixed="ct", moving="ct"),
+    "mr-ct": Kind(
+        "abdomen/dataset_mrct.json",
+        "abdomens in MR and CT of 3 mm",
+        _SPLITS,
+        curve=True,
+        fixed="mr",
+        moving="ct",
+    ),
     "hippocampus-learned": Kind(
-        "hippocampus/dataset.json", _SPLITS | {"calibration": "validation"}, model="hippocampus-mr"
+        "hippocampus/dataset.json",
+        "hippocampi in T1-weighted MR crops of 1 mm, by the model hippocampus-mr",
+        _SPLITS | {"calibration": "validation"},
+        model="hippocampus-mr",
     ),
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a benchmark keeps of a registration: at blocks of a simulated pair, or at surface voxels of a real one.
-
-    Attributes:
-        maps: (3, n) quantities.
-        error: (n,) mm: the true error, or the distance of label surfaces.
-        rivals: what else may tell of errors, name -> (n,), larger where more error is expected.
-        group: (n,) int: 1 in changed regions of a simulated pair; the patch of a real one.
-        about: voxel (mm), seconds of the registration and of the estimate, and the median error before it, mm.
-    """
-
-    maps: np.ndarray
-    error: np.ndarray
-    rivals: dict[str, np.ndarray]
-    group: np.ndarray
-    about: dict[str, float]
-
-    def save(self, file: Path) -> None:
-        """Write a file, whole or not at all."""
-        part = file.with_suffix(".part.npz")
-        named = {f"rival {key}": value for key, value in self.rivals.items()}
-        named |= {f"about {key}": np.float64(value) for key, value in self.about.items()}
-        np.savez_compressed(part, maps=self.maps, error=self.error, group=self.group, **named)
-        part.replace(file)
-
-    @classmethod
-    def load(cls, file: Path) -> Measured:
-        """Read a file."""
-        with np.load(file) as saved:
-            named = {key: saved[key] for key in saved.files}
-        rivals = {key[6:]: value for key, value in named.items() if key.startswith("rival ")}
-        about = {key[6:]: float(value) for key, value in named.items() if key.startswith("about ")}
-        return cls(named["maps"], named["error"], rivals, named["group"], about)
+def folder(work: Path, name: str, preset: str, stage: str) -> Path:
+    """Return where the files of a kind's stage go; made when missing."""
+    found = work / f"{name}-{preset}-{stage}"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 class Bench:
@@ -131,12 +122,6 @@ class Bench:
         self.dataset: Dataset = load_dataset(shared / "data" / self.kind.file)
         self.model: LoadedModel | None = None if self.kind.model is None else load_model(self.kind.model, "cpu")
 
-    def folder(self, stage: str) -> Path:
-        """Return where the files of a stage go; made when missing."""
-        found = self.work / f"{self.name}-{self.preset}-{stage}"
-        found.mkdir(parents=True, exist_ok=True)
-        return found
-
     def simulate(self, stage: str, number: int) -> Simulated:
         """Make a pair of a stage; the same each time."""
         generator = np.random.default_rng([zlib.crc32(f"{self.kind.file} {stage}".encode()), number])
@@ -144,7 +129,7 @@ class Bench:
         fixed = [case for case in cases if case.file.name.startswith(self.kind.fixed)]
         moving = [case for case in cases if case.file.name.startswith(self.kind.moving)]
         pool = np.random.default_rng(zlib.crc32(f"{self.kind.file} {stage} others".encode()))
-        pairs = [(f, m) for f in fixed for m in moving if f is not m]
+        pairs = [(f, m) for f in fixed for m in moving]
         pairs = [pairs[n] for n in pool.permutation(len(pairs))[:OTHERS]]
         first, second = pairs[number % len(pairs)]
         known = self.work / "others" / f"{first.file.name.split('.')[0]} {second.file.name.split('.')[0]}.npz"
@@ -177,7 +162,10 @@ class Bench:
     def _real(self, number: int) -> Measured:
         pair = scored_pairs(self.dataset, "registration_test")[number]
         (fixed, fixed_labels), (moving, moving_labels) = read_pair(pair)
-        images = [hounsfield(i) if case.file.name.startswith("ct") else i for i, case in ((fixed, pair.fixed), (moving, pair.moving))]
+        images = [
+            hounsfield(i) if case.file.name.startswith("ct") else i
+            for i, case in ((fixed, pair.fixed), (moving, pair.moving))
+        ]
         found, seconds = self.registered(images[0], images[1])
         return at_surfaces(self.dataset, (fixed_labels, moving_labels), found, images[0], seconds)
 
@@ -210,7 +198,8 @@ def at_surfaces(
     own, known = labels[0].data.numpy(), dataset.evaluated or tuple(dataset.labels)
     places, distances = [], []
     for value in known:
-        if value == 0 or dataset.label_name(value)[:1].islower() and dataset.path.parent.name == "brain_oasis":
+        sulcus = dataset.path.parent.name == "brain_oasis" and dataset.label_name(value)[:1].islower()
+        if value == 0 or sulcus:
             continue
         surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (own == value, warped == value)]
         if min(surface.sum() for surface in surfaces) < 20:
@@ -273,6 +262,87 @@ def _affine_displacement(matrix: np.ndarray, grid: Grid) -> torch.Tensor:
     return torch.from_numpy(moved.reshape(3, *grid.shape)).float()
 
 
+def records(work: Path, name: str, preset: str, stage: str) -> list[Measured]:
+    """Return what was measured of a kind's stage."""
+    return [Measured.load(file) for file in sorted(folder(work, name, preset, stage).glob("[0-9][0-9].npz"))]
+
+
+def calibrate(shared: Path, work: Path, least: int) -> None:
+    """Write weights and offsets of every kind of which there are so many simulated pairs."""
+    known: dict[str, dict[str, list[Measured]]] = {}
+    for name in KINDS:
+        by_preset = {preset: records(work, name, preset, "calibration") for preset in PRESETS}
+        known[name] = {preset: pairs for preset, pairs in by_preset.items() if len(pairs) >= least}
+    known = {name: by_preset for name, by_preset in known.items() if by_preset}
+    weights, pooled = pooled_fit([pairs for by_preset in known.values() for pairs in by_preset.values()])
+    kinds = {}
+    for name, by_preset in known.items():
+        kind = KINDS[name]
+        looks = [looks_of(shared, kind, side) for side in (kind.fixed, kind.moving)]
+        kinds[name] = replace(
+            calibrated_kind(by_preset, weights if kind.model is None else None),
+            title=kind.title,
+            stage="fit" if kind.model is None else "network",
+            model="" if kind.model is None else str(load_model(kind.model, "cpu").sha256),
+            fixed=ranges(looks[0]),
+            moving=ranges(looks[1]),
+        )
+    found = Calibration(fingerprint(), time.strftime("%Y-%m-%d"), weights, pooled, kinds)
+    write_atomically(FILE, (to_json(found, indent=1) + "\n").encode())
+    print(f"Wrote {FILE}")
+
+
+def looks_of(shared: Path, kind: Kind, side: str, split: str = "training") -> list[dict[str, float]]:
+    """Return how the images of a side of a kind look, of at most :data:`LOOKS` cases."""
+    dataset = load_dataset(shared / "data" / kind.file)
+    cases = [case for case in dataset.cases[split] if case.file.name.startswith(side)][:LOOKS]
+    images = ((case, _read(case)) for case in cases)
+    return [look_of(hounsfield(image) if case.file.name.startswith("ct") else image) for case, image in images]
+
+
+def ranges(looks: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Return the range of every figure, a quarter of it wider on both sides, and at least a twentieth of the value."""
+    found = {}
+    for figure in looks[0]:
+        low, high = (side(look[figure] for look in looks) for side in (min, max))
+        rim = max(0.25 * (high - low), 0.05 * abs(high), 0.02)
+        found[figure] = (round(low - rim, 4), round(high + rim, 4))
+    return found
+
+
+def evaluate(shared: Path, work: Path, out: Path) -> None:
+    """Write what the offsets are worth on cases that they did not see, and print a table."""
+    known = calibration()
+    result: dict[str, Any] = {"fit": known.fit, "calibrated": known.date, "kinds": {}, "looks": {}}
+    for name, kind in known.kinds.items():
+        for preset, offsets in kind.offsets.items():
+            pairs = records(work, name, preset, "evaluation")
+            if not pairs:
+                continue
+            others = [
+                records(work, other, preset, "calibration")
+                for other in known.kinds
+                if other.split("-")[0] != name.split("-")[0]
+            ]
+            figures = simulated_figures(pairs, kind.weights, offsets, [one for one in others if one])
+            row = {"calibrated on": kind.pairs[preset], "simulated": figures}
+            if real := records(work, name, preset, "real"):
+                row["real"] = real_figures(real, kind.weights, offsets)
+            result["kinds"].setdefault(name, {})[preset] = row
+            print(name, preset, to_json(row, indent=1))
+    for name, kind in KINDS.items():
+        tests = [looks_of(shared, kind, side, "test") for side in (kind.fixed, kind.moving)]
+        told = [
+            [n for n, own in known.kinds.items() if own.fits(f, m)] for f in tests[0] for m in tests[1] if f is not m
+        ]
+        result["looks"][name] = {
+            "pairs": len(told),
+            **{n: sum(n in found for found in told) for n in known.kinds},
+        }
+    write_atomically(out, (to_json(result, indent=1) + "\n").encode())
+    print(to_json(result["looks"], indent=1), f"\nWrote {out}")
+
+
 def measure(options: argparse.Namespace) -> None:
     """Do the pairs that are not done, each stage of each kind in turn."""
     torch.set_num_threads(1)
@@ -281,27 +351,33 @@ def measure(options: argparse.Namespace) -> None:
         for name in options.only:
             bench = Bench(name, options.preset, options.shared, options.work)
             for number in range(options.pairs):
-                file = bench.folder(stage) / f"{number:02}.npz"
+                file = folder(options.work, name, options.preset, stage) / f"{number:02}.npz"
                 if file.is_file():
                     continue
                 begin = time.perf_counter()
                 found = bench.measure(stage, number)
                 found.save(file)
                 figures = {key: round(value, 2) for key, value in found.about.items()}
-                middle = np.median(found.error)
-                print(name, stage, number, f"median error {middle:.2f} mm", figures, f"{time.perf_counter() - begin:.0f} s", flush=True)
+                words = f"median error {np.median(found.error):.2f} mm, {time.perf_counter() - begin:.0f} s"
+                print(name, stage, number, words, figures, flush=True)
 
 
 def main() -> None:
     """Measure, calibrate or evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands: dict[str, Callable[[argparse.Namespace], None]] = {"measure": measure}
+    commands: dict[str, Callable[[argparse.Namespace], None]] = {
+        "measure": measure,
+        "calibrate": lambda o: calibrate(o.shared, o.work, o.least),
+        "evaluate": lambda o: evaluate(o.shared, o.work, o.out),
+    }
     parser.add_argument("command", choices=commands)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "trust")
+    parser.add_argument("--out", type=Path, default=ROOT / "Testing" / "benchmarks" / "results" / "trust.json")
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--preset", default="best")
+    parser.add_argument("--preset", default="best", choices=PRESETS)
     parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--least", type=int, default=6, help="fewest simulated pairs that a kind is calibrated on")
     parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=STAGES)
     options = parser.parse_args()
     commands[options.command](options)
