@@ -238,9 +238,9 @@ class TrustSection(TypedDict):
     """The estimated error over ``voxels`` of tissue.
 
     ``kind`` and ``title`` name the kind of pair on which the estimate was tuned; where it is None, nothing that is in
-    mm is known. ``near_percent`` and ``far_percent`` are the shares of tissue where the error is below ``near_mm``, or may
-    be above ``far_mm``, in four of five places; ``error_mm`` has what it is below in half ("median") and in four fifths
-    ("p80") of all places.
+    mm is known. ``near_percent`` and ``far_percent`` are the shares of tissue where the error is below ``near_mm``, or
+    may be above ``far_mm``, in four of five places; ``error_mm`` has what it is below in half ("median") and in four
+    fifths ("p80") of all places.
     """
 
     kind: str | None

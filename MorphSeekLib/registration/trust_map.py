@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from ..networks.loading import LoadedModel
@@ -124,6 +123,8 @@ def _worst(limit: Tensor, tissue: Tensor, found: Quantities, near: float, known:
         near: mm; beyond it is not near.
         known: whether bounds are told in mm.
     """
+    from scipy import ndimage  # what is not estimated goes without it
+
     values = torch.where(tissue, limit, 0.0).numpy()
     size = float(np.prod(found.grid.spacing))
     for beyond in (FAR * near, near):

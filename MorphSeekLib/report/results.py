@@ -32,6 +32,8 @@ FILES = {
     "report.json": "every figure, with its definition",
     "report.html": "the report to look at",
 }
+ESTIMATED = ("trust.nii.gz", "trust-colors.nii.gz")
+"""Those that an estimated error leaves, the first one where millimeters are known."""
 EXPORTS = ("report", "transform", "jacobian")
 _REPORT = ("report.html", "report.json")
 
