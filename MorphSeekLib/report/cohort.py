@@ -49,6 +49,7 @@ def cohort_row(report: Report) -> dict[str, Any]:
     overlap = report["dice"]
     dice = overlap["mean"] if overlap is not None else {}
     similarity = report["similarity"]
+    error = report["trust"]["error_mm"] if "trust" in report else None
     before = similarity["input"] if similarity["input"] is not None else similarity["aligned"]
     return {
         "color": verdict.color,
@@ -65,7 +66,7 @@ def cohort_row(report: Report) -> dict[str, Any]:
         "similarity_before": before,
         "similarity_after": similarity["warped"],
         "largest_region_mm3": values["largest_region_mm3"],
-        "trust_p80_mm": ((report.get("trust") or {}).get("error_mm") or {}).get("p80"),
+        "trust_p80_mm": None if error is None else error["p80"],
         "seconds": report["seconds"]["total"],
         "report": "report.html" if "report.html" in report["files"] else "report.json",
     }

@@ -47,7 +47,7 @@ _INCH_WIDTH, _MOST_ROW, _DPI = 12.4, 4.5, 150  # a sheet's width and the most he
 # dark in the middle, as a subtraction image: what is black has not changed
 _DIFFERENCE = LinearSegmentedColormap.from_list("difference", ["#7fd4ff", "#1f6fd0", "#000000", "#d07a10", "#ffe08a"])
 _VOLUME_CHANGE = LinearSegmentedColormap.from_list("volume", ["#8ef0c0", "#149060", "#000000", "#8a4fd0", "#e0c0ff"])
-_TRUST = ListedColormap(["#3fa7d6", "#f2c14e", "#d1495b"])
+_TRUST = ("#3fa7d6", "#f2c14e", "#d1495b")
 _FOLDED = "#ff2020"
 _LINES = "#ffd34d"
 _TEXT = "#d8d8d8"
@@ -504,7 +504,7 @@ class _Scene:
         if self.pictures.trust is None:
             return
         colors = np.nan_to_num(_cut(self.pictures.trust.colors, panel.grid, "nearest")).astype(int)
-        table = np.array([(0.0, 0.0, 0.0, 0.0), *(to_rgba(color, 0.5) for color in _TRUST.colors)])
+        table = np.array([(0.0, 0.0, 0.0, 0.0), *(to_rgba(color, 0.5) for color in _TRUST)])
         panel.show(table[np.clip(colors, 0, 3)], smooth=False)
 
     def draw_volume_change(self, panel: _Panel) -> None:
@@ -589,7 +589,7 @@ class _Scene:
         limit = f"{self.volume_limit:g}"
         trust = self.pictures.trust
         return {
-            self.draw_trust: (_TRUST, ("", "", "") if trust is None else trust.legend()),
+            self.draw_trust: (ListedColormap(_TRUST), ("", "", "") if trust is None else trust.legend()),
             self.draw_difference_before: difference,
             self.draw_difference_after: difference,
             self.draw_volume_change: (

@@ -34,7 +34,7 @@ from MorphSeekLib.io.files import write_atomically
 from MorphSeekLib.io.images import read_image
 from MorphSeekLib.networks.loading import LoadedModel, load_model
 from MorphSeekLib.protocol.options import RegistrationOptions
-from MorphSeekLib.protocol.settings import to_json
+from MorphSeekLib.protocol.settings import to_dict, to_json
 from MorphSeekLib.registration.calibrated import FILE, Calibration, calibration, fingerprint, look_of
 from MorphSeekLib.registration.compile_kernels import main as compile_kernels
 from MorphSeekLib.registration.pipeline import register
@@ -52,8 +52,6 @@ MOST = 12_000
 """Blocks of a pair that are kept, drawn at random."""
 EDGES = 0.85
 """Quantile of the gradient's length in tissue, above which a voxel is an edge."""
-OTHERS = 6
-"""Other pairs of cases whose registrations are drawn from, for each kind and stage."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class Kind:
         model: a bundled name; None for none.
         curve: the two images are of two modalities.
         fixed, moving: what the files of each image begin with.
+        others: pairs of cases whose registrations simulated pairs are deformed by, in each stage.
     """
 
     file: str
@@ -76,13 +75,14 @@ class Kind:
     curve: bool = False
     fixed: str = ""
     moving: str = ""
+    others: int = 6
 
 
 _SPLITS = {"calibration": "training", "evaluation": "test"}
 KINDS = {
     "hippocampus": Kind("hippocampus/dataset.json", "hippocampi in T1-weighted MR crops of 1 mm", _SPLITS),
     "brain": Kind("brain_oasis/dataset.json", "brains without skull in T1-weighted MR of 2 mm", _SPLITS),
-    "ct": Kind("abdomen/dataset_ct.json", "abdomens in CT of 3 mm", _SPLITS, fixed="ct", moving="ct"),
+    "ct": Kind("abdomen/dataset_ct.json", "abdomens in CT of 3 mm", _SPLITS, fixed="ct", moving="ct", others=3),
     "mr-ct": Kind(
         "abdomen/dataset_mrct.json",
         "abdomens in MR and CT of 3 mm",
@@ -90,6 +90,7 @@ KINDS = {
         curve=True,
         fixed="mr",
         moving="ct",
+        others=3,
     ),
     "hippocampus-learned": Kind(
         "hippocampus/dataset.json",
@@ -130,7 +131,7 @@ class Bench:
         moving = [case for case in cases if case.file.name.startswith(self.kind.moving)]
         pool = np.random.default_rng(zlib.crc32(f"{self.kind.file} {stage} others".encode()))
         pairs = [(f, m) for f in fixed for m in moving]
-        pairs = [pairs[n] for n in pool.permutation(len(pairs))[:OTHERS]]
+        pairs = [pairs[n] for n in pool.permutation(len(pairs))[: self.kind.others]]
         first, second = pairs[number % len(pairs)]
         known = self.work / "others" / f"{first.file.name.split('.')[0]} {second.file.name.split('.')[0]}.npz"
         other = Other.of(_read(first), _read(second), known, self.kind.curve)
@@ -288,7 +289,7 @@ def calibrate(shared: Path, work: Path, least: int) -> None:
             moving=ranges(looks[1]),
         )
     found = Calibration(fingerprint(), time.strftime("%Y-%m-%d"), weights, pooled, kinds)
-    write_atomically(FILE, (to_json(found, indent=1) + "\n").encode())
+    write_atomically(FILE, (to_json(to_dict(found), indent=1) + "\n").encode())
     print(f"Wrote {FILE}")
 
 

@@ -489,7 +489,9 @@ def test_the_report_holds_what_its_type_says(pair, model):
     ):
         held = report if name is None else report[name]
         late = (
-            {"verdict", "morphseek", "date", "software", "files", "landmarks", "corrections", "trust"} if name is None else set()
+            {"verdict", "morphseek", "date", "software", "files", "landmarks", "corrections", "trust"}
+            if name is None
+            else set()
         )
         assert set(held) == set(section.__annotations__) - late, name
     assert set(report["folding"]["cells"]) == set(CellsSection.__annotations__)

@@ -123,7 +123,7 @@ def test_more_error_is_expected_where_the_images_show_something_else(disturbed):
     section = result.report["trust"]
     assert section["regions"], "the box is a region"
     index = np.linalg.inv(GRID.affine) @ [*section["regions"][0]["position"], 1]
-    assert inside[tuple(int(round(float(x))) for x in index[:3])], "its worst place lies in the box"
+    assert inside[tuple(round(float(x)) for x in index[:3])], "its worst place lies in the box"
 
 
 def test_images_of_no_known_kind_get_colors_and_no_millimeters(disturbed):
