@@ -4,12 +4,14 @@
         [--preset best] [--pairs 12] [--stage calibration evaluation real]
     python Testing/benchmarks/trust.py calibrate [--work FOLDER]
     python Testing/benchmarks/trust.py evaluate [--work FOLDER] [--out Testing/benchmarks/results/trust.json]
+    python Testing/benchmarks/trust.py draw
 
 ``measure`` registers pairs, one at a time with one thread, and leaves a file for each; pairs that FOLDER holds already
 are not done again. Simulated pairs (comparison/simulated.py) of training cases are for calibration (of the cases on
 which the network was validated, for the kind that it answers), those of test cases for evaluation, and the test pairs
 as they are, with their labels, for evaluation too. ``calibrate`` writes the offsets beside the presets, ``evaluate``
-what they are worth. CT is given in Hounsfield units, as scanners write it.
+what they are worth, ``draw`` makes the pictures of the documents. CT is
+given in Hounsfield units, as scanners write it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from comparison.side_by_side import ROOT
 from comparison.simulated import Other, Simulated, hounsfield, simulated
 from comparison.trust_figures import Measured, calibrated_kind, pooled_fit, real_figures, simulated_figures
+from comparison.trust_pictures import draw
 from scipy import ndimage
 
 from MorphSeekLib.data.datasets import Case, Dataset, load_dataset, read_pair, scored_pairs
@@ -275,7 +278,8 @@ def calibrate(shared: Path, work: Path, least: int) -> None:
         by_preset = {preset: records(work, name, preset, "calibration") for preset in PRESETS}
         known[name] = {preset: pairs for preset, pairs in by_preset.items() if len(pairs) >= least}
     known = {name: by_preset for name, by_preset in known.items() if by_preset}
-    weights, pooled = pooled_fit([pairs for by_preset in known.values() for pairs in by_preset.values()])
+    fits = [pairs for name, by_preset in known.items() if KINDS[name].model is None for pairs in by_preset.values()]
+    weights, pooled = pooled_fit(fits)
     kinds = {}
     for name, by_preset in known.items():
         kind = KINDS[name]
@@ -322,8 +326,8 @@ def evaluate(shared: Path, work: Path, out: Path) -> None:
                 continue
             others = [
                 records(work, other, preset, "calibration")
-                for other in known.kinds
-                if other.split("-")[0] != name.split("-")[0]
+                for other, own in known.kinds.items()
+                if other.split("-")[0] != name.split("-")[0] and not own.model
             ]
             figures = simulated_figures(pairs, kind.weights, offsets, [one for one in others if one])
             row = {"calibrated on": kind.pairs[preset], "simulated": figures}
@@ -370,6 +374,7 @@ def main() -> None:
         "measure": measure,
         "calibrate": lambda o: calibrate(o.shared, o.work, o.least),
         "evaluate": lambda o: evaluate(o.shared, o.work, o.out),
+        "draw": lambda o: draw(ROOT / "Resources" / "Screenshots"),
     }
     parser.add_argument("command", choices=commands)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
