@@ -81,7 +81,7 @@ class Calibration:
     Attributes:
         fit: :func:`fingerprint` of the fit that was calibrated.
         date: of the calibration.
-        weights, pooled: weights and offsets of all kinds that are fitted together, for colors where the kind is unknown.
+        weights, pooled: weights and offsets of all fitted kinds together, for colors where the kind is unknown.
         kinds: by name.
     """
 

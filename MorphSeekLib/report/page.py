@@ -69,7 +69,7 @@ class TrustPicture:
         """Return what the colors say."""
         near, far = self.section["near_mm"], self.section["far_mm"]
         if near is None or far is None:
-            return ("likely near", "in between", "do not rely on this")
+            return ("likely near", "in between", "do not rely\non this")
         return (f"likely within\n{near:g} mm", f"{near:g} to {far:g} mm", "do not rely\non this")
 
 
