@@ -5,7 +5,8 @@
 
 A kind is used only where all of this holds; otherwise the kind is unknown, and no millimeters are given:
 
-- the answer is of the stage, and by the model, that was calibrated, with a preset that was and no other choice made;
+- the answer is of the stage, and by the model, that was calibrated, with no other choice made than that of a preset
+  for which the bounds were found to hold on cases that were not calibrated on;
 - every figure of both images' :func:`look_of` lies in the range of the images that were calibrated on, and a quarter of
   that range around it;
 - no other kind fits as well.
@@ -54,6 +55,7 @@ class Kind:
         weights: of the logarithms of the three quantities.
         offsets: preset -> offset of each of :data:`DECILES`.
         pairs: preset -> how many simulated pairs these come from.
+        told: the presets for which millimeters are told: what they promise was found to hold on unseen cases.
     """
 
     title: str = ""
@@ -64,6 +66,7 @@ class Kind:
     weights: tuple[float, float, float] = (0.0, 0.0, 0.0)
     offsets: dict[str, tuple[float, ...]] = field(default_factory=dict)
     pairs: dict[str, int] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
 
     def fits(self, fixed: dict[str, float], moving: dict[str, float]) -> bool:
         """Return whether two images look as those that were calibrated on."""
@@ -110,7 +113,7 @@ class Calibration:
         possible = {
             name: kind
             for name, kind in self.kinds.items()
-            if kind.stage == stage and kind.model == sha and options.preset in kind.offsets
+            if kind.stage == stage and kind.model == sha and options.preset in kind.told
         }
         if not possible:
             return None

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from comparison.side_by_side import ROOT
-from comparison.simulated import Other, Simulated, hounsfield, simulated
-from comparison.trust_figures import Measured, calibrated_kind, pooled_fit, real_figures, simulated_figures
+from comparison.simulated import Other, Simulated, affine_displacement, hounsfield, simulated
+from comparison.trust_figures import Measured, calibrated_kind, holds, pooled_fit, real_figures, simulated_figures
 from comparison.trust_pictures import draw
 from scipy import ndimage
 
@@ -69,6 +69,8 @@ class Kind:
         curve: the two images are of two modalities.
         fixed, moving: what the files of each image begin with.
         others: pairs of cases whose registrations simulated pairs are deformed by, in each stage.
+        affine: share of their affine part that is kept: two bodies differ in size by more than a search reaches, which
+            shows as a registration that has failed everywhere.
     """
 
     file: str
@@ -79,13 +81,16 @@ class Kind:
     fixed: str = ""
     moving: str = ""
     others: int = 6
+    affine: float = 1.0
 
 
 _SPLITS = {"calibration": "training", "evaluation": "test"}
 KINDS = {
     "hippocampus": Kind("hippocampus/dataset.json", "hippocampi in T1-weighted MR crops of 1 mm", _SPLITS),
     "brain": Kind("brain_oasis/dataset.json", "brains without skull in T1-weighted MR of 2 mm", _SPLITS),
-    "ct": Kind("abdomen/dataset_ct.json", "abdomens in CT of 3 mm", _SPLITS, fixed="ct", moving="ct", others=3),
+    "ct": Kind(
+        "abdomen/dataset_ct.json", "abdomens in CT of 3 mm", _SPLITS, fixed="ct", moving="ct", others=3, affine=0.3
+    ),
     "mr-ct": Kind(
         "abdomen/dataset_mrct.json",
         "abdomens in MR and CT of 3 mm",
@@ -94,6 +99,7 @@ KINDS = {
         fixed="mr",
         moving="ct",
         others=3,
+        affine=0.3,
     ),
     "hippocampus-learned": Kind(
         "hippocampus/dataset.json",
@@ -137,7 +143,7 @@ class Bench:
         pairs = [pairs[n] for n in pool.permutation(len(pairs))[: self.kind.others]]
         first, second = pairs[number % len(pairs)]
         known = self.work / "others" / f"{first.file.name.split('.')[0]} {second.file.name.split('.')[0]}.npz"
-        other = Other.of(_read(first), _read(second), known, self.kind.curve)
+        other = Other.of(_read(first), _read(second), known, self.kind.curve, self.kind.affine)
         free = [case for case in moving if case not in (first, second)]
         pair = simulated(_read(free[generator.integers(len(free))]), other, self.kind.curve, generator)
         fixed, moving = pair.fixed, pair.moving
@@ -255,15 +261,8 @@ def _rivals(image: Volume, found: Registration, grid: Grid) -> dict[str, np.ndar
     moved = found.transform.displacement_at(grid)
     start = found.state.start
     if isinstance(start, np.ndarray):  # without the alignment
-        moved = moved - _affine_displacement(start, grid)
+        moved = moved - affine_displacement(start, grid)
     return rivals | {"length": moved.norm(dim=0).numpy()}
-
-
-def _affine_displacement(matrix: np.ndarray, grid: Grid) -> torch.Tensor:
-    index = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij")).reshape(3, -1)
-    points = grid.affine[:3, :3] @ index + grid.affine[:3, 3:]
-    moved = (matrix[:3, :3] - np.eye(3)) @ points + matrix[:3, 3:]
-    return torch.from_numpy(moved.reshape(3, *grid.shape)).float()
 
 
 def records(work: Path, name: str, preset: str, stage: str) -> list[Measured]:
@@ -293,6 +292,11 @@ def calibrate(shared: Path, work: Path, least: int) -> None:
             moving=ranges(looks[1]),
         )
     found = Calibration(fingerprint(), time.strftime("%Y-%m-%d"), weights, pooled, kinds)
+    write_calibration(found)
+
+
+def write_calibration(found: Calibration) -> None:
+    """Write what comes with MorphSeek."""
     write_atomically(FILE, (to_json(to_dict(found), indent=1) + "\n").encode())
     print(f"Wrote {FILE}")
 
@@ -316,8 +320,9 @@ def ranges(looks: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
 
 
 def evaluate(shared: Path, work: Path, out: Path) -> None:
-    """Write what the offsets are worth on cases that they did not see, and print a table."""
+    """Write what the offsets are worth on cases that they did not see, and for which kinds millimeters are told."""
     known = calibration()
+    told: dict[str, tuple[str, ...]] = dict.fromkeys(known.kinds, ())
     result: dict[str, Any] = {"fit": known.fit, "calibrated": known.date, "kinds": {}, "looks": {}}
     for name, kind in known.kinds.items():
         for preset, offsets in kind.offsets.items():
@@ -330,20 +335,19 @@ def evaluate(shared: Path, work: Path, out: Path) -> None:
                 if other.split("-")[0] != name.split("-")[0] and not own.model
             ]
             figures = simulated_figures(pairs, kind.weights, offsets, [one for one in others if one])
-            row = {"calibrated on": kind.pairs[preset], "simulated": figures}
+            row = {"calibrated on": kind.pairs[preset], "told": holds(figures), "simulated": figures}
+            told[name] += (preset,) if holds(figures) else ()
             if real := records(work, name, preset, "real"):
                 row["real"] = real_figures(real, kind.weights, offsets)
             result["kinds"].setdefault(name, {})[preset] = row
             print(name, preset, to_json(row, indent=1))
     for name, kind in KINDS.items():
         tests = [looks_of(shared, kind, side, "test") for side in (kind.fixed, kind.moving)]
-        told = [
-            [n for n, own in known.kinds.items() if own.fits(f, m)] for f in tests[0] for m in tests[1] if f is not m
-        ]
-        result["looks"][name] = {
-            "pairs": len(told),
-            **{n: sum(n in found for found in told) for n in known.kinds},
-        }
+        found = [[n for n, own in known.kinds.items() if own.fits(f, m)] for f in tests[0] for m in tests[1]]
+        counts = {n: sum(n in names for names in found) for n in known.kinds}
+        result["looks"][name] = {"pairs": len(found), **counts}
+    kinds = {name: replace(kind, told=told[name]) for name, kind in known.kinds.items()}
+    write_calibration(replace(known, kinds=kinds))
     write_atomically(out, (to_json(result, indent=1) + "\n").encode())
     print(to_json(result["looks"], indent=1), f"\nWrote {out}")
 

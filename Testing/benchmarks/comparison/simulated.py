@@ -65,7 +65,7 @@ class Other:
     residual: Volume
 
     @classmethod
-    def of(cls, fixed: Volume, moving: Volume, file: Path, curve: bool) -> Other:
+    def of(cls, fixed: Volume, moving: Volume, file: Path, curve: bool, affine: float) -> Other:
         """Register two images, or read what an earlier call has found from a file.
 
         Args:
@@ -73,6 +73,7 @@ class Other:
             file: that keeps the transform.
             curve: they are of two modalities, so that the residual is that of the mean of the one's values where the
                 other has a value.
+            affine: share of the transform's affine part that is kept.
         """
         if file.is_file():
             saved = np.load(file)
@@ -82,8 +83,11 @@ class Other:
             file.parent.mkdir(parents=True, exist_ok=True)
             np.savez(file, displacement=found.displacement.numpy(), shape=found.grid.shape, affine=found.grid.affine)
         warped = resample(moving, fixed.grid, found, background=float(moving.data.min()))
+        part = found.affine_part()
         apart = torch.from_numpy(moving.grid.center - fixed.grid.center).float().view(3, 1, 1, 1)
-        centered = DenseTransform(found.displacement - apart, found.grid)
+        part[:3, 3] -= moving.grid.center - fixed.grid.center
+        less = (1 - affine) * affine_displacement(part, found.grid)
+        centered = DenseTransform(found.displacement - apart - less, found.grid)
         expected = _explained(fixed.data, warped.data) if curve else warped.data
         return cls(centered, fixed, Volume(fixed.data - expected, fixed.grid))
 
@@ -107,6 +111,14 @@ def simulated(case: Volume, other: Other, curve: bool, generator: np.random.Gene
 def hounsfield(image: Volume) -> Volume:
     """Give an abdomen whose window of -125 to 275 HU was made 0 to 255 its Hounsfield units, air where it is black."""
     return Volume(torch.where(image.data <= 0, AIR, image.data * (400 / 255) - 125), image.grid)
+
+
+def affine_displacement(matrix: np.ndarray, grid: Grid) -> Tensor:
+    """Return the displacement of a (4, 4) map at the voxels of a grid, (3, i, j, k) LPS mm."""
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij")).reshape(3, -1)
+    points = grid.affine[:3, :3] @ index + grid.affine[:3, 3:]
+    moved = (matrix[:3, :3] - np.eye(3)) @ points + matrix[:3, 3:]
+    return torch.from_numpy(moved.reshape(3, *grid.shape)).float()
 
 
 def _bent(grid: Grid, other: Other, generator: np.random.Generator) -> DenseTransform:

@@ -17,6 +17,9 @@ from MorphSeekLib.registration.trust_map import NEAR_MM, NEAR_VOXELS
 UNLIKENESS = 0.2
 """The least weight of unlikeness: simulated pairs, which differ by what was added to them, weigh it less than real
 pairs of people do, where it ranks patches best (Docs/trust.md)."""
+COVERED, PRECISE, ENOUGH = (0.75, 0.95), 0.9, 8
+"""Millimeters are told where, over so many unseen pairs, the 80 % bound covers a share in this range, and at least this
+share of what is said to be near is."""
 FEW = 30
 """Places of either class, below which a pair has no AUROC."""
 
@@ -146,6 +149,13 @@ def simulated_figures(
         covered = [np.mean(pair.error <= bounds(pair, foreign, deciles[7])) for pair in pairs]
         found["covered 80, offsets of other anatomies"] = _mean(covered)
     return found
+
+
+def holds(figures: Mapping[str, object]) -> bool:
+    """Return whether the figures of :func:`simulated_figures` are good enough for millimeters to be told."""
+    pairs, covered, true = (figures[name] for name in ("pairs", "covered 80", "said near, true"))
+    numbers = all(isinstance(value, (int, float)) for value in (pairs, covered, true))
+    return numbers and pairs >= ENOUGH and COVERED[0] <= covered <= COVERED[1] and true >= PRECISE  # type: ignore[operator]
 
 
 def _row(pair: Measured, weights: Sequence[float], offsets: Sequence[float]) -> dict[str, float]:
