@@ -4,19 +4,22 @@
         [--preset best] [--pairs 12] [--stage calibration evaluation real]
     python Testing/benchmarks/trust.py calibrate [--work FOLDER]
     python Testing/benchmarks/trust.py evaluate [--work FOLDER] [--out Testing/benchmarks/results/trust.json]
+    python Testing/benchmarks/trust.py samples [--pairs 6] [--work FOLDER]
     python Testing/benchmarks/trust.py draw
 
 ``measure`` registers pairs, one at a time with one thread, and leaves a file for each; pairs that FOLDER holds already
 are not done again. Simulated pairs (comparison/simulated.py) of training cases are for calibration (of the cases on
 which the network was validated, for the kind that it answers), those of test cases for evaluation, and the test pairs
 as they are, with their labels, for evaluation too. ``calibrate`` writes the offsets beside the presets, ``evaluate``
-what they are worth, ``draw`` makes the pictures of the documents. CT is
+what they are worth, ``samples`` what the
+spread of a policy's samples would add, ``draw`` makes the pictures of the documents. CT is
 given in Hounsfield units, as scanners write it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -28,18 +31,32 @@ import numpy as np
 import torch
 from comparison.side_by_side import ROOT
 from comparison.simulated import Other, Simulated, affine_displacement, hounsfield, simulated
-from comparison.trust_figures import Measured, calibrated_kind, holds, pooled_fit, real_figures, simulated_figures
+from comparison.trust_figures import (
+    Measured,
+    calibrated_kind,
+    holds,
+    logs,
+    pooled_fit,
+    real_figures,
+    simulated_figures,
+    table,
+    target,
+)
 from comparison.trust_pictures import draw
 from scipy import ndimage
+from scipy.stats import spearmanr
 
 from MorphSeekLib.data.datasets import Case, Dataset, load_dataset, read_pair, scored_pairs
 from MorphSeekLib.io.files import write_atomically
 from MorphSeekLib.io.images import read_image
 from MorphSeekLib.networks.loading import LoadedModel, load_model
+from MorphSeekLib.networks.policy import RegistrationModel, take_steps
+from MorphSeekLib.networks.policy import draw as draw_latent
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.settings import to_dict, to_json
 from MorphSeekLib.registration.calibrated import FILE, Calibration, calibration, fingerprint, look_of
 from MorphSeekLib.registration.compile_kernels import main as compile_kernels
+from MorphSeekLib.registration.pair import Pair
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.registration.result import Registration
 from MorphSeekLib.registration.trust import Quantities
@@ -50,6 +67,8 @@ from MorphSeekLib.space.preprocessing import foreground_of
 PRESETS = ("best", "fast")
 LOOKS = 40
 """Images of each side of a kind, by whose look the kind is recognized."""
+SAMPLES = 6
+"""Of a network's policy."""
 STAGES = ("calibration", "evaluation", "real")
 MOST = 12_000
 """Blocks of a pair that are kept, drawn at random."""
@@ -180,8 +199,17 @@ class Bench:
         return at_surfaces(self.dataset, (fixed_labels, moving_labels), found, images[0], seconds)
 
 
-def at_blocks(pair: Simulated, found: Registration, seconds: dict[str, float]) -> Measured:
-    """Compare a registration with the truth at the blocks of tissue that both images see."""
+def at_blocks(
+    pair: Simulated, found: Registration, seconds: dict[str, float], samples: Volume | None = None
+) -> Measured:
+    """Compare a registration with the truth at the blocks of tissue that both images see.
+
+    Args:
+        pair: whose truth is known.
+        found: its registration.
+        seconds: of it.
+        samples: another rival, the spread of a policy's samples.
+    """
     quantities = _given(found.trust)
     grid = quantities.grid
     truth, answer = (one.displacement_at(grid) for one in (pair.truth, found.transform))
@@ -194,6 +222,8 @@ def at_blocks(pair: Simulated, found: Registration, seconds: dict[str, float]) -
     chosen = np.random.default_rng(0).permutation(chosen)[:MOST]
     before = float(np.median(truth.norm(dim=0).numpy()[counted]))
     rivals = {key: value.ravel()[chosen] for key, value in _rivals(pair.fixed, found, grid).items()}
+    if samples is not None:
+        rivals["samples"] = resample(samples, grid).data.numpy().ravel()[chosen]
     about = {"voxel": quantities.voxel, "before": before, "blocks": float(counted.sum()), **seconds}
     maps = quantities.maps.flatten(1).numpy()[:, chosen]
     return Measured(maps, error.numpy().ravel()[chosen], rivals, changed.ravel()[chosen], about)
@@ -265,6 +295,51 @@ def _rivals(image: Volume, found: Registration, grid: Grid) -> dict[str, np.ndar
     return rivals | {"length": moved.norm(dim=0).numpy()}
 
 
+class _Sampled:
+    """A network whose latent is drawn from its policy in place of its mean."""
+
+    def __init__(self, network: RegistrationModel, generator: torch.Generator) -> None:
+        self._network, self._generator = network, generator
+        self.features = network.features
+
+    def __call__(self, moving: torch.Tensor, fixed: torch.Tensor, known: list[torch.Tensor] | None) -> torch.Tensor:
+        latent = self._network.encode(moving, fixed, known)
+        z = draw_latent(latent.mu, latent.log_sigma, 1.0, 1, generator=self._generator)
+        return self._network.displacement(self._network.field(latent, z))
+
+
+def sampled(options: argparse.Namespace) -> None:
+    """Write what the spread of samples of a network's policy tells of its errors, beside the other quantities."""
+    torch.set_num_threads(1)
+    bench, rows = Bench("hippocampus-learned", options.preset, options.shared, options.work), []
+    assert bench.model is not None  # the kind has one
+    for number in range(options.pairs):
+        pair = bench.simulate("evaluation", number)
+        found, seconds = bench.registered(pair.fixed, pair.moving)
+        seen = Pair(pair.fixed, pair.moving, bench.model)
+        seen.align(found.report["align"], None)
+        steps, totals = bench.model.card.preprocessing.steps, []
+        for seed in range(SAMPLES):
+            network: Any = _Sampled(bench.model.network, torch.Generator().manual_seed(seed))
+            seen.seen = torch.ones(1, 1, *seen.grid.shape, dtype=torch.bool)
+            with torch.no_grad():
+                totals.append(take_steps(network, seen.moving_at, seen.fixed_intensities, steps))
+        spread = torch.stack(totals).std(dim=0).norm(dim=1)[0]
+        measured = at_blocks(pair, found, seconds, Volume(spread, seen.grid))
+        values = np.vstack([logs(measured), np.log(measured.rivals["samples"] + 0.05)])
+        ranks = [float(spearmanr(row, measured.error)[0]) for row in values]
+        both = np.linalg.lstsq(np.vstack([values, np.ones(values.shape[1])]).T, target(measured), rcond=None)[0]
+        alone = np.linalg.lstsq(np.vstack([values[:3], np.ones(values.shape[1])]).T, target(measured), rcond=None)[0]
+        joint = [float(spearmanr(w[:-1] @ v, measured.error)[0]) for w, v in ((alone, values[:3]), (both, values))]
+        rows.append([*ranks, *joint])
+        print(number, np.round(rows[-1], 3), flush=True)
+    names = ("inconsistency", "spread", "unlikeness", "samples", "three fitted to each pair", "with samples")
+    means = {name: round(float(mean), 3) for name, mean in zip(names, np.mean(rows, axis=0), strict=True)}
+    file = options.work / "samples.json"
+    write_atomically(file, (to_json({"pairs": len(rows), "samples": SAMPLES, **means}, indent=1) + "\n").encode())
+    print(means)
+
+
 def records(work: Path, name: str, preset: str, stage: str) -> list[Measured]:
     """Return what was measured of a kind's stage."""
     return [Measured.load(file) for file in sorted(folder(work, name, preset, stage).glob("[0-9][0-9].npz"))]
@@ -324,6 +399,8 @@ def evaluate(shared: Path, work: Path, out: Path) -> None:
     known = calibration()
     told: dict[str, tuple[str, ...]] = dict.fromkeys(known.kinds, ())
     result: dict[str, Any] = {"fit": known.fit, "calibrated": known.date, "kinds": {}, "looks": {}}
+    if (work / "samples.json").is_file():
+        result["samples of the policy, Spearman"] = json.loads((work / "samples.json").read_text())
     for name, kind in known.kinds.items():
         for preset, offsets in kind.offsets.items():
             pairs = records(work, name, preset, "evaluation")
@@ -340,7 +417,6 @@ def evaluate(shared: Path, work: Path, out: Path) -> None:
             if real := records(work, name, preset, "real"):
                 row["real"] = real_figures(real, kind.weights, offsets)
             result["kinds"].setdefault(name, {})[preset] = row
-            print(name, preset, to_json(row, indent=1))
     for name, kind in KINDS.items():
         tests = [looks_of(shared, kind, side, "test") for side in (kind.fixed, kind.moving)]
         found = [[n for n, own in known.kinds.items() if own.fits(f, m)] for f in tests[0] for m in tests[1]]
@@ -349,7 +425,7 @@ def evaluate(shared: Path, work: Path, out: Path) -> None:
     kinds = {name: replace(kind, told=told[name]) for name, kind in known.kinds.items()}
     write_calibration(replace(known, kinds=kinds))
     write_atomically(out, (to_json(result, indent=1) + "\n").encode())
-    print(to_json(result["looks"], indent=1), f"\nWrote {out}")
+    print(table(result["kinds"]), to_json(result["looks"], indent=1), f"\nWrote {out}")
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -378,6 +454,7 @@ def main() -> None:
         "measure": measure,
         "calibrate": lambda o: calibrate(o.shared, o.work, o.least),
         "evaluate": lambda o: evaluate(o.shared, o.work, o.out),
+        "samples": sampled,
         "draw": lambda o: draw(ROOT / "Resources" / "Screenshots"),
     }
     parser.add_argument("command", choices=commands)

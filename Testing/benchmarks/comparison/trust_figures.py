@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -229,3 +230,59 @@ def _mean(values: Sequence[float]) -> float | None:
     """Return the mean of what is known, in three digits."""
     finite = [value for value in values if np.isfinite(value)]
     return round(float(np.mean(finite)), 3) if finite else None
+
+
+_SIMULATED = {
+    "simulated pairs": ("pairs",),
+    "median error, mm": ("median error",),
+    "Spearman": ("spearman",),
+    "distance to the nearest edge / local deviation / displacement": (
+        "spearman, edge",
+        "spearman, flat",
+        "spearman, length",
+    ),
+    "AUROC, error above 2 voxels": ("auroc",),
+    "the same three": ("auroc, edge", "auroc, flat", "auroc, length"),
+    "inside the 50 / 80 / 90 % bound": ("covered 50", "covered 80", "covered 90"),
+    "worst pair, 80 % bound": ("worst pair, 80 % bound covers",),
+    "80 % bound, offsets of other anatomies": ("covered 80, offsets of other anatomies",),
+    "said near / of these true / of the near said": ("said near", "said near, true", "near, said"),
+    "near": ("near",),
+    "pinball loss, mm / of the best constant": ("pinball", "pinball of the best constant"),
+    "worst tenth, times the share of large errors": ("worst tenth, times the share of large errors",),
+    "median error / 50 % bound in changed regions, mm": (
+        "median error, changed regions",
+        "median 50 % bound, changed regions",
+    ),
+    "seconds, times those of search, steps and fit": ("times the fit",),
+}
+_REAL = {
+    "real pairs": ("pairs",),
+    "median distance of surfaces / 80 % bound, mm": ("median distance", "median 80 % bound"),
+    "Spearman of patches of 6 voxels": ("spearman of patches",),
+    "the same three rivals": (
+        "spearman of patches, edge",
+        "spearman of patches, flat",
+        "spearman of patches, length",
+    ),
+    "Spearman of surface voxels": ("spearman",),
+    "inside the 80 % bound": ("covered 80",),
+}
+
+
+def table(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return figures by kind and preset as a table in Markdown."""
+    columns = [(name, preset, row) for name, by_preset in kinds.items() for preset, row in by_preset.items()]
+    lines = ["| | " + " | ".join(f"{name}, {preset}" for name, preset, _ in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    lines.append("| pairs calibrated on | " + " | ".join(str(row["calibrated on"]) for *_, row in columns) + " |")
+    lines.append("| millimeters are told | " + " | ".join("yes" if row["told"] else "no" for *_, row in columns) + " |")
+    for section, named in (("simulated", _SIMULATED), ("real", _REAL)):
+        for title, keys in named.items():
+            cells = [" / ".join(_text(row.get(section, {}).get(key)) for key in keys) for *_, row in columns]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
