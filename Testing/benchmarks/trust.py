@@ -359,7 +359,7 @@ def calibrate(shared: Path, work: Path, least: int) -> None:
         kind = KINDS[name]
         looks = [looks_of(shared, kind, side) for side in (kind.fixed, kind.moving)]
         kinds[name] = replace(
-            calibrated_kind(by_preset, weights if kind.model is None else None),
+            calibrated_kind(by_preset),
             title=kind.title,
             stage="fit" if kind.model is None else "network",
             model="" if kind.model is None else str(load_model(kind.model, "cpu").sha256),

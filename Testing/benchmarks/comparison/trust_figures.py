@@ -16,8 +16,8 @@ from MorphSeekLib.registration.trust import ADDED, LEAST
 from MorphSeekLib.registration.trust_map import NEAR_MM, NEAR_VOXELS
 
 UNLIKENESS = 0.2
-"""The least weight of unlikeness: simulated pairs, which differ by what was added to them, weigh it less than real
-pairs of people do, where it ranks patches best (Docs/trust.md)."""
+"""The least weight of unlikeness where the kind is unknown: simulated pairs weigh it less than real pairs of people do
+(Docs/trust.md), and what a lesion or a resection changes shows in it first."""
 COVERED, PRECISE, ENOUGH = (0.75, 0.95), 0.9, 8
 """Millimeters are told where, over so many unseen pairs, the 80 % bound covers a share in this range, and at least this
 share of what is said to be near is."""
@@ -99,10 +99,9 @@ def pooled_fit(groups: Sequence[Sequence[Measured]]) -> tuple[tuple[float, float
     return weights, fitted_offsets(pairs, weights)
 
 
-def calibrated_kind(by_preset: Mapping[str, Sequence[Measured]], weights: tuple[float, float, float] | None) -> Kind:
-    """Return a kind's offsets by preset; with weights of its own where none are given."""
-    if weights is None:
-        weights = fitted_weights([pair for pairs in by_preset.values() for pair in pairs])
+def calibrated_kind(by_preset: Mapping[str, Sequence[Measured]]) -> Kind:
+    """Return a kind's weights, and its offsets by preset."""
+    weights = fitted_weights([pair for pairs in by_preset.values() for pair in pairs])
     offsets = {preset: fitted_offsets(pairs, weights) for preset, pairs in by_preset.items()}
     return Kind(weights=weights, offsets=offsets, pairs={preset: len(pairs) for preset, pairs in by_preset.items()})
 
