@@ -158,7 +158,7 @@ class Bench:
         fixed = [case for case in cases if case.file.name.startswith(self.kind.fixed)]
         moving = [case for case in cases if case.file.name.startswith(self.kind.moving)]
         pool = np.random.default_rng(zlib.crc32(f"{self.kind.file} {stage} others".encode()))
-        pairs = [(f, m) for f in fixed for m in moving]
+        pairs = [(f, m) for f in fixed for m in moving if f is not m]
         pairs = [pairs[n] for n in pool.permutation(len(pairs))[: self.kind.others]]
         first, second = pairs[number % len(pairs)]
         known = self.work / "others" / f"{first.file.name.split('.')[0]} {second.file.name.split('.')[0]}.npz"

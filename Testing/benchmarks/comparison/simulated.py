@@ -57,7 +57,7 @@ class Other:
     Attributes:
         transform: fixed point -> moving point, between grids whose centers were brought together.
         fixed: its fixed image.
-        residual: what is left of the fixed image after the warped one.
+        residual: what is left of the fixed image after the warped one, each in shares of its own range.
     """
 
     transform: DenseTransform
@@ -88,8 +88,9 @@ class Other:
         part[:3, 3] -= moving.grid.center - fixed.grid.center
         less = (1 - affine) * affine_displacement(part, found.grid)
         centered = DenseTransform(found.displacement - apart - less, found.grid)
-        expected = _explained(fixed.data, warped.data) if curve else warped.data
-        return cls(centered, fixed, Volume(fixed.data - expected, fixed.grid))
+        shares = [_share(image.data) for image in (fixed, warped)]
+        expected = _explained(*shares) if curve else shares[1]
+        return cls(centered, fixed, Volume(shares[0] - expected, fixed.grid))
 
 
 def simulated(case: Volume, other: Other, curve: bool, generator: np.random.Generator) -> Simulated:
@@ -149,11 +150,11 @@ def _changed(image: Volume, other: Other, curve: bool, generator: np.random.Gene
     shown = data > low + 0.02 * (high - low)
     here = other.fixed.grid.affine.copy()
     here[:3, 3] += image.grid.center - other.fixed.grid.center
-    replacing = resample(Volume(other.fixed.data, Grid(other.fixed.grid.shape, here)), image.grid, background=low).data
+    replacing = resample(Volume(_share(other.fixed.data), Grid(other.fixed.grid.shape, here)), image.grid).data
     residual = resample(Volume(other.residual.data, Grid(other.fixed.grid.shape, here)), image.grid).data
     changed = torch.zeros_like(shown)
     scaled = ((data - low) / (high - low)).clamp(0, 1.2)
-    by = ((replacing - low) / (high - low)).clamp(0, 1.2)
+    by = replacing.clamp(0, 1.2)
     for change in (_lesion(generator), _blurred, _replaced(by, curve), _blurred, _replaced(by, curve)):
         ball = _ball(shown, generator)
         scaled = scaled + ball * (change(scaled) - scaled)
@@ -163,8 +164,7 @@ def _changed(image: Volume, other: Other, curve: bool, generator: np.random.Gene
     scaled = scaled.clamp(0, 1.2) ** float(np.exp(0.15 * generator.standard_normal()))
     bias = torch.from_numpy(generator.uniform(0.8, 1.2, (1, 1, 3, 3, 3)).astype(np.float32))
     scaled = scaled * F.interpolate(bias, size=data.shape, mode="trilinear", align_corners=True)[0, 0]
-    span = float(other.fixed.data.max() - other.fixed.data.min())
-    scaled = scaled + float(generator.uniform(*RESIDUAL)) * residual / span
+    scaled = scaled + float(generator.uniform(*RESIDUAL)) * residual
     scaled = scaled + float(generator.uniform(0.005, 0.03)) * torch.from_numpy(
         generator.standard_normal(data.shape).astype(np.float32)
     )
@@ -203,6 +203,12 @@ def _curved(data: Tensor, generator: np.random.Generator) -> Tensor:
     knots = np.concatenate([[0.0], generator.uniform(0.1, 1.0, 6)])
     found = np.interp(data.numpy(), [0.0, 0.05, 0.25, 0.45, 0.65, 0.85, 1.1], knots)
     return torch.from_numpy(found.astype(np.float32))
+
+
+def _share(data: Tensor) -> Tensor:
+    """Return intensities in shares of their range, but for the brightest thousandth."""
+    low = float(data.min())
+    return (data - low) / max(float(np.quantile(data.numpy(), 0.999)) - low, 1e-6)
 
 
 def _explained(fixed: Tensor, warped: Tensor) -> Tensor:
