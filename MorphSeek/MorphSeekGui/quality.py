@@ -142,6 +142,9 @@ def labels() -> dict[str, str]:
         "sdlogj": _("Roughness (SDlogJ)"),
         "dice": _("Overlap after (mean Dice)"),
         "dice_change": _("Overlap gained over the alignment"),
+        "similarity_change": _("Similarity gained over the alignment"),
+        "near_percent": _("Tissue that is likely near, % (estimated)"),
+        "far_percent": _("Tissue not to be relied on, % (estimated)"),
     }
 
 
@@ -149,6 +152,10 @@ def _definitions(report: SavedReport) -> dict[str, str]:
     """Return the tool tip of each figure."""
     folding = report.get("folding") or {}
     cells = (folding.get("cells") or {}).get("definition", "")
+    estimated = " " + _(
+        "Estimated from the images alone, tuned on simulated deformations; it cannot see every mistake. Not a "
+        "measurement."
+    )
     central = " " + _("By central differences, as papers and Learn2Reg print it.")
     return {
         "folded_percent": _("Share of the transform's cells in the fixed volume that fold.") + " " + cells,
@@ -175,6 +182,9 @@ def _definitions(report: SavedReport) -> dict[str, str]:
         "sdlogj": _("Standard deviation of ln J over the voxels where J is above 0: small is smooth.") + central,
         "dice": _("2|A and B| / (|A| + |B|) of each structure on the fixed grid, 1 is best; mean over the structures."),
         "dice_change": _("Mean Dice after the registration minus mean Dice after the alignment alone."),
+        "similarity_change": _("Similarity after the registration minus similarity after the alignment alone."),
+        "near_percent": _("Tissue where the error is estimated to be small in four of five places.") + estimated,
+        "far_percent": _("Tissue where the estimated error is too large to rely on.") + estimated,
     }
 
 

@@ -31,7 +31,7 @@ from ..protocol.batch import FILES, KEPT, BatchSettings, globbed, input_paths, r
 from ..protocol.errors import Cancelled, MorphSeekError
 from ..protocol.job import Event, Job, Notice
 from ..protocol.options import RegistrationOptions, TrainingOptions
-from ..protocol.report import CorrectedSection, LandmarksSection, Report
+from ..protocol.report import CorrectedSection, LandmarksSection, Report, TrustSection
 from ..protocol.run_folder import KEEP, SETTINGS, STATUS, HeldOut, read_json, run_beside
 from ..protocol.settings import from_dict
 from ..protocol.settings_file import (
@@ -105,6 +105,10 @@ FitOption = Annotated[
 SimilarityOption = Annotated[
     str,
     typer.Option(help="What fit and figures compare by: lncc (also auto), mind (across modalities) or mse."),
+]
+TrustOption = Annotated[
+    str,
+    typer.Option(help="Estimate the error at each place, in up to twice the time of search and fit: on or off."),
 ]
 FitIterations = Annotated[
     str | None,
@@ -191,6 +195,7 @@ class Choices:
     fit: FitOption = "auto"
     similarity: SimilarityOption = "auto"
     fit_iterations: FitIterations = None
+    trust: TrustOption = "off"
     refine: OldIterations = 0
     refine_fine: OldFine = 0
 
@@ -1157,6 +1162,9 @@ def print_report(report: Report) -> None:
     table.add_row("Displacement, mean / 95 % / largest", " / ".join(f"{motion[k]:.1f}" for k in motion) + " mm")
     if (inverse := report["inverse"]) is not None and (residual := inverse["residual_mm"]) is not None:
         table.add_row("Inverse, residual mean / 95 %", f"{residual['mean']:.3f} / {residual['p95']:.3f} mm")
+    if (trust := report.get("trust")) is not None:
+        for name, value in trust_rows(trust):
+            table.add_row(name, value)
     table.add_row("Seconds", f"{report['seconds']['total']:.1f} on {report['device']}")
     console.print(table)
     if landmarks is not None:
@@ -1165,6 +1173,18 @@ def print_report(report: Report) -> None:
         print_corrections(corrections)
     for warning in report["warnings"]:
         errors.print(warning["message"], style="yellow")
+
+
+def trust_rows(trust: TrustSection) -> list[tuple[str, str]]:
+    """Return what is said of the estimated error, name and value."""
+    near, error = trust["near_mm"], trust["error_mm"]
+    if near is None or error is None:
+        return [("Estimated error", "colors only: the estimate was not tuned on such images")]
+    return [
+        ("Estimated error: half of places / four of five", f"below {error['median']:.1f} / {error['p80']:.1f} mm"),
+        (f"Tissue that is likely within {near:g} mm", f"{trust['near_percent']:.0f} %"),
+        (f"Tissue not to be relied on, over {trust['far_mm']:g} mm", f"{trust['far_percent']:.0f} %"),
+    ]
 
 
 def print_landmarks(landmarks: LandmarksSection) -> None:

@@ -194,13 +194,15 @@ class Worker:
         if landmarks is not None:
             measure_landmarks(result, landmarks, moving.grid)
         job.report("write", 0.95, "Handing over the results")
-        registered = time.perf_counter()
+        registered, trust = time.perf_counter(), result.trust
         answer: RegisterAnswer = {
             "warped": _reference(result.warped, output / "warped.npy"),
             "aligned": _reference(result.aligned, output / "aligned.npy"),
             "jacobian": _reference(result.jacobian, output / "jacobian.npy"),
             "folding": _reference(result.folding, output / "folding.npy"),
             "warped_labels": _optional_reference(result.warped_labels, output / "warped_labels.npy"),
+            "trust": _optional_reference(None if trust is None else trust.bound, output / "trust.npy"),
+            "trust_colors": _optional_reference(None if trust is None else trust.colors, output / "trust_colors.npy"),
             "displacement": _reference(result.transform, output / "displacement.npy"),
             "inverse": _optional_reference(result.inverse, output / "inverse.npy"),
             "state": _write_state(result.state, output),

@@ -38,6 +38,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "inverse": ("inverse.h5",),
     "jacobian": ("jacobian.nii.gz",),
     "folding": ("folding.nii.gz",),
+    "trust": ("trust.nii.gz", "trust-colors.nii.gz"),
     "labels": ("warped-labels.nii.gz",),
     "report": ("report.html",),
 }

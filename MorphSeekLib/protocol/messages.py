@@ -53,6 +53,8 @@ class RegisterAnswer(TypedDict):
     jacobian: ArrayReference
     folding: ArrayReference
     warped_labels: ArrayReference | None
+    trust: ArrayReference | None
+    trust_colors: ArrayReference | None
     displacement: ArrayReference
     inverse: ArrayReference | None
     state: StateReference

@@ -36,6 +36,7 @@ class RegistrationOptions:
             steps are better without. "off" also leaves folds as the steps made them.
         similarity: what fit and judge compare by; "auto": "lncc". The search always compares MIND-SSC features.
         fit_iterations: iterations of the fit on each level, coarse to fine; None: by the preset.
+        trust: whether the error is estimated at each place, for at most twice the time of search, steps and fit.
 
     Raises:
         MorphSeekError: a number of steps or an alignment that there is not.
@@ -51,6 +52,7 @@ class RegistrationOptions:
     fit: Switch = "auto"
     similarity: Literal["auto", Similarity] = "auto"
     fit_iterations: tuple[int, ...] | None = None
+    trust: Literal["on", "off"] = "off"
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -62,6 +64,7 @@ class RegistrationOptions:
             "search": get_args(Switch),
             "fit": get_args(Switch),
             "similarity": ("auto", *SIMILARITIES),
+            "trust": ("on", "off"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -4,7 +4,7 @@
 2: ``folding.cells``, ``folding.regions`` and ``verdict`` are there; every key of before keeps its meaning, so
 ``folding.njd_percent`` is by central differences. 3: ``steps`` has a row for each stage, with its name; ``fit`` took
 the place of ``refinement``; ``model`` is null where none was used; the similarity is that of the fit. Since then
-``masks``, ``folding.inside`` and ``folding.region_voxels`` were added.
+``masks``, ``folding.inside``, ``folding.region_voxels`` and ``trust`` were added.
 """
 
 from __future__ import annotations
@@ -224,6 +224,37 @@ class CorrectedSection(TypedDict):
     definition: str
 
 
+class TrustRegionSection(TypedDict):
+    """A region in which the estimated error is large: its worst place (LPS mm), the bound there (None: no millimeters
+    are known), its size, and its color, 3 for the worst."""
+
+    position: list[float]
+    bound_mm: float | None
+    mm3: float
+    color: int
+
+
+class TrustSection(TypedDict):
+    """The estimated error over ``voxels`` of tissue.
+
+    ``kind`` and ``title`` name the kind of pair on which the estimate was tuned; where it is None, nothing that is in
+    mm is known. ``near_percent`` and ``far_percent`` are the shares of tissue where the error is below ``near_mm``, or
+    may be above ``far_mm``, in four of five places; ``error_mm`` has what it is below in half ("median") and in four
+    fifths ("p80") of all places.
+    """
+
+    kind: str | None
+    title: str | None
+    near_mm: float | None
+    far_mm: float | None
+    near_percent: float
+    far_percent: float
+    voxels: int
+    error_mm: dict[str, float] | None
+    regions: list[TrustRegionSection]
+    definition: str
+
+
 class MasksSection(TypedDict):
     """How many voxels of each image count; None: all."""
 
@@ -274,3 +305,4 @@ class Report(_Measured, total=False):
     software: dict[str, str]
     files: list[str]
     corrections: CorrectedSection
+    trust: TrustSection

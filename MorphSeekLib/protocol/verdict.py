@@ -41,6 +41,9 @@ LABELS = {
     "sdlogj": "Roughness (SDlogJ)",
     "dice": "Overlap after (mean Dice)",
     "dice_change": "Overlap gained over the alignment",
+    "similarity_change": "Similarity gained over the alignment",
+    "near_percent": "Tissue that is likely near, % (estimated)",
+    "far_percent": "Tissue not to be relied on, % (estimated)",
 }
 """Every figure of a registration, in the order in which they are shown."""
 
@@ -50,6 +53,8 @@ WORSE = {
     "sdlogj": "above",
     "dice": "below",
     "dice_change": "below",
+    "similarity_change": "below",
+    "far_percent": "above",
 }
 """The figures that are judged, and on which side of their limits they are worse."""
 
@@ -63,6 +68,9 @@ _FORMS = {
     "njd_percent": "{:.4g}",
     "dice": "{:.3f}",
     "dice_change": "{:+.3f}",
+    "similarity_change": "{:+.3f}",
+    "near_percent": "{:.0f}",
+    "far_percent": "{:.0f}",
 }
 
 
@@ -95,6 +103,8 @@ DEFAULT_LIMITS = {
     "sdlogj": Limits(0.5, 1.0),
     "dice": Limits(0.7, 0.5),
     "dice_change": Limits(0.0, -0.02),
+    "similarity_change": Limits(-0.005, -0.05),
+    "far_percent": Limits(20.0, 50.0),
 }
 
 
@@ -171,6 +181,9 @@ def figures(report: SavedReport) -> dict[str, float | None]:
     outside = number(cells.get("folded_outside")), number(cells.get("undecided_outside"))
     sizes = [region["mm3"] for region in folding.get("regions") or []]
     before, after = number(overlap.get("aligned")), number(overlap.get("warped"))
+    alike, trust = report.get("similarity") or {}, report.get("trust") or {}
+    gained = number(alike.get("aligned")), number(alike.get("warped"))
+    known = trust.get("kind") is not None
     return {
         "folded_percent": number(cells.get("folded_percent")),
         "folded_cells": number(cells.get("folded")),
@@ -182,6 +195,9 @@ def figures(report: SavedReport) -> dict[str, float | None]:
         **{name: number(folding.get(name)) for name in ("njd_percent", "min_jacobian", "max_jacobian", "sdlogj")},
         "dice": after,
         "dice_change": None if before is None or after is None else after - before,
+        "similarity_change": None if gained[0] is None or gained[1] is None else gained[1] - gained[0],
+        "near_percent": number(trust.get("near_percent")) if known else None,
+        "far_percent": number(trust.get("far_percent")) if known else None,
     }
 
 

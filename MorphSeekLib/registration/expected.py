@@ -124,10 +124,11 @@ def expected_seconds(
         options.search == "auto" and (card is None or card.search) and math.prod(sizes.shown) > _FILLED
     )
     seconds = pace.start + pace.voxel * _volume(sizes.fixed.shape, sizes.box)
+    looks = (2, 3) if options.trust == "on" else (1, 1)  # how often it is searched and fitted
     if searches:
-        seconds += pace.compared * _compared(sizes.box)
+        seconds += looks[0] * pace.compared * _compared(sizes.box)
     if options.fit == "on" or (options.fit == "auto" and (card is None or card.fit)):
-        seconds += pace.iterated * _fit_of(options, voxels, searches and model is None)
+        seconds += looks[1] * pace.iterated * _fit_of(options, voxels, searches and model is None)
     if model is not None:
         grid = working_grid(sizes.fixed, model.card.preprocessing, model.network.multiple_of)
         steps = options.steps or model.card.preprocessing.steps

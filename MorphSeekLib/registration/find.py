@@ -8,8 +8,10 @@ import torch
 
 from ..measures.similarity import mind_ssc
 from ..protocol.job import Job
+from ..space.geometry import DenseTransform
 from .fit import taken_over
 from .pair import Outcome, Pair
+from .pyramid import Pyramid
 from .search import level_for, search
 
 
@@ -29,10 +31,15 @@ class Search:
             what was found, or ``begin`` where the judge finds that more alike.
         """
         job.report("search", 0.0, "Searching for large motion")
-        pyramid = pair.as_given
-        level, passes = level_for(pyramid.crop.grid.shape)
-        fixed, moving, _ = pyramid.images(level)
-        counts = pyramid.counts_of_each(level)
-        control = search(mind_ssc(fixed), mind_ssc(moving), passes, torch.get_num_threads(), job.check, counts)
+        found = searched(pair.as_given, job)
         job.report("search", 1.0, "Searching for large motion")
-        return taken_over(pair, begin, "search", pyramid.displacement(control, level))
+        return taken_over(pair, begin, "search", found)
+
+
+def searched(pyramid: Pyramid, job: Job) -> DenseTransform:
+    """Return the displacement before the alignment that a search finds; the job is checked often."""
+    level, passes = level_for(pyramid.crop.grid.shape)
+    fixed, moving, _ = pyramid.images(level)
+    counts = pyramid.counts_of_each(level)
+    control = search(mind_ssc(fixed), mind_ssc(moving), passes, torch.get_num_threads(), job.check, counts)
+    return pyramid.displacement(control, level)

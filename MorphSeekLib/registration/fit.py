@@ -54,34 +54,8 @@ class Fit:
             the fitted one, or ``begin`` where the judge finds it more alike.
         """
         found = displacement_of(pair, begin) if begin.found is not None or begin.answer > 0 else None
-        plans, pyramid, as_given = (
-            plans_for(pair, begin, self.options),
-            pair.pyramid.after(found),
-            pair.as_given.after(found),
-        )
-        levels = []
-        for plan in plans:
-            images = pyramid if plan.similarity == "lncc" else as_given
-            levels.append([pair.level(images, n, plan) for n in plan.levels])
-        progress = _Progress(levels, plans, job)
-        sections: list[LevelSection] = []
-        for number, plan in enumerate(plans):
-            control = None if found is None else pyramid.control(found, plan.levels[0])
-            ends = descend(
-                levels[number], plan.iterations, control, plan.rate, torch.get_num_threads(), progress.ticks(number)
-            )
-            found = pyramid.displacement(ends[-1].control, plan.levels[-1])
-            sections += [
-                {
-                    **pyramid.grid(n).describe(),
-                    "similarity": plan.similarity,
-                    "regularization": plan.regularization,
-                    "folding": plan.folding,
-                    "objective": end.objectives.tolist(),
-                }
-                for n, end in zip(plan.levels, ends, strict=True)
-            ]
-        assert found is not None  # there is at least one plan
+        plans = plans_for(pair, begin, self.options)
+        fitted, sections = descended(pair, plans, found, job)
         section: FitSection = {
             "similarity": pair.similarity,
             "opposite_contrast": pair.opposite,
@@ -90,9 +64,52 @@ class Fit:
             "kernels": kernels_used(pair.device),
             "definition": DEFINITION,
         }
-        after = taken_over(pair, begin, "fit", found)
-        after.fitted = section
+        after = taken_over(pair, begin, "fit", fitted)
+        after.fitted, after.before = section, begin
         return after
+
+
+def descended(
+    pair: Pair, plans: Sequence[Plan], found: DenseTransform | None, job: Job, swapped: bool = False
+) -> tuple[DenseTransform, list[LevelSection]]:
+    """Fit a pair by plans, one after the other.
+
+    Args:
+        pair: aligned and prepared.
+        plans: at least one.
+        found: where to start, a displacement before the alignment; None: nothing moves.
+        job: told of every iteration.
+        swapped: fit the fixed image to the aligned moving one in place of the other way round.
+
+    Returns:
+        the displacement, and what the report says of each level.
+    """
+    images = [pyramid.swapped() if swapped else pyramid for pyramid in (pair.pyramid, pair.as_given)]
+    pyramid, as_given = (one.after(found) for one in images)
+    levels = []
+    for plan in plans:
+        seen = pyramid if plan.similarity == "lncc" else as_given
+        levels.append([pair.level(seen, n, plan, swapped) for n in plan.levels])
+    progress = _Progress(levels, plans, job)
+    sections: list[LevelSection] = []
+    for number, plan in enumerate(plans):
+        control = None if found is None else pyramid.control(found, plan.levels[0])
+        ends = descend(
+            levels[number], plan.iterations, control, plan.rate, torch.get_num_threads(), progress.ticks(number)
+        )
+        found = pyramid.displacement(ends[-1].control, plan.levels[-1])
+        sections += [
+            {
+                **pyramid.grid(n).describe(),
+                "similarity": plan.similarity,
+                "regularization": plan.regularization,
+                "folding": plan.folding,
+                "objective": end.objectives.tolist(),
+            }
+            for n, end in zip(plan.levels, ends, strict=True)
+        ]
+    assert found is not None  # there is at least one plan
+    return found, sections
 
 
 def plans_for(pair: Pair, begin: Outcome, options: RegistrationOptions) -> list[Plan]:

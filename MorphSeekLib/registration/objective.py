@@ -121,6 +121,12 @@ class Objective:
         by_cross, by_variance, by_sum = doubled(weights).split(1, dim=1)
         return -(cross * s).sum(), by_sum + warped * by_variance - self._fixed * by_cross
 
+    def correlation(self, warped: Tensor) -> Tensor:
+        """Return the squared correlation of each window, C^2 / (U V + epsilon), (1, 1, a, b, c); 0 where too little of
+        it is seen."""
+        _, cross, s = self._correlated(warped)
+        return cross * s
+
     def contrast(self, warped: Tensor) -> Tensor:
         """Return whether the images grow brighter together inside of what they show, a scalar from 1 to -1.
 

@@ -122,6 +122,7 @@ class Outcome:
         found: the same displacement on the nodes on which a stage found it, finer than the working grid; None: there.
         fitted: what the fit did, for the report; None without one.
         notices: what the user should know.
+        before: from where the fit started; None without one.
     """
 
     total: Tensor
@@ -131,6 +132,7 @@ class Outcome:
     found: DenseTransform | None = None
     fitted: FitSection | None = None
     notices: list[Notice] = field(default_factory=list)
+    before: Outcome | None = None
 
 
 class Pair:
@@ -321,13 +323,21 @@ class Pair:
         self.learned = Learned(*found)
         return True
 
-    def level(self, images: Pyramid, number: int, plan: Plan) -> Level:
-        """Return what a plan compares on a level of images, numbered as in :meth:`.pyramid.Pyramid.images`."""
+    def level(self, images: Pyramid, number: int, plan: Plan, swapped: bool = False) -> Level:
+        """Return what a plan compares on a level of images, numbered as in :meth:`.pyramid.Pyramid.images`.
+
+        Args:
+            images: the images.
+            number: of the level.
+            plan: of the fit.
+            swapped: the images are those of :meth:`.pyramid.Pyramid.swapped`.
+        """
         if self.learned is None or plan.similarity != "features":
             return images.level(number, plan.similarity, plan.regularization, plan.folding)
         grid = images.grid(number)
         maps = self.learned.fixed.on(grid, np.eye(4)), self.learned.moving.on(grid, self.alignment.transform)
-        return Level(*maps, images.whole(number), LEARNED_WEIGHT, plan.regularization, plan.folding)
+        first, second = maps[::-1] if swapped else maps
+        return Level(first, second, images.whole(number), LEARNED_WEIGHT, plan.regularization, plan.folding)
 
     def fewer(self, plan: Plan) -> Plan:
         """Return a plan, if for learned features without the levels on which there would be too many to compare."""

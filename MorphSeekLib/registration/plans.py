@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+VERSION = 1
+"""Of search and fit: count it up where their answers change by anything but the settings that
+:func:`.calibrated.fingerprint` reads, and calibrate again what errors are estimated by."""
+
 
 @dataclass(frozen=True)
 class Plan:

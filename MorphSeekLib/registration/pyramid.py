@@ -182,6 +182,23 @@ class Pyramid:
         at = map_voxels(there, self.crop.grid, self.alignment, self.source.grid)
         return replace(self, counts=_both(self.crop.counts, self.moving_counts, at, 0))
 
+    def swapped(self) -> Pyramid:
+        """Return the images in exchanged roles on the same grid: the fixed one moves to the aligned moving one."""
+        crop, marks = self.crop, None
+        if self.moving_counts is not None:
+            at = index_points(crop.grid, self.alignment, self.source.grid, self.moving.device)
+            marks = _both(None, self.moving_counts, at, 0)
+        own = None if crop.counts is None else crop.counts[0, 0].cpu()
+        return Pyramid(
+            replace(crop, image=self.moving, seen=self.seen, counts=marks),
+            Volume(crop.image[0, 0].cpu(), crop.grid),
+            np.eye(4),
+            crop.image,
+            self.seen,
+            self.counts,
+            own,
+        )
+
     def images(self, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return fixed, moving and where both are seen, (1, 1, i, j, k), of a level.
 

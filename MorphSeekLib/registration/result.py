@@ -38,6 +38,7 @@ from ..space.preprocessing import sampled
 from . import guards
 from .pair import Clock, Outcome, Pair, State, displacement_mm
 from .pictures import Pictures
+from .trust_map import Trust
 
 Labels = tuple[Volume | None, Volume | None]
 """The label maps of the fixed and of the moving image."""
@@ -79,6 +80,7 @@ class Registration:
         inverse: moving point -> fixed point, or None.
         state: to continue from.
         report: figures, as report.json.
+        trust: the estimated error, where it was asked for.
     """
 
     transform: DenseTransform
@@ -90,6 +92,7 @@ class Registration:
     inverse: DenseTransform | None
     state: State
     report: Report
+    trust: Trust | None = None
 
 
 def deliver(

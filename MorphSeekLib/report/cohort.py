@@ -25,7 +25,7 @@ from ..space.geometry import Volume
 COLUMNS = (
     *("name", "state", "color", "verdict", "fixed", "moving", "dice_before", "dice_aligned", "dice"),
     *("folded_percent", "no_fold_proven", "njd_percent", "sdlogj", "similarity_before", "similarity_after"),
-    *("largest_region_mm3", "seconds", "outlier", "report", "problem"),
+    *("largest_region_mm3", "trust_p80_mm", "seconds", "outlier", "report", "problem"),
 )
 """Of cohort.csv, in this order."""
 WORSE = {"dice": -1, "similarity_after": -1, "folded_percent": 1, "njd_percent": 1, "sdlogj": 1, "seconds": 1}
@@ -49,6 +49,7 @@ def cohort_row(report: Report) -> dict[str, Any]:
     overlap = report["dice"]
     dice = overlap["mean"] if overlap is not None else {}
     similarity = report["similarity"]
+    error = report["trust"]["error_mm"] if "trust" in report else None
     before = similarity["input"] if similarity["input"] is not None else similarity["aligned"]
     return {
         "color": verdict.color,
@@ -65,6 +66,7 @@ def cohort_row(report: Report) -> dict[str, Any]:
         "similarity_before": before,
         "similarity_after": similarity["warped"],
         "largest_region_mm3": values["largest_region_mm3"],
+        "trust_p80_mm": None if error is None else error["p80"],
         "seconds": report["seconds"]["total"],
         "report": "report.html" if "report.html" in report["files"] else "report.json",
     }
@@ -162,7 +164,8 @@ def _badness(row: Mapping[str, Any]) -> tuple[object, ...]:
 _SHOWN = {
     "dice_before": "Dice before", "dice": "Dice", "folded_percent": "Folded cells, %", "njd_percent": "NJD, %",
     "sdlogj": "SDlogJ", "similarity_before": "Similarity before", "similarity_after": "Similarity after",
-    "largest_region_mm3": "Largest folded region, mm³", "seconds": "Seconds",
+    "largest_region_mm3": "Largest folded region, mm³", "trust_p80_mm": "Estimated error (80 %), mm",
+    "seconds": "Seconds",
 }  # fmt: skip
 _STYLE = """body{font:14px sans-serif;margin:1.5em;color:#222;background:#fff}table{border-collapse:collapse}
 th,td{padding:4px 8px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}

@@ -25,7 +25,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..io.files import write_atomically
-from ..protocol.report import Report, VerdictSection
+from ..protocol.report import Report, TrustSection, VerdictSection
 from ..protocol.verdict import DEFAULT_LIMITS, HEADLINES, figures, folds, judge
 from ..space import geometry
 from ..space.geometry import DenseTransform, Grid, Volume
@@ -35,6 +35,10 @@ if TYPE_CHECKING:  # matplotlib is imported by what draws: a fifth of the time t
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
+FOOTNOTE = (
+    "Estimated from the images alone, tuned on simulated deformations; it cannot see every mistake. Not a measurement; "
+    "check anatomy before you decide."
+)
 _MOST_PIXELS = 512  # along the longest side of a slice
 _SAMPLE_VOXELS = 300_000  # that intensity windows are judged by
 _INCH_WIDTH, _MOST_ROW, _DPI = 12.4, 4.5, 150  # a sheet's width and the most height of one of its rows, inches
@@ -42,9 +46,30 @@ _INCH_WIDTH, _MOST_ROW, _DPI = 12.4, 4.5, 150  # a sheet's width and the most he
 # dark in the middle, as a subtraction image: what is black has not changed
 _DIFFERENCE = ("#7fd4ff", "#1f6fd0", "#000000", "#d07a10", "#ffe08a")
 _VOLUME_CHANGE = ("#8ef0c0", "#149060", "#000000", "#8a4fd0", "#e0c0ff")
+_TRUST = ("#3fa7d6", "#f2c14e", "#d1495b")
 _FOLDED = "#ff2020"
 _LINES = "#ffd34d"
 _TEXT = "#d8d8d8"
+
+
+@dataclass(frozen=True)
+class TrustPicture:
+    """The estimated error.
+
+    Attributes:
+        colors: 1 likely near, 2 in between, 3 not to be relied on, 0 where nothing is said; on the fixed grid.
+        section: its figures.
+    """
+
+    colors: Volume
+    section: TrustSection
+
+    def legend(self) -> tuple[str, str, str]:
+        """Return what the colors say."""
+        near, far = self.section["near_mm"], self.section["far_mm"]
+        if near is None or far is None:
+            return ("likely near", "in between", "do not rely\non this")
+        return (f"likely within\n{near:g} mm", f"{near:g} to {far:g} mm", "do not rely\non this")
 
 
 @dataclass
@@ -57,6 +82,7 @@ class RegistrationPictures:
         jacobian: Jacobian determinant on the fixed grid, by central differences.
         folding: above 0 where a voxel of the fixed grid meets a folded cell.
         transform: the whole fixed -> moving map, for the deformation grid.
+        trust: the estimated error; None where it was not asked for.
     """
 
     fixed: Volume
@@ -65,6 +91,7 @@ class RegistrationPictures:
     jacobian: Volume
     folding: Volume
     transform: DenseTransform
+    trust: TrustPicture | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +183,8 @@ def render_page(report: Report, sheets: list[Sheet]) -> str:
 
     environment.filters["name"] = lambda path: str(path or "?").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     template = environment.get_template("page.html.j2")
-    return template.render(report=report, sheets=sheets, number=number, verdict=said(report), facts=_facts)
+    words = {"verdict": said(report), "footnote": FOOTNOTE, "estimated_error": estimated_error}
+    return template.render(report=report, sheets=sheets, number=number, facts=_facts, **words)
 
 
 def said(report: Report) -> list[tuple[str, str]]:
@@ -187,7 +215,7 @@ def draw_sheets(pictures: RegistrationPictures) -> list[Sheet]:
     """Draw the slices: anatomy and change through the middle of the foreground, then the largest fold if there is one.
 
     Returns:
-        two or three sheets.
+        two to four sheets.
     """
     scene = _Scene(pictures)
     sheets = [
@@ -223,6 +251,8 @@ def draw_sheets(pictures: RegistrationPictures) -> list[Sheet]:
             ),
         ),
     ]
+    if pictures.trust is not None:
+        sheets.append(_trust_sheet(scene, pictures.trust))
     fold = scene.worst_fold()
     if fold is not None:
         sheets.append(
@@ -245,6 +275,33 @@ def draw_sheets(pictures: RegistrationPictures) -> list[Sheet]:
             )
         )
     return sheets
+
+
+def _trust_sheet(scene: _Scene, trust: TrustPicture) -> Sheet:
+    """Draw the colors of the estimated error through the worst place of the worst region, or the middle."""
+    regions, error = trust.section["regions"], trust.section["error_mm"]
+    point = scene.nearest_voxel(np.array(regions[0]["position"])) if regions else scene.center
+    words = "" if error is None else estimated_error(error) + " "
+    place = "Through the worst place of the region where most error is expected. " if regions else ""
+    return Sheet(
+        "Where can it be relied on?",
+        f"{words}{place}{FOOTNOTE}",
+        scene.sheet(
+            point,
+            {
+                "Fixed": scene.draw_fixed,
+                "Moving, warped": scene.draw_warped,
+                "Fixed's outlines on warped": scene.draw_outlines,
+                "Estimated error on fixed": scene.draw_trust,
+            },
+            0.04 * float((scene.high - scene.low).max()) if regions else None,
+        ),
+    )
+
+
+def estimated_error(error: Mapping[str, float]) -> str:
+    """Return the sentence that says how far off a registration is estimated to be."""
+    return f"Estimated error: usually below {error['median']:.1f} mm, in 4 of 5 places below {error['p80']:.1f} mm."
 
 
 @dataclass(frozen=True)
@@ -388,6 +445,12 @@ class _Scene:
         self.low, self.high = np.minimum(self.low, center - radius), np.maximum(self.high, center + radius)
         return _Fold(center, radius, int(sizes[worst]), int(sizes.sum()), int(inside.sum()), count)
 
+    def nearest_voxel(self, point: np.ndarray) -> np.ndarray:
+        """Return the center of the fixed grid's voxel in which a point lies, LPS mm."""
+        grid = self.pictures.fixed.grid
+        index = np.round(geometry.apply_affine(np.linalg.inv(grid.affine), point[None]))
+        return geometry.apply_affine(grid.affine, np.clip(index, 0, np.array(grid.shape) - 1))[0]
+
     def slice_grid(self, plane: Plane, point: np.ndarray) -> Grid:
         """Return the pixels of a slice through a point: (right, down, 1), square, over the whole view.
 
@@ -438,6 +501,16 @@ class _Scene:
             along = (source @ np.array(direction)).reshape(panel.grid.shape[:2]).T
             levels = np.arange(math.ceil(along.min() / self.grid_step), along.max() / self.grid_step) * self.grid_step
             panel.contour(along, levels, _LINES, 0.6)
+
+    def draw_trust(self, panel: _Panel) -> None:
+        self.draw_fixed(panel)
+        if self.pictures.trust is None:
+            return
+        colors = np.nan_to_num(_cut(self.pictures.trust.colors, panel.grid, "nearest")).astype(int)
+        from matplotlib.colors import to_rgba
+
+        table = np.array([(0.0, 0.0, 0.0, 0.0), *(to_rgba(color, 0.5) for color in _TRUST)])
+        panel.show(table[np.clip(colors, 0, 3)], smooth=False)
 
     def draw_volume_change(self, panel: _Panel) -> None:
         change = np.log(np.maximum(_cut(self.pictures.jacobian, panel.grid), 1e-9))
@@ -522,9 +595,13 @@ class _Scene:
 
     def _scales(self) -> dict[Callable, tuple[Any, tuple[str, str, str]]]:
         """Return colors and the texts below their ends and middle, for the columns that have a scale."""
+        from matplotlib.colors import ListedColormap
+
         difference = (_colors(_DIFFERENCE), ("fixed\nbrighter", "equal", "moving\nbrighter"))
         limit = f"{self.volume_limit:g}"
+        trust = self.pictures.trust
         return {
+            self.draw_trust: (ListedColormap(_TRUST), ("", "", "") if trust is None else trust.legend()),
             self.draw_difference_before: difference,
             self.draw_difference_after: difference,
             self.draw_volume_change: (

@@ -22,7 +22,7 @@ from ..protocol.startup import refuse_overwriting, shown
 from ..protocol.version import __version__
 from ..registration.result import Registration
 from ..space.geometry import DenseTransform, Volume
-from .page import RegistrationPictures, verdict_values, write_figures, write_report
+from .page import RegistrationPictures, TrustPicture, verdict_values, write_figures, write_report
 
 FILES = {
     "warped.nii.gz": "the moving image on the fixed grid, one linear interpolation",
@@ -30,10 +30,14 @@ FILES = {
     "inverse.h5": "ITK transform, moving point to fixed point",
     "jacobian.nii.gz": "Jacobian determinant of the transform on the fixed grid, by central differences",
     "folding.nii.gz": "1 where a voxel meets a folded cell of the transform",
+    "trust.nii.gz": "mm that the error is estimated to be below in four of five places; 0: nothing is said",
+    "trust-colors.nii.gz": "1 likely near, 2 in between, 3 not to be relied on; 0: nothing is said",
     "warped-labels.nii.gz": "the moving labels on the fixed grid, nearest neighbor",
     "report.json": "every figure, with its definition",
     "report.html": "the report to look at",
 }
+ESTIMATED = ("trust.nii.gz", "trust-colors.nii.gz")
+"""Those that an estimated error leaves, the first one where millimeters are known."""
 EXPORTS = ("report", "transform", "jacobian")
 _REPORT = ("report.html", "report.json")
 
@@ -74,6 +78,9 @@ def write_results(
         "folding.nii.gz": result.folding,
         "warped-labels.nii.gz": result.warped_labels,
     }
+    trust = result.trust
+    if trust is not None:
+        images |= {"trust.nii.gz": trust.bound, "trust-colors.nii.gz": trust.colors}
     transforms = {"transform.h5": result.transform, "inverse.h5": result.inverse}
     wanted = set(FILES if keep is None else keep)
     with output_folder(folder, owns=earlier_files(folder), seal="report.json") as part:
@@ -96,7 +103,13 @@ def write_results(
                 part,
                 report,
                 RegistrationPictures(
-                    fixed, result.aligned, result.warped, result.jacobian, result.folding, result.transform
+                    fixed,
+                    result.aligned,
+                    result.warped,
+                    result.jacobian,
+                    result.folding,
+                    result.transform,
+                    None if trust is None else TrustPicture(trust.colors, trust.section),
                 ),
             )
         else:

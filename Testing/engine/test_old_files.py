@@ -168,10 +168,14 @@ def test_a_report_is_judged_as_before(name):
     verdict = judge(figures(report), DEFAULT_LIMITS, found)
     assert "schema" not in report
     had = figures(report)
-    assert had.pop("folded_voxels") is None  # a figure since then
+    since = ("folded_voxels", "near_percent", "far_percent")
+    assert [had.pop(name) for name in since] == [None] * len(since)
+    gained = had.pop("similarity_change")  # a figure since then, of numbers that were there
+    assert gained == report["similarity"]["warped"] - report["similarity"]["aligned"]
     assert had == judged["figures"]
     assert {key: shown(key, value) for key, value in had.items()} == judged["texts"]
-    assert (found.sentence, verdict.color, verdict.colors) == (judged["folds"], judged["color"], judged["colors"])
+    colors = {key: color for key, color in verdict.colors.items() if key != "similarity_change"}
+    assert (found.sentence, verdict.color, colors) == (judged["folds"], judged["color"], judged["colors"])
     assert [beyond.sentence() for beyond in verdict.beyond] == judged["reasons"]
 
 

@@ -24,7 +24,7 @@ from MorphSeekLib.protocol.report import CellsSection, DiceSection, FitSection, 
 from MorphSeekLib.protocol.startup import MAX_STEPS
 from MorphSeekLib.registration.guards import few_values
 from MorphSeekLib.registration.pipeline import register
-from MorphSeekLib.report.results import FILES, write_results
+from MorphSeekLib.report.results import ESTIMATED, FILES, write_results
 from MorphSeekLib.space.fields import jacobian_determinant
 from MorphSeekLib.space.geometry import DenseTransform, Grid, Volume, apply_affine, resample, voxel_displacement
 from MorphSeekLib.space.preprocessing import Preprocessing, normalize
@@ -84,7 +84,7 @@ def test_files_agree_with_simpleitk(pair, result, tmp_path):
     """transform.h5 applied by SimpleITK to the moving image is warped.nii.gz; the same for the labels."""
     fixed, moving, _, moving_labels = pair
     report = write_results(tmp_path, result, fixed, {"fixed": "f.nii.gz", "moving": "m.nii.gz"})
-    assert {p.name for p in tmp_path.iterdir()} == set(FILES)
+    assert {p.name for p in tmp_path.iterdir()} == set(FILES) - set(ESTIMATED)
     transform = sitk.ReadTransform(str(tmp_path / "transform.h5"))
     reference = sitk_from_volume(fixed)
     background = report["warped"]["outside"]
@@ -489,7 +489,9 @@ def test_the_report_holds_what_its_type_says(pair, model):
     ):
         held = report if name is None else report[name]
         late = (
-            {"verdict", "morphseek", "date", "software", "files", "landmarks", "corrections"} if name is None else set()
+            {"verdict", "morphseek", "date", "software", "files", "landmarks", "corrections", "trust"}
+            if name is None
+            else set()
         )
         assert set(held) == set(section.__annotations__) - late, name
     assert set(report["folding"]["cells"]) == set(CellsSection.__annotations__)

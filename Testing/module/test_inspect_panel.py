@@ -268,6 +268,7 @@ def test_cells_that_are_no_limits_cannot_be_edited(panel, ui, nodes):
         if table.item(row, column).flags() & qt.Qt.ItemIsEditable
     }
     names = ("Folded cells, %", "Largest folded", "SDlogJ", "Overlap after", "Overlap gained")
+    names += ("Similarity gained", "Tissue not to be relied on")
     judged = {row_of(table, name) for name in names}
     assert editable == {(row, column) for row in judged for column in (3, 4)}
 

@@ -111,6 +111,15 @@ def test_figures_are_read_from_the_report_and_missing_ones_left_open():
     assert {figure.key for figure in measure(REPORT) if figure.worse} == set(DEFAULT_LIMITS)
 
 
+def test_the_estimated_error_is_judged_only_where_it_is_known():
+    trust = {"kind": "brain", "near_percent": 70.2, "far_percent": 31.0}
+    known, unknown = (figures({"trust": {**trust, "kind": kind}}) for kind in ("brain", None))
+    assert (known["near_percent"], known["far_percent"]) == (70.2, 31.0)
+    assert (unknown["near_percent"], unknown["far_percent"]) == (None, None)
+    verdict = judge(known, DEFAULT_LIMITS)
+    assert quality.reasons(verdict) == ["Tissue not to be relied on, % (estimated): 31 is above 20."]
+
+
 def test_what_is_measured_inside_a_mask_or_the_tissue_stands_beside_it():
     inside = {"voxels": 5000, "folded_voxels": 12, "njd_percent": 0.2, "sdlogj": 0.3, "min_jacobian": -0.1}
     for of, header, words in (("mask", "In mask", "fixed volume's mask"), ("tissue", "In tissue", "it has no mask")):
