@@ -40,6 +40,7 @@ _CHUNK = 8_000  # cells whose coefficients are computed together
 _WANTED, _ENOUGH, _ROUNDED = 0.1, 0.2, 0.003
 _RATE = 1.9  # of a projection: beyond the goal, which takes a third of the iterations
 _STRIDE = 0.25  # voxels that a node moves by at most in an iteration
+_FEW = 50  # cells, of which the last may take longer
 _RELAX = 10  # iterations between moves toward the neighbors, where a cell stays folded
 # de Casteljau's halves of a polynomial of degree 2: coefficients of each half from those of the whole
 _HALVES = np.array(
@@ -350,7 +351,8 @@ def unfold(
 
     Args:
         transform, mirrored: as for :func:`certify`.
-        iterations: the most in which the cells that are left do not become fewer; none where every cell is proven.
+        iterations: the most in which the folded cells that are left do not become fewer, ten times as many for the last few,
+            which cost little; none where every cell is proven.
         job: checked once per iteration.
 
     Returns:
@@ -376,6 +378,7 @@ def unfold(
         least = torch.cat([_corner_determinants(nodes, chunk).amin(dim=0) for chunk in cells.split(_CHUNK)])
         goal = wanted[tuple(cells.unbind(1))]
         if bool((least < _ENOUGH * goal).any()):
+            left = int((least <= 0).sum())
             if iteration % _RELAX == _RELAX - 1:
                 _relax(nodes, cells[least <= 0])
             cells = cells[least < goal]
@@ -383,13 +386,15 @@ def unfold(
         else:  # what is left folds between its corners
             cells = touched.nonzero()
             cells = cells[_unproven(_gathered(nodes, cells), _ROUNDED)]
-            if not len(cells):
+            left = len(cells)
+            if not left:
                 break
             goal = wanted[tuple(cells.unbind(1))]
             _relax(nodes, cells[goal >= 1])
             wanted[tuple(cells.unbind(1))] = (1.5 * goal).clamp(max=1)
-        if len(cells) < fewest:
-            fewest, last = len(cells), iteration + iterations
+        if left < fewest:
+            fewest = left
+            last = iteration + iterations * (1 if fewest > _FEW else 10)
         elif iteration >= last:
             break
         active.zero_()[tuple(cells.unbind(1))] = True
