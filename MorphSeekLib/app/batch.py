@@ -116,8 +116,12 @@ def _check_room(left: Sequence[BatchPair], options: BatchOptions) -> None:
     for pair in left:
         if pair.files["fixed"] not in voxels:
             voxels[pair.files["fixed"]] = voxel_count(pair.files["fixed"])
-    rooms = [folders.ROOM[name] for name in options.settings.keep]
-    needed = sum(each + rate * voxels[pair.files["fixed"]] for pair in left for each, rate in rooms)
+    needed = 0.0
+    for pair in left:
+        for name in options.settings.keep:
+            if name != "trust" or pair.settings.options.trust == "on":
+                each, rate = folders.ROOM[name]
+                needed += each + rate * voxels[pair.files["fixed"]]
     free = shutil.disk_usage(options.output).free
     if needed > free:
         raise MorphSeekError(

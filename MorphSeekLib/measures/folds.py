@@ -351,8 +351,8 @@ def unfold(
 
     Args:
         transform, mirrored: as for :func:`certify`.
-        iterations: the most in which the folded cells that are left do not become fewer, ten times as many for the last few,
-            which cost little; none where every cell is proven.
+        iterations: the most in which the folded cells that are left do not become fewer, ten times as many for the
+            last few, which cost little; none where every cell is proven.
         job: checked once per iteration.
 
     Returns:

@@ -49,6 +49,7 @@ ROOM: dict[str, tuple[float, float]] = {
     "inverse": (4e5, 0.8),
     "jacobian": (0, 3.3),
     "folding": (0, 0.01),
+    "trust": (0, 1.1),
     "labels": (0, 0.1),
     "report": (4.4e6, 0),
 }

@@ -118,11 +118,12 @@ def test_hd95_is_surface_distances(a, b, spacing):
     surface_distance = pytest.importorskip("surface_distance")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it calls SciPy by its old names
-        expected = surface_distance.compute_robust_hausdorff(
-            surface_distance.compute_surface_distances(a, b, spacing), 95
-        )
+        distances = surface_distance.compute_surface_distances(a, b, spacing)
+    # areas that sum to 95 % but for rounding end at either of two elements
+    expected = [surface_distance.compute_robust_hausdorff(distances, 95 + change) for change in (-1e-9, 0, 1e-9)]
     a, b = (torch.from_numpy(x.astype(np.uint8)) for x in (a, b))
-    assert metrics.hd95_per_label(a, b, spacing)[1] == pytest.approx(expected, abs=1e-9)
+    found = metrics.hd95_per_label(a, b, spacing)[1]
+    assert min(abs(found - one) for one in expected) < 1e-9, (found, expected)
 
 
 def test_every_cell_has_surface_distances_area():

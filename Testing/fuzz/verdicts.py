@@ -20,7 +20,7 @@ from coats import Coat, Written
 from heads import Heads
 from image_files import sitk_image
 
-from MorphSeekLib.report.results import FILES
+from MorphSeekLib.report.results import ESTIMATED, FILES
 from MorphSeekLib.space.geometry import DenseTransform, Grid, apply_affine
 
 Outcome = Literal["right", "refused", "wrong", "traceback", "half-written"]
@@ -106,7 +106,7 @@ def judge(ran: Ran, stored: Stored, coats: list[Coat], heads: Heads, base: Error
         if ran.folder.exists():
             return Verdict("half-written", f"refused, but left {sorted(files) or 'an empty folder'}")
         return _refused(ran.stderr, stored, coats)
-    owed = set(FILES) - {"inverse.h5"} - (set() if stored.moving_labels else {"warped-labels.nii.gz"})
+    owed = set(FILES) - {"inverse.h5", *ESTIMATED} - (set() if stored.moving_labels else {"warped-labels.nii.gz"})
     if files != owed:
         return Verdict("half-written", f"missing {sorted(owed - files)}, left over {sorted(files - owed)}")
     must = [coat.name for coat in coats if coat.refusal == "must"]
