@@ -2,7 +2,8 @@
 
     python -m MorphSeekLib.app.worker
 
-Requests: hello, load, info, register, expect, apply, check, export, results, shutdown. Notifications out: progress.
+Requests: hello, load, info, register, estimate, expect, apply, check, export, results, shutdown. Notifications out:
+progress.
 Notification in: cancel.
 Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
 ``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A model is
@@ -52,6 +53,7 @@ from ..protocol.messages import (
     Answer,
     ArrayReference,
     ErrorMessage,
+    EstimateAnswer,
     Params,
     RegisterAnswer,
     StartReference,
@@ -67,6 +69,7 @@ from ..registration.landmarks import measure_landmarks
 from ..registration.masks import masked
 from ..registration.pair import State
 from ..registration.pipeline import register
+from ..registration.trust_map import Estimation
 from ..report.page import RegistrationPictures
 from ..report.results import export_results, read_results
 from ..space.geometry import DenseTransform, Grid, Transform, Volume
@@ -98,12 +101,14 @@ class Worker:
         self.writing = threading.Lock()
         self.models: dict[tuple, LoadedModel] = {}
         self.paces: dict[tuple, Pace] = {}
+        self.kept: tuple[str, Estimation] | None = None  # of the last registration, by its output
         self.steps: dict[tuple, float] = {}  # seconds of a network's step, for each voxel
         self.methods: dict[str, Callable[[Any, Params], Mapping[str, object]]] = {
             "hello": self.hello,
             "load": self.load,
             "info": self.info,
             "register": self.register,
+            "estimate": self.estimate,
             "expect": self.expect,
             "apply": self.apply,
             "export": self.export,
@@ -148,6 +153,7 @@ class Worker:
         if not output.is_dir():
             raise _InvalidParamsError(f"output: there is no folder {output}")
         options = _options(params)
+        self.kept = None
         job = self._job(number)
         job.report("read", 0.0, "Reading the images")
         fixed, moving = (
@@ -195,6 +201,7 @@ class Worker:
             measure_landmarks(result, landmarks, moving.grid)
         job.report("write", 0.95, "Handing over the results")
         registered, trust = time.perf_counter(), result.trust
+        self.kept = None if result.estimation is None else (str(output), result.estimation)
         answer: RegisterAnswer = {
             "warped": _reference(result.warped, output / "warped.npy"),
             "aligned": _reference(result.aligned, output / "aligned.npy"),
@@ -216,6 +223,25 @@ class Worker:
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "software": software(),
         }
+        return answer
+
+    def estimate(self, number: Any, params: Params) -> EstimateAnswer:
+        """Estimate the error of the last registration, which was asked to be able to (``trust`` "later") and whose
+        output was the folder ``of``; into ``output``, which the client made and will remove. Cancelled, it can be asked
+        again."""
+        begin, output = time.perf_counter(), Path(_get(params, "output", str))
+        if self.kept is None or self.kept[0] != _get(params, "of", str):
+            raise MorphSeekError(
+                "The engine no longer has the images of this registration; register again to have its error estimated."
+            )
+        trust = self.kept[1].run(self._job(number))
+        answer: EstimateAnswer = {
+            "trust": _optional_reference(trust.bound, output / "trust.npy"),
+            "trust_colors": _reference(trust.colors, output / "trust_colors.npy"),
+            "section": trust.section,
+            "seconds": round(time.perf_counter() - begin, 3),
+        }
+        self.kept = None
         return answer
 
     def apply(self, number: Any, params: Params) -> Answer:
@@ -316,6 +342,8 @@ class Worker:
             "jacobian": _reference(found.jacobian, output / "jacobian.npy"),
             "folding": _reference(found.folding, output / "folding.npy"),
             "warped_labels": _optional_reference(found.warped_labels, output / "warped_labels.npy"),
+            "trust": _optional_reference(found.trust, output / "trust.npy"),
+            "trust_colors": _optional_reference(found.trust_colors, output / "trust_colors.npy"),
             "displacement": _reference(found.transform, output / "displacement.npy"),
             "inverse": _optional_reference(found.inverse, output / "inverse.npy"),
             "report": found.report,

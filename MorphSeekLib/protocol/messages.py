@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from .report import Report, StepSection
+from .report import Report, StepSection, TrustSection
 
 Params = Mapping[str, object]
 """The parameters of a request, which the worker checks one by one."""
@@ -43,6 +43,15 @@ class StateReference(TypedDict):
     align: str
     total: str
     figures: list[StepSection]
+
+
+class EstimateAnswer(TypedDict):
+    """What "estimate" is answered with; ``trust`` is None where no millimeters are known."""
+
+    trust: ArrayReference | None
+    trust_colors: ArrayReference
+    section: TrustSection
+    seconds: float
 
 
 class RegisterAnswer(TypedDict):

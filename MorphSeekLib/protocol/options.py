@@ -13,6 +13,7 @@ Similarity = Literal["lncc", "mse", "mind"]
 Preset = Literal["fast", "best"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 Switch = Literal["auto", "on", "off"]
+Estimate = Literal["on", "off", "later"]
 SIMILARITIES: tuple[str, ...] = get_args(Similarity)
 MAX_ITERATIONS = 1000
 MOST_LEVELS = 4
@@ -36,7 +37,8 @@ class RegistrationOptions:
             steps are better without. "off" also leaves folds as the steps made them.
         similarity: what fit and judge compare by; "auto": "lncc". The search always compares MIND-SSC features.
         fit_iterations: iterations of the fit on each level, coarse to fine; None: by the preset.
-        trust: whether the error is estimated at each place, for at most twice the time of search, steps and fit.
+        trust: whether the error is estimated at each place, for at most twice the time of search, steps and fit;
+            "later": when the result is asked for it, which keeps what that takes in memory until then.
 
     Raises:
         MorphSeekError: a number of steps or an alignment that there is not.
@@ -52,7 +54,7 @@ class RegistrationOptions:
     fit: Switch = "auto"
     similarity: Literal["auto", Similarity] = "auto"
     fit_iterations: tuple[int, ...] | None = None
-    trust: Literal["on", "off"] = "off"
+    trust: Estimate = "off"
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -64,7 +66,7 @@ class RegistrationOptions:
             "search": get_args(Switch),
             "fit": get_args(Switch),
             "similarity": ("auto", *SIMILARITIES),
-            "trust": ("on", "off"),
+            "trust": get_args(Estimate),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

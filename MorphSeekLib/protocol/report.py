@@ -224,6 +224,10 @@ class CorrectedSection(TypedDict):
     definition: str
 
 
+TRUST_COLORS = ("#3fa7d6", "#f2c14e", "#d1495b")
+"""Of places that are likely near, in between, and not to be relied on; blind people of each kind tell them apart."""
+
+
 class TrustRegionSection(TypedDict):
     """A region in which the estimated error is large: its worst place (LPS mm), the bound there (None: no millimeters
     are known), its size, and its color, 3 for the worst."""

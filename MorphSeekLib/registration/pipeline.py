@@ -29,7 +29,7 @@ from .pair import Clock, Outcome, Pair, State
 from .pictures import Pictures
 from .result import Labels, Registration, Request, deliver
 from .steps import NetworkSteps
-from .trust_map import estimate
+from .trust_map import Estimation
 
 
 def register(
@@ -78,16 +78,20 @@ def register(
             with clock("unfold"):
                 transform = _unfolded(pair, transform, job)
     request = Request(model, options, labels)
-    estimated = options.trust == "on" and not isinstance(start, Correction)
-    result = deliver(pair, request, outcome, transform, pictures, clock, job.part(0.7, 0.75 if estimated else 1.0))
+    end = 0.75 if options.trust == "on" and not isinstance(start, Correction) else 1.0
+    result = deliver(pair, request, outcome, transform, pictures, clock, job.part(0.7, end))
     if isinstance(start, Correction):
         before = pair.whole(start.start.total) if isinstance(start.start, State) else start.start
         result.report["corrections"], notices = corrected_section(start, before, transform)
         result.report["warnings"] += [{"code": notice.code, "message": notice.message} for notice in notices]
-    elif estimated:
-        with clock("trust"), memory_advice(pair.device):
-            result.trust = estimate(pair, outcome, model, options, job.part(0.75, 1.0))
+        return result
+    estimation = Estimation(pair, outcome, model, options)
+    if options.trust == "on":
+        with clock("trust"):
+            result.trust = estimation.run(job.part(0.75, 1.0))
         result.report["trust"] = result.trust.section
+    elif options.trust == "later":
+        result.estimation = estimation
     return result
 
 

@@ -38,7 +38,7 @@ from ..space.preprocessing import sampled
 from . import guards
 from .pair import Clock, Outcome, Pair, State, displacement_mm
 from .pictures import Pictures
-from .trust_map import Trust
+from .trust_map import Estimation, Trust
 
 Labels = tuple[Volume | None, Volume | None]
 """The label maps of the fixed and of the moving image."""
@@ -81,6 +81,7 @@ class Registration:
         state: to continue from.
         report: figures, as report.json.
         trust: the estimated error, where it was asked for.
+        estimation: makes it later, where that was asked for.
     """
 
     transform: DenseTransform
@@ -93,6 +94,7 @@ class Registration:
     state: State
     report: Report
     trust: Trust | None = None
+    estimation: Estimation | None = None
 
 
 def deliver(

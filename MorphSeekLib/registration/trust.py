@@ -160,10 +160,11 @@ def blurred(maps: Tensor, known: Tensor) -> Tensor:
 
 def stiffer(plans: Sequence[Plan]) -> list[Plan]:
     """Return plans with more weight on the regularizer, without the voxels of half the length, which take the longest
-    and add little to what is stiff."""
+    and add little to what is stiff, unless there are no others."""
     found = []
     for plan in plans:
-        kept = [(level, count) for level, count in zip(plan.levels, plan.iterations, strict=True) if level >= 0]
+        every = list(zip(plan.levels, plan.iterations, strict=True))
+        kept = [(level, count) for level, count in every if level >= 0] or every
         levels, iterations = zip(*kept, strict=True)
         weight = plan.regularization * STIFFER.get(plan.similarity, STIFFER_ELSE)
         found.append(replace(plan, levels=levels, iterations=iterations, regularization=weight))

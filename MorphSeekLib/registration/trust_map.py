@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..networks.devices import memory_advice
 from ..networks.loading import LoadedModel
-from ..protocol.job import Job
+from ..protocol.job import SILENT, Job
 from ..protocol.options import RegistrationOptions
 from ..protocol.report import TrustRegionSection, TrustSection
 from ..space.geometry import Volume, apply_affine, resample
@@ -50,6 +51,22 @@ class Trust:
     colors: Volume
     section: TrustSection
     quantities: Quantities
+
+
+@dataclass(frozen=True)
+class Estimation:
+    """What an estimate takes that is made later: both images and the answer, arguments of :func:`estimate`."""
+
+    pair: Pair
+    outcome: Outcome
+    model: LoadedModel | None
+    options: RegistrationOptions
+
+    def run(self, job: Job = SILENT) -> Trust:
+        """Estimate the error at each place; it can be cancelled and run again."""
+        self.pair.job = job  # that of the registration is over
+        with memory_advice(self.pair.device):
+            return estimate(self.pair, self.outcome, self.model, self.options, job)
 
 
 def estimate(pair: Pair, outcome: Outcome, model: LoadedModel | None, options: RegistrationOptions, job: Job) -> Trust:

@@ -25,7 +25,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..io.files import write_atomically
-from ..protocol.report import Report, TrustSection, VerdictSection
+from ..protocol.report import TRUST_COLORS, Report, TrustSection, VerdictSection
 from ..protocol.verdict import DEFAULT_LIMITS, HEADLINES, figures, folds, judge
 from ..space import geometry
 from ..space.geometry import DenseTransform, Grid, Volume
@@ -46,7 +46,6 @@ _INCH_WIDTH, _MOST_ROW, _DPI = 12.4, 4.5, 150  # a sheet's width and the most he
 # dark in the middle, as a subtraction image: what is black has not changed
 _DIFFERENCE = ("#7fd4ff", "#1f6fd0", "#000000", "#d07a10", "#ffe08a")
 _VOLUME_CHANGE = ("#8ef0c0", "#149060", "#000000", "#8a4fd0", "#e0c0ff")
-_TRUST = ("#3fa7d6", "#f2c14e", "#d1495b")
 _FOLDED = "#ff2020"
 _LINES = "#ffd34d"
 _TEXT = "#d8d8d8"
@@ -509,7 +508,7 @@ class _Scene:
         colors = np.nan_to_num(_cut(self.pictures.trust.colors, panel.grid, "nearest")).astype(int)
         from matplotlib.colors import to_rgba
 
-        table = np.array([(0.0, 0.0, 0.0, 0.0), *(to_rgba(color, 0.5) for color in _TRUST)])
+        table = np.array([(0.0, 0.0, 0.0, 0.0), *(to_rgba(color, 0.5) for color in TRUST_COLORS)])
         panel.show(table[np.clip(colors, 0, 3)], smooth=False)
 
     def draw_volume_change(self, panel: _Panel) -> None:
@@ -601,7 +600,7 @@ class _Scene:
         limit = f"{self.volume_limit:g}"
         trust = self.pictures.trust
         return {
-            self.draw_trust: (ListedColormap(_TRUST), ("", "", "") if trust is None else trust.legend()),
+            self.draw_trust: (ListedColormap(TRUST_COLORS), ("", "", "") if trust is None else trust.legend()),
             self.draw_difference_before: difference,
             self.draw_difference_after: difference,
             self.draw_volume_change: (

@@ -128,6 +128,8 @@ class Results:
     transform: DenseTransform
     inverse: DenseTransform | None = None
     warped_labels: Volume | None = None
+    trust: Volume | None = None
+    trust_colors: Volume | None = None
 
 
 def read_results(folder: Path | str) -> Results:
@@ -151,15 +153,19 @@ def read_results(folder: Path | str) -> Results:
     def volume(name: str, dtype: torch.dtype) -> Volume:
         return volume_from_sitk(read_sitk(folder / name), name, dtype)
 
-    whole = (folder / "inverse.h5").is_file(), (folder / "warped-labels.nii.gz").is_file()
+    def volume_if_there(name: str, dtype: torch.dtype) -> Volume | None:
+        return volume(name, dtype) if (folder / name).is_file() else None
+
     return Results(
         report,
         volume("warped.nii.gz", torch.float32),
         volume("jacobian.nii.gz", torch.float32),
         volume("folding.nii.gz", torch.uint8),
         read_dense(folder / "transform.h5"),
-        read_dense(folder / "inverse.h5") if whole[0] else None,
-        volume("warped-labels.nii.gz", torch.int32) if whole[1] else None,
+        read_dense(folder / "inverse.h5") if (folder / "inverse.h5").is_file() else None,
+        volume_if_there("warped-labels.nii.gz", torch.int32),
+        volume_if_there("trust.nii.gz", torch.float32) if "trust" in report else None,
+        volume_if_there("trust-colors.nii.gz", torch.uint8) if "trust" in report else None,
     )
 
 

@@ -24,6 +24,7 @@ from MorphSeekLib.registration.masks import masked
 from MorphSeekLib.registration.pair import Pair
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.registration.trust_map import trust_of
+from MorphSeekLib.report.results import read_results
 from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import Volume
 
@@ -191,6 +192,19 @@ def test_it_can_be_cancelled_while_it_looks_again():
         register(fixed, image, options=ON, job=Job(lambda event: heard.append(event.message), cancelled))
 
 
+def test_it_can_be_made_later_and_again_after_it_was_cancelled(disturbed):
+    at_once = disturbed[0]
+    image, inside = structured(), disturbed[1]
+    warped, _ = moved(image)
+    fixed = Volume(torch.where(inside, structured(5).data, warped.data), GRID)
+    result = register(fixed, image, options=replace(ON, trust="later"))
+    assert result.trust is None
+    assert "trust" not in result.report
+    with pytest.raises(Cancelled):
+        result.estimation.run(Job(cancelled=lambda: True))
+    assert torch.equal(result.estimation.run().colors.data, at_once.trust.colors.data)
+
+
 def test_the_calibration_is_of_the_fit_as_it_is():
     assert calibration().fit == fingerprint(), (
         "search or fit have changed: run Testing/benchmarks/trust.py measure, calibrate and evaluate again"
@@ -230,6 +244,9 @@ def test_the_command_writes_the_colors_and_a_page_with_the_warning(tmp_path):
     colors = read_image(out / "trust-colors.nii.gz")
     assert colors.grid.same_as(fixed.grid)
     assert not (out / "trust.nii.gz").exists(), "no millimeters are known of such images"
+    back = read_results(out)
+    assert back.trust is None
+    assert torch.equal(back.trust_colors.data, colors.data.to(torch.uint8))
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Not a measurement" in page
     assert "Colors only, no millimeters" in page

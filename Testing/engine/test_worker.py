@@ -148,6 +148,25 @@ def test_steps_are_shown_and_one_more_can_be_asked_for(client, request_of):
     assert error["error"]["code"] == -32602
 
 
+def test_the_error_of_the_last_registration_is_estimated_later(client, request_of, tmp_path):
+    options = {"align": "none", "search": "off", "fit": "on", "fit_iterations": [4], "trust": "later"}
+    (tmp_path / "later").mkdir()
+    asked = {"of": request_of["output"], "output": str(tmp_path / "later")}
+    result = client.call("register", request_of | {"model": "none", "options": options})["result"]
+    assert (result["trust"], result["trust_colors"]) == (None, None)
+    number = client.send("estimate", asked)
+    client.write(json.dumps({"jsonrpc": "2.0", "method": "cancel", "params": {"id": number}}))
+    assert client.answer(number)["error"]["code"] == -32800
+    assert "register again" in client.call("estimate", asked | {"of": "another"})["error"]["message"]
+    client.notes.clear()
+    found = client.call("estimate", asked)["result"]
+    assert {note["id"] for note in client.notes} == {client.count}, "its progress is its own"
+    assert found["trust"] is None, "no millimeters are known of such images"
+    assert np.load(found["trust_colors"]["path"]).shape == tuple(result["report"]["fixed"]["shape"])
+    assert found["section"]["kind"] is None
+    assert "register again" in client.call("estimate", asked)["error"]["message"], "the images are kept no longer"
+
+
 def test_a_registration_is_corrected_by_points_and_masked(client, request_of):
     first = client.call("register", request_of | ONE_STEP)["result"]
     place = first["report"]["fixed"]
