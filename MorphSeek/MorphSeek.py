@@ -89,6 +89,7 @@ class MorphSeekWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         for panel in self.panels.values():
             panel.setMRMLScene(slicer.mrmlScene)
         register.on_result.append(self._inspect)
+        register.on_estimate.append(inspect.take_estimate)
         inspect.on_choice.append(register.take_up)
         training.on_model.append(register.add_model)
         switch = register.ui.trainingCheckBox
@@ -175,7 +176,7 @@ class MorphSeekLogic(ScriptedLoadableModuleLogic):
         Args:
             fixedNode, movingNode: scalar volume nodes.
             options: as for :func:`MorphSeekGui.registration.register`: model, device, threads, steps, align,
-                stop_early, inverse, preset, search, fit, similarity, fit_iterations, initial_transform_node,
+                stop_early, inverse, preset, search, fit, similarity, fit_iterations, trust, initial_transform_node,
                 fixed_labels_node, moving_labels_node, fixed_landmarks_node, moving_landmarks_node, state, into,
                 on_progress, cancelled.
 

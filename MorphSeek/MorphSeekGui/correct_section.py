@@ -14,7 +14,7 @@ import vtk
 
 from MorphSeekLib.protocol.report import SavedReport
 
-from . import corrections, landmark_arrows
+from . import corrections, landmark_arrows, scene
 from .corrections import Corrections
 from .messages import sentence
 from .panel import Panel
@@ -40,18 +40,20 @@ class Earlier:
         nodes: with the report and the state of then.
         parts: by the name of each node, what it held.
         used: of each line, by its node, how it had been used.
+        estimate: of its error, whose nodes a correction removes; None without one.
     """
 
     nodes: RegistrationNodes
     parts: dict[str, Any]
     used: list[tuple[Any, str | None]]
+    estimate: scene.Estimate | None = None
 
     @classmethod
     def of(cls, nodes: RegistrationNodes) -> Earlier:
         """Copy what a correction will change."""
         parts = {}
         for name, node in vars(nodes).items():
-            if name in ("fixed", "moving") or not isinstance(node, slicer.vtkMRMLNode):
+            if name in ("fixed", "moving", *scene.ESTIMATED) or not isinstance(node, slicer.vtkMRMLNode):
                 continue
             if isinstance(node, slicer.vtkMRMLTransformNode):
                 parts[name] = node.GetTransformFromParent()  # a later result brings its own
@@ -60,7 +62,7 @@ class Earlier:
             parts[name] = slicer.vtkSegmentation() if segments else vtk.vtkImageData()
             parts[name].DeepCopy(node.GetSegmentation() if segments else node.GetImageData())
         used = [(line, line.GetAttribute(corrections.USED)) for line in corrections.lines(nodes)]
-        return cls(replace(nodes), parts, used)
+        return cls(replace(nodes, trust=None, trust_colors=None), parts, used, scene.estimate_of(nodes))
 
     def come_back(self) -> None:
         """Give the nodes what they held."""
@@ -73,6 +75,9 @@ class Earlier:
             else:
                 node.SetAndObserveImageData(part)
         self.nodes.transform.SetAttribute(REPORT, json.dumps(self.nodes.report))
+        scene.forget_estimate(self.nodes.transform)
+        if self.estimate is not None:
+            scene.add_estimate(self.nodes, self.estimate)
         for line, text in self.used:
             corrections.mark(line, text)
 

@@ -15,6 +15,7 @@ import slicer.util
 import vtk
 
 from MorphSeekLib.protocol.messages import Progress
+from MorphSeekLib.protocol.report import TRUST_COLORS
 from MorphSeekLib.protocol.verdict import DEFAULT_LIMITS, Folds, Limits, Verdict, folds, judge, shown
 
 from . import quality, scene
@@ -22,13 +23,14 @@ from .apply_section import ApplySection
 from .compare_section import CompareSection
 from .correct_section import fill_table
 from .engine_client import EngineCancelled, EngineClient, EngineError, Request
+from .estimated_error_section import EstimatedErrorSection
 from .export import Export, prepare
 from .landmarks_section import LandmarksSection
 from .messages import sentence
 from .panel import Panel
 from .scene import InputError, RegistrationNodes, _
 from .views import ResultViews
-from .widgets import SWITCH_STYLE, FolderButton, fit_height, spread, table_cell
+from .widgets import SWITCH_STYLE, FolderButton, PlacesTable, fit_height, spread, table_cell
 
 LIMITS_SETTING, FOLDER_SETTING = "MorphSeek/Limits", "MorphSeek/ExportFolder"
 # background, text and sign (not everybody can tell the colors apart)
@@ -38,10 +40,14 @@ _COLORS = {
     "red": ("#c62828", "#ffffff", "■"),
 }
 _INSIDE, _AMBER, _RED = 2, 3, 4  # columns of the figures, behind their names and values
-_OPACITY = {"blend": 0.5, "jacobian": 0.6}  # of a layer that is not opaque at first
+_OPACITY = {"blend": 0.5, "jacobian": 0.6, "trust": 0.5}  # of a layer that is not opaque at first
 _POLL_MS, _REDRAW_MS = 100, 250
 _JACOBIAN_BAR = "stop:0 #542687, stop:0.5 #f7f7f7, stop:1 #e67305"
 _DIFFERENCE_BAR = "stop:0 #7fd4ff, stop:0.25 #1f70d1, stop:0.5 #000000, stop:0.75 #d17a0f, stop:1 #ffe08a"
+
+_TRUST_BAR = ", ".join(
+    f"stop:{(n + end) / len(TRUST_COLORS)} {color}" for n, color in enumerate(TRUST_COLORS) for end in (0.001, 0.999)
+)
 
 
 class InspectPanel(Panel):
@@ -70,6 +76,7 @@ class InspectPanel(Panel):
             "before": self.ui.differenceBeforeButton,
             "after": self.ui.differenceAfterButton,
             "jacobian": self.ui.jacobianButton,
+            "trust": self.ui.trustButton,
             "compare": self.ui.compareButton,
         }
         self._opacity = {name: _OPACITY.get(name, 1.0) for name in self._layer_buttons}
@@ -80,6 +87,8 @@ class InspectPanel(Panel):
         self._export_message = self.message(self.ui.exportLabel, self.ui.copyExportDetailsButton)
         self._apply = ApplySection(self, lambda: self._nodes)
         self._landmarks = LandmarksSection(self)
+        self._folded = PlacesTable(self.ui.regionsTable, 4, self._go_to)
+        self._estimated = EstimatedErrorSection(self.ui, self._go_to)
         self._set_up()
         self._compare = CompareSection(self, self._other_was_chosen)
         self._choose(None)
@@ -119,6 +128,16 @@ class InspectPanel(Panel):
         self.ui.resultSelector.setCurrentNode(nodes.transform)
         self._look_at(nodes.transform)
 
+    def take_estimate(self, nodes: RegistrationNodes) -> None:
+        """Take over the estimated error of a registration, which came after its result; what the views show stays."""
+        if self._nodes is None or self._nodes.transform is not nodes.transform:
+            return
+        own = self._nodes
+        own.trust, own.trust_colors, own.report = nodes.trust, nodes.trust_colors, nodes.report
+        self._figures = quality.measure(own.report)
+        self._fill_figures()
+        self._estimated.show(own)
+
     # ---------------------------------------------------------------------------------------------------------- widgets
 
     def _set_up(self) -> None:
@@ -139,14 +158,11 @@ class InspectPanel(Panel):
         ui.restoreButton.connect("clicked(bool)", lambda _on: self._restore())
         ui.figuresTable.connect("cellChanged(int,int)", self._edit_limit)
         ui.defaultLimitsButton.connect("clicked(bool)", lambda _on: self._set_limits(dict(DEFAULT_LIMITS)))
-        # the keyboard's arrows go from region to region; a click comes back to the one that is current
-        ui.regionsTable.connect("currentCellChanged(int,int,int,int)", lambda row: self._go_to(row))
-        ui.regionsTable.connect("cellClicked(int,int)", lambda row: self._go_to(row))
         self._folder = FolderButton(ui.folderButton, qt.QSettings().value(FOLDER_SETTING) or str(Path.home()))
         ui.exportButton.connect("clicked(bool)", lambda _on: self._start_export())
         ui.cancelExportButton.connect("clicked(bool)", lambda _on: self._cancel_export())
-        for table in (ui.figuresTable, ui.structuresTable, ui.correctionsTable, ui.regionsTable):
-            spread(table, 0 if table is not ui.regionsTable else 4)
+        for table in (ui.figuresTable, ui.structuresTable, ui.correctionsTable):
+            spread(table, 0)
         self._show_export(False)
 
     def _choose(self, transform) -> None:
@@ -184,8 +200,8 @@ class InspectPanel(Panel):
     def _fill(self) -> None:
         there = self._nodes is not None
         ui = self.ui
-        parts = (ui.showSection, ui.figuresSection, ui.landmarksSection, ui.compareSection, ui.regionsSection)
-        for section in (*parts, ui.applySection, ui.exportSection):
+        parts = (ui.showSection, ui.figuresSection, ui.trustSection, ui.landmarksSection, ui.compareSection)
+        for section in (*parts, ui.regionsSection, ui.applySection, ui.exportSection):
             section.enabled = there
         self.ui.differenceBeforeButton.enabled = there and self._nodes.aligned is not None
         folding = (self._nodes.report.get("folding") or {}) if there else {}
@@ -195,6 +211,7 @@ class InspectPanel(Panel):
         fill_table(ui.correctionsTable, self._nodes.report if there else {})
         ui.correctionsLabel.visible = ui.correctionsTable.rowCount > 0
         self._fill_regions()
+        self._estimated.show(self._nodes)
         self._landmarks.show(self._nodes, self._views)
         self._compare.show(self._nodes)
 
@@ -255,24 +272,11 @@ class InspectPanel(Panel):
         )
 
     def _fill_regions(self) -> None:
-        table = self.ui.regionsTable
-        blocked = table.blockSignals(True)
-        table.setRowCount(len(self._regions))
+        rows = []
         for row, region in enumerate(self._regions):
-            position = ", ".join(f"{mm:.1f}" for mm in region.position)
-            texts = (
-                row + 1,
-                shown("largest_region_mm3", region.mm3),
-                f"{region.voxels:,}",
-                f"{region.determinant:.3f}",
-                position,
-            )
-            for column, text in enumerate(texts):
-                table_cell(table, row, column, str(text), right=True)
-        table.setCurrentCell(-1, -1)
-        table.blockSignals(blocked)
-        fit_height(table)
-        table.visible = bool(self._regions)
+            size = shown("largest_region_mm3", region.mm3)
+            rows.append((region.position, [str(row + 1), size, f"{region.voxels:,}", f"{region.determinant:.3f}"]))
+        self._folded.fill(rows)
         folding = (self._nodes.report.get("folding") or {}) if self._nodes is not None else {}
         count = quality.count_regions(self._nodes.report) if self._nodes is not None else 0
         if self._nodes is None:
@@ -334,6 +338,8 @@ class InspectPanel(Panel):
             self._views.checkerboard(on, self.ui.tileSlider.value, opacity)
         elif name == "jacobian":
             self._views.jacobian(on, opacity)
+        elif name == "trust":
+            self._views.trust(on, opacity)
         else:
             self._views.difference(on, before=name == "before", opacity=opacity)
 
@@ -357,6 +363,7 @@ class InspectPanel(Panel):
             ),
             "before": (_DIFFERENCE_BAR, difference),
             "after": (_DIFFERENCE_BAR, difference),
+            "trust": (_TRUST_BAR, self._estimated.legend()),
         }.get(layer, ("", ""))
         ui.legendBar.visible = ui.legendLabel.visible = bool(bar)
         ui.legendBar.styleSheet = f"background: qlineargradient(x1:0, y1:0, x2:1, y2:0, {bar})" if bar else ""
@@ -408,9 +415,9 @@ class InspectPanel(Panel):
         if self._views is not None:
             self._views.folding(self.ui.foldingCheckBox.checked, self.ui.folding3DCheckBox.checked)
 
-    def _go_to(self, row: int) -> None:
-        if self._views is not None and 0 <= row < len(self._regions):
-            self._views.go_to(self._regions[row].position)
+    def _go_to(self, place: tuple[float, float, float]) -> None:
+        if self._views is not None:
+            self._views.go_to(place)
 
     def _restore(self) -> None:
         """Switch all off and show the views as they were."""

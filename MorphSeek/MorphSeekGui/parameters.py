@@ -104,6 +104,18 @@ class CompareBy(enum.Enum):
         }[self]
 
 
+class EstimatedError(enum.Enum):
+    """Whether the error of a result is estimated after it is shown."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+    def label(self) -> str:
+        """Return the text in the list."""
+        return {EstimatedError.AUTO: _("Automatic"), EstimatedError.ON: _("On"), EstimatedError.OFF: _("Off")}[self]
+
+
 @parameterNodeWrapper
 class MorphSeekParameterNode:
     """Nodes are None until chosen; an output that is None becomes a new node.
@@ -133,6 +145,7 @@ class MorphSeekParameterNode:
     search: Search = Search.AUTO
     fit: Fit = Fit.AUTO
     fitBy: CompareBy = CompareBy.AUTO
+    estimate: EstimatedError = EstimatedError.AUTO
     device: str = "auto"
     outputVolume: slicer.vtkMRMLScalarVolumeNode
     outputTransform: slicer.vtkMRMLTransformNode
@@ -167,13 +180,22 @@ def other_options(parameters: MorphSeekParameterNode) -> dict[str, list[int]]:
     return json.loads(parameters.otherOptions or "{}")
 
 
+def shared_options(parameters: MorphSeekParameterNode) -> RegistrationOptions:
+    """Return the options as they are saved and given to batches: with the estimated error where it is switched on."""
+    estimate = "on" if parameters.estimate is EstimatedError.ON else "off"
+    return replace(chosen_options(parameters), trust=estimate)
+
+
 def use_options(parameters: MorphSeekParameterNode, options: RegistrationOptions) -> None:
-    """Choose what options say; without a number of steps that stays as it is."""
+    """Choose what options say; without a number of steps that stays as it is, and without an estimated error the choice
+    of it, unless it is on."""
     parameters.alignment = Alignment(options.align)
     parameters.preset = Preset(options.preset)
     parameters.search = Search(options.search)
     parameters.fit = Fit(options.fit)
     parameters.fitBy = CompareBy(options.similarity)
+    if (options.trust == "on") != (parameters.estimate is EstimatedError.ON):
+        parameters.estimate = EstimatedError.ON if options.trust == "on" else EstimatedError.AUTO
     parameters.stopEarly = options.stop_early
     parameters.inverse = options.inverse
     if options.steps is not None:

@@ -56,6 +56,72 @@ def folded_regions(report: SavedReport) -> list[Region]:
     return regions
 
 
+@dataclass(frozen=True)
+class EstimatedRegion:
+    """A region in which the estimated error is large.
+
+    Attributes:
+        bound_mm: what the error is estimated to be below at its worst place; None where no millimeters are known.
+        mm3: its size.
+        color: the worst in it, 2 or 3.
+        position: RAS mm (world) of its worst place.
+    """
+
+    bound_mm: float | None
+    mm3: float
+    color: int
+    position: tuple[float, float, float]
+
+
+def estimated_regions(report: SavedReport) -> list[EstimatedRegion]:
+    """Return the regions that a report says are worst, the worst first."""
+    return [
+        EstimatedRegion(one["bound_mm"], one["mm3"], one["color"], tuple((FLIP[:3, :3] @ one["position"]).tolist()))
+        for one in (report.get("trust") or {}).get("regions") or []
+    ]
+
+
+def estimated_error(report: SavedReport) -> list[str]:
+    """Return what is said of the estimated error, a sentence each; nothing where it was not estimated."""
+    section = report.get("trust")
+    if section is None:
+        return []
+    error, near, far = section["error_mm"], section["near_mm"], section["far_mm"]
+    if error is None or near is None:
+        return [
+            _("Colors only, no millimeters: the estimate was not tuned on such images, or not with these options."),
+            footnote(),
+        ]
+    return [
+        _("Estimated error: usually below {median:.1f} mm, in 4 of 5 places below {p80:.1f} mm.").format(**error),
+        _("{n:.0f} % of tissue is likely within {mm:.3g} mm.").format(n=section["near_percent"], mm=near)
+        + " "
+        + _("{n:.0f} % is not to be relied on (over {mm:.3g} mm).").format(n=section["far_percent"], mm=far),
+        footnote(),
+    ]
+
+
+def footnote() -> str:
+    """Return what must stand beside every estimated error."""
+    return _(
+        "Estimated from the images alone, tuned on simulated deformations; it cannot see every mistake. Not a "
+        "measurement; check anatomy before you decide."
+    )
+
+
+def estimated_legend(report: SavedReport) -> tuple[str, str, str]:
+    """Return what the three colors of the estimated error say."""
+    section = report.get("trust") or {}
+    near, far = section.get("near_mm"), section.get("far_mm")
+    if near is None or far is None:
+        return _("likely near"), _("in between"), _("do not rely on this")
+    return (
+        _("likely within {mm:.3g} mm").format(mm=near),
+        _("{near:.3g} to {far:.3g} mm").format(near=near, far=far),
+        _("do not rely on this"),
+    )
+
+
 def count_regions(report: SavedReport) -> int:
     """Return how many folded regions there are, those included that the report does not list."""
     folding = report.get("folding") or {}

@@ -30,11 +30,23 @@ from .batch_section import BatchPanel
 from .correct_section import CorrectPanel, summary
 from .corrections import Corrections
 from .engine_client import EngineCancelled, EngineError
+from .estimate_section import EstimateSection
+from .estimating import is_quick
 from .expected_time import ExpectedTime
 from .messages import sentence
 from .panel import Panel
-from .parameters import MAX_STEPS, Fit, Preset, chosen_options, has_named_model, other_options, use_options
-from .registration import Request, Run, into_same, prepare
+from .parameters import (
+    MAX_STEPS,
+    EstimatedError,
+    Fit,
+    Preset,
+    chosen_options,
+    has_named_model,
+    other_options,
+    shared_options,
+    use_options,
+)
+from .registration import Job, Request, Run, into_same, prepare
 from .remaining_time import RemainingTime, duration
 from .saved_settings import SavedSettings
 from .scene import Image, InputError, RegistrationNodes, _, put_into_folder, size_of
@@ -57,6 +69,7 @@ class RegisterPanel(Panel):
 
     Attributes:
         on_result: called with the nodes of each registration that succeeded.
+        on_estimate: called with the nodes of a result whose error is estimated now.
     """
 
     FILE = "Register.ui"
@@ -64,6 +77,7 @@ class RegisterPanel(Panel):
     def __init__(self, parent, logic) -> None:
         super().__init__(parent, logic)
         self.on_result: list[Callable[[RegistrationNodes], None]] = []
+        self.on_estimate: list[Callable[[RegistrationNodes], None]] = []
         self._parameters, self._gui_tag = None, None
         self._models: list[models.Model | models.Choice] = []
         self._more_models: list[str] = []
@@ -92,6 +106,7 @@ class RegisterPanel(Panel):
         self._status = self.message(self.ui.statusLabel, self.ui.copyDetailsButton, self._folders)
         self._of_steps = _with_help(self.ui.stepsLabel, self.ui.stepsSpinBox, self.ui.stopEarlyCheckBox)
         self._of_presets = _with_help(self.ui.presetLabel, self.ui.presetSelector)
+        self._estimate = EstimateSection(self, self._show_estimate)
         self._correct = CorrectPanel(self.ui.correctSection, logic, self)
         self.batch = BatchPanel(self.ui.batchSection, logic, self)
         self._connect()
@@ -155,6 +170,7 @@ class RegisterPanel(Panel):
             self._run.job.discard()
             self._run = None
             self._undo()
+        self._estimate.drop()
         self.setParameterNode(None)
         self._correct.cleanup()
         self.batch.cleanup()
@@ -168,6 +184,7 @@ class RegisterPanel(Panel):
             self._time = None
             self._ending = _("The scene was closed, so the registration was canceled.")
         self._steps, self._last, self._before = None, None, None
+        self._estimate.drop()
         self._correct.forget()
         self.batch.forget()
         self.ui.resultWidget.visible = self.ui.noModelButton.visible = False
@@ -267,7 +284,7 @@ class RegisterPanel(Panel):
 
     def chosen_settings(self) -> RegistrationSettings:
         """Return the chosen model and options."""
-        return RegistrationSettings("", self._parameters.model, chosen_options(self._parameters))
+        return RegistrationSettings("", self._parameters.model, shared_options(self._parameters))
 
     def chosen_start(self) -> Start:
         """Return the chosen device and threads."""
@@ -286,6 +303,7 @@ class RegisterPanel(Panel):
 
     def show_earlier(self, nodes: RegistrationNodes) -> None:
         """Show a result that is in its nodes again, as before a later run changed them."""
+        self._estimate.drop()
         if self._steps is not None:
             # without a state it came with a scene: all pictures are of what came later
             self._steps.keep_first(len(nodes.report.get("steps") or []) if nodes.state is not None else 0)
@@ -315,6 +333,8 @@ class RegisterPanel(Panel):
             return False
         self._status.say(_("Reading the volumes ..."))
         slicer.app.processEvents()
+        if p.estimate is not EstimatedError.OFF and corrections is None:
+            options = replace(options, trust="later")
         try:
             request = replace(
                 self._request(options, model), show_steps=p.showSteps, state=state, corrections=corrections, into=into
@@ -331,6 +351,7 @@ class RegisterPanel(Panel):
                 estimate = self._estimates.get(self._question(), {}).get(p.preset.value)
                 self._learns = self._choice(p.preset), self._voxels(), estimate
             self._stop_asking()
+            self._estimate.drop()
             self._before, self._ending = SliceViews(slicer.mrmlScene), ""
             self._what_runs = self._what()
             self._run = Run(job, self.logic.client(), self._hear, self._picture)
@@ -423,6 +444,7 @@ class RegisterPanel(Panel):
             self._fail(self._ending or sentence(problem), getattr(problem, "details", ""))
         else:
             self._show_result(nodes)
+            self._offer_estimate(run.job, nodes)
         self._correct.settle(nodes)
         self._update()
 
@@ -455,6 +477,17 @@ class RegisterPanel(Panel):
             self._expected.learn(choice, voxels, seconds, estimate)
             qt.QSettings().setValue(TIMES, self._expected.to_text())
         for function in self.on_result:
+            function(nodes)
+
+    def _offer_estimate(self, job: Job, nodes: RegistrationNodes) -> None:
+        """Estimate the error of a result now, or let the user ask for it, as was chosen when it was begun."""
+        p, kept = self._parameters, job.params["options"]["trust"] == "later"
+        if kept and p is not None and p.estimate is not EstimatedError.OFF:
+            at_once = p.estimate is EstimatedError.ON or is_quick(nodes.report)
+            self._estimate.offer(job.params["output"], nodes, at_once)
+
+    def _show_estimate(self, nodes: RegistrationNodes) -> None:
+        for function in self.on_estimate:
             function(nodes)
 
     def _undo(self) -> None:

@@ -392,7 +392,7 @@ def register(
         on_progress: called with dicts (phase, step, steps, fraction, message, metrics).
         cancelled: asked ten times a second; True cancels.
         choices: by name, see :class:`Request` and the engine's RegistrationOptions: model, device, steps, align,
-            stop_early, inverse, preset, search, fit, similarity, fit_iterations, state, into, ...
+            stop_early, inverse, preset, search, fit, similarity, fit_iterations, trust, state, into, ...
 
     Raises:
         InputError: a node or a choice cannot be used; nothing was started.

@@ -26,7 +26,7 @@ import vtk
 from vtk.util import numpy_support
 
 from MorphSeekLib.protocol.messages import Answer, ArrayReference
-from MorphSeekLib.protocol.report import SavedReport, StepSection
+from MorphSeekLib.protocol.report import SavedReport, StepSection, TrustSection
 
 try:
     from slicer.i18n import tr as _
@@ -40,9 +40,10 @@ FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
 # the transform node's attribute that holds the report; it marks the transform as a registration's result
 REPORT = "MorphSeek.Report"
 LABEL_TAG = "MorphSeek.Label"  # of a warped segment: the value that it had in the engine
-_ROLES = ("fixed", "moving", "warped", "jacobian", "folding", "inverse", "aligned", "warped_labels")
+ESTIMATED = ("trust", "trust_colors")  # the roles of the nodes of an estimated error
+_ROLES = ("fixed", "moving", "warped", "jacobian", "folding", "inverse", "aligned", "warped_labels", *ESTIMATED)
 _FEW, _SHOWN = 48, 0.02  # voxels along an axis that are looked at; share of the values above which one is shown
-_OPTIONAL = ("inverse", "aligned", "warped_labels")
+_OPTIONAL = ("inverse", "aligned", "warped_labels", *ESTIMATED)
 # an initial transform is sampled on at most about this many points of the fixed grid (a 1 mm head has seven million)
 _MOST_SAMPLES = 8_000_000
 _SAME_MM = 1e-3
@@ -78,6 +79,21 @@ class Labels:
     warning: str = ""
 
 
+@dataclass
+class Estimate:
+    """The estimated error of a registration on the fixed grid, in world coordinates.
+
+    Attributes:
+        bound: mm below which the error lies in four of five places; None where no millimeters are known.
+        colors: 1 likely near, 2 in between, 3 not to be relied on; 0 where nothing is said.
+        section: its figures.
+    """
+
+    bound: Image | None
+    colors: Image
+    section: TrustSection
+
+
 class StepState(TypedDict):
     """What the engine needs to take further steps, its arrays in memory; see
     :class:`MorphSeekLib.protocol.messages.StateReference`. ``places``: where the two volumes stood, (4, 4) LPS."""
@@ -108,6 +124,8 @@ class RegistrationNodes:
         aligned: the moving volume on the fixed grid after the alignment alone, for "before"; None from a worker that
             sends none.
         warped_labels: the moving labels on the fixed grid, a segmentation where one was given; or None.
+        trust, trust_colors: the estimated error as volumes, see :class:`Estimate`; None where it was not estimated, or
+            no millimeters are known.
         report: the engine's figures (report.json).
         state: what the engine needs to take one more step, arrays included; None when the worker gave none.
     """
@@ -121,6 +139,8 @@ class RegistrationNodes:
     inverse: slicer.vtkMRMLTransformNode | None = None
     aligned: slicer.vtkMRMLScalarVolumeNode | None = None
     warped_labels: slicer.vtkMRMLSegmentationNode | slicer.vtkMRMLLabelMapVolumeNode | None = None
+    trust: slicer.vtkMRMLScalarVolumeNode | None = None
+    trust_colors: slicer.vtkMRMLScalarVolumeNode | None = None
     report: SavedReport = field(default_factory=dict)
     state: StepState | None = None
 
@@ -431,8 +451,8 @@ def create_nodes(
     fails none is left.
 
     Args:
-        result: {"warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels", "report"}:
-            references as :func:`load_image` takes them, in the coordinates that were sent.
+        result: {"warped", "aligned", "displacement", "inverse", "jacobian", "folding", "warped_labels", "trust",
+            "trust_colors", "report"}: references as :func:`load_image` takes them, in the coordinates that were sent.
         fixed, moving: the volume nodes that were sent.
         moving_to_space: (4, 4) RAS, the moving volume's own coordinates -> those it was sent in; None if the same.
         labels: the moving labels that were sent, for the names and colors of the warped ones.
@@ -447,6 +467,7 @@ def create_nodes(
     inverse = None if inverse is None else grid_transform(inverse, source=back)
     scene, title = slicer.mrmlScene, moving.GetName()
     report = result.get("report") or {}
+    estimate = read_estimate({**result, "section": report.get("trust")})
     into = {name: node for name, node in (into or {}).items() if node is not None and scene.IsNodePresent(node)}
     new = _New(scene, title, fixed.GetName())
     with all_or_nothing(scene):
@@ -472,9 +493,58 @@ def create_nodes(
             nodes.inverse = _fill_transform(into.get("inverse") or new.transform("inverse"), inverse, moving, fixed)
         if warped_labels is not None:
             nodes.warped_labels = _fill_labels(into.get("warped_labels"), warped_labels, labels or Labels(None), new)
+        forget_estimate(nodes.transform)
         _remember(nodes)
         put_into_folder(nodes, new.nodes)
+        if estimate is not None:
+            add_estimate(nodes, estimate)
     return nodes
+
+
+def read_estimate(answer: Answer) -> Estimate | None:
+    """Return the estimated error of the worker's answer to "estimate"; None where it has none."""
+    colors = load_image(answer.get("trust_colors"))
+    return None if colors is None else Estimate(load_image(answer.get("trust")), colors, answer["section"])
+
+
+def add_estimate(nodes: RegistrationNodes, estimate: Estimate) -> None:
+    """Make the estimated error part of a registration, as volumes and in its report, in place of an earlier one."""
+    scene, name = nodes.transform.GetScene(), nodes.moving.GetName()
+    plain = {"trust": _("{name} error bound, mm"), "trust_colors": _("{name} estimated error")}
+    names = free_names(scene, {role: text.format(name=name) for role, text in plain.items()})
+    images = {"trust": estimate.bound, "trust_colors": estimate.colors}
+    nodes.trust = nodes.trust_colors = None
+    forget_estimate(nodes.transform)
+    with all_or_nothing(scene):
+        for role, image in images.items():
+            if image is not None:
+                node = scene.AddNewNodeByClass("vtkMRMLScalarVolumeNode", names[role])
+                setattr(nodes, role, fill_volume(node, image))
+        nodes.report = {**nodes.report, "trust": estimate.section}
+        _mark(nodes.transform, nodes.report)
+        _remember(nodes)
+        put_into_folder(nodes, [getattr(nodes, role) for role, image in images.items() if image is not None])
+
+
+def estimate_of(nodes: RegistrationNodes) -> Estimate | None:
+    """Return a copy of the estimated error that a registration has; None without one."""
+    section = nodes.report.get("trust")
+    if nodes.trust_colors is None or section is None:
+        return None
+    bound, colors = (
+        None if node is None else Image(voxels(node).copy(), FLIP @ ijk_to_ras(node))
+        for node in (nodes.trust, nodes.trust_colors)
+    )
+    return Estimate(bound, colors, section)
+
+
+def forget_estimate(transform) -> None:
+    """Remove the volumes of the estimated error of the registration of a transform node, which is another one now."""
+    for role in ESTIMATED:
+        node = transform.GetNodeReference(f"MorphSeek.{role}")
+        for part in (node, node.GetDisplayNode()) if node is not None else ():
+            if part is not None:
+                transform.GetScene().RemoveNode(part)
 
 
 class _New:
@@ -593,6 +663,9 @@ def result_nodes(transform) -> RegistrationNodes | None:
     # a scene whose files were moved has the nodes without their voxels
     if any(parts[role].GetImageData() is None for role in ("fixed", "warped", "jacobian")):
         return None
+    for role in ESTIMATED:
+        if parts[role] is not None and parts[role].GetImageData() is None:
+            parts[role] = None
     try:
         report = json.loads(transform.GetAttribute(REPORT))
     except ValueError:

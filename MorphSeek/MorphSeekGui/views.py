@@ -1,12 +1,13 @@
-"""How a registration is looked at: overlay, flicker, checkerboard, differences, Jacobian, deformation grid and folding,
-each switched on and off, and the way back to what was shown before.
+"""How a registration is looked at: overlay, flicker, checkerboard, differences, Jacobian, estimated error, deformation
+grid and folding, each switched on and off, and the way back to what was shown before.
 
     views = ResultViews(nodes)
     views.overlay(True); views.grid(True); views.folding(True)
     views.restore()
 
-Overlay, flicker, checkerboard, differences and Jacobian all lie over the fixed volume as the slice views' foreground,
-which holds one volume: the one switched on last is seen, and what it covers comes back when it is switched off.
+Overlay, flicker, checkerboard, differences, Jacobian and estimated error all lie over the fixed volume as the slice
+views' foreground, which holds one volume: the one switched on last is seen, and what it covers comes back when it is
+switched off.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import slicer.util
 import vtk
 from vtk.util import numpy_support
 
+from MorphSeekLib.protocol.report import TRUST_COLORS
+
 from . import comparison, landmark_arrows
 from .scene import FLIP, Image, InputError, RegistrationNodes, _, grid_transform, ijk_to_ras, to_vtk
 
 _JACOBIAN_COLORS = "MorphSeek Jacobian"
 _DIFFERENCE_COLORS = "MorphSeek difference"
+_TRUST_COLORS = "MorphSeek estimated error"
 # a volume change of this factor, either way, has the full color
 _JACOBIAN_LIMIT = 2.0
 _OBLIQUE = np.array([0.4, 0.6, 0.7]) / np.linalg.norm([0.4, 0.6, 0.7])  # RAS, from the middle to the camera
@@ -145,6 +149,18 @@ class ResultViews:
             display.AutoWindowLevelOff()
             display.SetWindowLevelMinMax(0.0, _JACOBIAN_LIMIT)
         self._switch("jacobian", self.nodes.jacobian if on else None, opacity)
+
+    def trust(self, on: bool, opacity: float = 0.5) -> None:
+        """Show the estimated error over the fixed volume in the colors of the report, nothing where nothing is said."""
+        if on:
+            display = self.nodes.trust_colors.GetDisplayNode()
+            display.SetAndObserveColorNodeID(trust_colors(self._scene).GetID())
+            display.AutoWindowLevelOff()
+            display.SetWindowLevelMinMax(0.0, len(TRUST_COLORS))
+            display.SetInterpolate(False)
+            display.SetThreshold(1, len(TRUST_COLORS))
+            display.ApplyThresholdOn()
+        self._switch("trust", self.nodes.trust_colors if on else None, opacity)
 
     def grid(self, on: bool, spacing_mm: float | None = None, region=None, in_3d: bool = False) -> None:
         """Show the deformation as a grid: straight lines of the fixed volume's space, drawn where the transform takes
@@ -425,6 +441,14 @@ def difference_colors(scene):
     channels = [np.interp(where, np.linspace(0, 1, len(stops)), channel) for channel in zip(*stops, strict=True)]
     names = [f"{2 * share - 1:+.2f}" for share in where]
     return _color_table(scene, _DIFFERENCE_COLORS, names, np.stack(channels, axis=1))
+
+
+def trust_colors(scene):
+    """Return the color table of the estimated error, made once in a scene; its volume holds 0 to 3."""
+    colors = [(0.0, 0.0, 0.0), *([int(text[n : n + 2], 16) / 255 for n in (1, 3, 5)] for text in TRUST_COLORS)]
+    names = [_("nothing is said"), _("likely near"), _("in between"), _("not to be relied on")]
+    values = np.rint(np.linspace(0, len(TRUST_COLORS), 256)).astype(int)
+    return _color_table(scene, _TRUST_COLORS, [names[n] for n in values], np.array(colors)[values])
 
 
 def _color_table(scene, name: str, names: list[str], colors: np.ndarray):

@@ -88,6 +88,41 @@ class FolderButton:
             self._on_choice(folder)
 
 
+class PlacesTable:
+    """A table of places in the volumes; a click on a row, or the keyboard's arrows, go to its place.
+
+    Args:
+        table: with a column for each text of a place.
+        wide: the column that takes the room that is left.
+        go_to: called with the place of a row, RAS mm.
+    """
+
+    def __init__(self, table, wide: int, go_to: Callable[[tuple[float, float, float]], None]) -> None:
+        self._table, self._go_to_place = table, go_to
+        self._places: list[tuple[float, float, float]] = []
+        spread(table, wide)
+        # a click comes back to the row that is current
+        table.connect("currentCellChanged(int,int,int,int)", lambda row: self._go_to(row))
+        table.connect("cellClicked(int,int)", lambda row: self._go_to(row))
+
+    def fill(self, rows: list[tuple[tuple[float, float, float], list[str]]]) -> None:
+        """List places, each with the texts of its columns but for the last one, which is the place."""
+        table, self._places = self._table, [place for place, _texts in rows]
+        blocked = table.blockSignals(True)
+        table.setRowCount(len(rows))
+        for row, (place, texts) in enumerate(rows):
+            for column, text in enumerate([*texts, ", ".join(f"{mm:.1f}" for mm in place)]):
+                table_cell(table, row, column, text, right=True)
+        table.setCurrentCell(-1, -1)
+        table.blockSignals(blocked)
+        fit_height(table)
+        table.visible = bool(rows)
+
+    def _go_to(self, row: int) -> None:
+        if 0 <= row < len(self._places):
+            self._go_to_place(self._places[row])
+
+
 def spread(table, wide: int) -> None:
     """Let one column of a table take the room that is left."""
     header = table.horizontalHeader()

@@ -1182,8 +1182,8 @@ def trust_rows(trust: TrustSection) -> list[tuple[str, str]]:
         return [("Estimated error", "colors only: the estimate was not tuned on such images")]
     return [
         ("Estimated error: half of places / four of five", f"below {error['median']:.1f} / {error['p80']:.1f} mm"),
-        (f"Tissue that is likely within {near:g} mm", f"{trust['near_percent']:.0f} %"),
-        (f"Tissue not to be relied on, over {trust['far_mm']:g} mm", f"{trust['far_percent']:.0f} %"),
+        (f"Tissue that is likely within {near:.3g} mm", f"{trust['near_percent']:.0f} %"),
+        (f"Tissue not to be relied on, over {trust['far_mm']:.3g} mm", f"{trust['far_percent']:.0f} %"),
     ]
 
 

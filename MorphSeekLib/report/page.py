@@ -68,7 +68,7 @@ class TrustPicture:
         near, far = self.section["near_mm"], self.section["far_mm"]
         if near is None or far is None:
             return ("likely near", "in between", "do not rely\non this")
-        return (f"likely within\n{near:g} mm", f"{near:g} to {far:g} mm", "do not rely\non this")
+        return (f"likely within\n{near:.3g} mm", f"{near:.3g} to {far:.3g} mm", "do not rely\non this")
 
 
 @dataclass

@@ -120,6 +120,28 @@ def test_the_estimated_error_is_judged_only_where_it_is_known():
     assert quality.reasons(verdict) == ["Tissue not to be relied on, % (estimated): 31 is above 20."]
 
 
+def estimated(kind: str | None) -> dict:
+    """A report with an estimated error, in millimeters where the kind is known."""
+    known = {"near_mm": 4.03578, "far_mm": 10.08945, "error_mm": {"median": 1.24, "p80": 2.71}}
+    region = {"position": [10.0, -20.0, 5.0], "bound_mm": 12.3 if kind else None, "mm3": 812.0, "color": 3}
+    section = {"kind": kind, "near_percent": 82.6, "far_percent": 3.2, "regions": [region]}
+    return {"trust": section | (known if kind else dict.fromkeys(known))}
+
+
+def test_the_estimated_error_is_said_as_in_the_report():
+    words = quality.estimated_error(estimated("brain"))
+    assert words[0] == page.estimated_error(estimated("brain")["trust"]["error_mm"])
+    assert words[1] == "83 % of tissue is likely within 4.04 mm. 3 % is not to be relied on (over 10.1 mm)."
+    assert words[-1] == quality.estimated_error(estimated(None))[-1] == page.FOOTNOTE
+    assert quality.estimated_error(estimated(None))[0].startswith("Colors only, no millimeters")
+    assert quality.estimated_error({}) == []
+    for kind in ("brain", None):
+        legend = page.TrustPicture(None, estimated(kind)["trust"]).legend()
+        assert quality.estimated_legend(estimated(kind)) == tuple(text.replace("\n", " ") for text in legend)
+    [region] = quality.estimated_regions(estimated("brain"))
+    assert region == quality.EstimatedRegion(12.3, 812.0, 3, (-10.0, 20.0, 5.0))
+
+
 def test_what_is_measured_inside_a_mask_or_the_tissue_stands_beside_it():
     inside = {"voxels": 5000, "folded_voxels": 12, "njd_percent": 0.2, "sdlogj": 0.3, "min_jacobian": -0.1}
     for of, header, words in (("mask", "In mask", "fixed volume's mask"), ("tissue", "In tissue", "it has no mask")):
