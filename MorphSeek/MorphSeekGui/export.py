@@ -68,6 +68,8 @@ def prepare(nodes: RegistrationNodes, parent: str | os.PathLike, wanted: Collect
     images["displacement"] = displacement_of(nodes.transform)
     if nodes.inverse is not None and "transform" in wanted:
         images["inverse"] = displacement_of(nodes.inverse)
+    if nodes.trust_colors is not None and "report" in wanted:
+        images["trust_colors"] = scene.read_volume(nodes.trust_colors)
     output = _free_name(parent, nodes.transform.GetName())
     folder = tempfile.TemporaryDirectory(prefix="morphseek-", ignore_cleanup_errors=True)
     try:

@@ -70,7 +70,7 @@ from ..registration.masks import masked
 from ..registration.pair import State
 from ..registration.pipeline import register
 from ..registration.trust_map import Estimation
-from ..report.page import RegistrationPictures
+from ..report.page import RegistrationPictures, TrustPicture
 from ..report.results import export_results, read_results
 from ..space.geometry import DenseTransform, Grid, Transform, Volume
 
@@ -308,12 +308,15 @@ class Worker:
         if transform is None:
             raise _InvalidParamsError("displacement is missing")
         report, grid = _get(params, "report", dict), fixed.grid
+        trust = None
+        if (given := _get(params, "trust_colors", dict, None)) is not None and "trust" in report:
+            trust = TrustPicture(_volume(given, "trust_colors", torch.uint8), report["trust"])
         folded = certify(transform, grid, report.get("mirrored") is True).folded
         folding = Volume((folded_voxels(folded, transform.grid, grid) <= 0).to(torch.uint8), grid)
         files = export_results(
             _get(params, "output", str),
             _get(params, "wanted", list),
-            RegistrationPictures(fixed, aligned, warped, jacobian, folding, transform),
+            RegistrationPictures(fixed, aligned, warped, jacobian, folding, transform, trust),
             inverse,
             report,
             job=job,

@@ -14,6 +14,7 @@ from MorphSeekGui.quality import folded_regions, measure
 
 from MorphSeekLib.protocol import verdict as rule
 from MorphSeekLib.protocol.verdict import AMBER, DEFAULT_LIMITS, GREEN, RED, Limits, figures, folds, judge
+from MorphSeekLib.report import page
 
 CELLS = {
     "cells": 45_678,
