@@ -127,6 +127,7 @@ def test_pairs_of_the_scene_are_registered_and_looked_at_after_a_restart(stand_i
     ui, register = opened.ui, opened.register
     fixed, *others = add_blobs(3)
     choose_quick(register)
+    register.ui.estimateSelector.currentText = "On"
     register.ui.fixedSelector.setCurrentNode(fixed)
     ui.addAllButton.click()
     assert [ui.pairsTable.item(row, 1).text() for row in range(2)] == ["case 1", "case 2"]
@@ -153,6 +154,8 @@ def test_pairs_of_the_scene_are_registered_and_looked_at_after_a_restart(stand_i
     ui.rowsTable.cellClicked(row_of(ui, "case-1"), 0)
     assert results[1].transform is results[0].transform, "nothing is loaded twice"
     warped = slicer.util.arrayFromVolume(results[0].warped).copy()
+    colors = slicer.util.arrayFromVolume(results[0].trust_colors).copy()
+    assert set(np.unique(colors)) - {0}, "its error was estimated"
 
     stand_in.fresh()  # Slicer is closed and opened again
     opened = open_module(stand_in)
@@ -164,6 +167,9 @@ def test_pairs_of_the_scene_are_registered_and_looked_at_after_a_restart(stand_i
     nodes = opened.inspect._nodes
     assert nodes.moving.GetName() == "case-1"
     np.testing.assert_allclose(slicer.util.arrayFromVolume(nodes.warped), warped, atol=1e-3)
+    assert np.array_equal(slicer.util.arrayFromVolume(nodes.trust_colors), colors)
+    assert opened.inspect.ui.trustButton.enabled
+    assert "Not a measurement" in opened.inspect.ui.trustLabel.text
     assert result_nodes(nodes.transform).warped_labels is not None
     assert slicer.util.getNodesByClass("vtkMRMLLabelMapVolumeNode"), "the labels of the fixed image come too"
     volumes = len(slicer.util.getNodesByClass("vtkMRMLScalarVolumeNode"))

@@ -169,6 +169,45 @@ def test_the_slider_fades_and_each_layer_keeps_its_own(panel, ui, nodes, view):
     assert not ui.legendBar.isVisibleTo(panel.widget)
 
 
+def estimated(nodes) -> scene.Estimate:
+    """An error of 1 to 12 mm, worst at one corner."""
+    warped = scene.read_volume(nodes.warped)
+    bound = np.linspace(1, 12, warped.array.size, dtype=np.float32).reshape(warped.array.shape)
+    colors = (1 + (bound > 4).astype(np.uint8) + (bound > 10)).astype(np.uint8)
+    regions = [
+        {"position": (warped.affine @ [*place, 1])[:3].tolist(), "bound_mm": mm, "mm3": 640.0, "color": 3}
+        for place, mm in (((30, 35, 25), 11.4), ((8, 9, 7), 10.9))
+    ]
+    section = {"kind": "brain", "near_mm": 4.0, "far_mm": 10.0, "near_percent": 27.0, "far_percent": 18.0}
+    section |= {"error_mm": {"median": 2.1, "p80": 6.5}, "regions": regions}
+    place = warped.affine
+    return scene.Estimate(scene.Image(bound, place), scene.Image(colors, place), section)
+
+
+def test_an_estimated_error_that_comes_later_is_listed_and_a_click_goes_there(panel, ui, nodes, view):
+    panel.show(nodes)
+    assert not ui.trustButton.enabled
+    assert ui.trustLabel.text == "The error of this result was not estimated."
+    ui.blendButton.click()
+    scene.add_estimate(nodes, estimated(nodes))
+    panel.take_estimate(nodes)
+    assert ui.blendButton.checked, "what is looked at stays"
+    assert "usually below 2.1 mm, in 4 of 5 places below 6.5 mm." in ui.trustLabel.text
+    assert texts(ui.trustTable, 1) == ["11.4 mm", "10.9 mm"]
+    assert texts(ui.figuresTable, 1)[row_of(ui.figuresTable, "not to be relied on")].endswith("18")
+    ui.trustTable.cellClicked(1, 0)
+    corner = (scene.ijk_to_ras(nodes.warped) @ [8, 9, 7, 1])[:3]
+    assert view.logic.GetSliceOffset() == pytest.approx(corner[2], abs=0.01)
+    ui.trustButton.click()
+    assert ui.legendLabel.text.startswith("Blue: likely within 4 mm. Yellow: 4 to 10 mm. Red: do not rely on this.")
+    assert layers(view)[1] == nodes.trust_colors.GetID()
+    assert scene.result_nodes(nodes.transform).trust is nodes.trust, "a scene that is loaded has it"
+    scene.forget_estimate(nodes.transform)
+    assert "was removed from the scene" in ui.messageLabel.text
+    panel.show(scene.result_nodes(nodes.transform))
+    assert not ui.trustButton.enabled
+
+
 def test_flicker_takes_turns_until_the_module_is_left(panel, ui, nodes, view, stand_in):
     panel.show(nodes)
     ui.rateSlider.value = 3

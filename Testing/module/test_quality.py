@@ -297,9 +297,11 @@ def test_a_saved_scene_still_knows_its_results(application, mrml, tmp_path):
     world = worlds.make_world("upright")
     fixed, moving = worlds.add_volume("F", world.fixed), worlds.add_volume("M", world.moving)
     nodes = scene.create_nodes(worlds.result_of(world, tmp_path), fixed, moving)
-    arrays = {
-        name: np.array(slicer.util.arrayFromVolume(getattr(nodes, name))) for name in ("fixed", "warped", "jacobian")
-    }
+    warped = scene.read_volume(nodes.warped)
+    colors = scene.Image(np.ones(warped.array.shape, np.uint8), warped.affine)
+    scene.add_estimate(nodes, scene.Estimate(None, colors, estimated(None)["trust"]))
+    names = ("fixed", "warped", "jacobian", "trust_colors")
+    arrays = {name: np.array(slicer.util.arrayFromVolume(getattr(nodes, name))) for name in names}
     report = nodes.report
     mrml.SetSaveToXMLString(1)
     mrml.Commit()
@@ -323,4 +325,5 @@ def test_a_saved_scene_still_knows_its_results(application, mrml, tmp_path):
         slicer.util.updateVolumeFromArray(node, array)
     found = scene.result_nodes(transforms[0])
     assert found.report == report
+    assert (found.trust, found.trust_colors.GetName()) == (None, "M estimated error")
     assert [found.fixed.GetName(), found.warped.GetName(), found.folding.GetName()] == ["F", "M warped", "M folding"]

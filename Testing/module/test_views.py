@@ -13,6 +13,7 @@ from MorphSeekGui import scene
 from MorphSeekGui.comparison import difference_limit
 from MorphSeekGui.views import ResultViews, difference_colors, jacobian_colors
 
+from MorphSeekLib.protocol.report import TRUST_COLORS
 from MorphSeekLib.space import geometry
 
 
@@ -155,6 +156,29 @@ def test_folding_is_red_in_slices_and_a_surface_in_3d(shown, application):
     views.folding(False)
     assert not red(view.draw()).any()
     assert not red(three_d.draw()).any()
+
+
+def test_the_estimated_error_has_the_colors_of_the_report_and_leaves_the_rest_as_it_was(shown):
+    nodes, view, views = shown
+    warped = scene.read_volume(nodes.warped)
+    colors = np.zeros(warped.array.shape, np.uint8)
+    thirds = np.array_split(np.arange(colors.shape[0] // 4, colors.shape[0]), 3)
+    for number, columns in enumerate(thirds, 1):
+        colors[columns] = number
+    scene.add_estimate(nodes, scene.Estimate(None, scene.Image(colors, warped.affine), {}))
+    before = view.draw()
+    views.overlay(True, opacity=0.0)
+    fixed = view.draw()
+    views.trust(True, opacity=1.0)
+    pixels = view.draw()
+    seen = {"#" + "".join(f"{channel:02x}" for channel in pixel) for pixel in np.unique(pixels.reshape(-1, 3), axis=0)}
+    assert seen >= set(TRUST_COLORS)
+    same = (pixels == fixed).all(axis=2)
+    assert 0.15 < same.mean() < 0.9, "nothing is drawn where nothing is said"
+    assert not same[fixed.any(axis=2) & colored(pixels)].any()
+    views.trust(False)
+    views.overlay(False)
+    assert np.array_equal(view.draw(), before)
 
 
 def test_the_checkerboard_takes_turns(shown, mrml):
