@@ -169,6 +169,15 @@ def main() -> None:
     application.process()
     photograph("inspect.png")
     inspect.gridCheckBox.checked = inspect.foldingCheckBox.checked = inspect.jacobianButton.checked = False
+    application.wait(lambda: panel._estimate._run is None, 600)
+    if inspect.trustButton.enabled is False:
+        panel.ui.estimateButton.click()
+        application.wait(lambda: panel._estimate._run is None, 600)
+    inspect.trustButton.checked = True
+    inspect.figuresSection.collapsed = True
+    application.process()
+    photograph("inspect-error.png")
+    inspect.trustButton.checked, inspect.figuresSection.collapsed = False, False
     sections.inspectSection.collapsed = True
     panel.ui.trainingCheckBox.checked = True
     sections.trainingSection.collapsed = False

@@ -37,8 +37,9 @@ class EstimatedErrorSection:
         self.ui.trustLabel.text = "\n".join(words)
         rows = []
         for row, region in enumerate(regions):
-            bound = self.legend_of(region.color) if region.bound_mm is None else f"{region.bound_mm:.1f} mm"
-            rows.append((region.position, [str(row + 1), bound, shown("largest_region_mm3", region.mm3)]))
+            known = region.bound_mm is not None
+            text = _("below {mm:.1f} mm").format(mm=region.bound_mm) if known else self.legend_of(region.color)
+            rows.append((region.position, [str(row + 1), text, shown("largest_region_mm3", region.mm3)]))
         self._table.fill(rows)
 
     def legend_of(self, color: int) -> str:

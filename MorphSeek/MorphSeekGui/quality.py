@@ -94,11 +94,16 @@ def estimated_error(report: SavedReport) -> list[str]:
         ]
     return [
         _("Estimated error: usually below {median:.1f} mm, in 4 of 5 places below {p80:.1f} mm.").format(**error),
-        _("{n:.0f} % of tissue is likely within {mm:.3g} mm.").format(n=section["near_percent"], mm=near)
+        _("{n} % of tissue is likely within {mm:.3g} mm.").format(n=_rounded(section["near_percent"]), mm=near)
         + " "
-        + _("{n:.0f} % is not to be relied on (over {mm:.3g} mm).").format(n=section["far_percent"], mm=far),
+        + _("{n} % is not to be relied on (over {mm:.3g} mm).").format(n=_rounded(section["far_percent"]), mm=far),
         footnote(),
     ]
+
+
+def _rounded(percent: float) -> str:
+    """Return whole percent; what is little is not said to be nothing."""
+    return f"{percent:.0f}" if percent == 0 or percent >= 1 else f"{percent:.1g}"
 
 
 def footnote() -> str:

@@ -133,6 +133,8 @@ def test_the_estimated_error_is_said_as_in_the_report():
     words = quality.estimated_error(estimated("brain"))
     assert words[0] == page.estimated_error(estimated("brain")["trust"]["error_mm"])
     assert words[1] == "83 % of tissue is likely within 4.04 mm. 3 % is not to be relied on (over 10.1 mm)."
+    little = estimated("brain")["trust"] | {"far_percent": 0.23}
+    assert "0.2 % is not to be relied on" in quality.estimated_error({"trust": little})[1]
     assert words[-1] == quality.estimated_error(estimated(None))[-1] == page.FOOTNOTE
     assert quality.estimated_error(estimated(None))[0].startswith("Colors only, no millimeters")
     assert quality.estimated_error({}) == []
