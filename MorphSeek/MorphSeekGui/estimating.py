@@ -65,9 +65,9 @@ class Estimating:
 
 def expected_seconds(report: SavedReport) -> float | None:
     """Return about how long the estimate of a registration will take; None where its times are not known."""
-    seconds = report.get("seconds")
-    if not seconds:
-        return None
+    seconds = report.get("seconds") or {}
+    if not (seconds.get("network") or seconds.get("fit")):
+        return None  # an estimate fits, and nothing tells how long that takes
     return TIMES_THE_STAGES * sum(seconds.get(stage) or 0.0 for stage in ("search", "network", "fit"))
 
 

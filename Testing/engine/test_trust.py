@@ -250,6 +250,8 @@ def test_the_command_writes_the_colors_and_a_page_with_the_warning(tmp_path):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Not a measurement" in page
     assert "Colors only, no millimeters" in page
+    later = CliRunner().invoke(app, [*arguments, "--trust", "later"])
+    assert "choose on or off" in " ".join(later.output.split())
 
 
 def _at(grid, result) -> Tensor:

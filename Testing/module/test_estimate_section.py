@@ -158,6 +158,7 @@ def test_automatic_is_at_once_where_less_time_is_expected_than_was_taken():
     assert estimating.is_quick({"seconds": seconds})
     assert not estimating.is_quick({"seconds": seconds | {"total": 5.0}})
     assert not estimating.is_quick({})
+    assert not estimating.is_quick({"seconds": {"search": 1.0, "total": 5.0}}), "nothing tells how long a fit takes"
 
 
 def test_a_batch_and_saved_settings_have_it_where_it_is_on(panel):

@@ -22,6 +22,10 @@ from MorphSeekGui.scene import InputError
 from MorphSeekLib.io import images, transforms
 from MorphSeekLib.space import geometry
 
+UNKNOWN = {"kind": None, "title": None, "near_mm": None, "far_mm": None, "near_percent": 100.0, "far_percent": 0.0}
+UNKNOWN |= {"voxels": 10, "error_mm": None, "regions": [], "definition": "A rank alone."}
+"""An estimated error of no known kind."""
+
 
 @pytest.fixture(scope="module")
 def client():
@@ -53,6 +57,9 @@ def temporary(tmp_path, monkeypatch):
 
 def test_everything_is_written_into_a_folder_of_its_own(client, result, tmp_path, temporary):
     world, nodes = result
+    warped = scene.read_volume(nodes.warped)
+    colors = scene.Image(np.ones(warped.array.shape, np.uint8), warped.affine)
+    scene.add_estimate(nodes, scene.Estimate(None, colors, UNKNOWN))
     seen = []
     folder = export(nodes, tmp_path, client=client, on_progress=seen.append)
     assert folder == tmp_path / "M to _F_ a_b"
@@ -73,7 +80,8 @@ def test_everything_is_written_into_a_folder_of_its_own(client, result, tmp_path
     assert np.array_equal(ours, scene.read_labels(nodes.folding, nodes.fixed).array)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "M registered onto F" in page
-    assert page.count("data:image/png;base64,") >= 2
+    assert page.count("data:image/png;base64,") >= 3
+    assert "Where can it be relied on?" in page
 
     again = export(nodes, tmp_path, ["jacobian"], client=client)
     assert again == tmp_path / "M to _F_ a_b 2"
