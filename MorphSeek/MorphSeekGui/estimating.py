@@ -18,8 +18,7 @@ from MorphSeekLib.protocol.report import SavedReport
 from . import scene
 from .scene import REPORT, InputError, RegistrationNodes, _
 
-TIMES_THE_STAGES = 1.5
-"""The time of an estimate, in that of search, steps and fit (Docs/trust.md, what was measured)."""
+TIMES_THE_STAGES = 1.5  # as long as search, steps and fit an estimate takes (Docs/trust.md, what was measured)
 
 
 @dataclass

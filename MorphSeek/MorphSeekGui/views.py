@@ -27,7 +27,7 @@ from .scene import FLIP, Image, InputError, RegistrationNodes, _, grid_transform
 
 _JACOBIAN_COLORS = "MorphSeek Jacobian"
 _DIFFERENCE_COLORS = "MorphSeek difference"
-_TRUST_COLORS = "MorphSeek estimated error"
+_TRUST_COLORS = "MorphSeek trust"
 # a volume change of this factor, either way, has the full color
 _JACOBIAN_LIMIT = 2.0
 _OBLIQUE = np.array([0.4, 0.6, 0.7]) / np.linalg.norm([0.4, 0.6, 0.7])  # RAS, from the middle to the camera
