@@ -84,6 +84,10 @@ class _InvalidParamsError(Exception):
     """The client's request is malformed: an error of its programmer, not of the user."""
 
 
+class _GaveWayError(Exception):
+    """A request was ended for another one, and is to begin again after it."""
+
+
 class Worker:
     """Answers one request after another; a reader thread takes in cancellations meanwhile.
 
@@ -96,7 +100,7 @@ class Worker:
         self.source, self.sink, self.compiling = source, sink, compiling
         self.inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.cancelled: set[Any] = set()
-        self.waiting: set[Any] = set()  # requests that have not begun
+        self.waiting: dict[Any, str] = {}  # requests that have not begun, and what they ask for
         self.beginning = threading.Lock()
         self.writing = threading.Lock()
         self.models: dict[tuple, LoadedModel] = {}
@@ -228,13 +232,19 @@ class Worker:
     def estimate(self, number: Any, params: Params) -> EstimateAnswer:
         """Estimate the error of the last registration, which was asked to be able to (``trust`` "later") and whose
         output was the folder ``of``; into ``output``, which the client made and will remove. Cancelled, it can be asked
-        again."""
+        again. It gives way to other requests, and begins again after them."""
         begin, output = time.perf_counter(), Path(_get(params, "output", str))
         if self.kept is None or self.kept[0] != _get(params, "of", str):
             raise MorphSeekError(
                 "The engine no longer has the images of this registration; register again to have its error estimated."
             )
-        trust = self.kept[1].run(self._job(number))
+        job = self._job(number).until(lambda: any(method != "expect" for method in list(self.waiting.values())))
+        try:
+            trust = self.kept[1].run(job)
+        except Cancelled:
+            if number in self.cancelled:
+                raise
+            raise _GaveWayError from None
         answer: EstimateAnswer = {
             "trust": _optional_reference(trust.bound, output / "trust.npy"),
             "trust_colors": _reference(trust.colors, output / "trust_colors.npy"),
@@ -396,7 +406,7 @@ class Worker:
                 if not isinstance(target, (dict, list)):
                     self._cancel(target)
             elif "id" in message:
-                self.waiting.add(number)
+                self.waiting[number] = message["method"]
                 self.inbox.put(message)
         # nobody reads the answer any more: do not finish what is under way
         self.inbox.put(None)
@@ -405,18 +415,16 @@ class Worker:
     def _cancel(self, number: Any) -> None:
         """Cancel a request: one that still waits is answered at once, one under way when it checks next."""
         with self.beginning:
-            if number not in self.waiting:
+            if self.waiting.pop(number, None) is None:
                 self.cancelled.add(number)
                 return
-            self.waiting.discard(number)
         self._send({"id": number, "error": CANCELLATION})
 
     def _answer(self, message: Mapping[str, Any]) -> None:
         number, method = message["id"], message["method"]
         with self.beginning:
-            if number not in self.waiting:
+            if self.waiting.pop(number, None) is None:
                 return  # cancelled while it waited, and answered
-            self.waiting.discard(number)
         error: ErrorMessage
         try:
             if method not in self.methods:
@@ -427,6 +435,13 @@ class Worker:
             else:
                 self._send({"id": number, "result": self.methods[method](number, message.get("params", {}))})
                 return
+        except _GaveWayError:
+            with self.beginning:
+                if number not in self.cancelled:
+                    self.waiting[number] = method
+                    self.inbox.put(dict(message))
+                    return
+            error = CANCELLATION
         except Cancelled:
             error = CANCELLATION
         except MorphSeekError as refused:

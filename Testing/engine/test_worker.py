@@ -167,6 +167,21 @@ def test_the_error_of_the_last_registration_is_estimated_later(client, request_o
     assert "register again" in client.call("estimate", asked)["error"]["message"], "the images are kept no longer"
 
 
+def test_an_estimate_gives_way_to_other_requests(client, request_of, tmp_path):
+    options = {"align": "none", "search": "off", "fit": "on", "fit_iterations": [4], "trust": "later"}
+    client.call("register", request_of | {"model": "none", "options": options})
+    (tmp_path / "later").mkdir()
+    estimate = client.send("estimate", {"of": request_of["output"], "output": str(tmp_path / "later")})
+    hello = client.send("hello")
+    answers = []
+    while len(answers) < 2:
+        message = client.lines.get(timeout=300)
+        if "method" not in message:
+            answers.append(message)
+    assert [answer["id"] for answer in answers] == [hello, estimate]
+    assert "section" in answers[1]["result"]
+
+
 def test_a_registration_is_corrected_by_points_and_masked(client, request_of):
     first = client.call("register", request_of | ONE_STEP)["result"]
     place = first["report"]["fixed"]
