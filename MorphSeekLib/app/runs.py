@@ -417,7 +417,7 @@ def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) ->
 def _measure(folder: Path, dataset: Dataset, models: tuple[Path | None, Path], device: str, job: Job) -> HeldOut:
     """Choose the answer of the second model, and return the figures of both on the held-out pairs."""
     start, current = models
-    _choose_answer(folder, dataset, current, device, job.part(0.0, 0.0, "Choosing the answer: "))
+    choose_answer(folder, dataset, current, device, job.part(0.0, 0.0, "Choosing the answer: "))
     figures = {}
     for number, (name, model) in enumerate((("start", start), ("result", current))):
         if model is not None and (name == "result" or model != current):
@@ -427,7 +427,7 @@ def _measure(folder: Path, dataset: Dataset, models: tuple[Path | None, Path], d
     return _held_out(figures)
 
 
-def _choose_answer(folder: Path, dataset: Dataset, model: Path, device: str, job: Job) -> None:
+def choose_answer(folder: Path, dataset: Dataset, model: Path, device: str, job: Job) -> None:
     """Write on a model's card what it does when nothing is asked for: what came to the best mean Dice on pairs of cases
     that it was not trained on.
 
