@@ -63,12 +63,14 @@ _ANSWERS: dict[str, dict[str, tuple[RegistrationOptions, dict[str, Any]]]] = {
         "fitted": (RegistrationOptions(search="off", fit="on"), {"fit": True}),
     },
     "features": {
-        "features": (RegistrationOptions(search="off", fit="on"), {"search": False}),
-        "searched_features": (RegistrationOptions(search="on", fit="on"), {"search": True}),
-        "intensities": (RegistrationOptions(similarity="lncc", fit="on"), {"compare": "intensities"}),
+        "features": (RegistrationOptions(search="off", fit="on"), {"search": False, "compare": "features"}),
+        "searched_features": (RegistrationOptions(search="on", fit="on"), {"search": True, "compare": "features"}),
+        "both": (RegistrationOptions(search="off", fit="on"), {"search": False, "compare": "both"}),
+        "searched_both": (RegistrationOptions(search="on", fit="on"), {"search": True, "compare": "both"}),
+        "intensities": (RegistrationOptions(fit="on"), {"search": True, "compare": "intensities"}),
     },
 }
-"""Ways to an answer by what a model's card says is compared: how it is asked for, and what the card says of it then."""
+"""Ways to an answer by what a model knows: how it is asked for, and what the card says of it then."""
 _TITLES = {
     "features": "Features",
     "warmup": "Warm-up",
@@ -415,7 +417,7 @@ def _figures(out: Path, dataset: Dataset, model: Path, device: str, job: Job) ->
 def _measure(folder: Path, dataset: Dataset, models: tuple[Path | None, Path], device: str, job: Job) -> HeldOut:
     """Choose the answer of the second model, and return the figures of both on the held-out pairs."""
     start, current = models
-    _choose_answer(folder, dataset, current, device, job.part(0.0, 0.0, "Choosing the answer: "))
+    choose_answer(folder, dataset, current, device, job.part(0.0, 0.0, "Choosing the answer: "))
     figures = {}
     for number, (name, model) in enumerate((("start", start), ("result", current))):
         if model is not None and (name == "result" or model != current):
@@ -425,34 +427,41 @@ def _measure(folder: Path, dataset: Dataset, models: tuple[Path | None, Path], d
     return _held_out(figures)
 
 
-def _choose_answer(folder: Path, dataset: Dataset, model: Path, device: str, job: Job) -> None:
+def choose_answer(folder: Path, dataset: Dataset, model: Path, device: str, job: Job) -> None:
     """Write on a model's card what it does when nothing is asked for: what came to the best mean Dice on pairs of cases
     that it was not trained on.
 
     A network's steps may be better with a fit after them, or without: one without labels can undo what labels have
-    taught. Features may be better with a search before the fit, or the intensities better than they.
+    taught. Features may be better with a search before the fit, with the intensities beside them, or without them.
     """
     pairs = choice_pairs(dataset)[:_FIT_PAIRS]
     if not pairs:
         return
     few, card = dataclasses.replace(dataset, pairs={VALIDATION: pairs}), model_file.read_card(model)
     dice: dict[str, float] = {}
-    for name, (options, _) in (answers := _ANSWERS[card.compare]).items():
+    for name, (options, said) in (answers := _answers(card)).items():
         out = folder / f"validation-{name}.json"
         if not out.is_file():
-            evaluate(few, VALIDATION, load_model(str(model), device), out, options, job)
+            loaded = load_model(str(model), device)
+            loaded = dataclasses.replace(loaded, card=dataclasses.replace(card, **said))
+            evaluate(few, VALIDATION, loaded, out, options, job)
         dice[name] = json.loads(out.read_text(encoding="utf-8"))["mean"]["dice"] or 0.0
     best = max(dice, key=lambda name: dice[name])
     found = {
         "pairs": len(pairs),
         **{f"dice_{name}": value for name, value in dice.items()},
         "definition": "mean Dice of pairs of cases not trained on, by each way to an answer: by the steps alone and "
-        "with a fit after them, or by a fit of features without and with a search before it, and of intensities; the "
-        "best is done when nothing is asked for",
+        "with a fit after them, or by a fit of features, and of features and intensities, both without and with a "
+        "search before it, and of intensities; the best is done when nothing is asked for",
     }
     better = dataclasses.replace(card, **answers[best][1], results=card.results | {_CHOICE: found})
     if better != card:
         model_file.rewrite_card(model, better)
+
+
+def _answers(card: model_file.Card) -> dict[str, tuple[RegistrationOptions, dict[str, Any]]]:
+    """Return the ways to an answer that a model has."""
+    return _ANSWERS["intensities" if card.compare == "intensities" else "features"]
 
 
 def _held_out(figures: dict[str, Evaluation]) -> HeldOut:

@@ -457,6 +457,20 @@ def known_sizes(cases: Sequence[Case], anatomy: Sequence[int] | None = None, mos
     return round(min(sizes), 1), round(max(sizes), 1)
 
 
+def label_maps(cases: Sequence[Case]) -> list[Path]:
+    """Return the label map of each case.
+
+    Raises:
+        MorphSeekError: one has none.
+    """
+    maps = []
+    for case in cases:
+        if case.label is None:
+            raise MorphSeekError(f"{case.image} has no label map; synthesis needs one for every training case.")
+        maps.append(case.label)
+    return maps
+
+
 def read_landmarks(path: Path, grid: Grid) -> np.ndarray:
     """Read landmarks of an image from Slicer's markups (.mrk.json, .fcsv) or a .csv of voxel indices (Learn2Reg's).
 

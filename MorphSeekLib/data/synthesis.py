@@ -112,6 +112,7 @@ class LabelMapSource:
         direction = orientation_matrix(preprocessing.orientation)
         values = sorted({value for case in cases for value in label_values(case.data)} | {0})
         index = {v: n for n, v in enumerate(values)}
+        self.values = torch.tensor(values)  # of 0, 1, 2, ..., as the label maps hold them
         anatomy = [v for v in (settings.anatomy or values) if v in index and v != 0]
         self.anatomy = torch.zeros(len(values), dtype=torch.bool)
         self.anatomy[[index[v] for v in anatomy]] = True
@@ -156,9 +157,24 @@ class LabelMapSource:
         other = contrast if same else self._contrast(g)
         strip = _uniform(g) < s.strip
         both = _uniform(g) < 0.7
-        fixed, fixed_target, fixed_labels = self._image(first, contrast, target, strip, structures, g)
-        moving, moving_target, moving_labels = self._image(second, other, target, strip and both, structures, g)
+        made = []
+        for case, own, stripped in ((first, contrast, strip), (second, other, strip and both)):
+            points = self._points(g)
+            made.append((*self._image(case, own, target, stripped, points, g), self._shares(case, structures, points)))
+        (fixed, fixed_target, fixed_labels), (moving, moving_target, moving_labels) = made
         return SyntheticPair(fixed, moving, fixed_target, moving_target, fixed_labels, moving_labels)
+
+    def labeled(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return a random image and the label value of each of its voxels, (1, 1, i, j, k) each, the labels int64."""
+        g, s = generator, self.settings
+        case = int(torch.randint(len(self.labels), (1,), generator=g))
+        contrast = self._contrast(g, typical=bool(s.typical) and _uniform(g) < s.typical_share)
+        strip = _uniform(g) < s.strip
+        points = self._points(g)
+        image, _ = self._image(case, contrast, contrast, strip, points, g)
+        fine = self.labels[case][None, None].float()
+        known = fields.sample(fine, 2 * points + 0.5, mode="nearest").round().long()
+        return image, self.values[known]
 
     def _contrast(self, g: torch.Generator, typical: bool = False) -> tuple[Tensor, Tensor]:
         """Draw mean and spread of the intensity of every label; background is dark in most images."""
@@ -181,22 +197,19 @@ class LabelMapSource:
         contrast: tuple[Tensor, Tensor],
         target: tuple[Tensor, Tensor],
         strip: bool,
-        structures: Tensor,
+        points: Tensor,
         g: torch.Generator,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return an image of a case, its clean target (1, 1, i, j, k), the structures' shares (1, n, i/2, j/2, k/2)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return an image of a case and its clean target, (1, 1, i, j, k), whose voxels lie at points of the map."""
         s, labels = self.settings, self.labels[case]
         means, spread = contrast
         if strip:
             means, spread = means * self.anatomy, spread * self.anatomy
         painted = _halve(means[labels], torch.float32) / 8
         clean = _halve((target[0] * self.anatomy)[labels], torch.float32) / 8
-        points = self._points(painted.shape, g)
         coarse = labels[::2, ::2, ::2]
         channels = torch.stack([painted, spread[coarse], self.anatomy[coarse].float(), clean])[None]
         image, spread, mask, clean = fields.sample(channels, points).split(1, dim=1)
-        shares = self.shares[case][structures][None].float() / 64
-        shares = fields.sample(shares, (F.avg_pool3d(points, 2) - 0.5) / 2)
         image = image + spread * torch.randn(image.shape, generator=g)
         image = _blur(image, s.blur * _uniform(g) / self.spacing)
         if _uniform(g) < s.thick:
@@ -211,12 +224,17 @@ class LabelMapSource:
         if strip:
             image = image * (mask > 0.2)
         image = normalize(image, self.preprocessing)
-        return image.pow(math.exp(0.25 * float(torch.randn(1, generator=g)))), clean, shares
+        return image.pow(math.exp(0.25 * float(torch.randn(1, generator=g)))), clean
 
-    def _points(self, shape: torch.Size, g: torch.Generator) -> Tensor:
+    def _shares(self, case: int, structures: Tensor, points: Tensor) -> Tensor:
+        """Return the structures' shares of an image whose voxels lie at points of the map, (1, n, i/2, j/2, k/2)."""
+        shares = self.shares[case][structures][None].float() / 64
+        return fields.sample(shares, (F.avg_pool3d(points, 2) - 0.5) / 2)
+
+    def _points(self, g: torch.Generator) -> Tensor:
         """Return where the voxels of the new image lie in the case's label map: random affine after random
         deformation."""
-        s = self.settings
+        s, shape = self.settings, self.labels[0][::2, ::2, ::2].shape
         apart = 20 + 30 * _uniform(g)
         coarse = [max(3, round(n * float(h) / apart)) for n, h in zip(shape, self.spacing, strict=True)]
         velocity = torch.randn(1, 3, *coarse, generator=g) * s.deformation * _uniform(g)

@@ -48,7 +48,8 @@ class Card:
         provenance: data, settings, seconds, software; see :class:`MorphSeekLib.protocol.card.Provenance`.
         results: figures that were measured, each with its definition; free keys.
         license: of the weights, with the reason.
-        compare: what the fit compares when nothing is asked for: "intensities", or the network's learned "features".
+        compare: what the fit compares when nothing is asked for: "intensities", the network's learned "features", or
+            "both".
         labels: label value -> channel of the class-like features that stands for it, see
             :mod:`MorphSeekLib.data.label_channels`; empty where nothing was learned of labels, or channel c stands for
             label c.
@@ -64,12 +65,12 @@ class Card:
     search: bool = True
     fit: bool = True
     labels: dict[int, int] = field(default_factory=dict)
-    compare: Literal["intensities", "features"] = "intensities"
+    compare: Literal["intensities", "features", "both"] = "intensities"
 
     @property
     def knows_labels(self) -> bool:
         """Whether what it answers was found better on labeled pairs than what a fit of intensities leads to."""
-        return not self.fit or self.compare == "features"
+        return not self.fit or self.compare != "intensities"
 
 
 def software() -> dict[str, str]:

@@ -4,7 +4,7 @@
 2: ``folding.cells``, ``folding.regions`` and ``verdict`` are there; every key of before keeps its meaning, so
 ``folding.njd_percent`` is by central differences. 3: ``steps`` has a row for each stage, with its name; ``fit`` took
 the place of ``refinement``; ``model`` is null where none was used; the similarity is that of the fit. Since then
-``masks``, ``folding.inside``, ``folding.region_voxels`` and ``trust`` were added.
+``masks``, ``folding.inside``, ``folding.region_voxels``, ``trust`` and ``fit.features_beside`` were added.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ class LevelSection(GridSection):
 
 
 class FitSection(TypedDict):
-    """The fit: what it compared by, whether the moving image's contrast was turned around for it, its levels, and what
-    computed it."""
+    """The fit: what it compared by, whether learned features were compared beside it, whether the moving image's
+    contrast was turned around for it, its levels, and what computed it."""
 
     similarity: str
+    features_beside: bool
     opposite_contrast: bool
     iterations: list[int]
     levels: list[LevelSection]

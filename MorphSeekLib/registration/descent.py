@@ -151,6 +151,7 @@ class CompiledStepper:
         a, b, c = level.points
         self._slabs = _slabs(ranges, threads)
         self._pool = ThreadPoolExecutor(len(self._slabs)) if len(self._slabs) > 1 else None
+        self._maps = None if level.beside is None else (_last(level.beside.moving), _last(level.beside.fixed))
         if level.features is None:
             objective = Objective(level)
             self._images = level.moving[0, 0].contiguous().numpy(), level.fixed[0, 0].contiguous().numpy()
@@ -159,10 +160,7 @@ class CompiledStepper:
             self._warped = torch.zeros(2 * a, 2 * b, 2 * c).numpy()
             self._sums, self._weights = (torch.zeros(a, 3, b, c).numpy() for _ in range(2))
         else:
-            self._images = (
-                level.moving[0].movedim(0, 3).contiguous().numpy(),
-                level.fixed[0].movedim(0, 3).contiguous().numpy(),
-            )
+            self._images = _last(level.moving), _last(level.fixed)
 
     def step(self) -> float:
         """Take an iteration; return the objective before it."""
@@ -209,12 +207,20 @@ class CompiledStepper:
         else:
             weight = np.float32(level.features)
             value += self._kernels.pull_features(self._u, self._images, self._blocks, weight, gradient, slab)
+        if level.beside is not None:
+            weight = np.float32(level.beside.weight)
+            value += self._kernels.pull_features(self._u, self._maps, self._blocks, weight, gradient, slab)
         diffusion, folding = np.float32(level.diffusion * 2 / 9), np.float32(level.folding)
         return value + self._kernels.regularize(self._u, diffusion, folding, np.float32(WANTED), gradient, slab)
 
     def _move(self, _: int, slab: _Slab) -> float:
         self._kernels.adam(self._u, self._state, self._rate, DECAYS, self._taken, slab)
         return 0.0
+
+
+def _last(features: Tensor) -> np.ndarray:
+    """Return (1, channels, i, j, k) as an array (i, j, k, channels)."""
+    return features[0].movedim(0, 3).contiguous().numpy()
 
 
 def _slabs(ranges: Tensor, threads: int) -> list[_Slab]:

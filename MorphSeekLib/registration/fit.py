@@ -31,8 +31,8 @@ from .plans import (
 
 DEFINITION = (
     "objective: minus the sum of squared correlations over blocks of 2x2x2 voxels, or the weighted sum of squared "
-    "differences of features; + regularization * 8/9 * sum |du/2|^2 + folding * sum relu(0.05 - det), over control "
-    "points; in voxels of the level, before each iteration; lower is better"
+    "differences of features, or both; + regularization * 8/9 * sum |du/2|^2 + folding * sum relu(0.05 - det), over "
+    "control points; in voxels of the level, before each iteration; lower is better"
 )
 
 
@@ -58,6 +58,7 @@ class Fit:
         fitted, sections = descended(pair, plans, found, job)
         section: FitSection = {
             "similarity": pair.similarity,
+            "features_beside": pair.learned is not None and pair.similarity != "features",
             "opposite_contrast": pair.opposite,
             "iterations": [count for plan in plans for count in plan.iterations],
             "levels": sections,

@@ -4,7 +4,7 @@ A level is a grid of voxels with an even number along each axis. The displacemen
 of blocks of 2x2x2 voxels, and is linear along each axis between them, so that a voxel takes 3/4 of the nearer and 1/4
 of the farther point along each axis, and a level's field is exactly one of the next, finer level. The objective is
 
-    -sum of squared block correlations (or a weight times squared differences of features)
+    -sum of squared block correlations, or a weight times squared differences of features, or both
     + lambda 8/9 sum |du/2|^2 + kappa sum relu(0.05 - det),
 
 over blocks and over differences of neighboring control points. Block correlation: W, W^2 and F W are summed over
@@ -46,6 +46,20 @@ class Energy(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Maps:
+    """Learned features that are compared beside the intensities.
+
+    Attributes:
+        fixed, moving: (1, channels, 2 a, 2 b, 2 c), as for :class:`Level`.
+        weight: of their squared differences, a voxel.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
 class Level:
     """What is compared on one level; (a, b, c) control points, (2 a, 2 b, 2 c) voxels.
 
@@ -57,6 +71,7 @@ class Level:
         diffusion, folding: lambda and kappa.
         valid: (a, b, c) bool, the blocks that both images see; None: all. Of the others nothing is known, while what is
             not counted otherwise is black.
+        beside: what is compared too, where blocks are correlated; None: nothing.
     """
 
     fixed: Tensor
@@ -66,6 +81,7 @@ class Level:
     diffusion: float = 0.1
     folding: float = 800.0
     valid: Tensor | None = None
+    beside: Maps | None = None
 
     @property
     def points(self) -> tuple[int, int, int]:
@@ -98,7 +114,14 @@ class Objective:
         points = upsample(control)
         points += fields.identity(points.shape[2:], like=points)
         value, slope = self.alike(self._warped(points))
-        gradient = upsample_transposed(_sample_backward(slope * self.voxels, self.level.moving, points))
+        by_points = _sample_backward(slope * self.voxels, self.level.moving, points)
+        if self.level.beside is not None:
+            maps = self.level.beside
+            found = fields.sample(maps.moving, points, padding="border")
+            difference = self.voxels * (found - maps.fixed)
+            value = value + maps.weight * difference.square().sum()
+            by_points = by_points + _sample_backward(2 * maps.weight * difference, maps.moving, points)
+        gradient = upsample_transposed(by_points)
         smooth = diffusion(control, self.level.diffusion)
         unfolded = folding(control, self.level.folding)
         return Energy(value + smooth.value + unfolded.value, gradient.add_(smooth.gradient).add_(unfolded.gradient))

@@ -42,8 +42,8 @@ from .alignment import alignments, object_size
 from .judge import FAR, Judge
 from .learned import Features, Learned
 from .masks import Masks, check_seen, filled
-from .objective import Level
-from .plans import LEARNED_WEIGHT, Plan
+from .objective import Level, Maps
+from .plans import BESIDE_LEVELS, BESIDE_WEIGHT, LEARNED_WEIGHT, Plan
 from .pyramid import Coarse, Crop, Pyramid, lattice_of, nodes_around, with_opposite_contrast
 from .wide import GAIN, look_around
 
@@ -158,7 +158,8 @@ class Pair:
         seen: (1, 1, i, j, k), bool, which voxels of the working grid lie in the fixed image.
         as_given: the images as they are fitted, before the moving one's contrast is turned around.
         opposite: whether it is.
-        learned: what the model has found in either image, where its card says that this is to be compared.
+        learned: what the model has found in either image, where its card says that this is to be compared, alone or
+            beside the intensities.
         judge: of displacements.
     """
 
@@ -178,7 +179,8 @@ class Pair:
     ) -> None:
         self.fixed, self.moving, self.job, self.opposite = fixed, moving, job, False
         self.learned: Learned | None = None
-        self._finder = model.network if model is not None and model.card.compare == "features" else None
+        self._compare = "intensities" if model is None else model.card.compare
+        self._finder = None if model is None or self._compare == "intensities" else model.network
         self.masks = Masks(fixed.counts, moving.counts)
         self.known = (
             replace(fixed, data=filled(fixed.data, self.masks.fixed)),
@@ -291,7 +293,7 @@ class Pair:
                 opposite.
         """
         if similarity == "auto" and self._finder is not None and self._find(self._finder):
-            similarity = "features"
+            similarity = "features" if self._compare == "features" else "lncc"
         self.similarity = "lncc" if similarity == "auto" else similarity
         self.as_given = self.pyramid
         if self.similarity == "lncc" and self.pyramid.contrast() < OPPOSITE:
@@ -302,7 +304,9 @@ class Pair:
         # what one image does not see must not count as black there: a stretch of thin slices would be taken for a gain
         self.seen = self._inside(self.fixed.grid, np.eye(4))
         self.shown = foreground[None, None].to(self.device)
-        judged = self.coarse if self.learned is None else self.learned.coarse(self.coarse)
+        judged = self.coarse
+        if self.learned is not None and self.similarity == "features":
+            judged = self.learned.coarse(judged)
         self.judge = Judge(judged, self.similarity)
         self.notices += guards.small_foreground(int(self.shown.sum()))
         self.notices += guards.nothing_to_judge(self.coarse.counted)
@@ -332,12 +336,19 @@ class Pair:
             plan: of the fit.
             swapped: the images are those of :meth:`.pyramid.Pyramid.swapped`.
         """
-        if self.learned is None or plan.similarity != "features":
-            return images.level(number, plan.similarity, plan.regularization, plan.folding)
-        grid = images.grid(number)
-        maps = self.learned.fixed.on(grid, np.eye(4)), self.learned.moving.on(grid, self.alignment.transform)
-        first, second = maps[::-1] if swapped else maps
+        if plan.similarity != "features":
+            level = images.level(number, plan.similarity, plan.regularization, plan.folding)
+            if self.learned is None or number not in self.learned.levels(BESIDE_LEVELS, self.crop.grid.shape):
+                return level
+            return replace(level, beside=Maps(*self._maps(images.grid(number), swapped), BESIDE_WEIGHT))
+        first, second = self._maps(images.grid(number), swapped)
         return Level(first, second, images.whole(number), LEARNED_WEIGHT, plan.regularization, plan.folding)
+
+    def _maps(self, grid: Grid, swapped: bool) -> tuple[Tensor, Tensor]:
+        """Return the features of the fixed and the aligned moving image on a grid, in exchanged roles if swapped."""
+        assert self.learned is not None
+        maps = self.learned.fixed.on(grid, np.eye(4)), self.learned.moving.on(grid, self.alignment.transform)
+        return maps[::-1] if swapped else maps
 
     def fewer(self, plan: Plan) -> Plan:
         """Return a plan, if for learned features without the levels on which there would be too many to compare."""

@@ -56,6 +56,10 @@ LEARNED = {
 """By features that a network has learned from labels."""
 LEARNED_WEIGHT = 160.0
 """Of their squared differences, a voxel: 40 and 640 came to the same Dice on validation pairs, rougher the more."""
+BESIDE_WEIGHT = 8.0
+"""Of their squared differences, a voxel, where they are compared beside correlated intensities, ..."""
+BESIDE_LEVELS = (0, 1, 2)
+"""... and the levels on which they are."""
 _AROUND_POINTS = {"lncc": Plan("lncc", (1, 0), (15, 10), 0.1, 0.1, 800.0)}
 _FEATURES_AROUND_POINTS = Plan("mind", (1, 0), (10, 5), 0.2, 0.4, 240.0)
 FINER = 5

@@ -11,13 +11,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..backbones.segmenter import Segmenter
-from ..data.datasets import Dataset, Pair, PreparedPair, known_sizes, label_values
-from ..data.label_channels import channels_for
+from ..data.datasets import Dataset, Pair, PreparedPair, known_sizes, label_maps, label_values
+from ..data.label_channels import channels_for, to_channels
+from ..data.synthesis import LabelMapSource, SynthesisSettings
 from ..measures.metrics import mean
 from ..measures.scores import score_displacement
 from ..networks.devices import network_autocast, place, training_autocast
@@ -30,7 +32,7 @@ from ..registration.descent import descend, halved
 from ..registration.objective import Level, upsample
 from ..registration.plans import LEARNED, LEARNED_WEIGHT
 from ..space.preprocessing import Preprocessing
-from .examples import bent, patch_size, segmentation_loss
+from .examples import bent, patch_size, segmentation_loss, window
 from .trainer import (
     VALIDATION_FIGURES,
     RunSettings,
@@ -72,12 +74,18 @@ class SegmentationConfig:
     Attributes:
         title, license: for the card.
         width, depth: see :class:`MorphSeekLib.backbones.segmenter.SegmenterSettings`.
+        compare: of the card: what is fitted by these features, "features" alone or "both" them and intensities.
+        synthesis: present when images are made from label maps, one an iteration; they are bent already.
+        structures: label values that share a channel; labels of none are background. Empty: each label has its own.
     """
 
     title: str = ""
     license: str = ""
     width: int = 12
     depth: int = 3
+    compare: Literal["features", "both"] = "features"
+    synthesis: SynthesisSettings | None = None
+    structures: tuple[tuple[int, ...], ...] = ()
     preprocessing: Preprocessing = field(default_factory=lambda: Preprocessing(low=0.0))
     training: SegmentationRun = field(default_factory=SegmentationRun)
 
@@ -131,9 +139,14 @@ class Segmentation(Task[Examples]):
     def __init__(
         self, dataset: Dataset, config: SegmentationConfig, device: torch.device, init: Path | str | None = None
     ) -> None:
-        self.cases = training_cases(dataset, "learning features", labeled=True)
-        known = {} if init is None else read_card(init).labels
-        self.channels = channels_for(label_values(self.cases), known)
+        if config.synthesis is None:
+            self.cases, self._source = training_cases(dataset, "learning features", labeled=True), None
+        else:
+            self.cases = dataset.split("training", "cases")
+            self._source = LabelMapSource(label_maps(self.cases), config.preprocessing, config.synthesis)
+        self.channels = {value: n for n, values in enumerate(config.structures, start=1) for value in values}
+        if not self.channels:
+            self.channels = channels_for(label_values(self.cases), {} if init is None else read_card(init).labels)
         if not self.channels:
             raise MorphSeekError(f"The label maps of {dataset.path} hold no label but 0, so there is nothing to learn.")
         settings = {"features": 1 + max(self.channels.values()), "width": config.width, "depth": config.depth}
@@ -149,8 +162,12 @@ class Segmentation(Task[Examples]):
         self.origin = {"init": begun, "cases": [str(case.image) for case in self.cases]}
 
     def batch(self, iteration: int) -> Examples:
-        """Draw cases, and bend them."""
+        """Draw cases, and bend them, or make one."""
         generator = self.generator("pairs", iteration)
+        if self._source is not None:
+            image, values = self._source.labeled(generator)
+            channels = to_channels(values, self.channels).long()
+            return Examples(*window(image, channels, self.network.multiple_of, generator))
         found = []
         for place_ in torch.randint(len(self.cases), (self.run.cases,), generator=generator).tolist():
             case = self.cases[place_]
@@ -197,13 +214,15 @@ class Segmentation(Task[Examples]):
         init: Provenance | None = None
         if self._init is not None:
             init = {**read_card(self._init).provenance, "sha256": str(self.origin["init"])}
-        name = dataset.about.get("name", dataset.path.name)
+        name, synthesis = dataset.about.get("name", dataset.path.name), config.synthesis
+        known = known_sizes(self.cases, None if synthesis is None else synthesis.anatomy)
         return Card(
             title=config.title or f"Features for a fit, learned from {name}",
-            preprocessing=dataclasses.replace(config.preprocessing, steps=1, knows=known_sizes(self.cases)),
-            provenance=self.provenance("features", len(self.cases), {"init": init}),
+            # what is made lies in the middle of a box; a scan is seen whole
+            preprocessing=dataclasses.replace(config.preprocessing, steps=1, knows=known, shape=None),
+            provenance=self.provenance("features", len(self.cases), {"init": init, "synthetic": synthesis is not None}),
             labels=self.channels,
-            compare="features",
+            compare=config.compare,
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.datasets import Case, Dataset, known_sizes
+from ..data.datasets import Dataset, known_sizes, label_maps
 from ..data.synthesis import LabelMapSource, SynthesisSettings
 from ..networks.devices import place
 from ..networks.model_file import Card, load, read_card, sha256
@@ -81,8 +81,7 @@ class Warmup(Task[Batch]):
         self._source = None
         if config.synthesis is not None:
             self.cases = dataset.split("training", "cases")
-            maps = [_label_map(case) for case in self.cases]
-            self._source = LabelMapSource(maps, config.preprocessing, config.synthesis)
+            self._source = LabelMapSource(label_maps(self.cases), config.preprocessing, config.synthesis)
         else:
             self.cases = training_cases(dataset, "warm-up")
             if config.loss.dice > 0 or config.loss.features > 0:
@@ -142,10 +141,3 @@ def _start_from(init: Path | str, network: RegistrationModel) -> None:
     if card.model != network.settings:
         raise MorphSeekError(f"{Path(init).name} holds another model than the settings ask for; use its own settings.")
     network.load_state_dict(source.state_dict())
-
-
-def _label_map(case: Case) -> Path:
-    """Return a case's label map."""
-    if case.label is None:
-        raise MorphSeekError(f"{case.image} has no label map; synthesis needs one for every training case.")
-    return case.label

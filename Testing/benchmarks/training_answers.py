@@ -5,9 +5,10 @@
 
 For each draw, hippocampus cases are drawn by its number from the split training, and features are trained with the
 defaults of ``morphseek train`` for so many minutes of processor time of one thread, validated on twelve pairs of
-registration_val; by the same pairs it is chosen whether a search comes before the fit. Then those of ``--split`` are
-registered by the finished model. The curve holds the validations by minutes: Dice of pairs that are fitted by the
-features, without the unfolding. Draws that are in FILE are not done again.
+registration_val. By six of these it is chosen, as a training does, what the fit compares and whether a search comes
+before it. Then the pairs of ``--split`` are registered by the finished model. The curve holds the validations by
+minutes: Dice of pairs that are fitted by the features, without the unfolding. Draws that are in FILE are not done
+again.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from pathlib import Path
 import torch
 from comparison.side_by_side import ROOT
 
-from MorphSeekLib.app.runs import stage_settings
+from MorphSeekLib.app.runs import choose_answer, stage_settings
 from MorphSeekLib.data.datasets import Dataset, load_dataset
 from MorphSeekLib.evaluation.evaluate import evaluate
 from MorphSeekLib.io.files import write_atomically
 from MorphSeekLib.networks.devices import network_precision
 from MorphSeekLib.networks.loading import load_model
-from MorphSeekLib.networks.model_file import read_card, rewrite_card, software
-from MorphSeekLib.protocol.job import Event, Job
-from MorphSeekLib.protocol.options import RegistrationOptions, TrainingOptions
+from MorphSeekLib.networks.model_file import read_card, software
+from MorphSeekLib.protocol.job import SILENT, Event, Job
+from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.settings import override, to_dict, to_json
 from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig
 from MorphSeekLib.training.trainer import Trainer
@@ -68,21 +69,17 @@ def measured(dataset: Dataset, draw: int, minutes: float, split: str) -> dict:
         task = Segmentation(dataset, config, torch.device("cpu"))
         Trainer(task, out, Job(hear), clock=time.process_time).run()
         spent = (time.process_time() - begin) / 60
-        found = {}
         few = dataclasses.replace(dataset, pairs={"registration_val": dataset.pairs["registration_val"][:VALIDATED]})
-        for search in ("off", "on"):
-            asked = RegistrationOptions(search=search)
-            table = evaluate(few, "registration_val", load_model(str(out), "cpu"), Path(folder) / "val.json", asked)
-            found[search] = table["mean"]["dice"]
-        card = dataclasses.replace(read_card(out), search=found["on"] > found["off"])
-        rewrite_card(out, card)
+        choose_answer(Path(folder), few, out, "cpu", SILENT)
+        card = read_card(out)
         table = evaluate(dataset, split, load_model(str(out), "cpu"), Path(folder) / "figures.json")
         size = out.stat().st_size
     return {
         "minutes_of_training": spent,
         "curve": curve,
-        "dice_of_choice": found,
+        "dice_of_choice": {name: value for name, value in card.results["with_fit"].items() if name.startswith("dice")},
         "search": card.search,
+        "compare": card.compare,
         "mean": {name: table["mean"][name] for name in FIGURES},
         "std": {name: table["std"][name] for name in FIGURES},
         "pairs": len(table["pairs"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from MorphSeekLib.registration import descent
 from MorphSeekLib.registration.descent import CompiledStepper, descend
 from MorphSeekLib.registration.objective import (
     Level,
+    Maps,
     Objective,
     block_sum,
     diffusion,
@@ -51,8 +53,16 @@ def smooth(seed: int, channels: int = 1) -> Tensor:
     return torch.nn.functional.interpolate(noise, scale_factor=2, mode="trilinear")
 
 
-def level(features: float | None = None, dtype: torch.dtype = torch.float32) -> Level:
+BOTH = "both"
+COMPARED = [None, 0.3, BOTH]  # intensities, features, both
+
+
+def level(features: float | str | None = None, dtype: torch.dtype = torch.float32) -> Level:
     """Two smooth images, of which some blocks do not count, and some are masked."""
+    if features == BOTH:
+        maps = Maps(smooth(4, 5).to(dtype), smooth(5, 5).to(dtype), 0.3)
+        return replace(level(None, dtype), beside=maps)
+    assert not isinstance(features, str)
     channels = 1 if features is None else 5
     counted = (torch.rand(POINTS, generator=torch.Generator().manual_seed(2)) > 0.2) & masked()
     return Level(smooth(0, channels).to(dtype), smooth(1, channels).to(dtype), counted, features, valid=masked())
@@ -70,7 +80,7 @@ def control(size: float = 1.5, seed: int = 3, dtype: torch.dtype = torch.float32
     return size * torch.randn(1, 3, *POINTS, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize("features", [None, 0.3])
+@pytest.mark.parametrize("features", COMPARED)
 def test_the_gradient_is_that_of_finite_differences(features):
     objective, at = Objective(level(features, torch.float64)), control(dtype=torch.float64)
     gradient = objective(at).gradient
@@ -112,7 +122,7 @@ def test_what_is_not_counted_changes_nothing():
 
 @needs_numba
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("features", [None, 0.3])
+@pytest.mark.parametrize("features", COMPARED)
 def test_the_kernels_give_the_same_values_and_gradients(features, threads):
     one, at = level(features), control()
     expected = Objective(level(features, torch.float64))(at.double())
@@ -123,10 +133,13 @@ def test_the_kernels_give_the_same_values_and_gradients(features, threads):
 
 
 @needs_numba
-@pytest.mark.parametrize("features", [None, 0.3])
+@pytest.mark.parametrize("features", COMPARED)
 def test_whole_fits_by_kernels_and_by_torch_end_at_the_same_place(features, monkeypatch):
-    coarse, fine = level(features), level(features)
-    coarse = Level(*(descent.halved(x) for x in (coarse.fixed, coarse.moving)), coarse.counted[::2, ::2, ::2], features)
+    fine = level(features)
+    halves = [descent.halved(x) for x in (fine.fixed, fine.moving)]
+    coarse = Level(*halves, fine.counted[::2, ::2, ::2], fine.features)
+    if (maps := fine.beside) is not None:
+        coarse = replace(coarse, beside=Maps(descent.halved(maps.fixed), descent.halved(maps.moving), maps.weight))
     ends = [descend([coarse, fine], [10, 10], threads=2)[-1]]
     monkeypatch.setattr(descent, "kernels", lambda _: None)
     ends.append(descend([coarse, fine], [10, 10])[-1])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.data.synthesis import SynthesisSettings
+from MorphSeekLib.io.images import write_image
 from MorphSeekLib.networks.loading import load_model
 from MorphSeekLib.networks.model_file import read_card
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
@@ -20,7 +23,7 @@ from MorphSeekLib.registration.learned import Features, Learned
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.space.preprocessing import Preprocessing
 from MorphSeekLib.training.examples import bent, patch_size, segmentation_loss
-from MorphSeekLib.training.segmentation import SegmentationConfig, SegmentationRun, train_features
+from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, SegmentationRun, train_features
 
 RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2)
 CONFIG = SegmentationConfig(
@@ -108,6 +111,47 @@ def test_a_model_of_features_is_fitted_by_them(trained):
     assert longer.report["steps"][-1]["similarity"] >= 0.99 * report["steps"][-1]["similarity"]
     by_intensities = register(fixed, moving, model, RegistrationOptions(similarity="lncc"))
     assert by_intensities.report["fit"]["similarity"] == "lncc"
+
+
+def test_features_are_compared_beside_intensities_where_the_card_says_so(trained):
+    model = load_model(trained, "cpu")
+    grid = blob_grid()
+    fixed, moving = (blob_image(blob_labels(seed, grid), seed) for seed in (7, 8))
+    quick = RegistrationOptions(search="off", preset="fast")
+    cards = {way: replace(model.card, compare=way) for way in ("intensities", "features", "both")}
+    found = {way: register(fixed, moving, replace(model, card=card), quick) for way, card in cards.items()}
+    said = {way: (one.report["fit"]["similarity"], one.report["fit"]["features_beside"]) for way, one in found.items()}
+    assert said == {"intensities": ("lncc", False), "features": ("features", False), "both": ("lncc", True)}
+    assert cards["both"].knows_labels
+    totals = [found[way].state.total for way in ("both", "intensities", "features")]
+    assert all(float((totals[0] - other).abs().max()) > 0.2 for other in totals[1:])
+
+
+def test_features_are_learned_from_images_made_of_label_maps(tmp_path):
+    """Two labels share a channel; boxes have sizes that the network takes; the card says how it came."""
+    (tmp_path / "maps").mkdir()
+    for seed in range(3):
+        write_image(blob_labels(seed, blob_grid()), tmp_path / "maps" / f"{seed}.nii.gz")
+    synthesis = SynthesisSettings(scored=3, noise=0.0, bias=0.0, blur=0.0, thick=0.0, strip=0.0)
+    config = replace(
+        CONFIG,
+        compare="both",
+        structures=((1, 2), (3,)),
+        synthesis=synthesis,
+        preprocessing=replace(CONFIG.preprocessing, shape=(24, 28, 24)),
+        training=replace(RUN, iterations=3),
+    )
+    dataset = load_dataset(tmp_path / "maps")
+    task = Segmentation(dataset, config, torch.device("cpu"))
+    seen = set()
+    for iteration in range(4):
+        batch = task.batch(iteration)
+        assert all(16 <= size <= 28 and size % 4 == 0 for size in batch.images.shape[2:])
+        seen |= set(batch.labels.unique().tolist())
+    assert seen == {0, 1, 2}
+    card = read_card(train_features(dataset, config, tmp_path / "made.safetensors"))
+    assert (card.compare, card.labels, card.preprocessing.shape) == ("both", {1: 1, 2: 1, 3: 2}, None)
+    assert card.provenance["synthetic"]
 
 
 def test_images_of_something_else_are_compared_themselves(trained):

@@ -177,9 +177,10 @@ def test_from_scratch_features_are_learned_and_compared_by_the_fit(cases, tmp_pa
     assert card.labels == {1002: 1, 2035: 2}
     assert card.results["held_out"]["pairs"] == 2
     found = card.results["with_fit"]
-    ways = {name: found[f"dice_{name}"] for name in ("features", "searched_features", "intensities")}
-    best = max(ways, key=lambda name: ways[name])
-    assert card.compare == ("intensities" if best == "intensities" else "features")
+    names = ("features", "searched_features", "both", "searched_both", "intensities")
+    ways = {name: found[f"dice_{name}"] for name in names}
+    best = max(ways, key=lambda name: ways[name]).removeprefix("searched_")
+    assert card.compare == best
     stages = [model_file.read_card(folder_of(out) / f"{stage}.safetensors") for stage in ("features", "final")]
     assert [stage.provenance["cases"] for stage in stages] == [5, 6]
     images = [read_image(cases / "images" / f"{n}.nii.gz") for n in (0, 1)]

@@ -535,12 +535,36 @@ def test_labels_follow_the_image(source):
     try:
         g = torch.Generator().manual_seed(1)
         contrast = torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.zeros(4)
-        image, clean, shares = source._image(0, contrast, contrast, False, torch.tensor([2]), g)
+        points = source._points(g)
+        image, clean = source._image(0, contrast, contrast, False, points, g)
+        shares = source._shares(0, torch.tensor([2]), points)
         for seen in (image, clean):
             coarse = torch.nn.functional.avg_pool3d(seen, 2)
             assert float(torch.corrcoef(torch.stack([coarse.flatten(), shares.flatten()]))[0, 1]) > 0.95
     finally:
         source.settings = before
+
+
+def test_labels_of_one_image_lie_where_its_structures_do(source, monkeypatch):
+    quiet = dataclasses.replace(
+        SYNTHETIC.synthesis,
+        noise=0.0, bias=0.0, blur=0.0, thick=0.0, strip=0.0, deformation=3.0,
+    )  # fmt: skip
+    monkeypatch.setattr(source, "settings", quiet)
+    contrast = torch.tensor([0.0, 0.0, 0.0, 1.0]), torch.zeros(4)
+    monkeypatch.setattr(source, "_contrast", lambda *_, **__: contrast)
+    found = []
+    for seed in range(4):
+        image, values = source.labeled(torch.Generator().manual_seed(seed))
+        assert image.shape == values.shape == (1, 1, 24, 28, 24)
+        assert set(values.unique().tolist()) <= set(source.values.tolist())
+        bright = (values == source.values[3]).float()
+        shifts = [(0, 2), *((shift, axis) for axis in (2, 3, 4) for shift in (-1, 1))]
+        moved = [torch.stack([image.roll(*shift).flatten(), bright.flatten()]) for shift in shifts]
+        found.append(torch.stack([torch.corrcoef(pair)[0, 1] for pair in moved]))
+    right, *around = torch.stack(found).mean(dim=0)
+    assert right > max(around) + 0.1
+    assert max(abs(one - other) for one, other in zip(around[::2], around[1::2], strict=True)) < 0.1, "half a voxel off"
 
 
 def test_synthesis_needs_two_label_maps(dataset):
