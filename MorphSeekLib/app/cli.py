@@ -1002,8 +1002,6 @@ def chosen_settings(ctx: typer.Context, file: Path | None) -> RegistrationSettin
     values = {field.name: given[field.name] for field in dataclasses.fields(RegistrationOptions) if field.name in given}
     values["fit"] = fit_or_old(given["fit"], given["refine"], given["refine_fine"])
     values["fit_iterations"] = counts_of(given["fit_iterations"])
-    if given.get("trust") == "later":
-        raise MorphSeekError("--trust is 'later'; a command estimates the error at once: choose on or off.")
     if file is None:
         return RegistrationSettings("", given["model"], from_dict(RegistrationOptions, values, "the options"))
     saved = read_settings(file)

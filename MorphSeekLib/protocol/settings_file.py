@@ -30,11 +30,18 @@ class RegistrationSettings:
         name: what its author calls them.
         model: "auto", "none", a bundled model's name, or a model file; in a file relative to the file's folder.
         options: the choices.
+
+    Raises:
+        MorphSeekError: the error is to be estimated "later", which only the panel can ask for.
     """
 
     name: str = ""
     model: str = AUTO
     options: RegistrationOptions = field(default_factory=RegistrationOptions)
+
+    def __post_init__(self) -> None:
+        if self.options.trust == "later":
+            raise MorphSeekError("trust is 'later', which only the panel can ask for; choose on or off.")
 
 
 def read_settings(path: Path | str) -> RegistrationSettings:

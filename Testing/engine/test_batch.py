@@ -174,19 +174,24 @@ def test_all_problems_are_found_at_once(tmp_path):
 def test_bad_rows_fail_and_the_rest_runs(pairs, tmp_path):
     bad = Path(pairs[2]["moving"])
     bad.write_bytes(b"no image")
-    rows = [*pairs, {"name": "missing", "fixed": pairs[0]["fixed"], "moving": "nowhere.nii"}]
+    rows = [
+        *pairs,
+        {"name": "missing", "fixed": pairs[0]["fixed"], "moving": "nowhere.nii"},
+        {**pairs[0], "name": "waiting", "trust": "later"},
+    ]
     options = BatchOptions(tmp_path / "out", QUICK, workers=2, threads=1)
     found = {outcome.name: outcome for outcome in batch(rows, options)}
-    assert {name for name, one in found.items() if one.state == "failed"} == {"p2", "missing"}
+    assert {name for name, one in found.items() if one.state == "failed"} == {"p2", "missing", "waiting"}
+    assert "choose on or off" in found["waiting"].problem
     assert "does not exist" in found["missing"].problem
     with (tmp_path / "out" / "cohort.csv").open() as file:
-        assert [row["state"] for row in csv.DictReader(file)][:2] == ["failed", "failed"]
+        assert [row["state"] for row in csv.DictReader(file)][:4] == ["failed"] * 3 + ["done"]
     page = (tmp_path / "out" / "cohort.html").read_text()
     assert "data:image/jpeg" in page
     assert "http" not in page
     ball(bad)
     again = batch(rows, BatchOptions(tmp_path / "out", QUICK, retry=True, threads=1))
-    assert [one.name for one in again if one.state == "failed"] == ["missing"]
+    assert [one.name for one in again if one.state == "failed"] == ["missing", "waiting"]
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_first_pair(pairs, tmp_path, monkeypatch):
