@@ -144,11 +144,12 @@ def _deformed(
         with clock("search"), torch.no_grad():
             outcome = Search().run(pair, outcome, job.part(0.05, 0.3))
     if model is not None and card is not None and model.network.backbone.moves:
-        trusted = not card.fit and not pair.masks  # labels were never inside a mask
+        trusted = (not card.fit or card.share < 1) and not pair.masks  # labels were never inside a mask
         steps = NetworkSteps(model.network, options.steps or card.preprocessing.steps, options.stop_early, trusted)
         with clock("network"):
             outcome = steps.run(pair, outcome, pictures, job.part(0.3, 0.6))
-    if options.fit == "on" or (options.fit == "auto" and (card is None or card.fit)):
+    suits = card is None or (card.fit and (card.share == 1 or pair.learned is not None))
+    if options.fit == "on" or (options.fit == "auto" and suits):
         with clock("fit"), torch.no_grad():
             outcome = Fit(options).run(pair, outcome, job.part(0.6, 1.0))
     return outcome
