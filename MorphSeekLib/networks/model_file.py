@@ -76,6 +76,11 @@ class Card:
             raise ValueError("share must be above 0 and at most 1")
 
     @property
+    def keeps_steps(self) -> bool:
+        """Whether its steps are part of the answer even where the images say otherwise."""
+        return not self.fit or self.share < 1
+
+    @property
     def knows_labels(self) -> bool:
         """Whether what it answers was found better on labeled pairs than what a fit of intensities leads to."""
         return not self.fit or self.compare != "intensities"

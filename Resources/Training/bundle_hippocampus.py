@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from MorphSeekLib.app.runs import stage_settings
+from MorphSeekLib.backbones.segmenter import Segmenter
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.networks.model_file import load, read_card, save
 from MorphSeekLib.protocol.job import Job
@@ -60,6 +61,7 @@ def features(dataset: Path, like: Path, minutes: float, out: Path) -> None:
 def join(moves: Path, finds: Path, share: float, out: Path) -> None:
     """Put a network that finds labels beside one that moves; the answer is the mean of both, see Card.share."""
     (model, card), (finder, found) = load(moves), load(finds)
+    assert isinstance(finder.backbone, Segmenter)
     provenance = card.provenance | {"finder": found.provenance}
     joined = dataclasses.replace(
         card, labels=found.labels, compare="features", share=share, fit=True, provenance=provenance
