@@ -1213,6 +1213,7 @@ def print_card(card: Card, file: Path) -> None:
     told += ["images synthesized from labels" if trained.get("synthetic") else None, trained.get("stage")]
     sizes = f", {counts['backbone']:,} weights" if "backbone" in counts else ""
     share = f", {counts['policy_head']:,} weights" if "policy_head" in counts else ""
+    found = f"{counts['finder']:,} weights; {card.share:.0%} of the answer" if "finder" in counts else ""
     spacing = "the fixed image's voxels" if preprocessing.spacing is None else f"{_by(preprocessing.spacing)} mm"
     least = "" if preprocessing.shape is None else f", at least {_by(preprocessing.shape)} voxels"
     intensities = {
@@ -1225,6 +1226,7 @@ def print_card(card: Card, file: Path) -> None:
         ("Trained on", ", ".join(str(text) for text in told if text) or "not stated"),
         ("Backbone", f"{card.model.backbone}{sizes}; its output is read as a {card.model.output}"),
         ("Policy head", f"mean {card.model.policy.mean}{share}"),
+        *([("Finds labels", found)] if found else []),
         ("Working grid", f"{preprocessing.orientation}, {spacing}{least}"),
         ("Intensities", intensities[preprocessing.intensity]),
         ("Alignment", preprocessing.align),

@@ -35,6 +35,7 @@ from ..protocol.run_folder import EVALUATE, SETTINGS, STAGES, STATUS, STOP, Held
 from ..protocol.settings import from_dict, override, to_dict, to_json
 from ..protocol.settings_file import read_values
 from ..protocol.startup import bundled, check_output_file, check_run, find
+from ..registration.plans import SHARE
 from ..space.preprocessing import Preprocessing
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
@@ -58,9 +59,12 @@ _FIT_PAIRS = 6  # pairs on which ways to an answer are compared
 _TABLES: tuple[Stage, ...] = ("warmup", "finetune", "final")  # of a run.json of MorphSeek 0.1
 _CHOICE = "with_fit"  # of a card's results, what came out
 _ANSWERS: dict[str, dict[str, tuple[RegistrationOptions, dict[str, Any]]]] = {
-    "intensities": {
-        "steps": (RegistrationOptions(search="off", fit="off"), {"fit": False}),
-        "fitted": (RegistrationOptions(search="off", fit="on"), {"fit": True}),
+    "steps": {
+        "steps": (RegistrationOptions(search="off", fit="off"), {"fit": False, "compare": "intensities"}),
+        "fitted": (RegistrationOptions(search="off", fit="on"), {"fit": True, "compare": "intensities"}),
+    },
+    "mean": {
+        "mean": (RegistrationOptions(search="off"), {"fit": True, "compare": "features", "share": SHARE}),
     },
     "features": {
         "features": (RegistrationOptions(search="off", fit="on"), {"search": False, "compare": "features"}),
@@ -461,7 +465,9 @@ def choose_answer(folder: Path, dataset: Dataset, model: Path, device: str, job:
 
 def _answers(card: model_file.Card) -> dict[str, tuple[RegistrationOptions, dict[str, Any]]]:
     """Return the ways to an answer that a model has."""
-    return _ANSWERS["intensities" if card.compare == "intensities" else "features"]
+    if card.model.backbone == "segmenter":
+        return _ANSWERS["features"]
+    return _ANSWERS["steps"] | (_ANSWERS["mean"] if card.model.finder is not None else {})
 
 
 def _held_out(figures: dict[str, Evaluation]) -> HeldOut:

@@ -50,6 +50,9 @@ class Card:
         license: of the weights, with the reason.
         compare: what the fit compares when nothing is asked for: "intensities", the network's learned "features", or
             "both".
+        share: of a fit by features in the answer, where steps were taken before it: the displacement is the mean of
+            theirs and its own, which is smoother and more often right than either. Below 1 the steps are kept even
+            where the images say otherwise, and nothing is fitted where no features are found.
         labels: label value -> channel of the class-like features that stands for it, see
             :mod:`MorphSeekLib.data.label_channels`; empty where nothing was learned of labels, or channel c stands for
             label c.
@@ -66,6 +69,16 @@ class Card:
     fit: bool = True
     labels: dict[int, int] = field(default_factory=dict)
     compare: Literal["intensities", "features", "both"] = "intensities"
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError("share must be above 0 and at most 1")
+
+    @property
+    def keeps_steps(self) -> bool:
+        """Whether its steps are part of the answer even where the images say otherwise."""
+        return not self.fit or self.share < 1
 
     @property
     def knows_labels(self) -> bool:

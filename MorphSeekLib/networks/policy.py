@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import build_backbone
+from ..backbones.segmenter import Segmenter
 from ..protocol.card import ParameterCounts
 from ..protocol.settings import current_names, to_dict
 from ..space import fields
@@ -62,6 +63,8 @@ class ModelSettings:
         output: how the backbone's field is read: "displacement", or "velocity" (stationary; integrated by scaling and
             squaring, which makes each step diffeomorphic up to discretization).
         squarings: for "velocity".
+        finder: settings of a :class:`MorphSeekLib.backbones.segmenter.Segmenter` beside the backbone, whose
+            probabilities of labels a fit compares; None: there is none, or it is the backbone.
     """
 
     backbone: str = "voxelmorph"
@@ -69,6 +72,7 @@ class ModelSettings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     output: str = "displacement"
     squarings: int = 7
+    finder: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backbone_settings", current_names(self.backbone_settings))
@@ -118,16 +122,27 @@ class RegistrationModel(nn.Module):
         self.settings = settings
         self.backbone = build_backbone(settings.backbone, settings.backbone_settings)
         self.head = GaussianHead(self.backbone.top_channels, settings.policy)
+        self.finder = None
+        if settings.finder is not None:  # trained by itself
+            self.finder = build_backbone("segmenter", settings.finder).requires_grad_(False)
 
     @property
     def multiple_of(self) -> int:
         """Every image size must be divisible by this."""
-        return self.backbone.multiple_of
+        return (
+            self.backbone.multiple_of
+            if self.finder is None
+            else math.lcm(self.backbone.multiple_of, self.finder.multiple_of)
+        )
 
     def parameter_counts(self) -> ParameterCounts:
-        """Count the parameters of backbone and policy head; give the head's as percent of the backbone's."""
+        """Count the parameters of the parts; give the head's as percent of the backbone's."""
         backbone, head = (sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head))
-        return {"backbone": backbone, "policy_head": head, "policy_head_percent": round(100 * head / backbone, 2)}
+        counts: ParameterCounts = {"backbone": backbone, "policy_head": head}
+        counts["policy_head_percent"] = round(100 * head / backbone, 2)
+        if self.finder is not None:
+            counts["finder"] = sum(p.numel() for p in self.finder.parameters())
+        return counts
 
     def with_features(self, count: int) -> RegistrationModel | None:
         """Return this model with a backbone that learns at least ``count`` features, itself if it does; None where its
@@ -136,13 +151,27 @@ class RegistrationModel(nn.Module):
         if backbone is None or backbone is self.backbone:
             return None if backbone is None else self
         model = RegistrationModel(dataclasses.replace(self.settings, backbone_settings=to_dict(backbone.settings)))
-        model.backbone, model.head = backbone, self.head
+        model.backbone, model.head, model.finder = backbone, self.head, self.finder
+        return model.train(self.training)
+
+    def with_finder(self, finder: Segmenter) -> RegistrationModel:
+        """Return a model of the same backbone and head with this network beside them."""
+        model = RegistrationModel(dataclasses.replace(self.settings, finder=to_dict(finder.settings)))
+        model.backbone, model.head = self.backbone, self.head
+        model.finder = finder.requires_grad_(False)
         return model.train(self.training)
 
     def features(self, fixed: Tensor) -> list[Tensor] | None:
         """Return what a siamese backbone sees in the fixed image alone, for :meth:`encode`; None where images are
         fused."""
         return self.backbone.image_features(fixed)
+
+    def found(self, image: Tensor) -> Tensor | None:
+        """Return the probability of each label in one image alone, (batch, labels, i, j, k) without the background;
+        None where the model has not learned labels that way."""
+        finder = self.backbone if self.finder is None else self.finder
+        probabilities = finder.image_features(image) if isinstance(finder, Segmenter) else None
+        return None if probabilities is None else probabilities[0][:, 1:].float()
 
     def encode(self, moving: Tensor, fixed: Tensor, fixed_features: list[Tensor] | None = None) -> Latent:
         """Return the policy's Gaussian for a pair; ``fixed_features``, where known, spare encoding the fixed image

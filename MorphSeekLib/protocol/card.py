@@ -35,11 +35,13 @@ class Provenance(TypedDict, total=False):
 
 
 class ParameterCounts(TypedDict, total=False):
-    """Parameters of the backbone and of the policy head, and the head's as percent of the backbone's."""
+    """Parameters of the backbone, of the policy head, the head's as percent of the backbone's, and those of the finder
+    where there is one."""
 
     backbone: int
     policy_head: int
     policy_head_percent: float
+    finder: int
 
 
 class CardValues(TypedDict, total=False):

@@ -77,10 +77,12 @@ class LevelSection(GridSection):
 
 
 class FitSection(TypedDict):
-    """The fit: what it compared by, whether learned features were compared beside it, whether the moving image's
-    contrast was turned around for it, its levels, and what computed it."""
+    """The fit: what it compared by, its share in the answer beside the network's steps, whether learned features were
+    compared beside it, whether the moving image's contrast was turned around for it, its levels, and what computed
+    it."""
 
     similarity: str
+    share: float
     features_beside: bool
     opposite_contrast: bool
     iterations: list[int]

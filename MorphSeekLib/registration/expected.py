@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from ..networks.devices import network_autocast
 from ..networks.loading import LoadedModel
+from ..networks.model_file import Card
 from ..networks.policy import take_steps
 from ..protocol.job import SILENT, Job
 from ..protocol.options import RegistrationOptions
@@ -25,7 +26,7 @@ from ..space import fields
 from ..space.geometry import Grid, Volume
 from ..space.preprocessing import working_grid
 from .pipeline import register
-from .plans import CORRELATION, CORRELATION_FROM_NEAR, FEATURES, FEW_VOXELS, FINER, Plan
+from .plans import CORRELATION, CORRELATION_FROM_NEAR, FEATURES, FEW_VOXELS, FINER, LEARNED, Plan
 from .pyramid import lattice_of
 from .search import costs_of, level_for
 from .steps import interruptible
@@ -33,7 +34,7 @@ from .steps import interruptible
 _TINY, _SMALL, _LARGE = 16, 32, 64  # voxels along each axis of the images that are registered for it
 _RIM = 16  # voxels by which the box around what an image shows grows along each axis, on average
 _FILLED = 0.85  # share of an image above which it is a crop of a body, whose parts lie apart enough to be searched
-_FEATURES = 5.0  # times as long as by correlation takes an iteration by features
+_FEATURES, _MIND = 5.0, 12  # times as long as by correlation takes an iteration by so many features
 _NETWORK = 96  # voxels along each axis, about, by which a network is timed; fewer fit into caches
 
 
@@ -128,7 +129,7 @@ def expected_seconds(
     if searches:
         seconds += looks[0] * pace.compared * _compared(sizes.box)
     if options.fit == "on" or (options.fit == "auto" and (card is None or card.fit)):
-        seconds += looks[1] * pace.iterated * _fit_of(options, voxels, searches and model is None)
+        seconds += looks[1] * pace.iterated * _fit_of(options, voxels, searches and model is None, card)
     if model is not None:
         grid = working_grid(sizes.fixed, model.card.preprocessing, model.network.multiple_of)
         steps = options.steps or model.card.preprocessing.steps
@@ -136,8 +137,11 @@ def expected_seconds(
     return seconds
 
 
-def _fit_of(options: RegistrationOptions, voxels: float, searched: bool) -> float:
+def _fit_of(options: RegistrationOptions, voxels: float, searched: bool, card: Card | None) -> float:
     """Return the voxels and iterations of a fit, those by features as so many more."""
+    if card is not None and card.compare == "features" and options.similarity == "auto":
+        labels = len(set(card.labels.values()))
+        return _FEATURES * labels / _MIND * _iterated(LEARNED[options.preset], voxels)
     if options.similarity in ("mind", "mse"):
         return _FEATURES * _iterated(FEATURES[options.preset], voxels)
     plan = (CORRELATION_FROM_NEAR if searched else CORRELATION)[options.preset]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ..protocol.job import Job
@@ -58,6 +59,7 @@ class Fit:
         fitted, sections = descended(pair, plans, found, job)
         section: FitSection = {
             "similarity": pair.similarity,
+            "share": pair.share if found is not None else 1.0,
             "features_beside": pair.learned is not None and pair.similarity != "features",
             "opposite_contrast": pair.opposite,
             "iterations": [count for plan in plans for count in plan.iterations],
@@ -83,7 +85,8 @@ def descended(
         swapped: fit the fixed image to the aligned moving one in place of the other way round.
 
     Returns:
-        the displacement, and what the report says of each level.
+        the displacement, or the mean of what it started from and of that by the pair's share, and what the report says
+        of each level.
     """
     images = [pyramid.swapped() if swapped else pyramid for pyramid in (pair.pyramid, pair.as_given)]
     pyramid, as_given = (one.after(found) for one in images)
@@ -91,7 +94,9 @@ def descended(
     for plan in plans:
         seen = pyramid if plan.similarity == "lncc" else as_given
         levels.append([pair.level(seen, n, plan, swapped) for n in plan.levels])
-    progress = _Progress(levels, plans, job)
+    progress, begin = _Progress(levels, plans, job), found
+    if pair.share < 1:
+        found = None
     sections: list[LevelSection] = []
     for number, plan in enumerate(plans):
         control = None if found is None else pyramid.control(found, plan.levels[0])
@@ -110,7 +115,16 @@ def descended(
             for n, end in zip(plan.levels, ends, strict=True)
         ]
     assert found is not None  # there is at least one plan
-    return found, sections
+    return found if begin is None else between(begin, found, pair.share), sections
+
+
+def between(one: DenseTransform, other: DenseTransform, share: float) -> DenseTransform:
+    """Return the mean of two displacements, of which the other counts by its share from 0 to 1, on the nodes of the
+    finer one."""
+    if share == 1:
+        return other
+    grid = min(one.grid, other.grid, key=lambda grid: float(np.prod(grid.spacing)))
+    return DenseTransform((1 - share) * one.displacement_at(grid) + share * other.displacement_at(grid), grid)
 
 
 def plans_for(pair: Pair, begin: Outcome, options: RegistrationOptions) -> list[Plan]:

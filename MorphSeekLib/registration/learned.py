@@ -48,9 +48,9 @@ class Features:
         seen = resample(smooth, grid, device=device, job=job).data[None, None].to(device)
         job.check()
         with torch.no_grad(), network_autocast(device):
-            found = network.features(seen)
+            found = network.found(seen)
         assert found is not None  # a network whose features are compared has some
-        return cls(found[0][:, 1:].float(), grid)
+        return cls(found, grid)
 
     def found(self) -> bool:
         """Return whether any of the labels is there."""

@@ -158,6 +158,7 @@ class Pair:
         seen: (1, 1, i, j, k), bool, which voxels of the working grid lie in the fixed image.
         as_given: the images as they are fitted, before the moving one's contrast is turned around.
         opposite: whether it is.
+        share: of a fit in the answer, beside that of the network's steps; see :class:`.model_file.Card`.
         learned: what the model has found in either image, where its card says that this is to be compared, alone or
             beside the intensities.
         judge: of displacements.
@@ -179,7 +180,9 @@ class Pair:
     ) -> None:
         self.fixed, self.moving, self.job, self.opposite = fixed, moving, job, False
         self.learned: Learned | None = None
+        self.share = 1.0
         self._compare = "intensities" if model is None else model.card.compare
+        self._share = 1.0 if model is None else model.card.share
         self._finder = None if model is None or self._compare == "intensities" else model.network
         self.masks = Masks(fixed.counts, moving.counts)
         self.known = (
@@ -293,7 +296,7 @@ class Pair:
                 opposite.
         """
         if similarity == "auto" and self._finder is not None and self._find(self._finder):
-            similarity = "features" if self._compare == "features" else "lncc"
+            similarity, self.share = ("features" if self._compare == "features" else "lncc"), self._share
         self.similarity = "lncc" if similarity == "auto" else similarity
         self.as_given = self.pyramid
         if self.similarity == "lncc" and self.pyramid.contrast() < OPPOSITE:

@@ -137,18 +137,19 @@ def _deformed(
         outcome = start_of(pair, begin if isinstance(begin, State) else None)
     if isinstance(start, Correction):
         with clock("fit"), torch.no_grad():
-            corrected = CorrectedFit(options, start, trusted=card is not None and not card.fit)
+            corrected = CorrectedFit(options, start, trusted=card is not None and card.keeps_steps)
             return corrected.run(pair, outcome, pictures, job.part(0.0, 1.0))
     wanted = card is None or card.search
     if options.search == "on" or (options.search == "auto" and wanted and _is_far(pair, outcome)):
         with clock("search"), torch.no_grad():
             outcome = Search().run(pair, outcome, job.part(0.05, 0.3))
     if model is not None and card is not None and model.network.backbone.moves:
-        trusted = not card.fit and not pair.masks  # labels were never inside a mask
+        trusted = card.keeps_steps and not pair.masks  # labels were never inside a mask
         steps = NetworkSteps(model.network, options.steps or card.preprocessing.steps, options.stop_early, trusted)
         with clock("network"):
             outcome = steps.run(pair, outcome, pictures, job.part(0.3, 0.6))
-    if options.fit == "on" or (options.fit == "auto" and (card is None or card.fit)):
+    suits = card is None or (card.fit and (card.share == 1 or pair.learned is not None))
+    if options.fit == "on" or (options.fit == "auto" and suits):
         with clock("fit"), torch.no_grad():
             outcome = Fit(options).run(pair, outcome, job.part(0.6, 1.0))
     return outcome

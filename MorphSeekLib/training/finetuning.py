@@ -233,6 +233,8 @@ class Finetuning(Task[list[PreparedPair]]):
             results={"definitions": {"posterior_dice_spread": SPREAD_DEFINITION}},
             license=base.license,
             labels=self._channels,
+            compare=base.compare,
+            share=base.share,
         )
 
     def _numbers(self, iteration: int) -> range:

@@ -253,9 +253,9 @@ def fitted_by(network: RegistrationModel, pair: PreparedPair, device: torch.devi
     maps = []
     with network_autocast(device):
         for image in (pair.fixed, pair.moving):
-            found = network.features(image.to(device))
+            found = network.found(image.to(device))
             assert found is not None
-            maps.append(found[0][:, 1:].float())
+            maps.append(found)
     plan = LEARNED["best"]
     levels = []
     for level in plan.levels:

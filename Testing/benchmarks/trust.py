@@ -361,7 +361,7 @@ def calibrate(shared: Path, work: Path, least: int) -> None:
         kinds[name] = replace(
             calibrated_kind(by_preset),
             title=kind.title,
-            stage="fit" if kind.model is None else "network",
+            stage="fit" if kind.model is None or load_model(kind.model, "cpu").card.fit else "network",
             model="" if kind.model is None else str(load_model(kind.model, "cpu").sha256),
             fixed=ranges(looks[0]),
             moving=ranges(looks[1]),

@@ -8,21 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import blob_grid, blob_image, blob_labels, write_dataset
+from test_registration import random_model
 
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.data.synthesis import SynthesisSettings
 from MorphSeekLib.io.images import write_image
 from MorphSeekLib.networks.loading import load_model
-from MorphSeekLib.networks.model_file import read_card
+from MorphSeekLib.networks.model_file import load, read_card, save
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.startup import find
+from MorphSeekLib.registration.fit import between
 from MorphSeekLib.registration.learned import Features, Learned
 from MorphSeekLib.registration.pipeline import register
+from MorphSeekLib.space.geometry import DenseTransform
 from MorphSeekLib.space.preprocessing import Preprocessing
 from MorphSeekLib.training.examples import bent, patch_size, segmentation_loss
+from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, finetune
 from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, SegmentationRun, train_features
 
 RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2)
@@ -125,6 +129,65 @@ def test_features_are_compared_beside_intensities_where_the_card_says_so(trained
     assert cards["both"].knows_labels
     totals = [found[way].state.total for way in ("both", "intensities", "features")]
     assert all(float((totals[0] - other).abs().max()) > 0.2 for other in totals[1:])
+
+
+@pytest.fixture(scope="module")
+def joined(trained, tmp_path_factory):
+    """A network that moves, with the trained segmenter beside it."""
+    folder = tmp_path_factory.mktemp("joined")
+    own = random_model(folder / "moves.safetensors", spacing=(2.5, 2.5, 2.5), align="center")
+    finder, card = load(trained)
+    joined = replace(own.card, labels=card.labels, compare="features", share=0.4)
+    save(folder / "joined.safetensors", own.network.with_finder(finder.backbone), joined)
+    return folder / "joined.safetensors"
+
+
+def test_the_answer_is_the_mean_of_the_steps_and_of_a_fit_by_features(joined):
+    model = load_model(joined, "cpu")
+    assert model.network.multiple_of == 4
+    assert model.card.knows_labels
+    grid = blob_grid()
+    fixed, moving = (blob_image(blob_labels(seed, grid), seed) for seed in (7, 8))
+    share = {"steps": replace(model.card, fit=False, compare="intensities"), "fit": replace(model.card, share=1.0)}
+    share |= {"mean": model.card}
+    quick = RegistrationOptions(search="off", steps=1)
+    found = {name: register(fixed, moving, replace(model, card=card), quick) for name, card in share.items()}
+    mean = found["mean"]
+    assert [row["stage"] for row in mean.report["steps"]] == ["align", "network", "fit"]
+    assert (mean.report["fit"]["share"], found["fit"].report["fit"]["share"]) == (0.4, 1.0)
+    assert mean.report["folding"]["cells"]["no_fold_proven"]
+    from_steps, from_mean = (found[name].state.total for name in ("steps", "mean"))
+    moved = float((from_mean - from_steps).square().mean())
+    assert 0.05 < moved**0.5 < 5, "the fit has its share"
+    with torch.no_grad():  # a finder that finds nothing: the steps alone are the answer
+        model.network.finder.out.bias[0] += 100
+    alone = register(fixed, moving, model, quick)
+    assert alone.report["fit"] is None
+    torch.testing.assert_close(alone.state.total, from_steps)
+
+
+def test_a_mean_of_displacements_lies_on_the_nodes_of_the_finer_one():
+    fine, coarse = blob_grid((12, 12, 12), (2.0, 2.0, 2.0)), blob_grid((6, 6, 6), (4.0, 4.0, 4.0))
+    one, other = (
+        DenseTransform(torch.full((3, *grid.shape), value), grid) for grid, value in ((fine, 1.0), (coarse, 2.0))
+    )
+    for first, second, expected in ((one, other, 1.25), (other, one, 1.75)):
+        mean = between(first, second, 0.25)
+        assert mean.grid.same_as(fine)
+        torch.testing.assert_close(mean.displacement, torch.full((3, 12, 12, 12), expected))
+    assert between(one, other, 1.0) is other
+
+
+def test_a_finder_is_kept_by_a_fine_tuning(joined, tmp_path):
+    dataset = load_dataset(write_dataset(tmp_path / "data", 4))
+    config = FinetuneConfig(training=FinetuneRun(iterations=1, steps=1, validate_every=1))
+    out = finetune(dataset, config, joined, tmp_path / "tuned.safetensors")
+    before, after = (load(path) for path in (joined, out))
+    assert (after[1].compare, after[1].share) == ("features", 0.4)
+    kept = {name: value for name, value in before[0].state_dict().items() if name.startswith("finder.")}
+    assert kept
+    assert all(torch.equal(after[0].state_dict()[name], value) for name, value in kept.items())
+    assert not torch.equal(before[0].state_dict()["head.mu.weight"], after[0].state_dict()["head.mu.weight"])
 
 
 def test_features_are_learned_from_images_made_of_label_maps(tmp_path):
