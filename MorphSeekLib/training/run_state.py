@@ -21,8 +21,12 @@ FORMAT = "3"
 OLD_FORMAT = "2"
 OLD_NAMES = {"score": "score", "best/iteration": "best_iteration"}
 """What format 2 kept among the task's numbers, and the attribute of :class:`RunState` that it is now."""
-LATER = {"minutes": None, "average": 0.0, "patience": None}
-"""Settings of a run that there were not always, and the values that change nothing."""
+LATER: dict[str, dict[str, object]] = {
+    "training": {"minutes": None, "average": 0.0, "patience": None},
+    "model": {"finder": None},
+    "": {"compare": "features", "synthesis": None, "structures": []},
+}
+"""Settings that there were not always, by their section, and the values that change nothing."""
 
 
 _KEPT = ("best", "average")  # weights of a RunState
@@ -140,10 +144,13 @@ def load_state(
 
 def fingerprint_of(settings: dict[str, Any]) -> str:
     """Return what tells a training's settings, with what else it depends on, from others."""
-    if "training" in settings:
-        run = {name: value for name, value in settings["training"].items() if LATER.get(name, ...) != value}
-        settings = settings | {"training": run}
-    return json.dumps(settings, sort_keys=True)
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    for section, later in LATER.items():
+        values = plain.get(section, {}) if section else plain
+        for name, value in later.items():
+            if name in values and values[name] == value:
+                del values[name]
+    return json.dumps(plain, sort_keys=True)
 
 
 def _todays(text: str) -> str:
