@@ -58,10 +58,11 @@ _STATUS_SECONDS = 0.5
 _FIT_PAIRS = 6  # pairs on which ways to an answer are compared
 _TABLES: tuple[Stage, ...] = ("warmup", "finetune", "final")  # of a run.json of MorphSeek 0.1
 _CHOICE = "with_fit"  # of a card's results, what came out
+_ALONE: dict[str, Any] = {"compare": "intensities", "share": 1.0}  # of a network, without its finder
 _ANSWERS: dict[str, dict[str, tuple[RegistrationOptions, dict[str, Any]]]] = {
     "steps": {
-        "steps": (RegistrationOptions(search="off", fit="off"), {"fit": False, "compare": "intensities"}),
-        "fitted": (RegistrationOptions(search="off", fit="on"), {"fit": True, "compare": "intensities"}),
+        "steps": (RegistrationOptions(search="off", fit="off"), {"fit": False, **_ALONE}),
+        "fitted": (RegistrationOptions(search="off", fit="on"), {"fit": True, **_ALONE}),
     },
     "mean": {
         "mean": (RegistrationOptions(search="off"), {"fit": True, "compare": "features", "share": SHARE}),
@@ -270,7 +271,7 @@ def _run(folder: Path, teller: _Teller, job: Job) -> None:
     network, card = model_file.load(current)
     if measured is not None:  # the choice is of cases that the last stage may have trained on
         kept = {name: measured.results[name] for name in (_CHOICE,) if name in measured.results}
-        chosen = {name: getattr(measured, name) for name in ("search", "fit", "compare")}
+        chosen = {name: getattr(measured, name) for name in ("search", "fit", "compare", "share")}
         card = dataclasses.replace(card, **chosen, results=card.results | kept)
     if "final" in configs and status.held_out:
         status.held_out["definitions"] = status.held_out["definitions"] | {"pairs": _BEFORE_FINAL}

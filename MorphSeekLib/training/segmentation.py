@@ -216,10 +216,12 @@ class Segmentation(Task[Examples]):
             init = {**read_card(self._init).provenance, "sha256": str(self.origin["init"])}
         name, synthesis = dataset.about.get("name", dataset.path.name), config.synthesis
         known = known_sizes(self.cases, None if synthesis is None else synthesis.anatomy)
+        preprocessing = dataclasses.replace(config.preprocessing, steps=1, knows=known)
+        if synthesis is not None:  # what is made lies in the middle of a box; a scan is seen whole
+            preprocessing = dataclasses.replace(preprocessing, shape=None)
         return Card(
             title=config.title or f"Features for a fit, learned from {name}",
-            # what is made lies in the middle of a box; a scan is seen whole
-            preprocessing=dataclasses.replace(config.preprocessing, steps=1, knows=known, shape=None),
+            preprocessing=preprocessing,
             provenance=self.provenance("features", len(self.cases), {"init": init, "synthetic": synthesis is not None}),
             labels=self.channels,
             compare=config.compare,

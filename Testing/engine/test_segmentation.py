@@ -10,6 +10,7 @@ import torch
 from cases import blob_grid, blob_image, blob_labels, write_dataset
 from test_registration import random_model
 
+from MorphSeekLib.app import runs
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.data.synthesis import SynthesisSettings
@@ -23,6 +24,7 @@ from MorphSeekLib.protocol.startup import find
 from MorphSeekLib.registration.fit import between
 from MorphSeekLib.registration.learned import Features, Learned
 from MorphSeekLib.registration.pipeline import register
+from MorphSeekLib.registration.plans import SHARE
 from MorphSeekLib.space.geometry import DenseTransform
 from MorphSeekLib.space.preprocessing import Preprocessing
 from MorphSeekLib.training.examples import bent, patch_size, segmentation_loss
@@ -188,6 +190,25 @@ def test_a_finder_is_kept_by_a_fine_tuning(joined, tmp_path):
     assert kept
     assert all(torch.equal(after[0].state_dict()[name], value) for name, value in kept.items())
     assert not torch.equal(before[0].state_dict()["head.mu.weight"], after[0].state_dict()["head.mu.weight"])
+
+
+def test_what_a_card_says_of_the_best_answer_is_what_was_measured(joined, tmp_path):
+    """Of a model with a finder: where its steps, or a fit of intensities after them, are best, no mean is made."""
+    assert {name: said.get("share") for name, (_, said) in runs._answers(read_card(joined)).items()} == {
+        "steps": 1.0,
+        "fitted": 1.0,
+        "mean": SHARE,
+    }
+    model = load_model(joined, "cpu")
+    grid = blob_grid()
+    fixed, moving = (blob_image(blob_labels(seed, grid), seed) for seed in (7, 8))
+    for name, (asked, said) in runs._answers(model.card).items():
+        told = replace(model, card=replace(model.card, **said))
+        quick = RegistrationOptions(search="off", preset="fast", fit_iterations=(4, 2))
+        measured, usual = (
+            register(fixed, moving, told, options).state.total for options in (replace(quick, fit=asked.fit), quick)
+        )
+        assert torch.equal(measured, usual), name
 
 
 def test_features_are_learned_from_images_made_of_label_maps(tmp_path):
