@@ -92,10 +92,7 @@ class TrainingRun(FolderProcess):
         """Start it, or resume it.
 
         Args:
-            keep: let it go on when Slicer is closed; see :meth:`keep`.
-            python: the Python with the engine; Slicer's own by default.
-            command: what to run instead of the engine's `morphseek`, for tests.
-            environment: the variables for that Python, see :func:`process_of_its_own`.
+            keep, python, command, environment: as for :meth:`FolderProcess.launch`.
 
         Raises:
             RunError: it runs already, or no process can be started.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import write_atomically
+from ..protocol.batch import IMAGE_ENDING
 from ..protocol.errors import MorphSeekError
 from ..protocol.settings import to_json
 from ..protocol.startup import check_readable
@@ -26,7 +27,6 @@ NAMES = {
     "report.html": "{entities}_space-{space}_desc-report_{suffix}.html",
 }
 """Result -> its name as a derivative."""
-_ENDING = re.compile(r"\.(nii\.gz|nii|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 
 
 def bids_rows(
@@ -64,7 +64,7 @@ def bids_rows(
         for path in own if fixed else own[1:]:
             if fixed is None and _entities(path).get("ses") == _entities(first).get("ses"):
                 continue  # another run of the first session
-            rows.append({"fixed": str(first), "moving": str(path), "name": _ENDING.sub("", path.name)})
+            rows.append({"fixed": str(first), "moving": str(path), "name": IMAGE_ENDING.sub("", path.name)})
     if not rows:
         words = "with a second session" if fixed is None else "that matches"
         raise MorphSeekError(f"{root} holds no image sub-*_{suffix}.nii.gz {words}; check --suffix and the filters.")
@@ -104,7 +104,7 @@ def name_derivatives(folder: Path, root: Path, pairs: Mapping[str, Mapping[str, 
     _replace(derivatives / "dataset_description.json", about)
     for name, files in pairs.items():
         fixed, moving = (Path(files[side]).resolve() for side in ("fixed", "moving"))
-        entities, _, suffix = _ENDING.sub("", moving.name).rpartition("_")
+        entities, _, suffix = IMAGE_ENDING.sub("", moving.name).rpartition("_")
         words = {"entities": entities, "suffix": suffix, "space": _space(fixed)}
         place = derivatives / moving.parent.relative_to(root)
         for result, pattern in NAMES.items():
@@ -113,7 +113,7 @@ def name_derivatives(folder: Path, root: Path, pairs: Mapping[str, Mapping[str, 
                 _link(folder / name / result, other)
         if (folder / name / "warped.nii.gz").is_file():
             sources = {"Sources": [f"bids:raw:{moving.relative_to(root).as_posix()}"], "SpatialReference": str(fixed)}
-            _replace(place / (_ENDING.sub("", NAMES["warped.nii.gz"]).format(**words) + ".json"), sources)
+            _replace(place / (IMAGE_ENDING.sub("", NAMES["warped.nii.gz"]).format(**words) + ".json"), sources)
 
 
 def _space(fixed: Path) -> str:
@@ -122,7 +122,7 @@ def _space(fixed: Path) -> str:
     entities = _entities(fixed)
     if "sub" in entities and "ses" in entities:
         return f"ses{entities['ses']}"
-    return entities.get("tpl") or re.sub("[^A-Za-z0-9]", "", _ENDING.sub("", fixed.name))
+    return entities.get("tpl") or re.sub("[^A-Za-z0-9]", "", IMAGE_ENDING.sub("", fixed.name))
 
 
 def _link(path: Path, other: Path) -> None:

@@ -58,13 +58,13 @@ def read_image(path: str | os.PathLike, nifti_form: str | None = None) -> Volume
     return _right_angled(volume, shown(path), "linear")
 
 
-def read_map(path: str | os.PathLike) -> Volume:
-    """Read a result, such as a Jacobian: float32 data (i, j, k) on its grid, which may be the same everywhere.
+def read_map(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Volume:
+    """Read a result, such as a Jacobian: data (i, j, k) of a type on its grid, which may be the same everywhere.
 
     Raises:
         MorphSeekError: missing, damaged, or not one 3D image of one number a voxel.
     """
-    return _volume(_read(path), shown(path), torch.float32)
+    return _volume(_read(path), shown(path), dtype)
 
 
 def voxel_count(path: str | os.PathLike) -> int:

@@ -129,11 +129,8 @@ class RegistrationModel(nn.Module):
     @property
     def multiple_of(self) -> int:
         """Every image size must be divisible by this."""
-        return (
-            self.backbone.multiple_of
-            if self.finder is None
-            else math.lcm(self.backbone.multiple_of, self.finder.multiple_of)
-        )
+        own = self.backbone.multiple_of
+        return own if self.finder is None else math.lcm(own, self.finder.multiple_of)
 
     def parameter_counts(self) -> ParameterCounts:
         """Count the parameters of the parts; give the head's as percent of the backbone's."""

@@ -61,7 +61,7 @@ FILES = (
 """The columns that name files; an initial transform may be several, as in `morphseek apply`."""
 State = Literal["done", "failed"]
 _SAFE = re.compile(r"[^\w.+-]+")
-_IMAGE = re.compile(r"\.(nii\.gz|nii|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
+IMAGE_ENDING = re.compile(r"\.(nii\.gz|nii|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
 
 
 def input_paths(files: Mapping[str, str]) -> list[Path]:
@@ -214,7 +214,7 @@ def globbed(fixed: Path, pattern: str) -> list[dict[str, str]]:
 
 def _shortest_names(paths: Sequence[str]) -> list[str]:
     """Return the parts of paths in which they differ."""
-    parts = [Path(_IMAGE.sub("", path)).parts for path in paths]
+    parts = [Path(IMAGE_ENDING.sub("", path)).parts for path in paths]
     if len(parts) == 1 or len({len(each) for each in parts}) > 1:
         return [_SAFE.sub("-", "-".join(each[-2:])) for each in parts]
     kept = [index for index, same in enumerate(zip(*parts, strict=True)) if len(set(same)) > 1]
@@ -255,7 +255,9 @@ def _problem(check: Any, value: object) -> str:
 
 def _pair(number: int, row: Mapping[str, str], settings: BatchSettings) -> BatchPair:
     files = {name: row[name] for name in FILES if row.get(name)}
-    given = row.get("name") or "-".join(_IMAGE.sub("", Path(files[n]).name) for n in ("moving", "fixed") if n in files)
+    given = row.get("name") or "-".join(
+        IMAGE_ENDING.sub("", Path(files[n]).name) for n in ("moving", "fixed") if n in files
+    )
     name = _SAFE.sub("-", given).strip(".-") or f"row-{number}"
     problems = [f"Row {number} has no {side} image." for side in ("fixed", "moving") if side not in files]
     chosen = RegistrationSettings("", row.get("model") or settings.model, settings.options)

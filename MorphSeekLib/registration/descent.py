@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..io.compiled import kernels
-from .objective import EPSILON, SHOWN, WANTED, Level, Objective, finer
+from .objective import EPSILON, SHOWN, WANTED, Level, Maps, Objective, finer
 
 RATE, DECAYS = 0.1, (0.8, 0.9)
 """Adam's steps in voxels of the level, and how it forgets."""
@@ -151,7 +151,9 @@ class CompiledStepper:
         a, b, c = level.points
         self._slabs = _slabs(ranges, threads)
         self._pool = ThreadPoolExecutor(len(self._slabs)) if len(self._slabs) > 1 else None
-        self._maps = None if level.beside is None else (_last(level.beside.moving), _last(level.beside.fixed))
+        maps = level.beside if level.features is None else Maps(level.fixed, level.moving, level.features)
+        self._maps = None if maps is None else (_last(maps.moving), _last(maps.fixed))
+        self._maps_weight = np.float32(0 if maps is None else maps.weight)
         if level.features is None:
             objective = Objective(level)
             self._images = level.moving[0, 0].contiguous().numpy(), level.fixed[0, 0].contiguous().numpy()
@@ -159,8 +161,6 @@ class CompiledStepper:
             self._windows = tuple(x[0, 0].contiguous().numpy() for x in windows)
             self._warped = torch.zeros(2 * a, 2 * b, 2 * c).numpy()
             self._sums, self._weights = (torch.zeros(a, 3, b, c).numpy() for _ in range(2))
-        else:
-            self._images = _last(level.moving), _last(level.fixed)
 
     def step(self) -> float:
         """Take an iteration; return the objective before it."""
@@ -204,12 +204,8 @@ class CompiledStepper:
         value = 0.0
         if level.features is None:
             self._kernels.pull(self._u, self._images, self._blocks, self._warped, self._weights, gradient, slab)
-        else:
-            weight = np.float32(level.features)
-            value += self._kernels.pull_features(self._u, self._images, self._blocks, weight, gradient, slab)
-        if level.beside is not None:
-            weight = np.float32(level.beside.weight)
-            value += self._kernels.pull_features(self._u, self._maps, self._blocks, weight, gradient, slab)
+        if self._maps is not None:
+            value += self._kernels.pull_features(self._u, self._maps, self._blocks, self._maps_weight, gradient, slab)
         diffusion, folding = np.float32(level.diffusion * 2 / 9), np.float32(level.folding)
         return value + self._kernels.regularize(self._u, diffusion, folding, np.float32(WANTED), gradient, slab)
 

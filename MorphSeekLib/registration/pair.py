@@ -16,7 +16,6 @@ from torch import Tensor
 from ..io.images import air_value, check_overlap
 from ..io.transforms import rounded
 from ..networks.loading import LoadedModel
-from ..networks.policy import RegistrationModel
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job, Notice
 from ..protocol.report import FitSection, Stage, StepSection
@@ -158,7 +157,6 @@ class Pair:
         seen: (1, 1, i, j, k), bool, which voxels of the working grid lie in the fixed image.
         as_given: the images as they are fitted, before the moving one's contrast is turned around.
         opposite: whether it is.
-        share: of a fit in the answer, beside that of the network's steps; see :class:`.model_file.Card`.
         learned: what the model has found in either image, where its card says that this is to be compared, alone or
             beside the intensities.
         judge: of displacements.
@@ -180,10 +178,7 @@ class Pair:
     ) -> None:
         self.fixed, self.moving, self.job, self.opposite = fixed, moving, job, False
         self.learned: Learned | None = None
-        self.share = 1.0
-        self._compare = "intensities" if model is None else model.card.compare
-        self._share = 1.0 if model is None else model.card.share
-        self._finder = None if model is None or self._compare == "intensities" else model.network
+        self._model = model
         self.masks = Masks(fixed.counts, moving.counts)
         self.known = (
             replace(fixed, data=filled(fixed.data, self.masks.fixed)),
@@ -295,8 +290,9 @@ class Pair:
                 serves two modalities too: after a search, or with the moving image's contrast turned around where it is
                 opposite.
         """
-        if similarity == "auto" and self._finder is not None and self._find(self._finder):
-            similarity, self.share = ("features" if self._compare == "features" else "lncc"), self._share
+        compare = "intensities" if self._model is None else self._model.card.compare
+        if similarity == "auto" and compare != "intensities" and self._find() and compare == "features":
+            similarity = "features"
         self.similarity = "lncc" if similarity == "auto" else similarity
         self.as_given = self.pyramid
         if self.similarity == "lncc" and self.pyramid.contrast() < OPPOSITE:
@@ -318,9 +314,10 @@ class Pair:
         for volume, role in zip(self.known, ("The fixed image", "The moving image"), strict=True):
             self.notices += guards.few_values(normalize(volume.data, self.preprocessing), volume.called(role))
 
-    def _find(self, network: RegistrationModel) -> bool:
+    def _find(self) -> bool:
         """Find the features of both images; return whether there are any in either, which is noted otherwise."""
-        found = [Features.of(network, image, self.preprocessing, self.job) for image in self.intensities]
+        assert self._model is not None  # whose features are compared
+        found = [Features.of(self._model.network, image, self.preprocessing, self.job) for image in self.intensities]
         roles = [
             volume.called(r) for volume, r in zip(self.known, ("The fixed image", "The moving image"), strict=True)
         ]
@@ -329,6 +326,11 @@ class Pair:
             return False
         self.learned = Learned(*found)
         return True
+
+    @property
+    def share(self) -> float:
+        """Of a fit in the answer, beside that of the network's steps; see :class:`.model_file.Card`."""
+        return 1.0 if self._model is None or self.learned is None else self._model.card.share
 
     def level(self, images: Pyramid, number: int, plan: Plan, swapped: bool = False) -> Level:
         """Return what a plan compares on a level of images, numbered as in :meth:`.pyramid.Pyramid.images`.

@@ -3,7 +3,8 @@
 Three quantities are compared on the control points of the fit's level 0 (blocks of 2x2x2 voxels):
 
 - inconsistency: |u(x) + v(x + u(x))|, where u is the answer and v that of the same stages with the images exchanged;
-- spread: |w(x) - u(x)|, where w is a fit from the same start that is held stiffer;
+- spread: |w(x) - u(x)|, where w is a fit from the same start that is held stiffer (from the alignment, where u is the
+  mean of a network's steps and of a fit);
 - unlikeness: 1 - C^2 / (U V + epsilon) of the window around x, the fit's own correlation, after u.
 
 Lengths are in voxels h of level 0. Each is blurred, and the error is taken to be below
@@ -187,9 +188,9 @@ def look_again(
     with torch.no_grad():
         plans = plans_for(pair, begin, options)
         back = _exchanged(pair, outcome, begin, model, plans, job.part(0.0, 0.55, "Checking backward: "))
-        start = displacement_of(pair, begin) if outcome.before is not None and begin.answer > 0 else None
-        if pair.share < 1:  # held against the fit alone, the mean shows where steps and fit disagree
-            start = None
+        # held against a fit alone, a mean of steps and fit shows where these disagree
+        went_on = outcome.before is not None and begin.answer > 0 and pair.share == 1
+        start = displacement_of(pair, begin) if went_on else None
         again = job.part(0.55, 1.0, "Checking stiffer: ")
         stiff = descended(pair, stiffer(plans), start, again)[0]
         job.check()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..io.files import output_folder
-from ..io.images import read_sitk, volume_from_sitk, write_image
+from ..io.images import read_map, write_image
 from ..io.transforms import read_dense, write_transform
 from ..networks.model_file import software
 from ..protocol.errors import MorphSeekError
@@ -150,22 +150,19 @@ def read_results(folder: Path | str) -> Results:
             "at it."
         )
 
-    def volume(name: str, dtype: torch.dtype) -> Volume:
-        return volume_from_sitk(read_sitk(folder / name), name, dtype)
-
-    def volume_if_there(name: str, dtype: torch.dtype) -> Volume | None:
-        return volume(name, dtype) if (folder / name).is_file() else None
+    def map_if_there(name: str, dtype: torch.dtype) -> Volume | None:
+        return read_map(folder / name, dtype) if (folder / name).is_file() else None
 
     return Results(
         report,
-        volume("warped.nii.gz", torch.float32),
-        volume("jacobian.nii.gz", torch.float32),
-        volume("folding.nii.gz", torch.uint8),
+        read_map(folder / "warped.nii.gz"),
+        read_map(folder / "jacobian.nii.gz"),
+        read_map(folder / "folding.nii.gz", torch.uint8),
         read_dense(folder / "transform.h5"),
         read_dense(folder / "inverse.h5") if (folder / "inverse.h5").is_file() else None,
-        volume_if_there("warped-labels.nii.gz", torch.int32),
-        volume_if_there("trust.nii.gz", torch.float32) if "trust" in report else None,
-        volume_if_there("trust-colors.nii.gz", torch.uint8) if "trust" in report else None,
+        map_if_there("warped-labels.nii.gz", torch.int32),
+        map_if_there("trust.nii.gz", torch.float32) if "trust" in report else None,
+        map_if_there("trust-colors.nii.gz", torch.uint8) if "trust" in report else None,
     )
 
 

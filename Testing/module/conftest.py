@@ -39,6 +39,21 @@ def module(stand_in):
     return module
 
 
+@pytest.fixture
+def quick_panel(module, world, monkeypatch):
+    """The section Register with the two volumes of a test's world, to be aligned and hardly fitted."""
+    import slicer
+    import worlds
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    panel = slicer.modules.MorphSeekWidget.panels["register"]
+    panel.ui.fixedSelector.setCurrentNode(worlds.add_volume("F", world.fixed))
+    panel.ui.movingSelector.setCurrentNode(worlds.add_volume("M", world.moving))
+    panel.refresh_models("none")
+    panel.ui.fitSelector.currentText = panel.ui.searchSelector.currentText = "Off"
+    return panel
+
+
 class Engines:
     """Makes the engines of panels; one that a panel closed is given to the next, since starting one takes seconds."""
 

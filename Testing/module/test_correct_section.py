@@ -28,18 +28,12 @@ def world():
 
 
 @pytest.fixture
-def panel(stand_in, module, world, monkeypatch):
-    """The section Register with a result of the real engine, aligned and hardly fitted."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    panel = slicer.modules.MorphSeekWidget.panels["register"]
-    panel.ui.fixedSelector.setCurrentNode(worlds.add_volume("F", world.fixed))
-    panel.ui.movingSelector.setCurrentNode(worlds.add_volume("M", world.moving))
-    panel.refresh_models("none")
-    panel.ui.fitSelector.currentText = panel.ui.searchSelector.currentText = "Off"
-    panel.ui.registerButton.click()
-    stand_in.wait(lambda: panel._run is None)
-    panel.ui.correctSection.collapsed = False
-    return panel
+def panel(stand_in, quick_panel):
+    """The section Register with a result of the real engine."""
+    quick_panel.ui.registerButton.click()
+    stand_in.wait(lambda: quick_panel._run is None)
+    quick_panel.ui.correctSection.collapsed = False
+    return quick_panel
 
 
 @pytest.fixture

@@ -25,16 +25,9 @@ def world():
 
 
 @pytest.fixture
-def panel(stand_in, module, world, monkeypatch):
-    """The section Register with two volumes, aligned and hardly fitted where nothing else is chosen."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    panel = slicer.modules.MorphSeekWidget.panels["register"]
-    panel.ui.fixedSelector.setCurrentNode(worlds.add_volume("F", world.fixed))
-    panel.ui.movingSelector.setCurrentNode(worlds.add_volume("M", world.moving))
-    panel.refresh_models("none")
-    panel.ui.fitSelector.currentText = panel.ui.searchSelector.currentText = "Off"
-    panel.ui.presetSelector.currentText = "Fast"
-    return panel
+def panel(quick_panel):
+    quick_panel.ui.presetSelector.currentText = "Fast"
+    return quick_panel
 
 
 @pytest.fixture
