@@ -73,7 +73,7 @@ class SegmentationConfig:
 
     Attributes:
         title, license: for the card.
-        width, depth: see :class:`MorphSeekLib.backbones.segmenter.SegmenterSettings`.
+        width, depth, block: see :class:`MorphSeekLib.backbones.segmenter.SegmenterSettings`.
         compare: of the card: what is fitted by these features, "features" alone or "both" them and intensities.
         synthesis: present when images are made from label maps, one an iteration; they are bent already.
         structures: label values that share a channel; labels of none are background. Empty: each label has its own.
@@ -83,6 +83,7 @@ class SegmentationConfig:
     license: str = ""
     width: int = 12
     depth: int = 3
+    block: int = 1
     compare: Literal["features", "both"] = "features"
     synthesis: SynthesisSettings | None = None
     structures: tuple[tuple[int, ...], ...] = ()
@@ -149,7 +150,8 @@ class Segmentation(Task[Examples]):
             self.channels = channels_for(label_values(self.cases), {} if init is None else read_card(init).labels)
         if not self.channels:
             raise MorphSeekError(f"The label maps of {dataset.path} hold no label but 0, so there is nothing to learn.")
-        settings = {"features": 1 + max(self.channels.values()), "width": config.width, "depth": config.depth}
+        shape = {"width": config.width, "depth": config.depth, "block": config.block}
+        settings = {"features": 1 + max(self.channels.values()), **shape}
         torch.manual_seed(config.training.seed)
         network = RegistrationModel(ModelSettings("segmenter", settings))
         if init is not None:
@@ -165,9 +167,9 @@ class Segmentation(Task[Examples]):
         """Draw cases, and bend them, or make one."""
         generator = self.generator("pairs", iteration)
         if self._source is not None:
-            image, values = self._source.labeled(generator)
-            channels = to_channels(values, self.channels).long()
-            return Examples(*window(image, channels, self.network.multiple_of, generator))
+            box = window(self.config.preprocessing.shape or (), self.network.multiple_of, generator)
+            image, values = self._source.labeled(generator, box)
+            return Examples(image, to_channels(values, self.channels).long())
         found = []
         for place_ in torch.randint(len(self.cases), (self.run.cases,), generator=generator).tolist():
             case = self.cases[place_]
