@@ -29,6 +29,8 @@ from ..space import fields
 from ..space.geometry import Grid, orientation_matrix, resample
 from ..space.preprocessing import Preprocessing, normalize, sampled
 
+Box = tuple[slice, slice, slice]
+
 
 @dataclass(frozen=True)
 class SynthesisSettings:
@@ -167,7 +169,9 @@ class LabelMapSource:
         (fixed, fixed_target, fixed_labels), (moving, moving_target, moving_labels) = made
         return SyntheticPair(fixed, moving, fixed_target, moving_target, fixed_labels, moving_labels)
 
-    def labeled(self, generator: torch.Generator, box: tuple[slice, slice, slice] | None = None) -> tuple[Tensor, Tensor]:
+    def labeled(
+        self, generator: torch.Generator, box: tuple[slice, slice, slice] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return a random image and the label value of each of its voxels, (1, 1, i, j, k) each, the labels int64.
 
         Args:
@@ -182,7 +186,8 @@ class LabelMapSource:
         if s.mirror and _uniform(g) < s.mirror:
             points[:, 0] = points.shape[2] - 1 - points[:, 0]
         if box is not None:
-            points = points[(slice(None), slice(None), *box)]
+            cut = (slice(None), slice(None), *box)
+            points = points[cut]
         image, _ = self._image(case, contrast, contrast, strip, points, g)
         fine = self.labels[case][None, None].float()
         known = fields.sample(fine, 2 * points + 0.5, mode="nearest").round().long()

@@ -317,12 +317,14 @@ class Pair:
     def _find(self) -> bool:
         """Find the features of both images; return whether there are any in either, which is noted otherwise."""
         assert self._model is not None  # whose features are compared
-        found = [Features.of(self._model.network, image, self.preprocessing, self.job) for image in self.intensities]
+        model = self._model
+        found = [Features.of(model.network, image, self.preprocessing, self.job) for image in self.intensities]
         roles = [
             volume.called(r) for volume, r in zip(self.known, ("The fixed image", "The moving image"), strict=True)
         ]
-        self.notices += guards.nothing_found([role for role, one in zip(roles, found, strict=True) if not one.found()])
-        if not all(one.found() for one in found):
+        nothing = [role for role, one in zip(roles, found, strict=True) if not one.found(model.card)]
+        self.notices += guards.nothing_found(nothing)
+        if nothing:
             return False
         self.learned = Learned(*found)
         return True

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.segmenter import Segmenter
-from ..data.datasets import Dataset, Pair, PreparedPair, known_sizes, label_maps, label_values
+from ..data.datasets import Dataset, Pair, PreparedPair, known_sizes, known_volumes, label_maps, label_values
 from ..data.label_channels import channels_for, to_channels
 from ..data.synthesis import LabelMapSource, SynthesisSettings
 from ..measures.metrics import mean
@@ -227,6 +227,7 @@ class Segmentation(Task[Examples]):
             provenance=self.provenance("features", len(self.cases), {"init": init, "synthetic": synthesis is not None}),
             labels=self.channels,
             compare=config.compare,
+            volumes=known_volumes(self.cases, self.channels),
         )
 
 

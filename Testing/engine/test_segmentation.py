@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases import blob_grid, blob_image, blob_labels, write_dataset
@@ -12,11 +13,12 @@ from test_registration import random_model
 
 from MorphSeekLib.app import runs
 from MorphSeekLib.backbones import build_backbone
+from MorphSeekLib.backbones.segmenter import Segmenter
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.data.synthesis import SynthesisSettings
-from MorphSeekLib.io.images import write_image
+from MorphSeekLib.io.images import read_labels, write_image
 from MorphSeekLib.networks.loading import load_model
-from MorphSeekLib.networks.model_file import load, read_card, save
+from MorphSeekLib.networks.model_file import Card, load, read_card, save
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import RegistrationOptions
@@ -57,6 +59,25 @@ def test_a_segmenter_says_of_each_voxel_what_it_is_and_moves_nothing():
     torch.testing.assert_close(learned[1], network.image_features(fixed)[0])
     with pytest.raises(MorphSeekError, match="at least 2"):
         build_backbone("segmenter", {"features": 1})
+
+
+def test_a_segmenter_of_blocks_knows_where_each_voxel_is():
+    """Trained on which half of its block of voxels each is, it says so: no voxel is exchanged on the way."""
+    torch.manual_seed(0)
+    network = build_backbone("segmenter", {"features": 2, "width": 4, "depth": 1, "block": 2})
+    assert isinstance(network, Segmenter)
+    assert network.multiple_of == 4
+    image = torch.rand(1, 1, 16, 12, 8)
+    wanted = torch.zeros(1, 1, 16, 12, 8, dtype=torch.int64)
+    wanted[:, :, 1::2, :, ::2] = 1
+    optimizer = torch.optim.Adam(network.parameters(), 0.05)
+    for _ in range(40):
+        loss = segmentation_loss(network.scores(image), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = network.scores(image).argmax(dim=1, keepdim=True)
+    assert float((found == wanted).float().mean()) == 1
 
 
 def test_labels_are_bent_as_their_image_is():
@@ -293,3 +314,26 @@ def test_features_of_large_images_are_compared_where_they_fit(trained):
     assert learned.levels((2, 1, 0), (160, 208, 192)) == (2, 1)
     assert not features.found()
     assert Features(maps + 1, features.grid).found()
+
+
+def test_what_is_found_must_be_about_as_large_as_what_was_learned():
+    grid = blob_grid((8, 8, 8))
+    maps = torch.zeros(1, 3, 8, 8, 8)
+    maps[0, 0, :4], maps[0, 1, 4:6] = 1.0, 1.0
+    voxel = float(np.prod(grid.spacing)) / 1000
+    whole = Card(volumes={1: 256 * voxel, 2: 128 * voxel, 3: 9 * voxel})
+    assert Features(maps, grid).found(whole)
+    assert not Features(maps.flip(1), grid).found(whole)  # 1 is missing, 3 is much too large
+    assert not Features(maps, grid).found(replace(whole, volumes={1: 9 * voxel, 2: 9 * voxel, 3: 9 * voxel}))
+
+
+def test_a_training_notes_how_large_is_what_it_learns(trained):
+    card = read_card(trained)
+    assert set(card.volumes) == set(card.labels.values())
+    cases = load_dataset(trained.parent / "data" / "dataset.json").cases["training"]
+    for value, channel in card.labels.items():
+        found = sorted(
+            float((labels.data == value).sum()) * float(np.prod(labels.grid.spacing)) / 1000
+            for labels in (read_labels(case.label) for case in cases)
+        )
+        assert found[0] - 1e-3 <= card.volumes[channel] <= found[-1] + 1e-3

@@ -35,6 +35,7 @@ from MorphSeekLib.training.finetuning import FinetuneConfig, finetune
 from MorphSeekLib.training.losses import Batch, LossSettings, Step, advance, feature_loss, soft_dice, warmup_loss
 from MorphSeekLib.training.run_state import Memory
 from MorphSeekLib.training.sac import SACConfig, train_spac
+from MorphSeekLib.training.segmentation import SegmentationConfig
 from MorphSeekLib.training.trainer import RunSettings, Task, Trainer, seed_for, set_learning_rate
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
@@ -555,6 +556,7 @@ def test_labels_of_one_image_lie_where_its_structures_do(source, monkeypatch):
     monkeypatch.setattr(source, "_contrast", lambda *_, **__: contrast)
     found = []
     for seed in range(4):
+        monkeypatch.setattr(source, "settings", dataclasses.replace(quiet, mirror=seed % 2))
         image, values = source.labeled(torch.Generator().manual_seed(seed))
         assert image.shape == values.shape == (1, 1, 24, 28, 24)
         assert set(values.unique().tolist()) <= set(source.values.tolist())
@@ -562,6 +564,13 @@ def test_labels_of_one_image_lie_where_its_structures_do(source, monkeypatch):
         shifts = [(0, 2), *((shift, axis) for axis in (2, 3, 4) for shift in (-1, 1))]
         moved = [torch.stack([image.roll(*shift).flatten(), bright.flatten()]) for shift in shifts]
         found.append(torch.stack([torch.corrcoef(pair)[0, 1] for pair in moved]))
+    monkeypatch.setattr(source, "settings", dataclasses.replace(quiet, mirror=1))
+    straight, turned = (source.labeled(torch.Generator().manual_seed(seed))[1] for seed in (0, 0))
+    assert torch.equal(straight, turned)
+    box = slice(4, 20), slice(0, 16), slice(8, 24)
+    part, values = source.labeled(torch.Generator().manual_seed(0), box)
+    assert part.shape == (1, 1, 16, 16, 16)
+    assert torch.equal(values, straight[(slice(None), slice(None), *box)])
     right, *around = torch.stack(found).mean(dim=0)
     assert right > max(around) + 0.1
     assert max(abs(one - other) for one, other in zip(around[::2], around[1::2], strict=True)) < 0.1, "half a voxel off"
@@ -651,7 +660,8 @@ def test_recipes_are_valid():
     recipes = bundled("recipe").values()
     assert recipes
     for recipe in recipes:
-        kind = FinetuneConfig if "finetune" in recipe.name else SACConfig if "spac" in recipe.name else TrainingConfig
+        kinds = {"finetune": FinetuneConfig, "spac": SACConfig, "features": SegmentationConfig}
+        kind = next((kind for word, kind in kinds.items() if word in recipe.name), TrainingConfig)
         assert load(kind, recipe).title
 
 
