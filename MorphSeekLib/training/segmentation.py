@@ -9,6 +9,7 @@ Dice of pairs that are fitted by the features.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from ..backbones.segmenter import Segmenter
 from ..data.datasets import Dataset, Pair, PreparedPair, known_sizes, known_volumes, label_maps, label_values
 from ..data.label_channels import channels_for, to_channels
 from ..data.synthesis import LabelMapSource, SynthesisSettings
+from ..io.images import read_image
 from ..measures.metrics import mean
 from ..measures.scores import score_displacement
 from ..networks.devices import network_autocast, place, training_autocast
@@ -31,8 +33,8 @@ from ..protocol.job import SILENT, Job
 from ..registration.descent import descend, halved
 from ..registration.objective import Level, upsample
 from ..registration.plans import LEARNED, LEARNED_WEIGHT
-from ..space.preprocessing import Preprocessing
-from .examples import bent, patch_size, segmentation_loss, window
+from ..space.preprocessing import Preprocessing, general, working_grid
+from .examples import MOST_VOXELS, bent, patch_size, segmentation_loss, window
 from .trainer import (
     VALIDATION_FIGURES,
     RunSettings,
@@ -91,6 +93,11 @@ class SegmentationConfig:
     training: SegmentationRun = field(default_factory=SegmentationRun)
 
 
+_SHAPE = ("width", "depth", "block")
+_IN_BLOCKS = {"width": 16, "block": 2}
+_LOOKED_AT = 5  # cases
+
+
 @dataclass(frozen=True)
 class Examples:
     """What an iteration sees.
@@ -102,6 +109,26 @@ class Examples:
 
     images: Tensor
     labels: Tensor
+
+
+def suited(config: SegmentationConfig, dataset: Dataset, init: Path | str | None = None) -> SegmentationConfig:
+    """Return settings that suit the cases: network and preprocessing of the model that is gone on from, or CT seen
+    through a window, and a network that computes in blocks where an iteration sees a part of an image only.
+
+    Fourteen abdomens (112x96x80 voxels, 13 labels) come in blocks to a Dice in 13 minutes that voxel by voxel they do
+    not reach in 40; images that are seen whole do not need it.
+    """
+    if init is not None:
+        card = read_card(init)
+        known = {name: card.model.backbone_settings[name] for name in _SHAPE if name in card.model.backbone_settings}
+        return dataclasses.replace(config, **known, preprocessing=card.preprocessing)
+    cases = dataset.split("training", "cases")[:_LOOKED_AT]
+    images = [read_image(case.image) for case in cases if case.image is not None]
+    if images and (seen := general(*(image.data for image in images))).intensity == "window":
+        look = {"intensity": seen.intensity, "low": seen.low, "high": seen.high}
+        config = dataclasses.replace(config, preprocessing=dataclasses.replace(config.preprocessing, **look))
+    sizes = [math.prod(working_grid(image.grid, config.preprocessing, 1).shape) for image in images]
+    return dataclasses.replace(config, **_IN_BLOCKS) if sizes and max(sizes) > MOST_VOXELS else config
 
 
 def train_features(
