@@ -20,7 +20,7 @@ HOUNSFIELD = (-1000.0, 600.0)
 SOFT_TISSUE = (-200.0, 300.0)
 """... and other CT: organs, which lie within a tenth of that, are told apart."""
 _LUNGS = (-900.0, -600.0)  # Hounsfield units; pads of a table are darker
-_LUNG_SHARE = 0.08  # of tissue; below it a scan shows no lungs, or their bases
+_LUNG_SHARE = 0.12  # of tissue; below it a scan shows no lungs, or their bases
 _FAT = -200.0  # Hounsfield units, or a little less
 _SEED = 1
 _LEAST_SHARE = 0.01  # of the voxels, that make a value the background though it is not the least

@@ -94,7 +94,7 @@ class SegmentationConfig:
 
 
 _SHAPE = ("width", "depth", "block")
-_IN_BLOCKS = {"width": 16, "block": 2}
+_WIDE, _BLOCK = 16, 2  # of a network for images that are seen in parts
 _LOOKED_AT = 5  # cases
 
 
@@ -120,15 +120,17 @@ def suited(config: SegmentationConfig, dataset: Dataset, init: Path | str | None
     """
     if init is not None:
         card = read_card(init)
-        known = {name: card.model.backbone_settings[name] for name in _SHAPE if name in card.model.backbone_settings}
-        return dataclasses.replace(config, **known, preprocessing=card.preprocessing)
+        known = {name: value for name, value in card.model.backbone_settings.items() if name in _SHAPE}
+        return dataclasses.replace(config, preprocessing=card.preprocessing, **{"block": 1, **known})
     cases = dataset.split("training", "cases")[:_LOOKED_AT]
     images = [read_image(case.image) for case in cases if case.image is not None]
     if images and (seen := general(*(image.data for image in images))).intensity == "window":
-        look = {"intensity": seen.intensity, "low": seen.low, "high": seen.high}
-        config = dataclasses.replace(config, preprocessing=dataclasses.replace(config.preprocessing, **look))
+        windowed = dataclasses.replace(config.preprocessing, intensity="window", low=seen.low, high=seen.high)
+        config = dataclasses.replace(config, preprocessing=windowed)
     sizes = [math.prod(working_grid(image.grid, config.preprocessing, 1).shape) for image in images]
-    return dataclasses.replace(config, **_IN_BLOCKS) if sizes and max(sizes) > MOST_VOXELS else config
+    if sizes and max(sizes) > MOST_VOXELS:
+        return dataclasses.replace(config, width=_WIDE, block=_BLOCK)
+    return config
 
 
 def train_features(

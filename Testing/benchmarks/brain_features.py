@@ -1,6 +1,7 @@
 """Whether structures that a network learns to find in synthetic brains help a fit of real ones.
 
-    python Testing/benchmarks/brain_features.py train [--shared ../shared] [--minutes 90] [--init MODEL] [--rate R] --out FILE
+    python Testing/benchmarks/brain_features.py train [--shared ../shared] [--minutes 90] [--init MODEL] [--rate R]
+        --out MODEL.safetensors
     python Testing/benchmarks/brain_features.py measure MODEL.safetensors [--shared ../shared] [--pairs 4] [--out FILE]
 
 ``train`` learns from 14 label maps by settings/brain-features.toml, for so many minutes of processor time of one

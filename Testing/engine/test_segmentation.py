@@ -12,6 +12,7 @@ from cases import blob_grid, blob_image, blob_labels, write_dataset
 from test_registration import random_model
 
 from MorphSeekLib.app import runs
+from MorphSeekLib.app.phantom import abdomen, abdomen_grid
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.backbones.segmenter import Segmenter
 from MorphSeekLib.data.datasets import load_dataset
@@ -28,10 +29,10 @@ from MorphSeekLib.registration.learned import Features, Learned
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.registration.plans import SHARE
 from MorphSeekLib.space.geometry import DenseTransform
-from MorphSeekLib.space.preprocessing import Preprocessing
+from MorphSeekLib.space.preprocessing import SOFT_TISSUE, Preprocessing
 from MorphSeekLib.training.examples import bent, patch_size, segmentation_loss
 from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, finetune
-from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, SegmentationRun, train_features
+from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, SegmentationRun, suited, train_features
 
 RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2)
 CONFIG = SegmentationConfig(
@@ -293,6 +294,21 @@ def test_features_go_on_from_a_model_of_features_alone(tmp_path, trained):
     assert read_card(out).provenance["init"]["stage"] == "features"
     with pytest.raises(MorphSeekError, match="no model of features"):
         train_features(dataset, CONFIG, tmp_path / "other.safetensors", init=find("hippocampus-mr"))
+
+
+def test_settings_suit_the_cases(tmp_path, trained):
+    """Images that are seen in parts are seen in blocks of voxels, CT through a window; what is gone on from is kept."""
+    small = load_dataset(write_dataset(tmp_path / "small", 2))
+    assert suited(CONFIG, small) == CONFIG
+    fine = replace(CONFIG, preprocessing=replace(CONFIG.preprocessing, spacing=(0.6, 0.6, 0.6)))
+    assert (suited(fine, small).width, suited(fine, small).block) == (16, 2)
+    for number in range(2):
+        write_image(abdomen(abdomen_grid(8.0), "ct", seed=number), small.path.parent / f"image_{number}.nii.gz")
+    seen = suited(CONFIG, small).preprocessing
+    assert (seen.intensity, seen.low, seen.high, seen.spacing) == ("window", *SOFT_TISSUE, CONFIG.preprocessing.spacing)
+    kept = suited(SegmentationConfig(width=9, block=2), small, trained)
+    assert (kept.width, kept.depth, kept.block) == (6, 2, 1)
+    assert kept.preprocessing == read_card(trained).preprocessing
 
 
 def test_unlabeled_cases_are_refused(tmp_path):
