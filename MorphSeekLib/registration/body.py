@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,29 +33,29 @@ def beside_body(scan: Volume) -> Tensor | None:
     Args:
         scan: in Hounsfield units.
     """
+    from scipy import ndimage  # what is no CT goes without it
+
     spacing, shape = scan.grid.spacing, scan.grid.shape
     block = [int(max(1, min(round(_SPACING / s), n // 8))) for s, n in zip(spacing, shape, strict=True)]
     averaged = F.avg_pool3d((scan.data > _TISSUE).float()[None, None], block)[0, 0]
-    shown = sitk.GetImageFromArray((averaged > 0.5).to(torch.uint8).numpy().transpose(2, 1, 0))
-    axial = int(np.abs(scan.grid.direction[2]).argmax())
-    whole = _with_gas(shown, axial)
-    size = [s * b for s, b in zip(spacing, block, strict=True)]
-    reach = [max(1, min(round(_NECK / s), n // 4)) for s, n in zip(size, averaged.shape, strict=True)]
-    core = sitk.ConnectedComponent(sitk.BinaryErode(whole, reach, sitk.sitkBall, 0.0, 1.0))
-    counts = np.bincount(_array(core).ravel())[1:]
-    if not counts.size:
+    shown = (averaged > 0.5).numpy()
+    size = spacing * block
+    depth = ndimage.distance_transform_edt(_with_gas(shown, int(np.abs(scan.grid.direction[2]).argmax())), size)
+    edge = float(size.max()) / 2  # distances are those of middles of voxels
+    core, count = ndimage.label(depth > _NECK + edge)
+    if not count:
         return None
-    own = np.isin(_array(core), 1 + np.flatnonzero(counts >= _BODY * counts.max()))
-    body = sitk.BinaryDilate(_image(own), [n + 1 for n in reach])
-    parts = _array(sitk.ConnectedComponent(shown & (body == 0)))
-    volumes = np.bincount(parts.ravel()) * float(np.prod(size)) / 1000
-    large = 1 + np.flatnonzero(volumes[1:] >= _LEAST)
+    counts = np.bincount(core.ravel())[1:]
+    cores = np.isin(core, 1 + np.flatnonzero(counts >= _BODY * counts.max()))
+    body = ndimage.distance_transform_edt(~cores, size) <= _NECK + 3 * edge
+    parts, _ = ndimage.label(shown & ~body)
+    volumes = np.bincount(parts.ravel())[1:] * float(np.prod(size)) / 1000
+    large = 1 + np.flatnonzero(volumes >= _LEAST)
     if not large.size:
         return None
     # blocks that it reaches into are its own, but not those of the body
-    left_out = _array(sitk.BinaryDilate(_image(np.isin(parts, large)), [1, 1, 1]) & (body == 0))
-    marked = torch.from_numpy(left_out.copy()).float()[None, None]
-    return _on_voxels(marked, block, shape) & (scan.data > _AIR)
+    left_out = ndimage.binary_dilation(np.isin(parts, large), np.ones((3, 3, 3))) & ~body
+    return _on_voxels(torch.from_numpy(left_out), block, shape) & (scan.data > _AIR)
 
 
 def without(scan: Volume, left_out: Tensor | None) -> Volume:
@@ -64,27 +63,17 @@ def without(scan: Volume, left_out: Tensor | None) -> Volume:
     return scan if left_out is None else replace(scan, data=scan.data.masked_fill(left_out, _AIR))
 
 
-def _with_gas(shown: sitk.Image, axis: int) -> sitk.Image:
+def _with_gas(shown: np.ndarray, axis: int) -> np.ndarray:
     """Fill what is enclosed in each slice across an axis: lungs and bowel are body."""
-    values = np.moveaxis(_array(shown), axis, 0)
-    filled = [sitk.GetArrayFromImage(sitk.BinaryFillhole(sitk.GetImageFromArray(piece))) for piece in values.copy()]
-    return _image(np.moveaxis(np.stack(filled), 0, axis))
+    from scipy import ndimage
+
+    filled = [ndimage.binary_fill_holes(piece) for piece in np.moveaxis(shown, axis, 0)]
+    return np.moveaxis(np.stack(filled), 0, axis)
 
 
 def _on_voxels(marked: Tensor, block: list[int], shape: tuple[int, ...]) -> Tensor:
     """Give every voxel what its block has; those beyond the last whole block what the last has."""
-    marked = marked[0, 0]
     for axis, (n, length) in enumerate(zip(block, shape, strict=True)):
         places = torch.arange(length).div(n, rounding_mode="floor").clamp(max=marked.shape[axis] - 1)
         marked = marked.index_select(axis, places)
-    return marked > 0
-
-
-def _array(image: sitk.Image) -> np.ndarray:
-    """Return (i, j, k): the image's values."""
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0)
-
-
-def _image(values: np.ndarray) -> sitk.Image:
-    """Return an image of (i, j, k) bool."""
-    return sitk.GetImageFromArray(values.astype(np.uint8).transpose(2, 1, 0))
+    return marked
