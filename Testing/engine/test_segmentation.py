@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_registration import random_model
 
 from MorphSeekLib.app import runs
 from MorphSeekLib.app.phantom import abdomen, abdomen_grid
+from MorphSeekLib.app.settings_file import load as load_settings
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.backbones.segmenter import Segmenter
 from MorphSeekLib.data.datasets import load_dataset
@@ -258,6 +260,14 @@ def test_features_are_learned_from_images_made_of_label_maps(tmp_path):
     card = read_card(train_features(dataset, config, tmp_path / "made.safetensors"))
     assert (card.compare, card.labels, card.preprocessing.shape) == ("both", {1: 1, 2: 1, 3: 2}, None)
     assert card.provenance["synthetic"]
+
+
+def test_the_settings_for_brains_are_usable():
+    settings = Path(__file__).parents[1] / "benchmarks" / "settings" / "brain-features.toml"
+    config = load_settings(SegmentationConfig, settings)
+    assert config.synthesis is not None
+    assert {value for values in config.structures for value in values} <= set(config.synthesis.anatomy)
+    assert len(config.synthesis.groups) == len(config.synthesis.typical)
 
 
 def test_images_of_something_else_are_compared_themselves(trained):

@@ -35,7 +35,6 @@ from MorphSeekLib.training.finetuning import FinetuneConfig, finetune
 from MorphSeekLib.training.losses import Batch, LossSettings, Step, advance, feature_loss, soft_dice, warmup_loss
 from MorphSeekLib.training.run_state import Memory
 from MorphSeekLib.training.sac import SACConfig, train_spac
-from MorphSeekLib.training.segmentation import SegmentationConfig
 from MorphSeekLib.training.trainer import RunSettings, Task, Trainer, seed_for, set_learning_rate
 from MorphSeekLib.training.warmup import TrainingConfig, warmup
 
@@ -660,8 +659,7 @@ def test_recipes_are_valid():
     recipes = bundled("recipe").values()
     assert recipes
     for recipe in recipes:
-        kinds = {"finetune": FinetuneConfig, "spac": SACConfig, "features": SegmentationConfig}
-        kind = next((kind for word, kind in kinds.items() if word in recipe.name), TrainingConfig)
+        kind = FinetuneConfig if "finetune" in recipe.name else SACConfig if "spac" in recipe.name else TrainingConfig
         assert load(kind, recipe).title
 
 
