@@ -22,13 +22,14 @@ _SPACING = 3.0  # mm of the averaged voxels
 _NECK = 9.0  # mm; what hangs on the body by less than twice this is not part of it
 _BODY = 0.4  # of the largest part, and another is body too: one of two legs
 _LEAST = 20.0  # milliliters; smaller parts (the tip of a nose) stay
+_TRUNK = 2000.0  # milliliters; of a smaller body (a hand, whose fingers hang on it) all stays
 _TISSUE = HOUNSFIELD[0] / 2
 _AIR = HOUNSFIELD[0]
 
 
 def beside_body(scan: Volume) -> Tensor | None:
     """Return which voxels of a CT scan show something that is not the body, (i, j, k) bool; None where there is
-    nothing, or no body.
+    nothing, or no trunk or head.
 
     Args:
         scan: in Hounsfield units.
@@ -48,6 +49,8 @@ def beside_body(scan: Volume) -> Tensor | None:
     counts = np.bincount(core.ravel())[1:]
     cores = np.isin(core, 1 + np.flatnonzero(counts >= _BODY * counts.max()))
     body = ndimage.distance_transform_edt(~cores, size) <= _NECK + 3 * edge
+    if float((shown & body).sum() * np.prod(size)) / 1000 < _TRUNK:
+        return None
     parts, _ = ndimage.label(shown & ~body)
     volumes = np.bincount(parts.ravel())[1:] * float(np.prod(size)) / 1000
     large = 1 + np.flatnonzero(volumes >= _LEAST)

@@ -69,6 +69,13 @@ def test_a_limb_that_is_wide_where_it_hangs_and_a_second_leg_are_body():
     assert beside_body(legs) is None
 
 
+def test_fingers_stay():
+    hand = scan(table=20, arms=(45,))
+    small = Volume(hand.data, Grid.from_parts(SHAPE, np.array(SPACING) * 0.8, np.eye(3), np.zeros(3)))
+    assert beside_body(hand) is not None
+    assert beside_body(small) is None
+
+
 def test_nothing_is_beside_in_air_alone():
     assert beside_body(replace(scan(), data=torch.full(SHAPE, -1000.0))) is None
 
