@@ -127,7 +127,7 @@ def test_a_model_of_features_is_fitted_by_them(trained):
     grid = blob_grid()
     known = [blob_labels(seed, grid) for seed in (7, 8)]
     fixed, moving = (blob_image(labels, seed) for seed, labels in enumerate(known))
-    found = register(fixed, moving, model, labels=(known[0], known[1]))
+    found = register(fixed, moving, model, RegistrationOptions(align="center"), labels=(known[0], known[1]))
     report = found.report
     assert report["fit"]["similarity"] == "features"
     assert [row["stage"] for row in report["steps"]][-1] == "fit"
@@ -141,6 +141,8 @@ def test_a_model_of_features_is_fitted_by_them(trained):
     assert longer.report["steps"][-1]["similarity"] >= 0.99 * report["steps"][-1]["similarity"]
     by_intensities = register(fixed, moving, model, RegistrationOptions(similarity="lncc"))
     assert by_intensities.report["fit"]["similarity"] == "lncc"
+    assert model.card.preprocessing.align == "center"
+    assert by_intensities.report["align"] == "affine", "each image is seen by itself, so that the alignment is free"
 
 
 def test_features_are_compared_beside_intensities_where_the_card_says_so(trained):
