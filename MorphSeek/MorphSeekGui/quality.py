@@ -197,6 +197,17 @@ def masks_sentence(report: SavedReport) -> str:
     )
 
 
+def beside_sentence(report: SavedReport) -> str:
+    """Return how much of two CT scans was left out as no part of the body; "" where nothing was."""
+    left_out = [(report.get("beside_body") or {}).get(side) for side in ("fixed", "moving")]
+    if left_out == [None, None]:
+        return ""
+    fixed, moving = (_("nothing") if ml is None else _("{n} ml").format(n=f"{ml:,.0f}") for ml in left_out)
+    return _(
+        "Not compared, as it lies beside the body (table, arms): {fixed} of the fixed, {moving} of the moving volume."
+    ).format(fixed=fixed, moving=moving)
+
+
 def labels() -> dict[str, str]:
     """Return what the figures are called."""
     return {

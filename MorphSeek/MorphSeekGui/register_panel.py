@@ -877,7 +877,7 @@ def _summary(report: dict, which_model: str) -> str:
     """
     model, similarity, dice = _model_of(report), report.get("similarity"), report.get("dice")
     named = _("No model.") if model is None else _("Model: {title}.").format(title=model["title"] or model["name"])
-    lines = [which_model or named, quality.masks_sentence(report)]
+    lines = [which_model or named, quality.masks_sentence(report), quality.beside_sentence(report)]
     if similarity:
         before, after = similarity["aligned"], similarity["warped"]
         lines.append(_("Similarity {before:.3f} to {after:.3f} (1 is best).").format(before=before, after=after))

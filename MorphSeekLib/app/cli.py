@@ -1158,6 +1158,9 @@ def print_report(report: Report) -> None:
     if any(report["masks"].values()):
         left = ("all" if n is None else f"{n:,}" for n in (report["masks"]["fixed"], report["masks"]["moving"]))
         table.add_row("Voxels that masks leave, fixed / moving", " / ".join(left))
+    if any(report["beside_body"].values()):
+        left = ("nothing" if ml is None else f"{ml:,.0f} ml" for ml in report["beside_body"].values())
+        table.add_row("Beside the body and not compared, fixed / moving", " / ".join(left))
     motion = report["displacement_mm"]
     table.add_row("Displacement, mean / 95 % / largest", " / ".join(f"{motion[k]:.1f}" for k in motion) + " mm")
     if (inverse := report["inverse"]) is not None and (residual := inverse["residual_mm"]) is not None:

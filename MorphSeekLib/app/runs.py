@@ -39,7 +39,7 @@ from ..registration.plans import SHARE
 from ..space.preprocessing import Preprocessing
 from ..training.finetuning import FinetuneConfig, finetune
 from ..training.sac import SACConfig, train_spac
-from ..training.segmentation import SegmentationConfig, train_features
+from ..training.segmentation import SegmentationConfig, suited, train_features
 from ..training.warmup import TrainingConfig, warmup
 from .settings_file import load
 
@@ -334,6 +334,8 @@ def _planned(
         network, _ = model_file.load(init)
         if network.with_features(2) is None:
             config = override(config, "loss", features=0.0)
+    if isinstance(config, SegmentationConfig):
+        config = suited(config, dataset, init)
     if minutes is not None and isinstance(config, SegmentationConfig):
         config = override(config, "training", minutes=minutes)
     elif minutes is not None:

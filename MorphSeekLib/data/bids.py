@@ -21,6 +21,8 @@ NAMES = {
     "warped-labels.nii.gz": "{entities}_space-{space}_desc-warped_dseg.nii.gz",
     "folding.nii.gz": "{entities}_space-{space}_desc-folding_mask.nii.gz",
     "jacobian.nii.gz": "{entities}_space-{space}_desc-jacobian_{suffix}.nii.gz",
+    "trust.nii.gz": "{entities}_space-{space}_desc-errorbound_{suffix}.nii.gz",
+    "trust-colors.nii.gz": "{entities}_space-{space}_desc-trust_dseg.nii.gz",
     "transform.h5": "{entities}_from-{space}_to-{suffix}_mode-points_xfm.h5",
     "inverse.h5": "{entities}_from-{suffix}_to-{space}_mode-points_xfm.h5",
     "report.json": "{entities}_space-{space}_desc-report_{suffix}.json",

@@ -457,6 +457,32 @@ def known_sizes(cases: Sequence[Case], anatomy: Sequence[int] | None = None, mos
     return round(min(sizes), 1), round(max(sizes), 1)
 
 
+def known_volumes(cases: Sequence[Case], channels: Mapping[int, int], most: int = 100) -> dict[int, float]:
+    """Return how much of what each channel stands for a case holds, for ``Card.volumes``.
+
+    Args:
+        cases: of the training; of many, some are drawn.
+        channels: label value -> channel.
+        most: how many cases to measure.
+
+    Returns:
+        channel -> milliliters, the median of the cases that hold any.
+    """
+    volumes: dict[int, list[float]] = {}
+    places = sampled(torch.arange(len(cases)), most).tolist()
+    for case in (cases[place] for place in places):
+        if case.label is None:
+            continue
+        labels = read_labels(case.label)
+        known = dict(channels) | {value: channels.get(other, 0) for value, other in case.merged}
+        counts = torch.bincount(to_channels(labels.data, known).flatten()).tolist()
+        voxel = abs(float(np.linalg.det(labels.grid.affine[:3, :3]))) / 1000
+        for channel, count in enumerate(counts):
+            if channel and count:
+                volumes.setdefault(channel, []).append(count * voxel)
+    return {channel: round(float(np.median(found)), 3) for channel, found in sorted(volumes.items())}
+
+
 def label_maps(cases: Sequence[Case]) -> list[Path]:
     """Return the label map of each case.
 

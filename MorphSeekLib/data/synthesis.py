@@ -29,6 +29,8 @@ from ..space import fields
 from ..space.geometry import Grid, orientation_matrix, resample
 from ..space.preprocessing import Preprocessing, normalize, sampled
 
+Box = tuple[slice, slice, slice]
+
 
 @dataclass(frozen=True)
 class SynthesisSettings:
@@ -53,6 +55,8 @@ class SynthesisSettings:
         noise, bias, blur: greatest spread of the noise (share of the range), of the log bias field, and of the Gaussian
             blur (mm).
         thick: share of images with slices of up to 7 mm along a random axis.
+        mirror: share of single images (:meth:`LabelMapSource.labeled`) that are mirrored along their first axis: with
+            the left and the right of a structure in one channel, each label map counts twice.
     """
 
     anatomy: tuple[int, ...] = ()
@@ -73,6 +77,7 @@ class SynthesisSettings:
     bias: float = 0.3
     blur: float = 1.5
     thick: float = 0.2
+    mirror: float = 0.0
 
 
 @dataclass
@@ -164,13 +169,25 @@ class LabelMapSource:
         (fixed, fixed_target, fixed_labels), (moving, moving_target, moving_labels) = made
         return SyntheticPair(fixed, moving, fixed_target, moving_target, fixed_labels, moving_labels)
 
-    def labeled(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return a random image and the label value of each of its voxels, (1, 1, i, j, k) each, the labels int64."""
+    def labeled(
+        self, generator: torch.Generator, box: tuple[slice, slice, slice] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return a random image and the label value of each of its voxels, (1, 1, i, j, k) each, the labels int64.
+
+        Args:
+            generator: of the CPU.
+            box: of the working grid, what of the image is wanted; None: all.
+        """
         g, s = generator, self.settings
         case = int(torch.randint(len(self.labels), (1,), generator=g))
         contrast = self._contrast(g, typical=bool(s.typical) and _uniform(g) < s.typical_share)
         strip = _uniform(g) < s.strip
         points = self._points(g)
+        if s.mirror and _uniform(g) < s.mirror:
+            points[:, 0] = points.shape[2] - 1 - points[:, 0]
+        if box is not None:
+            cut = (slice(None), slice(None), *box)
+            points = points[cut]
         image, _ = self._image(case, contrast, contrast, strip, points, g)
         fine = self.labels[case][None, None].float()
         known = fields.sample(fine, 2 * points + 0.5, mode="nearest").round().long()

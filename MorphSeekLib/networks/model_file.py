@@ -56,6 +56,8 @@ class Card:
         labels: label value -> channel of the class-like features that stands for it, see
             :mod:`MorphSeekLib.data.label_channels`; empty where nothing was learned of labels, or channel c stands for
             label c.
+        volumes: milliliters of what such a channel stands for, the median of the training's cases; where something else
+            is found in an image, its features are not compared. Empty: whatever is found counts.
     """
 
     title: str = ""
@@ -70,6 +72,7 @@ class Card:
     labels: dict[int, int] = field(default_factory=dict)
     compare: Literal["intensities", "features", "both"] = "intensities"
     share: float = 1.0
+    volumes: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -26,8 +26,8 @@ class RegistrationOptions:
     Attributes:
         steps: steps T of the network; None for what the model was trained with.
         align: "none", "center", "rigid" or "affine" before all else; "auto" for what the model's card says, or without
-            a model for the one after which the images are most alike; and for "none" where an initial transform is
-            given.
+            a model, and with one that only finds labels in either image, for the one after which the images are most
+            alike; and for "none" where an initial transform is given.
         stop_early: save time: take no further step after one that raises the similarity by less than 0.002.
         inverse: also compute the inverse transform.
         preset: "best", or "fast" for about a third of the time.

@@ -4,7 +4,8 @@
 2: ``folding.cells``, ``folding.regions`` and ``verdict`` are there; every key of before keeps its meaning, so
 ``folding.njd_percent`` is by central differences. 3: ``steps`` has a row for each stage, with its name; ``fit`` took
 the place of ``refinement``; ``model`` is null where none was used; the similarity is that of the fit. Since then
-``masks``, ``folding.inside``, ``folding.region_voxels``, ``trust`` and ``fit.features_beside`` were added.
+``masks``, ``folding.inside``, ``folding.region_voxels``, ``trust``, ``fit.features_beside`` and ``beside_body`` were
+added.
 """
 
 from __future__ import annotations
@@ -269,6 +270,14 @@ class MasksSection(TypedDict):
     moving: int | None
 
 
+class BesideSection(TypedDict):
+    """How much of two CT scans lies beside the body (a table, arms that lie apart) and is not compared, milliliters;
+    None: nothing does, or the images are no CT scans, or masks say what counts."""
+
+    fixed: float | None
+    moving: float | None
+
+
 class Figures(TypedDict):
     """What is measured on the delivered transform; None: without labels, without an inverse."""
 
@@ -292,6 +301,7 @@ class _Measured(Figures):
     mirrored: bool
     alignment_determinant: float | None
     masks: MasksSection
+    beside_body: BesideSection
     steps: list[StepSection]
     preset: str
     fit: FitSection | None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..networks.devices import network_autocast
+from ..networks.model_file import Card
 from ..networks.policy import RegistrationModel
 from ..protocol.job import Job
 from ..space import fields
@@ -25,6 +26,7 @@ MOST_VALUES = 100_000_000
 """Features times voxels that are compared at once: 400 MB for each image."""
 _FOUND = 0.5  # the probability from which on a voxel shows a label
 _FEWEST = 8  # voxels of the working grid
+_LARGER = 3.0  # times, or smaller, than what the training's cases hold is something else
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,17 @@ class Features:
         assert found is not None  # a network whose features are compared has some
         return cls(found, grid)
 
-    def found(self) -> bool:
-        """Return whether any of the labels is there."""
-        return int((self.maps.amax(dim=1) > _FOUND).sum()) >= _FEWEST
+    def found(self, card: Card | None = None) -> bool:
+        """Return whether labels are there: any of them, or those of a card, half of them about as large as it says."""
+        counts = (self.maps > _FOUND).sum(dim=(0, 2, 3, 4)).tolist()
+        if card is None or not card.volumes:
+            return sum(counts) >= _FEWEST
+        spacing = card.preprocessing.spacing  # of objects that are larger or smaller, the grid is that much coarser
+        voxel = float(np.prod(self.grid.spacing if spacing is None else spacing)) / 1000
+        alike = [
+            1 / _LARGER <= voxel * counts[channel - 1] / volume <= _LARGER for channel, volume in card.volumes.items()
+        ]
+        return 2 * sum(alike) >= len(alike)
 
     def on(self, grid: Grid, transform: Transform) -> Tensor:
         """Return them at the voxels of another grid, (1, labels, i, j, k), as smooth as that.

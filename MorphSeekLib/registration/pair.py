@@ -38,6 +38,7 @@ from ..space.geometry import (
 from ..space.preprocessing import Preprocessing, foreground_of, general, normalize, normalized, working_grid
 from . import guards
 from .alignment import alignments, object_size
+from .body import beside_body, without
 from .judge import FAR, Judge
 from .learned import Features, Learned
 from .masks import Masks, check_seen, filled
@@ -150,7 +151,10 @@ class Pair:
     Attributes:
         grid: the working grid: the model's, or without one the nodes of the fit's finest level.
         masks: what counts of the images.
-        known: fixed and moving, with a smooth continuation of the rest where masks leave nothing.
+        beside: which voxels of each image show something beside the body (:mod:`.body`), where both are CT and
+            nothing is masked; None for none.
+        known: fixed and moving, with a smooth continuation of the rest where masks leave nothing, and air where
+            something is beside the body.
         notices: what there is to say about the two images.
         alignment: from :meth:`align` or :meth:`go_on_from`.
         similarity: what the pair is compared by, from :meth:`prepare`.
@@ -180,10 +184,13 @@ class Pair:
         self.learned: Learned | None = None
         self._model = model
         self.masks = Masks(fixed.counts, moving.counts)
+        is_ct = general(fixed.data, moving.data).intensity == "window"
+        self.beside = (beside_body(fixed), beside_body(moving)) if is_ct and not self.masks else (None, None)
         self.known = (
-            replace(fixed, data=filled(fixed.data, self.masks.fixed)),
-            replace(moving, data=filled(moving.data, self.masks.moving)),
+            without(replace(fixed, data=filled(fixed.data, self.masks.fixed)), self.beside[0]),
+            without(replace(moving, data=filled(moving.data, self.masks.moving)), self.beside[1]),
         )
+        job.check()
         self.device = torch.device("cpu") if device is None else device
         self.background = air_value(moving.data)
         card = None if model is None else model.card.preprocessing
@@ -317,12 +324,14 @@ class Pair:
     def _find(self) -> bool:
         """Find the features of both images; return whether there are any in either, which is noted otherwise."""
         assert self._model is not None  # whose features are compared
-        found = [Features.of(self._model.network, image, self.preprocessing, self.job) for image in self.intensities]
+        model = self._model
+        found = [Features.of(model.network, image, self.preprocessing, self.job) for image in self.intensities]
         roles = [
             volume.called(r) for volume, r in zip(self.known, ("The fixed image", "The moving image"), strict=True)
         ]
-        self.notices += guards.nothing_found([role for role, one in zip(roles, found, strict=True) if not one.found()])
-        if not all(one.found() for one in found):
+        nothing = [role for role, one in zip(roles, found, strict=True) if not one.found(model.card)]
+        self.notices += guards.nothing_found(nothing)
+        if nothing:
             return False
         self.learned = Learned(*found)
         return True

@@ -114,7 +114,7 @@ def _align(
     kind = options.align
     if kind == "auto" and start is not None:
         kind = "none"
-    elif kind == "auto" and model is not None:
+    elif kind == "auto" and model is not None and model.network.backbone.moves:  # else each image is seen by itself
         kind = model.card.preprocessing.align
     pair.align(kind, start, job)
 

@@ -16,6 +16,7 @@ from ..protocol.job import Job
 from ..protocol.options import RegistrationOptions
 from ..protocol.report import (
     SCHEMA,
+    BesideSection,
     DiceSection,
     Figures,
     FoldingSection,
@@ -177,6 +178,7 @@ def make_report(
             "fixed": None if pair.masks.fixed is None else int(pair.masks.fixed.sum()),
             "moving": None if pair.masks.moving is None else int(pair.masks.moving.sum()),
         },
+        "beside_body": _beside_body(pair),
         "steps": outcome.figures,
         "preset": request.options.preset,
         "fit": outcome.fitted,
@@ -223,6 +225,15 @@ def _dice(fixed: Volume, moving: Volume, warped: Volume, start: Transform, job: 
         "definition": "2|A and B| / (|A| + |B|) per label on the fixed grid, nearest-neighbor warped; labels absent "
         "from either image are left out",
     }
+
+
+def _beside_body(pair: Pair) -> BesideSection:
+    """Return how much of each image is left out since it lies beside the body."""
+    sizes = [
+        None if left is None else round(float(left.sum()) * float(np.prod(volume.grid.spacing)) / 1000, 1)
+        for left, volume in zip(pair.beside, (pair.fixed, pair.moving), strict=True)
+    ]
+    return {"fixed": sizes[0], "moving": sizes[1]}
 
 
 def _folding(jacobian: Volume, certificate: Certificate, least: Volume, pair: Pair) -> FoldingSection:

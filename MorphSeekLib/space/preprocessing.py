@@ -16,7 +16,11 @@ from .background import quiet_background
 from .geometry import Grid, Volume, covering_grid
 
 HOUNSFIELD = (-1000.0, 600.0)
-"""What CT is seen by without a model: from air to bone."""
+"""What CT with lungs is seen by without a model: from air to bone; ..."""
+SOFT_TISSUE = (-200.0, 300.0)
+"""... and other CT: organs, which lie within a tenth of that, are told apart."""
+_LUNGS = (-900.0, -600.0)  # Hounsfield units; pads of a table are darker
+_LUNG_SHARE = 0.12  # of tissue; below it a scan shows no lungs, or their bases
 _FAT = -200.0  # Hounsfield units, or a little less
 _SEED = 1
 _LEAST_SHARE = 0.01  # of the voxels, that make a value the background though it is not the least
@@ -112,18 +116,27 @@ def general(*images: Tensor) -> Preprocessing:
     """Return how images reach search and fit: CT by a window, others from their background to a percentile.
 
     A lower percentile would take what is dark in the object for background, such as the white matter of a T2 image.
-    Images are taken for CT if each shows air near -1000 and tissue, from fat on, of a usual density.
+    Images are taken for CT if each shows air near -1000 and tissue, from fat on, of a usual density. What lies in lungs
+    is seen where one of them shows lungs; else the window is that of soft tissue, by which organs come together better.
     """
-    window = Preprocessing(intensity="window", low=HOUNSFIELD[0], high=HOUNSFIELD[1])
-    return window if all(_is_ct(sampled(image)) for image in images) else Preprocessing(low=0.0)
+    values = [sampled(image).float() for image in images]
+    if not all(_is_ct(some) for some in values):
+        return Preprocessing(low=0.0)
+    low, high = HOUNSFIELD if any(_shows_lungs(some) for some in values) else SOFT_TISSUE
+    return Preprocessing(intensity="window", low=low, high=high)
 
 
 def _is_ct(values: Tensor) -> bool:
     """Return whether values may be Hounsfield units: some of air (what was not scanned may be lower), some tissue."""
-    values = values.float()
     air = (values > 1.1 * HOUNSFIELD[0]) & (values < HOUNSFIELD[0] / 2)
     shares = [float(which.float().mean()) for which in (air, values > _FAT)]
     return min(shares) >= _LEAST_SHARE and float(values[values > HOUNSFIELD[0]].median()) < HOUNSFIELD[1]
+
+
+def _shows_lungs(values: Tensor) -> bool:
+    """Return whether values of a CT scan are those of lungs and what is around them."""
+    lungs = (values > _LUNGS[0]) & (values < _LUNGS[1])
+    return int(lungs.sum()) > _LUNG_SHARE * int((values > _FAT).sum())
 
 
 def sampled(values: Tensor, count: int = 250_000) -> Tensor:

@@ -22,15 +22,16 @@ def patch_size(shapes: list[tuple[int, ...]], multiple_of: int, most: int = MOST
     return i, j, k
 
 
-def window(image: Tensor, labels: Tensor, multiple_of: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return a random box of an image and of its labels, (1, 1, i, j, k) each, of two thirds to all along each axis."""
-    cut = [slice(None), slice(None)]
-    for length in image.shape[2:]:
+def window(shape: tuple[int, ...], multiple_of: int, generator: torch.Generator) -> tuple[slice, slice, slice]:
+    """Return a random box of an image, of two thirds of it to all along each axis."""
+    cut = []
+    for length in shape:
         most = length // multiple_of
         size = multiple_of * int(torch.randint(math.ceil(2 * most / 3), most + 1, (1,), generator=generator))
         begin = int(torch.randint(length - size + 1, (1,), generator=generator))
         cut.append(slice(begin, begin + size))
-    return image[tuple(cut)], labels[tuple(cut)]
+    i, j, k = cut
+    return i, j, k
 
 
 def bent(

@@ -235,6 +235,7 @@ class Finetuning(Task[list[PreparedPair]]):
             labels=self._channels,
             compare=base.compare,
             share=base.share,
+            volumes=base.volumes,
         )
 
     def _numbers(self, iteration: int) -> range:

@@ -24,7 +24,8 @@ OLD_NAMES = {"score": "score", "best/iteration": "best_iteration"}
 LATER: dict[str, dict[str, object]] = {
     "training": {"minutes": None, "average": 0.0, "patience": None},
     "model": {"finder": None},
-    "": {"compare": "features", "synthesis": None, "structures": []},
+    "synthesis": {"mirror": 0.0},
+    "": {"compare": "features", "synthesis": None, "structures": [], "block": 1},
 }
 """Settings that there were not always, by their section, and the values that change nothing."""
 
@@ -146,7 +147,7 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
     """Return what tells a training's settings, with what else it depends on, from others."""
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     for section, later in LATER.items():
-        values = plain.get(section, {}) if section else plain
+        values = (plain.get(section) or {}) if section else plain
         for name, value in later.items():
             if name in values and values[name] == value:
                 del values[name]

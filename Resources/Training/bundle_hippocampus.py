@@ -64,7 +64,13 @@ def join(moves: Path, finds: Path, share: float, out: Path) -> None:
     assert isinstance(finder.backbone, Segmenter)
     provenance = card.provenance | {"finder": found.provenance}
     joined = dataclasses.replace(
-        card, labels=found.labels, compare="features", share=share, fit=True, provenance=provenance
+        card,
+        labels=found.labels,
+        volumes=found.volumes,
+        compare="features",
+        share=share,
+        fit=True,
+        provenance=provenance,
     )
     save(out, model.with_finder(finder.backbone), joined)
 

@@ -1,7 +1,7 @@
 """What a site's training comes to: features learned from thirty cases, and the answer of a fit that compares them.
 
     python Testing/benchmarks/training_answers.py [--shared ../shared] [--out FILE] [--draws 0 1 2] [--minutes 60]
-        [--cases 30] [--split registration_test]
+        [--cases 30] [--split registration_test] [--keep FOLDER]
 
 For each draw, hippocampus cases are drawn by its number from the split training, and features are trained with the
 defaults of ``morphseek train`` for so many minutes of processor time of one thread, validated on twelve pairs of
@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import random
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -49,7 +50,7 @@ def drawn(dataset: Dataset, draw: int, count: int) -> Dataset:
     return dataclasses.replace(dataset, cases={"training": cases[:count]})
 
 
-def measured(dataset: Dataset, draw: int, minutes: float, split: str) -> dict:
+def measured(dataset: Dataset, draw: int, minutes: float, split: str, keep: Path | None) -> dict:
     """Train on the cases of a data set; return the curve and the figures of the finished model."""
     options = TrainingOptions("site", "", "site.safetensors", stages=("features",), spacing=SPACING, seed=draw)
     config = stage_settings(options)["features"]
@@ -74,6 +75,9 @@ def measured(dataset: Dataset, draw: int, minutes: float, split: str) -> dict:
         card = read_card(out)
         table = evaluate(dataset, split, load_model(str(out), "cpu"), Path(folder) / "figures.json")
         size = out.stat().st_size
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            shutil.copy(out, keep / f"draw-{draw}.safetensors")
     return {
         "minutes_of_training": spent,
         "curve": curve,
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--cases", type=int, default=30)
     parser.add_argument("--split", default="registration_test")
+    parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     dataset = load_dataset(options.shared / "data" / "hippocampus" / "dataset.json")
@@ -105,7 +110,7 @@ def main() -> None:
         name = f"{options.cases} cases, draw {draw}, {options.minutes:g} minutes, {options.split}"
         if name in done["rows"]:
             continue
-        row = measured(drawn(dataset, draw, options.cases), draw, options.minutes, options.split)
+        row = measured(drawn(dataset, draw, options.cases), draw, options.minutes, options.split, options.keep)
         row["precision"] = str(network_precision(torch.device("cpu"))).removeprefix("torch.")
         done["rows"][name] = row
         done["software"] = software()

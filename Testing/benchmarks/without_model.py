@@ -14,7 +14,8 @@ With ``--change`` each method also runs on both images after a change (compariso
 itself on the images as they are:
 
 - noise: 1 % Rician noise and a smooth field from 0.8 to 1.2;
-- table (CT alone): a wider field of view with a table and arms, elsewhere in each image; "padded" is the field alone.
+- table (CT alone): a wider field of view with a table and arms, elsewhere in each image, in Hounsfield units as a
+  scanner writes them; "padded" is the field alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from comparison.changes import Change, padded, shaded_and_noisy, table_and_arms
+from comparison.changes import Change, hounsfield, padded, shaded_and_noisy, table_and_arms
 from comparison.classical import greedy
 from comparison.side_by_side import ROOT, SETS, Arm, Task, by_preset, fill, means
 
@@ -32,7 +33,10 @@ from MorphSeekLib.data.datasets import load_dataset, scored_pairs
 
 CHANGES: dict[str, dict[str, Change]] = {
     "noise": {"noise": shaded_and_noisy},
-    "table": {"padded": padded, "table": table_and_arms},
+    "table": {
+        "padded": lambda image, name: hounsfield(padded(image), name),
+        "table": lambda image, name: hounsfield(table_and_arms(image, name), name),
+    },
 }
 METHODS = ("best", "fast", "greedy", "greedy-as-given")
 

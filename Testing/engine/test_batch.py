@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from MorphSeekLib.app.batch import BatchOptions, batch
 from MorphSeekLib.app.batch_status import told
 from MorphSeekLib.app.cli import app
-from MorphSeekLib.data.bids import bids_rows
+from MorphSeekLib.data.bids import NAMES, bids_rows
 from MorphSeekLib.protocol.batch import (
     BatchSettings,
     BatchStatus,
@@ -37,7 +37,7 @@ from MorphSeekLib.protocol.job import Event, Job
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.run_folder import read_json
 from MorphSeekLib.report.cohort import write_cohort
-from MorphSeekLib.report.results import read_results
+from MorphSeekLib.report.results import FILES, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = BatchSettings("none", RegistrationOptions(align="none", search="off", fit="off", inverse=False))
@@ -130,6 +130,11 @@ def test_results_are_named_as_bids_derivatives(tmp_path):
 
     found = BIDSLayout(str(out / "derivatives")).get(desc="warped", extension=".nii.gz", return_type="filename")
     assert [Path(path).parent for path in found] == [place]
+
+
+def test_every_file_of_a_result_has_a_name_as_a_derivative():
+    assert set(NAMES) == set(FILES)
+    assert len(set(NAMES.values())) == len(FILES)
 
 
 def test_a_template_gets_the_mean_and_the_spread_of_log_jacobians(pairs, tmp_path):

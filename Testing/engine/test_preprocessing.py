@@ -11,6 +11,8 @@ from MorphSeekLib.io.images import read_image
 from MorphSeekLib.protocol.errors import MorphSeekError
 from MorphSeekLib.space.geometry import Grid, Volume
 from MorphSeekLib.space.preprocessing import (
+    HOUNSFIELD,
+    SOFT_TISSUE,
     Preprocessing,
     background_of,
     foreground_of,
@@ -117,6 +119,17 @@ def test_ct_is_told_by_its_air_and_its_tissue(image):
     filled = torch.where(image > 0, image, -5000.0)
     for other in (image, filled, ct / 1e4 - 997, ct - 1000, ct + 1000, 20 * ct):
         assert general(ct, other).intensity == "percentile"
+
+
+def test_organs_are_told_apart_in_ct_and_lungs_are_seen_where_there_are_some(image, shared):
+    abdomen = torch.where(image > 0, image - 100, -1000.0)
+    chest = abdomen.clone()
+    tissue = (image > 0).nonzero()
+    chest[tuple(tissue[::5].T)] = -800.0
+    assert (general(abdomen, abdomen).low, general(abdomen, abdomen).high) == SOFT_TISSUE
+    assert (general(abdomen, chest).low, general(abdomen, chest).high) == HOUNSFIELD
+    scan = read_image(shared / "data" / "ct_abdomen" / "example_ct.nii.gz").data  # on a pad of foam
+    assert (general(scan).low, general(scan).high) == SOFT_TISSUE
 
 
 def test_a_ct_with_shifted_values_is_refused_where_the_model_sees_a_window(shared):

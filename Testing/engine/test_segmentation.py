@@ -4,19 +4,24 @@ import dataclasses
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import blob_grid, blob_image, blob_labels, write_dataset
 from test_registration import random_model
 
 from MorphSeekLib.app import runs
+from MorphSeekLib.app.phantom import abdomen, abdomen_grid
+from MorphSeekLib.app.settings_file import load as load_settings
 from MorphSeekLib.backbones import build_backbone
+from MorphSeekLib.backbones.segmenter import Segmenter
 from MorphSeekLib.data.datasets import load_dataset
 from MorphSeekLib.data.synthesis import SynthesisSettings
-from MorphSeekLib.io.images import write_image
+from MorphSeekLib.io.images import read_labels, write_image
 from MorphSeekLib.networks.loading import load_model
-from MorphSeekLib.networks.model_file import load, read_card, save
+from MorphSeekLib.networks.model_file import Card, load, read_card, save
 from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import RegistrationOptions
@@ -26,10 +31,10 @@ from MorphSeekLib.registration.learned import Features, Learned
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.registration.plans import SHARE
 from MorphSeekLib.space.geometry import DenseTransform
-from MorphSeekLib.space.preprocessing import Preprocessing
+from MorphSeekLib.space.preprocessing import SOFT_TISSUE, Preprocessing
 from MorphSeekLib.training.examples import bent, patch_size, segmentation_loss
 from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, finetune
-from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, SegmentationRun, train_features
+from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, SegmentationRun, suited, train_features
 
 RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2)
 CONFIG = SegmentationConfig(
@@ -57,6 +62,25 @@ def test_a_segmenter_says_of_each_voxel_what_it_is_and_moves_nothing():
     torch.testing.assert_close(learned[1], network.image_features(fixed)[0])
     with pytest.raises(MorphSeekError, match="at least 2"):
         build_backbone("segmenter", {"features": 1})
+
+
+def test_a_segmenter_of_blocks_knows_where_each_voxel_is():
+    """Trained on which half of its block of voxels each is, it says so: no voxel is exchanged on the way."""
+    torch.manual_seed(0)
+    network = build_backbone("segmenter", {"features": 2, "width": 4, "depth": 1, "block": 2})
+    assert isinstance(network, Segmenter)
+    assert network.multiple_of == 4
+    image = torch.rand(1, 1, 16, 12, 8)
+    wanted = torch.zeros(1, 1, 16, 12, 8, dtype=torch.int64)
+    wanted[:, :, 1::2, :, ::2] = 1
+    optimizer = torch.optim.Adam(network.parameters(), 0.05)
+    for _ in range(40):
+        loss = segmentation_loss(network.scores(image), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = network.scores(image).argmax(dim=1, keepdim=True)
+    assert float((found == wanted).float().mean()) == 1
 
 
 def test_labels_are_bent_as_their_image_is():
@@ -103,7 +127,7 @@ def test_a_model_of_features_is_fitted_by_them(trained):
     grid = blob_grid()
     known = [blob_labels(seed, grid) for seed in (7, 8)]
     fixed, moving = (blob_image(labels, seed) for seed, labels in enumerate(known))
-    found = register(fixed, moving, model, labels=(known[0], known[1]))
+    found = register(fixed, moving, model, RegistrationOptions(align="center"), labels=(known[0], known[1]))
     report = found.report
     assert report["fit"]["similarity"] == "features"
     assert [row["stage"] for row in report["steps"]][-1] == "fit"
@@ -117,6 +141,8 @@ def test_a_model_of_features_is_fitted_by_them(trained):
     assert longer.report["steps"][-1]["similarity"] >= 0.99 * report["steps"][-1]["similarity"]
     by_intensities = register(fixed, moving, model, RegistrationOptions(similarity="lncc"))
     assert by_intensities.report["fit"]["similarity"] == "lncc"
+    assert model.card.preprocessing.align == "center"
+    assert by_intensities.report["align"] == "affine", "each image is seen by itself, so that the alignment is free"
 
 
 def test_features_are_compared_beside_intensities_where_the_card_says_so(trained):
@@ -238,6 +264,14 @@ def test_features_are_learned_from_images_made_of_label_maps(tmp_path):
     assert card.provenance["synthetic"]
 
 
+def test_the_settings_for_brains_are_usable():
+    settings = Path(__file__).parents[1] / "benchmarks" / "settings" / "brain-features.toml"
+    config = load_settings(SegmentationConfig, settings)
+    assert config.synthesis is not None
+    assert {value for values in config.structures for value in values} <= set(config.synthesis.anatomy)
+    assert len(config.synthesis.groups) == len(config.synthesis.typical)
+
+
 def test_images_of_something_else_are_compared_themselves(trained):
     model = load_model(trained, "cpu")
     with torch.no_grad():  # a network that finds nothing
@@ -274,6 +308,21 @@ def test_features_go_on_from_a_model_of_features_alone(tmp_path, trained):
         train_features(dataset, CONFIG, tmp_path / "other.safetensors", init=find("hippocampus-mr"))
 
 
+def test_settings_suit_the_cases(tmp_path, trained):
+    """Images that are seen in parts are seen in blocks of voxels, CT through a window; what is gone on from is kept."""
+    small = load_dataset(write_dataset(tmp_path / "small", 2))
+    assert suited(CONFIG, small) == CONFIG
+    fine = replace(CONFIG, preprocessing=replace(CONFIG.preprocessing, spacing=(0.6, 0.6, 0.6)))
+    assert (suited(fine, small).width, suited(fine, small).block) == (16, 2)
+    for number in range(2):
+        write_image(abdomen(abdomen_grid(8.0), "ct", seed=number), small.path.parent / f"image_{number}.nii.gz")
+    seen = suited(CONFIG, small).preprocessing
+    assert (seen.intensity, seen.low, seen.high, seen.spacing) == ("window", *SOFT_TISSUE, CONFIG.preprocessing.spacing)
+    kept = suited(SegmentationConfig(width=9, block=2), small, trained)
+    assert (kept.width, kept.depth, kept.block) == (6, 2, 1)
+    assert kept.preprocessing == read_card(trained).preprocessing
+
+
 def test_unlabeled_cases_are_refused(tmp_path):
     description = write_dataset(tmp_path / "data", 4)
     values = json.loads(description.read_text())
@@ -293,3 +342,26 @@ def test_features_of_large_images_are_compared_where_they_fit(trained):
     assert learned.levels((2, 1, 0), (160, 208, 192)) == (2, 1)
     assert not features.found()
     assert Features(maps + 1, features.grid).found()
+
+
+def test_what_is_found_must_be_about_as_large_as_what_was_learned():
+    grid = blob_grid((8, 8, 8))
+    maps = torch.zeros(1, 3, 8, 8, 8)
+    maps[0, 0, :4], maps[0, 1, 4:6] = 1.0, 1.0
+    voxel = float(np.prod(grid.spacing)) / 1000
+    whole = Card(volumes={1: 256 * voxel, 2: 128 * voxel, 3: 9 * voxel})
+    assert Features(maps, grid).found(whole)
+    assert not Features(maps.flip(1), grid).found(whole)  # 1 is missing, 3 is much too large
+    assert not Features(maps, grid).found(replace(whole, volumes={1: 9 * voxel, 2: 9 * voxel, 3: 9 * voxel}))
+
+
+def test_a_training_notes_how_large_is_what_it_learns(trained):
+    card = read_card(trained)
+    assert set(card.volumes) == set(card.labels.values())
+    cases = load_dataset(trained.parent / "data" / "dataset.json").cases["training"]
+    for value, channel in card.labels.items():
+        found = sorted(
+            float((labels.data == value).sum()) * float(np.prod(labels.grid.spacing)) / 1000
+            for labels in (read_labels(case.label) for case in cases)
+        )
+        assert found[0] - 1e-3 <= card.volumes[channel] <= found[-1] + 1e-3

@@ -81,6 +81,9 @@ def test_table_and_arms_leave_the_body_as_it_is_and_lie_elsewhere_in_each_image(
         assert torch.equal(resample(changed, image.grid, mode="nearest").data[body], image.data[body])
         assert (changed.data > 0).sum() > 1.2 * (image.data > 0).sum()
     assert not torch.equal(fixed.data, moving.data)
+    scanned = changes.hounsfield(fixed).data
+    assert float(scanned.min()) == -1000
+    torch.testing.assert_close(scanned[fixed.data > 0], 400 / 255 * fixed.data[fixed.data > 0] - 125)
 
 
 def test_a_cube_out_of_the_middle_keeps_its_place():

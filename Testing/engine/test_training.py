@@ -555,6 +555,7 @@ def test_labels_of_one_image_lie_where_its_structures_do(source, monkeypatch):
     monkeypatch.setattr(source, "_contrast", lambda *_, **__: contrast)
     found = []
     for seed in range(4):
+        monkeypatch.setattr(source, "settings", dataclasses.replace(quiet, mirror=seed % 2))
         image, values = source.labeled(torch.Generator().manual_seed(seed))
         assert image.shape == values.shape == (1, 1, 24, 28, 24)
         assert set(values.unique().tolist()) <= set(source.values.tolist())
@@ -562,6 +563,13 @@ def test_labels_of_one_image_lie_where_its_structures_do(source, monkeypatch):
         shifts = [(0, 2), *((shift, axis) for axis in (2, 3, 4) for shift in (-1, 1))]
         moved = [torch.stack([image.roll(*shift).flatten(), bright.flatten()]) for shift in shifts]
         found.append(torch.stack([torch.corrcoef(pair)[0, 1] for pair in moved]))
+    monkeypatch.setattr(source, "settings", dataclasses.replace(quiet, mirror=1))
+    straight, turned = (source.labeled(torch.Generator().manual_seed(seed))[1] for seed in (0, 0))
+    assert torch.equal(straight, turned)
+    box = slice(4, 20), slice(0, 16), slice(8, 24)
+    part, values = source.labeled(torch.Generator().manual_seed(0), box)
+    assert part.shape == (1, 1, 16, 16, 16)
+    assert torch.equal(values, straight[(slice(None), slice(None), *box)])
     right, *around = torch.stack(found).mean(dim=0)
     assert right > max(around) + 0.1
     assert max(abs(one - other) for one, other in zip(around[::2], around[1::2], strict=True)) < 0.1, "half a voxel off"

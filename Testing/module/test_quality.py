@@ -159,6 +159,14 @@ def test_what_is_measured_inside_a_mask_or_the_tissue_stands_beside_it():
     assert quality.inside_of(REPORT)[1].endswith("register again.")
 
 
+def test_how_much_lies_beside_the_body_is_said_where_something_does():
+    nothing = {"beside_body": {"fixed": None, "moving": None}}
+    assert quality.beside_sentence(nothing) == quality.beside_sentence({}) == ""
+    assert quality.beside_sentence({"beside_body": {"fixed": 1234.4, "moving": None}}) == (
+        "Not compared, as it lies beside the body (table, arms): 1,234 ml of the fixed, nothing of the moving volume."
+    )
+
+
 def test_how_much_masks_leave_is_said_where_there_are_some():
     assert quality.masks_sentence({"masks": {"fixed": None, "moving": None}}) == quality.masks_sentence({}) == ""
     assert quality.masks_sentence({"masks": {"fixed": 1234, "moving": None}}) == (

@@ -86,6 +86,13 @@ def padded(image: Volume, name: str = "") -> Volume:
     return resample(image, grid, mode="nearest", background=float(image.data.min()))
 
 
+def hounsfield(image: Volume, name: str = "") -> Volume:
+    """Return an abdomen in Hounsfield units, as a scanner writes it; what is black becomes air."""
+    low, high = -125.0, 275.0  # HU, 0 and 255 of the abdomen's scale
+    values = torch.where(image.data > 0, low + (high - low) / 255 * image.data, -1000.0)
+    return Volume(values, image.grid)
+
+
 def table_and_arms(image: Volume, name: str) -> Volume:
     """Put a table under an abdomen and arms beside it, elsewhere in every image; the field of view is enlarged first.
 
