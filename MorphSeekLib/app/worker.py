@@ -165,14 +165,9 @@ class Worker:
             for name in ("fixed", "moving")
         )
         labels = []
-        for name, image in (("fixed_labels", fixed), ("moving_labels", moving)):
+        for name in ("fixed_labels", "moving_labels"):
             reference = _get(params, name, dict, None)
-            volume = None if reference is None else _volume(reference, name, torch.int32)
-            if volume is not None and not volume.grid.same_as(image.grid):
-                raise MorphSeekError(
-                    f"The {name.replace('_', ' ')} lie on another grid than their image; resample them."
-                )
-            labels.append(volume)
+            labels.append(None if reference is None else _volume(reference, name, torch.int32))
         landmarks = _landmarks(params)
         fixed, moving = _masked(fixed, params, "fixed"), _masked(moving, params, "moving")
         start: Transform | State | Correction | None = None

@@ -62,7 +62,7 @@ def register(
         Cancelled: the job was cancelled.
     """
     options = options or RegistrationOptions()
-    _check_labels(labels)
+    _check_labels(labels, (fixed, moving))
     _check_steps_left(start, model, options)
     clock, pictures = Clock(), Pictures(job)
     with clock("align"):
@@ -176,9 +176,14 @@ def _check_steps_left(
         raise MorphSeekError(f"{taken} steps were taken already, and {MAX_STEPS} are the most.")
 
 
-def _check_labels(labels: Labels) -> None:
+def _check_labels(labels: Labels, images: tuple[Volume, Volume]) -> None:
     """Refuse labels that cannot be compared, before the work."""
     fixed, moving = labels
+    for volume, image, name in zip(labels, images, ("fixed", "moving"), strict=True):
+        if volume is not None and not volume.grid.same_as(image.grid):
+            raise MorphSeekError(
+                f"The {name} labels lie on another grid than their image; resample them (nearest neighbor)."
+            )
     if (
         fixed is not None
         and moving is not None

@@ -312,6 +312,16 @@ def test_labels_without_a_common_number(pair, model):
         register(fixed, moving, model, labels=(fixed_labels, other))
 
 
+def test_labels_on_another_grid_are_refused_before_the_work(pair, model):
+    fixed, moving, fixed_labels, moving_labels = pair
+    for wrong in (0, 1):
+        labels = [fixed_labels, moving_labels]
+        data, grid = labels[wrong].data[1:], labels[wrong].grid
+        labels[wrong] = Volume(data, Grid(tuple(data.shape), grid.affine))
+        with pytest.raises(MorphSeekError, match=f"The {('fixed', 'moving')[wrong]} labels lie on another grid"):
+            register(fixed, moving, model, labels=tuple(labels))
+
+
 def test_a_working_grid_beyond_memory_is_refused_by_the_name_of_the_file_before_the_alignment(model, tmp_path):
     volume = Volume(torch.rand(4, 4, 4), Grid((4, 4, 4), np.diag([1000.0, 1000, 1000, 1])))
     write_image(volume, tmp_path / "meters.nii")
