@@ -4,7 +4,7 @@
         --out MODEL.safetensors
     python Testing/benchmarks/brain_features.py measure MODEL.safetensors [--shared ../shared] [--pairs 4] [--out FILE]
 
-``train`` learns from 14 label maps by settings/brain-features.toml, for so many minutes of processor time of one
+``train`` learns from 14 label maps by brain_features.toml, for so many minutes of processor time of one
 thread; the same command resumes. ``measure`` says how well real scans are segmented (OASIS, mean Dice by structure; its
 labels are of another protocol), and fits development pairs by intensities, by features beside them on all levels
 (weight 8) and on coarse ones alone (weight 2), and by features alone: T1 from T1, from inverted T1, and from T1 through
@@ -64,7 +64,7 @@ WAYS = {"both": ("both", 8.0, (0, 1, 2)), "both, coarse": ("both", 2.0, (1, 2)),
 
 def train(shared: Path, minutes: float, rate: float | None, init: Path | None, out: Path) -> None:
     """Learn from the label maps, or go on."""
-    config = load_settings(SegmentationConfig, Path(__file__).parent / "settings" / "brain-features.toml")
+    config = load_settings(SegmentationConfig, Path(__file__).with_suffix(".toml"))
     changes = {} if rate is None else {"learning_rate": rate, "seed": 1}
     config = override(config, "training", minutes=minutes, **changes)
     task = Segmentation(load_dataset(shared / "data" / "brain_labels"), config, torch.device("cpu"), init)

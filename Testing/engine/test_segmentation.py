@@ -265,7 +265,7 @@ def test_features_are_learned_from_images_made_of_label_maps(tmp_path):
 
 
 def test_the_settings_for_brains_are_usable():
-    settings = Path(__file__).parents[1] / "benchmarks" / "settings" / "brain-features.toml"
+    settings = Path(__file__).parents[1] / "benchmarks" / "brain_features.toml"
     config = load_settings(SegmentationConfig, settings)
     assert config.synthesis is not None
     assert {value for values in config.structures for value in values} <= set(config.synthesis.anatomy)
