@@ -125,7 +125,7 @@ def _stages(report: dict) -> str | None:
 
 
 def _masks(report: dict) -> str | None:
-    counts = [(report.get("masks") or {}).get(side) for side in ("fixed", "moving")]
+    counts = quality.of_both(report, "masks")
     return " / ".join(_("all") if n is None else f"{n:,}" for n in counts) if counts != [None, None] else None
 
 

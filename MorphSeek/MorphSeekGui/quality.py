@@ -186,9 +186,14 @@ def inside_of(report: SavedReport) -> tuple[str, str]:
     return _("In mask") if masked else _("In tissue"), words.format(n=f"{inside['voxels']:,}")
 
 
+def of_both(report: SavedReport, section: str) -> list:
+    """Return what a section of a report has of the fixed and of the moving volume; None where nothing is known."""
+    return [(report.get(section) or {}).get(side) for side in ("fixed", "moving")]
+
+
 def masks_sentence(report: SavedReport) -> str:
     """Return how much of the volumes masks left; "" where nothing was masked."""
-    counts = [(report.get("masks") or {}).get(side) for side in ("fixed", "moving")]
+    counts = of_both(report, "masks")
     if counts == [None, None]:
         return ""
     fixed, moving = (_("all voxels") if n is None else _("{n} voxels").format(n=f"{n:,}") for n in counts)
@@ -199,7 +204,7 @@ def masks_sentence(report: SavedReport) -> str:
 
 def beside_sentence(report: SavedReport) -> str:
     """Return how much of two CT scans was left out as no part of the body; "" where nothing was."""
-    left_out = [(report.get("beside_body") or {}).get(side) for side in ("fixed", "moving")]
+    left_out = of_both(report, "beside_body")
     if left_out == [None, None]:
         return ""
     fixed, moving = (_("nothing") if ml is None else _("{n} ml").format(n=f"{ml:,.0f}") for ml in left_out)

@@ -1232,7 +1232,7 @@ def print_card(card: Card, file: Path) -> None:
         *([("Finds labels", found)] if found else []),
         ("Working grid", f"{preprocessing.orientation}, {spacing}{least}"),
         ("Intensities", intensities[preprocessing.intensity]),
-        ("Alignment", preprocessing.align),
+        ("Alignment", "as without a model" if card.model.backbone == "segmenter" else preprocessing.align),
         ("Steps", str(preprocessing.steps)),
         *(("Measured", text) for text in _figures(card.results)),
         ("License", card.license or "not stated"),

@@ -29,8 +29,6 @@ from ..space import fields
 from ..space.geometry import Grid, orientation_matrix, resample
 from ..space.preprocessing import Preprocessing, normalize, sampled
 
-Box = tuple[slice, slice, slice]
-
 
 @dataclass(frozen=True)
 class SynthesisSettings:

@@ -399,10 +399,10 @@ def _moved(volume: Volume, matrix: np.ndarray) -> Volume:
 
 def _average(volume: Volume, spacing: float) -> Volume:
     """Return the means of blocks of voxels, about ``spacing`` mm each way, any fill having become air."""
-    return _in_blocks(_without_fill(volume.data.float()), volume.grid, spacing)
+    return in_blocks(_without_fill(volume.data.float()), volume.grid, spacing)
 
 
-def _in_blocks(data: Tensor, grid: Grid, spacing: float) -> Volume:
+def in_blocks(data: Tensor, grid: Grid, spacing: float) -> Volume:
     """Return the means of blocks of voxels, about ``spacing`` mm each way."""
     block = [int(max(1, min(round(spacing / s), n // 8))) for s, n in zip(grid.spacing, grid.shape, strict=True)]
     data = F.avg_pool3d(data[None, None], block)[0, 0].contiguous()
@@ -414,7 +414,7 @@ def _in_blocks(data: Tensor, grid: Grid, spacing: float) -> Volume:
 
 def _kept(counts: Tensor, volume: Volume, spacing: float) -> Tensor:
     """Return which blocks of :func:`_average` hold mostly voxels that count, bool; at least one."""
-    share = _in_blocks(counts.float(), volume.grid, spacing).data
+    share = in_blocks(counts.float(), volume.grid, spacing).data
     return share >= min(0.5, float(share.max()))
 
 

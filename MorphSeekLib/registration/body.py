@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..space.geometry import Volume
 from ..space.preprocessing import HOUNSFIELD
+from .alignment import in_blocks
 
 _SPACING = 3.0  # mm of the averaged voxels
 _NECK = 9.0  # mm; what hangs on the body by less than twice this is not part of it
@@ -36,11 +36,8 @@ def beside_body(scan: Volume) -> Tensor | None:
     """
     from scipy import ndimage  # what is no CT goes without it
 
-    spacing, shape = scan.grid.spacing, scan.grid.shape
-    block = [int(max(1, min(round(_SPACING / s), n // 8))) for s, n in zip(spacing, shape, strict=True)]
-    averaged = F.avg_pool3d((scan.data > _TISSUE).float()[None, None], block)[0, 0]
-    shown = (averaged > 0.5).numpy()
-    size = spacing * block
+    averaged = in_blocks((scan.data > _TISSUE).float(), scan.grid, _SPACING)
+    shown, size = (averaged.data > 0.5).numpy(), averaged.grid.spacing
     depth = ndimage.distance_transform_edt(_with_gas(shown, int(np.abs(scan.grid.direction[2]).argmax())), size)
     edge = float(size.max()) / 2  # distances are those of middles of voxels
     core, count = ndimage.label(depth > _NECK + edge)
@@ -58,7 +55,7 @@ def beside_body(scan: Volume) -> Tensor | None:
         return None
     # blocks that it reaches into are its own, but not those of the body
     left_out = ndimage.binary_dilation(np.isin(parts, large), np.ones((3, 3, 3))) & ~body
-    return _on_voxels(torch.from_numpy(left_out), block, shape) & (scan.data > _AIR)
+    return _on_voxels(torch.from_numpy(left_out), size / scan.grid.spacing, scan.grid.shape) & (scan.data > _AIR)
 
 
 def without(scan: Volume, left_out: Tensor | None) -> Volume:
@@ -74,9 +71,9 @@ def _with_gas(shown: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(np.stack(filled), 0, axis)
 
 
-def _on_voxels(marked: Tensor, block: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Give every voxel what its block has; those beyond the last whole block what the last has."""
-    for axis, (n, length) in enumerate(zip(block, shape, strict=True)):
+def _on_voxels(marked: Tensor, block: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """Give every voxel what its block has, of so many voxels; those beyond the last whole block what the last has."""
+    for axis, (n, length) in enumerate(zip(block.round().astype(int).tolist(), shape, strict=True)):
         places = torch.arange(length).div(n, rounding_mode="floor").clamp(max=marked.shape[axis] - 1)
         marked = marked.index_select(axis, places)
     return marked

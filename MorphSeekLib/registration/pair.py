@@ -184,7 +184,8 @@ class Pair:
         self.learned: Learned | None = None
         self._model = model
         self.masks = Masks(fixed.counts, moving.counts)
-        is_ct = general(fixed.data, moving.data).intensity == "window"
+        usual = general(fixed.data, moving.data)
+        is_ct = usual.intensity == "window"
         self.beside = (beside_body(fixed), beside_body(moving)) if is_ct and not self.masks else (None, None)
         self.known = (
             without(replace(fixed, data=filled(fixed.data, self.masks.fixed)), self.beside[0]),
@@ -193,8 +194,8 @@ class Pair:
         job.check()
         self.device = torch.device("cpu") if device is None else device
         self.background = air_value(moving.data)
-        card = None if model is None else model.card.preprocessing
-        self.preprocessing, found = _known_world(fixed, moving, card, job)
+        wanted = usual if model is None else model.card.preprocessing
+        self.preprocessing, found = _known_world(fixed, moving, wanted, job)
         self.notices = [*fixed.notices, *moving.notices, *found]
         if model is None:
             self.grid = nodes_around(lattice_of(fixed.grid))
@@ -536,12 +537,9 @@ def displacement_mm(total: Tensor, grid: Grid) -> Tensor:
 
 
 def _known_world(
-    fixed: Volume, moving: Volume, preprocessing: Preprocessing | None, job: Job
+    fixed: Volume, moving: Volume, preprocessing: Preprocessing, job: Job
 ) -> tuple[Preprocessing, list[Notice]]:
-    """Return the card's preprocessing, with a coarser grid for objects of another size than the model was trained on;
-    without a card what suits the images."""
-    if preprocessing is None:
-        return general(fixed.data, moving.data), []
+    """Return a preprocessing, with a coarser grid for objects of another size than its model was trained on."""
     if preprocessing.knows is None:
         return preprocessing, []
     sizes = [object_size(volume, job) for volume in (fixed, moving)]

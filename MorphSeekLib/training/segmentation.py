@@ -196,7 +196,9 @@ class Segmentation(Task[Examples]):
         """Draw cases, and bend them, or make one."""
         generator = self.generator("pairs", iteration)
         if self._source is not None:
-            box = window(self.config.preprocessing.shape or (), self.network.multiple_of, generator)
+            shape = self.config.preprocessing.shape
+            assert shape is not None  # the source refuses to be made without one
+            box = window(shape, self.network.multiple_of, generator)
             image, values = self._source.labeled(generator, box)
             return Examples(image, to_channels(values, self.channels).long())
         found = []
