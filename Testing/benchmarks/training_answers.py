@@ -35,7 +35,7 @@ from MorphSeekLib.networks.model_file import read_card, software
 from MorphSeekLib.protocol.job import SILENT, Event, Job
 from MorphSeekLib.protocol.options import TrainingOptions
 from MorphSeekLib.protocol.settings import override, to_dict, to_json
-from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig
+from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, suited
 from MorphSeekLib.training.trainer import Trainer
 
 SPACING = 1.0  # mm, as `morphseek check` suggests for these cases
@@ -55,6 +55,7 @@ def measured(dataset: Dataset, draw: int, minutes: float, split: str, keep: Path
     options = TrainingOptions("site", "", "site.safetensors", stages=("features",), spacing=SPACING, seed=draw)
     config = stage_settings(options)["features"]
     assert isinstance(config, SegmentationConfig)
+    config = suited(config, dataset)
     config = override(config, "training", minutes=minutes, validation_pairs=VALIDATED)
     begin, curve = time.process_time(), []
 
