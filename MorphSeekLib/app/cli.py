@@ -1310,9 +1310,11 @@ def print_check(report: CheckReport) -> None:
         errors.print(text, style="red")
     if not report.problems:
         left_out = f"; {len(report.unusable)} are left out" if report.unusable else ""
+        bare = f"{report.unlabeled} without labels besides, " if report.unlabeled else ""
         console.print(
-            f"{report.training} cases to train on, {report.validation_pairs} pairs to validate on, {report.test_pairs} "
-            f"held-out pairs for the figures before and after; labels in common: {len(report.common)}{left_out}.",
+            f"{report.training} cases to train on, {bare}{report.validation_pairs} pairs to validate on, "
+            f"{report.test_pairs} held-out pairs for the figures before and after; labels in common: "
+            f"{len(report.common)}{left_out}.",
             soft_wrap=True,
         )
 

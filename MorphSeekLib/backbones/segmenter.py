@@ -67,7 +67,7 @@ class Segmenter(Backbone):
         self.others = nn.ModuleList(Segmenter(alone) for _ in range(settings.members - 1))
 
     def scores(self, image: Tensor, member: int = 0) -> Tensor:
-        """Return a member's score for each feature (logits), (batch, features, i, j, k), of images (batch, 1, i, j, k)."""
+        """Return the logits of a member, (batch, features, i, j, k), for images (batch, 1, i, j, k)."""
         if member:
             other = self.others[member - 1]
             assert isinstance(other, Segmenter)

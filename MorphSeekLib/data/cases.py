@@ -15,7 +15,7 @@ import random
 import re
 import statistics
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -73,6 +73,7 @@ class CheckReport:
         common: labels that every usable case has.
         names: label value -> name, where the data set says it.
         training, validation_pairs, test_pairs: how many a run would use, see :func:`hold_out`.
+        unlabeled: how many cases without labels it would use besides, where it needs labels.
         problems: why no run is possible.
         warnings: about the data set as a whole.
         spacing: mm, a working grid that suits the cases; 0 when no case can be read.
@@ -85,6 +86,7 @@ class CheckReport:
     training: int = 0
     validation_pairs: int = 0
     test_pairs: int = 0
+    unlabeled: int = 0
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     spacing: float = 0.0
@@ -203,11 +205,18 @@ def check(
     except MorphSeekError as problem:
         report.problems.append(str(problem))
     else:
-        report.training = len(used.cases["training"])
+        report.unlabeled = len(_by_labels(used.cases["training"])[1]) if labels else 0
+        report.training = len(used.cases["training"]) - report.unlabeled
         report.validation_pairs, report.test_pairs = len(used.pairs[VALIDATION]), len(used.pairs[TEST])
-        if len(good) < FEW:
+        counted = labeled if labels else good
+        if labels and len(labeled) < FEWEST:
+            report.problems.append(
+                f"{len(labeled)} of {len(good)} usable cases have labels, and at least {FEWEST} must: two to train on, "
+                "one for the figures; add label maps, or choose the warm-up alone."
+            )
+        elif len(counted) < FEW:
             report.warnings.append(
-                f"{len(good)} usable cases are few: the figures on the held-out ones will say little; {FEW} or more "
+                f"{len(counted)} usable cases are few: the figures on the held-out ones will say little; {FEW} or more "
                 "are better."
             )
     if out is not None:
@@ -224,7 +233,8 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     (of either side, in a data set with a pairing); a single held-out case is the fixed one of pairs with training
     cases. Where it has none to validate on, as many are held out if there are sixty cases or more. Fewer are too
     precious: then pairs of training cases are validated on, bent at random. They say little of how good a model is on
-    others, but choose the weights to keep among those of one training, which all know these cases.
+    others, but choose the weights to keep among those of one training, which all know these cases. Where three cases or
+    more have labels, only those are counted and held out; the others are all trained on.
 
     Args:
         leave_out: names (:func:`name_of`) of cases not to use.
@@ -234,10 +244,11 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     """
     unwanted = set(leave_out)
     cases = [case for case in dataset.cases.get("training", []) if name_of(case, dataset) not in unwanted]
-    labeled = any(case.label is not None for case in cases)
     pairs = {split: _labeled_pairs(dataset, split, unwanted) for split in (VALIDATION, TEST)}
     held = {case.image for rows in pairs.values() for pair in rows for case in (pair.fixed, pair.moving)}
     cases = [case for case in cases if case.image not in held]
+    labeled, bare = _by_labels(cases)
+    cases, bare = (labeled, bare) if len(labeled) >= FEWEST else (cases, [])
     missing = [split for split in (VALIDATION, TEST) if not pairs[split]]
     bent = VALIDATION in missing and len(cases) < _TO_VALIDATE
     if bent:
@@ -258,13 +269,12 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     elif missing:
         groups = _draw(cases, len(missing))
         cases = [case for case in cases if not any(case in group for group in groups)]
-        partners = [case for case in cases if case.label is not None or not labeled]
-        pairs |= {split: _pairs_of(group, partners) for split, group in zip(missing, groups, strict=True)}
+        pairs |= {split: _pairs_of(group, cases) for split, group in zip(missing, groups, strict=True)}
     elif dataset.pairing is not None:
         paired_sides(cases, dataset.pairing)
     if bent:
         pairs[VALIDATION] = _bent_pairs(cases, dataset.pairing)
-    return dataclasses.replace(dataset, cases={"training": cases}, pairs=pairs)
+    return dataclasses.replace(dataset, cases={"training": cases + bare}, pairs=pairs)
 
 
 def all_cases(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
@@ -310,13 +320,19 @@ def _labeled_pairs(dataset: Dataset, split: str, leave_out: Collection[str]) -> 
 
 def _bent_pairs(cases: list[Case], pairing: tuple[str, str] | None) -> list[Pair]:
     """Return pairs of training cases, each bent in its own way; labeled ones where there are enough."""
-    cases = [case for case in cases if case.label is not None] or cases
+    cases = _by_labels(cases)[0] or cases
     order = random.Random(1).sample(cases, len(cases))
     if pairing is not None:
         pairs = [pair for pair in _across(*paired_sides(order, pairing)) if pair.fixed != pair.moving]
     else:
         pairs = _pairs_of(order, order[1:]) if len(order) > 1 else []
     return [dataclasses.replace(pair, bent_by=n) for n, pair in enumerate(pairs[:_VALIDATION_PAIRS])]
+
+
+def _by_labels(cases: Iterable[Case]) -> tuple[list[Case], list[Case]]:
+    """Return the cases with labels, and those without."""
+    labeled = [case for case in cases if case.label is not None]
+    return labeled, [case for case in cases if case.label is None]
 
 
 def _draw(cases: list[Case], groups: int) -> list[list[Case]]:
@@ -383,7 +399,9 @@ def _check_case(case: Case, name: str, needs_labels: bool, seen: dict[str, str])
     seen.setdefault(digest, name)
     if case.label is None:
         if needs_labels:
-            row.problems.append("It has no label map.")
+            row.warnings.append(
+                "It has no label map, so only a network that finds labels learns from it, by what it finds itself."
+            )
         return row
     try:
         labels = read_labels(case.label)

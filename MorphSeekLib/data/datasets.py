@@ -16,7 +16,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -564,6 +564,8 @@ class PairLoader:
     Attributes:
         channels: label value -> what stands for it in the pairs (:mod:`MorphSeekLib.data.label_channels`); None: the
             values themselves. To be set before the first call.
+        labeler: returns the label values, int32 (i, j, k), that stand for a label map where a case has none, from an
+            image (1, 1, i, j, k) on its working grid; None: such a case has no labels. To be set before the first call.
     """
 
     def __init__(
@@ -573,6 +575,7 @@ class PairLoader:
         self.preprocessing, self.multiple_of, self.centered = preprocessing, multiple_of, centered
         self.kept_bytes = kept_bytes
         self.channels: Mapping[int, int] | None = None
+        self.labeler: Callable[[Tensor], Tensor] | None = None
         self._cases: OrderedDict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = OrderedDict()
         self._reading = threading.Lock()
 
@@ -620,16 +623,17 @@ class PairLoader:
         if case.image is None:
             raise MorphSeekError(f"{case.label} has no image; training on images needs one per case.")
         image = _noted(read_image(case.image))
-        labels = None
-        if case.label is not None:
-            labels = read_case_labels(case, image)
-            if self.channels is not None:
-                labels = Volume(to_channels(labels.data, self.channels), labels.grid)
+        labels = None if case.label is None else read_case_labels(case, image)
         points = None if case.landmarks is None else read_landmarks(case.landmarks, image.grid)
         image = normalized(image, self.preprocessing, f"{case.image}")
         if self.preprocessing.spacing is not None:
             direction = orientation_matrix(self.preprocessing.orientation)
             image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))
+        if labels is None and self.labeler is not None:
+            grid = working_grid(image.grid, self.preprocessing, self.multiple_of)
+            labels = Volume(self.labeler(resample(image, grid).data[None, None]), grid)
+        if labels is not None and self.channels is not None:
+            labels = Volume(to_channels(labels.data, self.channels), labels.grid)
         return image, labels, points
 
 

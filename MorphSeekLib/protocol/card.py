@@ -11,15 +11,16 @@ from typing import Any, TypedDict
 class Provenance(TypedDict, total=False):
     """Where weights come from.
 
-    A training writes what it was (``stage``), on which ``data`` (name, license, file) and how many ``cases``, whether
-    images were ``synthetic``, what it began with (``init``, with the ``sha256`` of that file), its ``settings``, the
-    ``best_iteration``, the ``seconds`` it took, and ``averaged``, what an iteration kept of the averaged weights; an
-    import writes ``architecture``, ``source``, ``file`` and ``sha256``.
+    A training writes what it was (``stage``), on which ``data`` (name, license, file) and how many ``cases``, how many
+    more without labels (``unlabeled``), whether images were ``synthetic``, what it began with (``init``, with the
+    ``sha256`` of that file), its ``settings``, the ``best_iteration``, the ``seconds`` it took, and ``averaged``, what
+    an iteration kept of the averaged weights; an import writes ``architecture``, ``source``, ``file`` and ``sha256``.
     """
 
     stage: str
     data: dict[str, str]
     cases: int
+    unlabeled: int
     synthetic: bool
     init: Provenance | None
     settings: dict[str, object]

@@ -37,11 +37,10 @@ def window(shape: tuple[int, ...], multiple_of: int, generator: torch.Generator)
 def bent(
     image: Tensor, labels: Tensor, size: tuple[int, int, int], strength: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return a part of an image and of its labels, bent and painted at random.
+    """Return a part of an image and of its labels, bent at random.
 
     Rotations reach 15 degrees, scales 15 %, the smooth part has a standard deviation of up to 1.5 ``strength`` voxels
-    on nodes 8 voxels apart; intensities are raised to a power of 0.74 to 1.35, shaded, scaled, shifted and noisy, and
-    one in five is blurred.
+    on nodes 8 voxels apart.
 
     Args:
         image, labels: (1, 1, i, j, k), the labels int.
@@ -66,9 +65,14 @@ def bent(
     points = fields.identity(size)[0] - ((wide - 1) / 2).view(3, 1, 1, 1)
     points = torch.einsum("ab,bijk->aijk", matrix, points) + middle.view(3, 1, 1, 1)
     at = (points[None] + F.interpolate(smooth, size=size, mode="trilinear", align_corners=True)).to(device)
-    seen = fields.sample(image, at)
-    known = fields.sample(labels.to(image.dtype), at, mode="nearest")
-    power, gain, offset = (float(uniform(1)) for _ in range(3))
+    return fields.sample(image, at), fields.sample(labels.to(image.dtype), at, mode="nearest").round().long()
+
+
+def painted(seen: Tensor, generator: torch.Generator) -> Tensor:
+    """Return an image, (1, 1, i, j, k), in other shades: intensities are raised to a power of 0.74 to 1.35, shaded,
+    scaled, shifted and noisy, and one in five is blurred."""
+    size, device = tuple(seen.shape[2:]), seen.device
+    power, gain, offset = (2 * float(torch.rand(1, generator=generator)) - 1 for _ in range(3))
     seen = seen.clamp(min=0) ** math.exp(0.3 * power)
     shade = (0.2 * torch.randn(1, 1, 3, 3, 3, generator=generator)).exp()
     seen = seen * F.interpolate(shade.to(device), size=size, mode="trilinear", align_corners=True)
@@ -76,7 +80,7 @@ def bent(
     seen = (seen + noise.to(device)) * (1 + 0.2 * gain) + 0.05 * offset
     if float(torch.rand(1, generator=generator)) < 0.2:
         seen = F.avg_pool3d(F.pad(seen, [1] * 6, mode="replicate"), 3, stride=1)
-    return seen, known.round().long()
+    return seen
 
 
 def segmentation_loss(scores: Tensor, labels: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,7 +123,9 @@ def finetune(
     """Fine-tune a model, or resume a killed run of the same settings.
 
     Args:
-        dataset: labeled cases of the split "training"; pairs of "registration_val" choose the weights to keep.
+        dataset: labeled cases of the split "training", and any without labels, for which stands what the finder of the
+            model finds, if it has one that knows all labels of the others; pairs of "registration_val" choose the
+            weights to keep.
         config: the settings.
         init: the model to start from; its settings and preprocessing stay.
         out: the model file to write; what lies beside it meanwhile: see :class:`MorphSeekLib.training.trainer.Trainer`.
@@ -154,10 +157,13 @@ class Finetuning(Task[list[PreparedPair]]):
         world: World | None = None,
     ) -> None:
         network, self._base = load(init)
-        self.cases, self._channels = _usable_cases(dataset, config), self._base.labels
+        labeled = _usable_cases(dataset, config)
+        values, self._channels = label_values(labeled), self._base.labels
+        bare = _unlabeled_cases(dataset, config) if _knows(network, self._base, values) else []
+        self.cases, self._bare = list(dict.fromkeys(labeled + bare)), len(bare)
         if config.loss.features > 0:
             torch.manual_seed(config.training.seed)  # of the weights that new features begin with
-            network, self._channels = with_features(network, self._base, label_values(self.cases))
+            network, self._channels = with_features(network, self._base, values)
         preprocessing = dataclasses.replace(self._base.preprocessing, steps=config.training.steps)
         super().__init__(dataset, config, place(network, device).train(), preprocessing, device, world)
         if self.run.pairs % self.world.size:
@@ -166,6 +172,8 @@ class Finetuning(Task[list[PreparedPair]]):
             )
         if config.loss.features > 0:
             self.loader.channels = self._channels
+        if bare:
+            self.loader.labeler = partial(labels_found, self.network, self._base.labels, self.device)
         self.memory = FinetuneMemory(kl_weight=config.loss.kl)
         self._init = init
         self.origin = {"init": sha256(init), "cases": [str(case.image) for case in self.cases]}
@@ -225,11 +233,14 @@ class Finetuning(Task[list[PreparedPair]]):
         sizes = known_sizes(self.cases) + (base.preprocessing.knows or ())
         stage = "GRPO fine-tuning" if config.policy.weight > 0 else "weakly supervised"
         init: Provenance = {**read_card(self._init).provenance, "sha256": str(self.origin["init"])}
+        more: Provenance = {"init": init}
+        if self._bare:
+            more["unlabeled"] = self._bare
         name = self.dataset.about.get("name", self.dataset.path.name)
         return Card(
             title=config.title or f"{base.title}, fine-tuned on {name}",
             preprocessing=dataclasses.replace(self.preprocessing, knows=(min(sizes), max(sizes))),
-            provenance=self.provenance(stage, len(self.cases), {"init": init}),
+            provenance=self.provenance(stage, len(self.cases) - self._bare, more),
             results={"definitions": {"posterior_dice_spread": SPREAD_DEFINITION}},
             license=base.license,
             labels=self._channels,
@@ -298,6 +309,40 @@ def _usable_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
                 f"them in {dataset.path.name}, or leave this reward out."
             )
     return cases
+
+
+def _unlabeled_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
+    """Return the training cases without labels that have what else a reward needs."""
+    points = config.policy.weight > 0 and bool(config.reward.weights.get("landmarks"))
+    cases = dataset.split("training", "cases")
+    return [case for case in cases if case.label is None and (case.landmarks is not None or not points)]
+
+
+def _knows(network: RegistrationModel, card: Card, values: Sequence[int]) -> bool:
+    """Return whether a model finds labels in one image, and all of these."""
+    return network.finder is not None and bool(values) and set(values) <= set(card.labels)
+
+
+@torch.no_grad()
+def labels_found(
+    network: RegistrationModel, channels: Mapping[int, int], device: torch.device, image: Tensor
+) -> Tensor:
+    """Return the label value of each voxel, int32 (i, j, k), by what a model's finder says.
+
+    Args:
+        network: with a finder.
+        channels: label value -> channel of the finder; of values that share one, the first counts.
+        device: the network's.
+        image: (1, 1, i, j, k), as the model's card prepares it.
+    """
+    found = network.found(image.to(device))
+    assert found is not None  # it has a finder
+    background = 1 - found.sum(dim=1, keepdim=True)
+    best = torch.cat([background, found], dim=1).argmax(dim=1)[0].cpu()
+    values = torch.zeros(found.shape[1] + 1, dtype=torch.int32)
+    for value, channel in reversed(list(channels.items())):
+        values[channel] = value
+    return values[best]
 
 
 def with_features(

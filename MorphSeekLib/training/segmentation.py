@@ -2,8 +2,10 @@
 
 A fit that compares these probabilities brings labeled structures together, smoothly and within a second, from a few
 labeled cases and minutes of training. Every iteration bends some cases at random, paints them brighter and darker, and
-lowers cross-entropy + 1 - soft Dice (Isensee et al., nnU-Net, Nature Methods 2021). Validated is what a user gets: the
-Dice of pairs that are fitted by the features.
+lowers cross-entropy + 1 - soft Dice (Isensee et al., nnU-Net, Nature Methods 2021). Where there are cases without
+labels, half of what an iteration sees are such: what the other members find in the bent case (without the paint, as in
+FixMatch, Sohn et al. 2020) is what this one has to find in the painted one (Chen et al., CVPR 2021). Validated is what
+a user gets: the Dice of pairs that are fitted by the features.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.segmenter import Segmenter
-from ..data.datasets import Dataset, Pair, PreparedPair, known_sizes, known_volumes, label_maps, label_values
+from ..data.datasets import Case, Dataset, Pair, PreparedPair, known_sizes, known_volumes, label_maps, label_values
 from ..data.label_channels import channels_for, to_channels
 from ..data.synthesis import LabelMapSource, SynthesisSettings
 from ..io.images import read_image
@@ -35,7 +37,7 @@ from ..registration.descent import descend, halved
 from ..registration.objective import Level, upsample
 from ..registration.plans import LEARNED, LEARNED_WEIGHT
 from ..space.preprocessing import Preprocessing, general, working_grid
-from .examples import MOST_VOXELS, bent, patch_size, segmentation_loss, window
+from .examples import MOST_VOXELS, bent, painted, patch_size, segmentation_loss, window
 from .trainer import (
     VALIDATION_FIGURES,
     RunSettings,
@@ -53,7 +55,7 @@ class SegmentationRun(RunSettings):
     """The run; see :class:`MorphSeekLib.training.trainer.RunSettings`, whose ``steps`` mean nothing here.
 
     Attributes:
-        cases: of an iteration.
+        cases: of an iteration; half of them unlabeled ones where there are any.
         bending: strength of the random deformations; see :func:`bent`.
     """
 
@@ -98,6 +100,7 @@ class SegmentationConfig:
 _SHAPE = ("width", "depth", "block", "members")
 _WIDE, _BLOCK = 16, 2  # of a network for images that are seen in parts
 _MEMBERS = 3  # of one for images that are seen whole
+_BELIEVED = 300  # iterations of each member, before what it finds in unlabeled cases counts
 _LOOKED_AT = 5  # cases
 
 
@@ -107,11 +110,13 @@ class Examples:
 
     Attributes:
         images: (n, 1, i, j, k), 0 to about 1.
-        labels: (n, 1, i, j, k) int64, the channels that stand for the labels; 0 for the background.
+        labels: (l, 1, i, j, k) int64, the channels that stand for the labels, 0 for the background, of the first l.
+        plain: (n - l, 1, i, j, k), the others before they were painted.
     """
 
     images: Tensor
     labels: Tensor
+    plain: Tensor
 
 
 def suited(config: SegmentationConfig, dataset: Dataset, init: Path | str | None = None) -> SegmentationConfig:
@@ -151,7 +156,8 @@ def train_features(
     """Train features for a fit to compare, or resume a killed run of the same settings.
 
     Args:
-        dataset: labeled cases of the split "training"; pairs of "registration_val" choose the weights to keep.
+        dataset: at least two labeled cases of the split "training", and any without labels; pairs of "registration_val"
+            choose the weights to keep.
         config: the settings.
         out: the model file to write; what lies beside it meanwhile: see :class:`MorphSeekLib.training.trainer.Trainer`.
         device: where to train.
@@ -167,7 +173,12 @@ def train_features(
 
 
 class Segmentation(Task[Examples]):
-    """Some cases an iteration, each bent at random."""
+    """Some cases an iteration, each bent at random.
+
+    Attributes:
+        unlabeled: cases to learn from by what the members find in them.
+        channels: label value -> channel.
+    """
 
     config: SegmentationConfig
     run: SegmentationRun
@@ -180,6 +191,9 @@ class Segmentation(Task[Examples]):
         else:
             self.cases = dataset.split("training", "cases")
             self._source = LabelMapSource(label_maps(self.cases), config.preprocessing, config.synthesis)
+        self.unlabeled = []
+        if self._source is None:
+            self.unlabeled = [case for case in dataset.split("training", "cases") if case.label is None]
         self.channels = {value: n for n, values in enumerate(config.structures, start=1) for value in values}
         if not self.channels:
             self.channels = channels_for(label_values(self.cases), {} if init is None else read_card(init).labels)
@@ -196,7 +210,7 @@ class Segmentation(Task[Examples]):
         self.loader.channels = self.channels
         self._init = init
         begun = None if init is None else sha256(init)
-        self.origin = {"init": begun, "cases": [str(case.image) for case in self.cases]}
+        self.origin = {"init": begun, "cases": [str(case.image) for case in self.cases + self.unlabeled]}
 
     def batch(self, iteration: int) -> Examples:
         """Draw cases, and bend them, or make one."""
@@ -206,17 +220,22 @@ class Segmentation(Task[Examples]):
             assert shape is not None  # the source refuses to be made without one
             box = window(shape, self.network.multiple_of, generator)
             image, values = self._source.labeled(generator, box)
-            return Examples(image, to_channels(values, self.channels).long())
-        found = []
-        for place_ in torch.randint(len(self.cases), (self.run.cases,), generator=generator).tolist():
-            case = self.cases[place_]
-            known = self.loader(Pair(case, case))
-            assert known.fixed_labels is not None  # only labeled cases are drawn
-            found.append((known.fixed, known.fixed_labels))
-        size = patch_size([tuple(image.shape[2:]) for image, _ in found], self.network.multiple_of)
-        parts = [bent(image, labels, size, self.run.bending, generator) for image, labels in found]
-        images, labels = zip(*parts, strict=True)
-        return Examples(torch.cat(images), torch.cat(labels))
+            return Examples(image, to_channels(values, self.channels).long(), image[:0])
+        believed = iteration >= _BELIEVED * self.config.members and bool(self.unlabeled)
+        bare = self.run.cases // 2 if believed else 0
+        drawn = [_draw(self.cases, generator) for _ in range(self.run.cases - bare)]
+        drawn += [_draw(self.unlabeled, generator) for _ in range(bare)]
+        found = [self.loader(Pair(case, case)) for case in drawn]
+        size = patch_size([tuple(one.fixed.shape[2:]) for one in found], self.network.multiple_of)
+        seen, images, known = [], [], []
+        for one in found:
+            labels = torch.zeros_like(one.fixed) if one.fixed_labels is None else one.fixed_labels
+            image, bent_labels = bent(one.fixed, labels, size, self.run.bending, generator)
+            seen.append(image)
+            images.append(painted(image, generator))
+            known.append(bent_labels)
+        count = self.run.cases - bare
+        return Examples(torch.cat(images), torch.cat(known[:count]), torch.cat([seen[0][:0], *seen[count:]]))
 
     def update(self, iteration: int, batch: Examples) -> dict[str, float]:
         """Take a step of the optimizer for one of the members."""
@@ -227,6 +246,8 @@ class Segmentation(Task[Examples]):
         member = iteration % backbone.members
         self.optimizer.zero_grad(set_to_none=True)
         with training_autocast(self.device, images.shape[2] // self.network.multiple_of):
+            if len(batch.plain):
+                labels = torch.cat([labels, _believed(backbone, batch.plain.to(self.device), member)])
             scores = backbone.scores(images, member)
         loss = segmentation_loss(scores.float(), labels)
         loss.backward()
@@ -257,12 +278,15 @@ class Segmentation(Task[Examples]):
         name, synthesis = dataset.about.get("name", dataset.path.name), config.synthesis
         known = known_sizes(self.cases, None if synthesis is None else synthesis.anatomy)
         preprocessing = dataclasses.replace(config.preprocessing, steps=1, knows=known)
+        more: Provenance = {"init": init, "synthetic": synthesis is not None}
+        if self.unlabeled:
+            more["unlabeled"] = len(self.unlabeled)
         if synthesis is not None:  # what is made lies in the middle of a box; a scan is seen whole
             preprocessing = dataclasses.replace(preprocessing, shape=None)
         return Card(
             title=config.title or f"Features for a fit, learned from {name}",
             preprocessing=preprocessing,
-            provenance=self.provenance("features", len(self.cases), {"init": init, "synthetic": synthesis is not None}),
+            provenance=self.provenance("features", len(self.cases), more),
             labels=self.channels,
             compare=config.compare,
             volumes=known_volumes(self.cases, self.channels),
@@ -288,6 +312,18 @@ def _start_from(init: Path | str, network: RegistrationModel) -> None:
             raise MorphSeekError(f"{Path(init).name} holds features of another width; train them from scratch.")
         value[:shared] = found[name][:shared]
     network.load_state_dict(own)
+
+
+def _draw(cases: list[Case], generator: torch.Generator) -> Case:
+    return cases[int(torch.randint(len(cases), (1,), generator=generator))]
+
+
+@torch.no_grad()
+def _believed(network: Segmenter, images: Tensor, member: int) -> Tensor:
+    """Return the channels, (n, 1, i, j, k) int64, that all other members, or else the only one, find in images."""
+    others = [other for other in range(network.members) if other != member] or [member]
+    shares = torch.stack([network.scores(images, other).float().softmax(dim=1) for other in others])
+    return shares.mean(dim=0).argmax(dim=1, keepdim=True)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout need not be installed
 
 from MorphSeekLib.backbones import build_backbone
-from MorphSeekLib.training.examples import bent, segmentation_loss
+from MorphSeekLib.training.examples import bent, painted, segmentation_loss
 
 DEPTH, CASES, RATE, BENDING, AVERAGE = 3, 4, 3e-3, 2.0, 0.999
 AHEAD = 16  # iterations whose examples are made ahead
@@ -73,7 +73,9 @@ def train(arrays: Path, minutes: float, width: int, out: Path) -> None:
         generator = torch.Generator().manual_seed(iteration * 7919 + 13)
         drawn = torch.randint(known, (CASES,), generator=generator).tolist()
         parts = [bent(images[n], labels[n], size, BENDING, generator) for n in drawn]
-        return torch.cat([image for image, _ in parts]), torch.cat([channels for _, channels in parts])
+        return torch.cat([painted(image, generator) for image, _ in parts]), torch.cat(
+            [channels for _, channels in parts]
+        )
 
     begin, iteration, told = time.monotonic(), 0, 0
     with ThreadPoolExecutor(8) as pool:

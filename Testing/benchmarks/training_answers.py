@@ -1,9 +1,10 @@
 """What a site's training comes to: features learned from thirty cases, and the answer of a fit that compares them.
 
     python Testing/benchmarks/training_answers.py [--shared ../shared] [--out FILE] [--draws 0 1 2] [--minutes 60]
-        [--cases 30] [--split registration_test] [--keep FOLDER]
+        [--cases 30] [--unlabeled 0] [--split registration_test] [--keep FOLDER]
 
-For each draw, hippocampus cases are drawn by its number from the split training, and features are trained with the
+For each draw, hippocampus cases are drawn by its number from the split training (with ``--unlabeled`` others too, whose
+labels are not read), and features are trained with the
 defaults of ``morphseek train`` for so many minutes of processor time of one thread, validated on twelve pairs of
 registration_val. By six of these it is chosen, as a training does, what the fit compares and whether a search comes
 before it. Then the pairs of ``--split`` are registered by the finished model. The curve holds the validations by
@@ -43,11 +44,12 @@ VALIDATED = 12
 FIGURES = ("dice", "hd95", "folded_percent", "njd_percent", "sdlogj", "dice_aligned", "dice_before")
 
 
-def drawn(dataset: Dataset, draw: int, count: int) -> Dataset:
-    """Return the data set with so many of its training cases."""
+def drawn(dataset: Dataset, draw: int, count: int, unlabeled: int) -> Dataset:
+    """Return the data set with so many of its training cases, and so many others without their labels."""
     cases = sorted(dataset.split("training", "cases"), key=lambda case: str(case.image))
     random.Random(draw).shuffle(cases)
-    return dataclasses.replace(dataset, cases={"training": cases[:count]})
+    others = [dataclasses.replace(case, label=None) for case in cases[count : count + unlabeled]]
+    return dataclasses.replace(dataset, cases={"training": cases[:count] + others})
 
 
 def measured(dataset: Dataset, draw: int, minutes: float, split: str, keep: Path | None) -> dict:
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--cases", type=int, default=30)
+    parser.add_argument("--unlabeled", type=int, default=0)
     parser.add_argument("--split", default="registration_test")
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
@@ -108,10 +111,12 @@ def main() -> None:
     dataset = load_dataset(options.shared / "data" / "hippocampus" / "dataset.json")
     done: dict = json.loads(options.out.read_text()) if options.out.is_file() else {"rows": {}}
     for draw in options.draws:
-        name = f"{options.cases} cases, draw {draw}, {options.minutes:g} minutes, {options.split}"
+        bare = f" + {options.unlabeled} without labels" if options.unlabeled else ""
+        name = f"{options.cases} cases{bare}, draw {draw}, {options.minutes:g} minutes, {options.split}"
         if name in done["rows"]:
             continue
-        row = measured(drawn(dataset, draw, options.cases), draw, options.minutes, options.split, options.keep)
+        cases = drawn(dataset, draw, options.cases, options.unlabeled)
+        row = measured(cases, draw, options.minutes, options.split, options.keep)
         row["precision"] = str(network_precision(torch.device("cpu"))).removeprefix("torch.")
         done["rows"][name] = row
         done["software"] = software()

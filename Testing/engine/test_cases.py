@@ -107,21 +107,21 @@ def test_every_kind_of_trouble_is_named(mixed):
     report = check(find_cases(mixed), job=Job(events.append))
     rows = {case.name.removeprefix("images/").removesuffix(".nii.gz"): case for case in report.cases}
     problems = {name: " ".join(row.problems) for name, row in rows.items() if row.problems}
-    assert set(problems) == {"twin", "bare", "broken", "alien", "elsewhere"}
+    assert set(problems) == {"twin", "broken", "alien", "elsewhere"}
     assert "same image as images/good0.nii.gz" in problems["twin"]
-    assert "no label map" in problems["bare"]
     assert problems["broken"].startswith("images/broken.nii.gz"), "without the folder, which all share"
     assert "(77) are none of those that most cases have (1, 2, 3)" in problems["alien"]
     assert "labels nothing in its image" in problems["elsewhere"]
     warnings = {name: " ".join(row.warnings) for name, row in rows.items() if row.warnings}
-    assert set(warnings) == {"coarse_labels", "no_ball", "huge_voxels"}
+    assert set(warnings) == {"bare", "coarse_labels", "no_ball", "huge_voxels"}
+    assert "no label map, so only a network that finds labels learns from it" in warnings["bare"]
     assert "another grid (12 x 14 x 10 voxels of 4 x 4 x 5 mm)" in warnings["coarse_labels"]
     assert "lacks the labels 3" in warnings["no_ball"]
     assert "1000 times as large as usual" in warnings["huge_voxels"]
     assert report.common == (1, 2)
     assert report.labels == {1: 9, 2: 9, 3: 8}
     assert not report.problems
-    assert (report.training, report.validation_pairs, report.test_pairs) == (8, 8, 2)
+    assert (report.training, report.unlabeled, report.validation_pairs, report.test_pairs) == (8, 1, 8, 2)
     assert rows["good0"].shape == (24, 28, 20)
     assert [e.step for e in events] == [*range(1, 15), 14]
 
@@ -146,8 +146,24 @@ def test_a_label_map_without_an_image_is_named(tmp_path):
     (tmp_path / "images/4.nii.gz").rename(tmp_path / "images/five.nii.gz")
     report = check(find_cases(tmp_path))
     assert report.warnings[0].startswith("labels/4.nii.gz is a label map that no image belongs to by its name")
-    assert report.unusable == ["images/five.nii.gz"]
-    assert "no label map" in report.cases[-1].problems[0]
+    assert "no label map" in report.cases[-1].warnings[0]
+
+
+def test_cases_without_labels_are_trained_on_and_neither_held_out_nor_counted(tmp_path):
+    for seed in range(9):
+        write_case(tmp_path / f"images/{seed}.nii.gz", tmp_path / f"labels/{seed}.nii.gz", seed)
+        if seed > 3:
+            (tmp_path / f"labels/{seed}.nii.gz").unlink()
+    used = hold_out(find_cases(tmp_path))
+    bare = {case for case in used.cases["training"] if case.label is None}
+    assert len(bare) == 5
+    assert not bare & {case for pairs in used.pairs.values() for pair in pairs for case in (pair.fixed, pair.moving)}
+    assert "4 usable cases are few" in check(find_cases(tmp_path)).warnings[0]
+    for seed in (2, 3):
+        (tmp_path / f"labels/{seed}.nii.gz").unlink()
+    [problem] = check(find_cases(tmp_path)).problems
+    assert problem.startswith("2 of 9 usable cases have labels, and at least 3 must")
+    assert not check(find_cases(tmp_path), labels=False).problems
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_cases_are_read(mixed, tmp_path):
@@ -297,7 +313,8 @@ def description(folder, count):
 def test_the_command(mixed, tmp_path):
     done = CliRunner().invoke(app, ["check", str(mixed), "--out", str(tmp_path / "check.json")], terminal_width=200)
     assert done.exit_code == 0, done.output
-    assert "8 cases to train on, 8 pairs to validate on, 2 held-out pairs" in " ".join(done.output.split())
+    said = "8 cases to train on, 1 without labels besides, 8 pairs to validate on, 2 held-out pairs"
+    assert said in " ".join(done.output.split())
     written = json.loads((tmp_path / "check.json").read_text())
     assert len(written["cases"]) == 14
     assert written["common"] == [1, 2]

@@ -17,7 +17,7 @@ from MorphSeekLib.app.phantom import abdomen, abdomen_grid
 from MorphSeekLib.app.settings_file import load as load_settings
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.backbones.segmenter import Segmenter
-from MorphSeekLib.data.datasets import load_dataset
+from MorphSeekLib.data.datasets import Pair, load_dataset
 from MorphSeekLib.data.synthesis import SynthesisSettings
 from MorphSeekLib.io.images import read_labels, write_image
 from MorphSeekLib.networks.loading import load_model
@@ -30,10 +30,11 @@ from MorphSeekLib.registration.fit import between
 from MorphSeekLib.registration.learned import Features, Learned
 from MorphSeekLib.registration.pipeline import register
 from MorphSeekLib.registration.plans import SHARE
-from MorphSeekLib.space.geometry import DenseTransform
+from MorphSeekLib.space.geometry import DenseTransform, resample
 from MorphSeekLib.space.preprocessing import SOFT_TISSUE, Preprocessing
-from MorphSeekLib.training.examples import bent, patch_size, segmentation_loss
-from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, finetune
+from MorphSeekLib.training import segmentation
+from MorphSeekLib.training.examples import bent, painted, patch_size, segmentation_loss
+from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, Finetuning, finetune
 from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, SegmentationRun, suited, train_features
 
 RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2)
@@ -114,13 +115,17 @@ def test_labels_are_bent_as_their_image_is():
     labels = blob_labels(0, blob_grid((32, 32, 32), (2.0, 2.0, 2.0))).data[None, None]
     image = (labels > 0).float()
     for seed in range(3):
-        seen, known = bent(image, labels, (24, 24, 24), 2.0, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        seen, known = bent(image, labels, (24, 24, 24), 2.0, generator)
+        assert float((((seen > 0.5) == (known > 0)).float()).mean()) > 0.9
+        seen = painted(seen, generator)
         assert seen.shape == known.shape == (1, 1, 24, 24, 24)
         inside, outside = seen[known > 0], seen[known == 0]
         assert inside.mean() > outside.mean() + 0.5
         assert set(known.unique().tolist()) <= {0, 1, 2, 3}
-    again = bent(image, labels, (24, 24, 24), 2.0, torch.Generator().manual_seed(2))
-    assert torch.equal(again[0], seen)
+    generator = torch.Generator().manual_seed(2)
+    again = bent(image, labels, (24, 24, 24), 2.0, generator)
+    assert torch.equal(painted(again[0], generator), seen)
     assert torch.equal(again[1], known)
 
 
@@ -355,14 +360,64 @@ def test_settings_suit_the_cases(tmp_path, trained):
     assert kept.preprocessing == read_card(trained).preprocessing
 
 
-def test_unlabeled_cases_are_refused(tmp_path):
-    description = write_dataset(tmp_path / "data", 4)
+def strip_labels(description: Path, count: int) -> Path:
+    """Take the label maps of the last so many training cases out of a dataset.json."""
     values = json.loads(description.read_text())
-    for case in values["training"]:
+    for case in values["training"][-count:]:
         case.pop("label")
     description.write_text(json.dumps(values))
-    with pytest.raises(MorphSeekError, match="labeled training cases"):
-        train_features(load_dataset(description), CONFIG, tmp_path / "model.safetensors")
+    return description
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_what_members_find_in_unlabeled_cases_is_learned_by_the_others(tmp_path, monkeypatch, members):
+    monkeypatch.setattr(segmentation, "_BELIEVED", 2)
+    dataset = load_dataset(strip_labels(write_dataset(tmp_path / "data", 5), 2))
+    run = replace(RUN, iterations=2 * members + 1, learning_rate=1e-3, average=0.0)
+    config = replace(CONFIG, members=members, training=run)
+    task = Segmentation(dataset, config, torch.device("cpu"))
+    assert (len(task.cases), len(task.unlabeled)) == (3, 2)
+    early, late = task.batch(2 * members - 1), task.batch(2 * members)
+    assert (len(early.labels), len(early.plain)) == (2, 0)
+    assert (len(late.images), len(late.labels), len(late.plain)) == (2, 1, 1)
+    assert not torch.equal(late.images[1], late.plain[0]), "painted"
+    network = task.network.backbone
+    assert isinstance(network, Segmenter)
+    others = [member for member in range(members) if member != 0] or [0]
+    with torch.no_grad():
+        shares = sum(network.scores(late.plain, member).softmax(dim=1) for member in others)
+        labels = torch.cat([late.labels, shares.argmax(dim=1, keepdim=True)])
+        expected = float(segmentation_loss(network.scores(late.images), labels))
+    assert task.update(2 * members, late)["loss"] == pytest.approx(expected, rel=2e-2)  # bfloat16 where that is fast
+    card = read_card(train_features(dataset, config, tmp_path / "model.safetensors"))
+    assert (card.provenance["cases"], card.provenance["unlabeled"]) == (3, 2)
+
+
+def test_a_finder_stands_in_for_missing_labels_in_a_fine_tuning(joined, tmp_path):
+    """Dice and rewards of pairs with unlabeled cases are by what the finder finds there."""
+    dataset = load_dataset(strip_labels(write_dataset(tmp_path / "data", 5), 2))
+    config = FinetuneConfig(training=FinetuneRun(iterations=1, steps=1, validate_every=1))
+    task = Finetuning(dataset, config, joined, torch.device("cpu"))
+    bare = [case for case in task.cases if case.label is None]
+    assert (len(task.cases), len(bare)) == (5, 2)
+    number = int(bare[0].file.name.removeprefix("image_").removesuffix(".nii.gz"))
+    prepared = task.loader(Pair(bare[0], bare[0]))
+    truth = resample(blob_labels(number, blob_grid()), prepared.grid, mode="nearest").data
+    found = prepared.fixed_labels[0, 0]
+    inside = (found > 0) & (truth > 0)
+    assert float(2 * inside.sum() / ((found > 0).sum() + (truth > 0).sum())) > 0.8
+    assert set(found.unique().tolist()) <= {0, 1, 2, 3}
+    card = read_card(finetune(dataset, config, joined, tmp_path / "tuned.safetensors"))
+    assert (card.provenance["cases"], card.provenance["unlabeled"]) == (3, 2)
+    other = replace(load(joined)[1], labels={1: 1, 2: 2})  # one label of the cases is unknown to it
+    save(tmp_path / "less.safetensors", load(joined)[0], other)
+    assert len(Finetuning(dataset, config, tmp_path / "less.safetensors", torch.device("cpu")).cases) == 3
+
+
+def test_unlabeled_cases_alone_are_refused(tmp_path):
+    dataset = load_dataset(strip_labels(write_dataset(tmp_path / "data", 4), 3))
+    with pytest.raises(MorphSeekError, match="1 labeled training cases"):
+        train_features(dataset, CONFIG, tmp_path / "model.safetensors")
 
 
 def test_features_of_large_images_are_compared_where_they_fit(trained):

@@ -338,7 +338,7 @@ def test_problems_are_listed_and_left_out(stand_in, panel, files, tmp_path):
     for seed in range(3):
         (bad / f"label_{seed}.nii.gz").unlink()
     check(stand_in, panel)
-    assert "usable training cases" in ui.casesSummary.text
+    assert "1 of 4 usable cases have labels, and at least 3 must" in ui.casesSummary.text
     assert not ui.startButton.enabled
     check(stand_in, panel, tmp_path / "gone")
     assert "no file or folder" in ui.casesSummary.text
