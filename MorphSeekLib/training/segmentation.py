@@ -132,8 +132,9 @@ def suited(config: SegmentationConfig, dataset: Dataset, init: Path | str | None
         card = read_card(init)
         known = {name: value for name, value in card.model.backbone_settings.items() if name in _SHAPE}
         return dataclasses.replace(config, preprocessing=card.preprocessing, **{"block": 1, "members": 1, **known})
-    cases = dataset.split("training", "cases")[:_LOOKED_AT]
-    images = [read_image(case.image) for case in cases if case.image is not None]
+    cases = dataset.split("training", "cases")  # those of two modalities often come one kind after the other
+    places = torch.linspace(0, len(cases) - 1, min(len(cases), _LOOKED_AT)).round().long().tolist()
+    images = [read_image(cases[place].image) for place in places if cases[place].image is not None]
     if images and (seen := general(*(image.data for image in images))).intensity == "window":
         windowed = dataclasses.replace(config.preprocessing, intensity="window", low=seen.low, high=seen.high)
         config = dataclasses.replace(config, preprocessing=windowed)

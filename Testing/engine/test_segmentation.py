@@ -355,6 +355,10 @@ def test_settings_suit_the_cases(tmp_path, trained):
         write_image(abdomen(abdomen_grid(8.0), "ct", seed=number), small.path.parent / f"image_{number}.nii.gz")
     seen = suited(CONFIG, small).preprocessing
     assert (seen.intensity, seen.low, seen.high, seen.spacing) == ("window", *SOFT_TISSUE, CONFIG.preprocessing.spacing)
+    description = write_dataset(tmp_path / "mixed", 7)
+    for number in range(5):
+        write_image(abdomen(abdomen_grid(8.0), "ct", seed=number), description.parent / f"image_{number}.nii.gz")
+    assert suited(CONFIG, load_dataset(description)).preprocessing == CONFIG.preprocessing, "two of seven are no CT"
     kept = suited(SegmentationConfig(width=9, block=2, members=3), small, trained)
     assert (kept.width, kept.depth, kept.block, kept.members) == (6, 2, 1, 1)
     assert kept.preprocessing == read_card(trained).preprocessing
