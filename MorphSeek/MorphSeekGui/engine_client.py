@@ -160,6 +160,11 @@ class EngineClient:
             request.cancelled_at = time.monotonic()
             self._send({"jsonrpc": "2.0", "method": "cancel", "params": {"id": request.id}})
 
+    def forget(self, of: str) -> None:
+        """Tell a worker that runs to keep the images of the registration into the folder ``of`` no longer."""
+        if self.running:
+            self._send({"jsonrpc": "2.0", "method": "forget", "params": {"of": of}})
+
     def call(
         self,
         method: str,

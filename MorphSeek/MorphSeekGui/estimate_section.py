@@ -83,6 +83,8 @@ class EstimateSection:
             request.on_progress = None
             client.cancel(request)
             job.discard()
+        if self._offered is not None:
+            self._logic.client().forget(self._offered[0])
         self._offered = self._run = None
         self._show("")
 

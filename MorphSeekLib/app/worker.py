@@ -3,8 +3,7 @@
     python -m MorphSeekLib.app.worker
 
 Requests: hello, load, info, register, estimate, expect, apply, check, export, results, shutdown. Notifications out:
-progress.
-Notification in: cancel.
+progress. Notifications in: cancel; forget, after which the images of a registration are kept no longer for "estimate".
 Arrays travel as .npy files (never pickled, memory-mapped) with axes (i, j, k) and a 4x4 affine to LPS mm; see
 ``_volume``. "register" takes ``threads``, how many of the processor's to compute with (all by default). A model is
 loaded once and kept. The process ends when its stdin closes, so that it never outlives Slicer; whatever the libraries
@@ -228,14 +227,14 @@ class Worker:
         """Estimate the error of the last registration, which was asked to be able to (``trust`` "later") and whose
         output was the folder ``of``; into ``output``, which the client made and will remove. Cancelled, it can be asked
         again. It gives way to other requests, and begins again after them."""
-        begin, output = time.perf_counter(), Path(_get(params, "output", str))
-        if self.kept is None or self.kept[0] != _get(params, "of", str):
+        begin, output, kept = time.perf_counter(), Path(_get(params, "output", str)), self.kept
+        if kept is None or kept[0] != _get(params, "of", str):
             raise MorphSeekError(
                 "The engine no longer has the images of this registration; register again to have its error estimated."
             )
         job = self._job(number).until(lambda: any(method != "expect" for method in list(self.waiting.values())))
         try:
-            trust = self.kept[1].run(job)
+            trust = kept[1].run(job)
         except Cancelled:
             if number in self.cancelled:
                 raise
@@ -400,6 +399,10 @@ class Worker:
                 target = message.get("params", {}).get("id")
                 if not isinstance(target, (dict, list)):
                     self._cancel(target)
+            elif message["method"] == "forget":
+                kept = self.kept
+                if kept is not None and kept[0] == message.get("params", {}).get("of"):
+                    self.kept = None
             elif "id" in message:
                 self.waiting[number] = message["method"]
                 self.inbox.put(message)

@@ -5,10 +5,10 @@
 
 For each draw, hippocampus cases are drawn by its number from the split training (with ``--unlabeled`` others too, whose
 labels are not read), and features are trained with the defaults of ``morphseek train`` for so many minutes of processor
-time of one thread, validated on twelve pairs of registration_val. By six of these it is chosen, as a training does, what the fit compares and whether a search comes
-before it. Then the pairs of ``--split`` are registered by the finished model. The curve holds the validations by
-minutes: Dice of pairs that are fitted by the features, without the unfolding. Draws that are in FILE are not done
-again.
+time of one thread, validated on twelve pairs of registration_val. By six of these it is chosen, as a training does,
+what the fit compares and whether a search comes before it. Then the pairs of ``--split`` are registered by the finished
+model. The curve holds the validations by minutes: Dice of pairs that are fitted by the features, without the unfolding.
+Draws that are in FILE are not done again.
 """
 
 from __future__ import annotations

@@ -167,6 +167,19 @@ def test_the_error_of_the_last_registration_is_estimated_later(client, request_o
     assert "register again" in client.call("estimate", asked)["error"]["message"], "the images are kept no longer"
 
 
+def test_images_that_are_to_be_forgotten_are_estimated_no_more(client, request_of, tmp_path):
+    options = {"align": "none", "search": "off", "fit": "on", "fit_iterations": [4], "trust": "later"}
+    (tmp_path / "later").mkdir()
+    asked = {"of": request_of["output"], "output": str(tmp_path / "later")}
+    registered = request_of | {"model": "none", "options": options}
+    for of, kept in (("another", True), (request_of["output"], False)):
+        client.call("register", registered)
+        client.write(json.dumps({"jsonrpc": "2.0", "method": "forget", "params": {"of": of}}))
+        answer = client.call("estimate", asked)
+        assert ("result" in answer) is kept
+    assert "register again" in answer["error"]["message"]
+
+
 def test_an_estimate_gives_way_to_other_requests(client, request_of, tmp_path):
     options = {"align": "none", "search": "off", "fit": "on", "fit_iterations": [4], "trust": "later"}
     client.call("register", request_of | {"model": "none", "options": options})

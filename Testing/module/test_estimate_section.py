@@ -13,6 +13,7 @@ import slicer
 import slicer.util
 import worlds
 from MorphSeekGui import estimating, quality, scene
+from MorphSeekGui.engine_client import EngineError
 
 from MorphSeekLib.protocol.options import RegistrationOptions
 
@@ -104,12 +105,13 @@ def test_nothing_is_offered_where_it_is_switched_off(stand_in, panel):
 
 
 def test_another_registration_or_a_closed_scene_cancels_it(stand_in, panel):
-    nodes = register(stand_in, panel, "On")
+    register(stand_in, panel, "On")
     assert panel._estimate._run is not None
     panel.ui.moreButton.click()
     assert panel._estimate._run is None
     stand_in.wait(lambda: panel._run is None)
     assert panel._estimate._run is not None, "that of the longer fit"
+    nodes = panel._last[1]
     slicer.mrmlScene.Clear(0)
     assert panel._estimate._run is None
     assert not panel.ui.estimateLabel.isVisibleTo(panel.widget)
@@ -165,3 +167,14 @@ def test_a_batch_and_saved_settings_have_it_where_it_is_on(panel):
     assert panel.ui.estimateSelector.currentText == "On"
     use_options(p, RegistrationOptions())
     assert panel.ui.estimateSelector.currentText == "Automatic"
+
+
+def test_the_engine_forgets_the_images_of_a_closed_scene(stand_in, panel, monkeypatch):
+    monkeypatch.setattr("MorphSeekGui.register_panel.is_quick", lambda report: False)
+    register(stand_in, panel, "Automatic")
+    client, (of, nodes) = panel.logic.client(), panel._estimate._offered
+    slicer.mrmlScene.Clear(0)
+    job = estimating.Estimating(of, nodes)
+    with pytest.raises(EngineError, match="no longer has the images"):
+        client.call("estimate", job.params)
+    job.discard()
