@@ -457,8 +457,9 @@ def known_sizes(cases: Sequence[Case], anatomy: Sequence[int] | None = None, mos
     return round(min(sizes), 1), round(max(sizes), 1)
 
 
-def known_volumes(cases: Sequence[Case], channels: Mapping[int, int], most: int = 100) -> dict[int, float]:
-    """Return how much of what each channel stands for a case holds, for ``Card.volumes``.
+def known_volumes(cases: Sequence[Case], channels: Mapping[int, int], most: int = 100) -> tuple[dict[int, float], int]:
+    """Return how much of what each channel stands for a case holds, and how many of them at least, for ``Card.volumes``
+    and ``Card.fewest``.
 
     Args:
         cases: of the training; of many, some are drawn.
@@ -466,9 +467,10 @@ def known_volumes(cases: Sequence[Case], channels: Mapping[int, int], most: int 
         most: how many cases to measure.
 
     Returns:
-        channel -> milliliters, the median of the cases that hold any.
+        channel -> milliliters, the median of the cases that hold any; the fewest channels of a case.
     """
     volumes: dict[int, list[float]] = {}
+    held = []
     places = sampled(torch.arange(len(cases)), most).tolist()
     for case in (cases[place] for place in places):
         if case.label is None:
@@ -480,7 +482,9 @@ def known_volumes(cases: Sequence[Case], channels: Mapping[int, int], most: int 
         for channel, count in enumerate(counts):
             if channel and count:
                 volumes.setdefault(channel, []).append(count * voxel)
-    return {channel: round(float(np.median(found)), 3) for channel, found in sorted(volumes.items())}
+        held.append(sum(count > 0 for count in counts[1:]))
+    medians = {channel: round(float(np.median(found)), 3) for channel, found in sorted(volumes.items())}
+    return medians, min(held, default=0)
 
 
 def label_maps(cases: Sequence[Case]) -> list[Path]:

@@ -58,6 +58,7 @@ class Card:
             label c.
         volumes: milliliters of what such a channel stands for, the median of the training's cases; where something else
             is found in an image, its features are not compared. Empty: whatever is found counts.
+        fewest: channels that each of the training's cases had at least; half as many must be found. 0: half of all.
     """
 
     title: str = ""
@@ -73,6 +74,7 @@ class Card:
     compare: Literal["intensities", "features", "both"] = "intensities"
     share: float = 1.0
     volumes: dict[int, float] = field(default_factory=dict)
+    fewest: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

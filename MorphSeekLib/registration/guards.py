@@ -180,13 +180,16 @@ def lowered_by_alignment(kind: str, measure: str, before: float | None, after: f
     return [Notice("alignment-lowers", words)]
 
 
-def nothing_found(names: Sequence[str]) -> list[Notice]:
-    """Say in which images a network that was trained on labels finds none of them."""
-    if not names:
+def nothing_found(names: Sequence[str], in_common: bool) -> list[Notice]:
+    """Say in which images a network that was trained on labels finds none of them, or that it finds none in both."""
+    if in_common:
         return []
+    what = "The images show nothing in common"
+    if names:
+        what = f"{' and '.join(names)} {'shows' if len(names) == 1 else 'show'} nothing"
     words = (
-        f"{' and '.join(names)} {'shows' if len(names) == 1 else 'show'} nothing of what the model was trained to "
-        "find, so the images themselves are compared, as without a model; check that the model is for such images."
+        f"{what} of what the model was trained to find, so the images themselves are compared, as without a model; "
+        "check that the model is for such images."
     )
     return [Notice("nothing-found", words)]
 

@@ -27,6 +27,7 @@ MOST_VALUES = 100_000_000
 _FOUND = 0.5  # the probability from which on a voxel shows a label
 _FEWEST = 8  # voxels of the working grid
 _LARGER = 3.0  # times, or smaller, than what the training's cases hold is something else
+_MISSING = 0.1  # of what they hold: less is a label that is not there
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,24 @@ class Features:
         return cls(found, grid)
 
     def found(self, card: Card | None = None) -> bool:
-        """Return whether labels are there: any of them, or those of a card, half of them about as large as it says."""
-        counts = (self.maps > _FOUND).sum(dim=(0, 2, 3, 4)).tolist()
+        """Return whether labels are there: any of them, or those of a card, as many as half of what each of its cases
+        had about as large as it says."""
         if card is None or not card.volumes:
-            return sum(counts) >= _FEWEST
+            return sum(self._counts()) >= _FEWEST
+        alike = [1 / _LARGER <= size <= _LARGER for size in self.sizes(card).values()]
+        return 2 * sum(alike) >= (card.fewest or len(alike))
+
+    def sizes(self, card: Card) -> dict[int, float]:
+        """Return how large is what was found for each channel, over what the card says."""
+        counts = self._counts()
         spacing = card.preprocessing.spacing  # of objects that are larger or smaller, the grid is that much coarser
         voxel = float(np.prod(self.grid.spacing if spacing is None else spacing)) / 1000
-        alike = [
-            1 / _LARGER <= voxel * counts[channel - 1] / volume <= _LARGER for channel, volume in card.volumes.items()
-        ]
-        return 2 * sum(alike) >= len(alike)
+        return {channel: voxel * counts[channel - 1] / volume for channel, volume in card.volumes.items()}
+
+    def _counts(self) -> list[int]:
+        """Return the voxels of each channel."""
+        counts: list[int] = (self.maps > _FOUND).sum(dim=(0, 2, 3, 4)).tolist()
+        return counts
 
     def on(self, grid: Grid, transform: Transform) -> Tensor:
         """Return them at the voxels of another grid, (1, labels, i, j, k), as smooth as that.
@@ -83,6 +92,19 @@ class Learned:
 
     fixed: Features
     moving: Features
+
+    def common(self, card: Card) -> Learned | None:
+        """Return those of labels that are there in both images; None where there are none.
+
+        The cases of one modality may have fewer labels than those of the other, and an organ may be gone: what is found
+        in one image alone would be shrunk to nothing.
+        """
+        sizes = [features.sizes(card) for features in (self.fixed, self.moving)]
+        gone = {channel for channel in card.volumes if min(side[channel] for side in sizes) < _MISSING}
+        kept = [n for n in range(self.fixed.maps.shape[1]) if n + 1 not in gone]
+        if not kept:
+            return None
+        return self if not gone else Learned(*(replace(f, maps=f.maps[:, kept]) for f in (self.fixed, self.moving)))
 
     def coarse(self, coarse: Coarse) -> Coarse:
         """Return two images as they are judged, with their features in place of their intensities."""

@@ -247,6 +247,7 @@ class Finetuning(Task[list[PreparedPair]]):
             compare=base.compare,
             share=base.share,
             volumes=base.volumes,
+            fewest=base.fewest,
         )
 
     def _numbers(self, iteration: int) -> range:

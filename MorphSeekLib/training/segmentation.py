@@ -276,6 +276,7 @@ class Segmentation(Task[Examples]):
         init: Provenance | None = None
         if self._init is not None:
             init = {**read_card(self._init).provenance, "sha256": str(self.origin["init"])}
+        volumes, fewest = known_volumes(self.cases, self.channels)
         name, synthesis = dataset.about.get("name", dataset.path.name), config.synthesis
         known = known_sizes(self.cases, None if synthesis is None else synthesis.anatomy)
         preprocessing = dataclasses.replace(config.preprocessing, steps=1, knows=known)
@@ -290,7 +291,8 @@ class Segmentation(Task[Examples]):
             provenance=self.provenance("features", len(self.cases), more),
             labels=self.channels,
             compare=config.compare,
-            volumes=known_volumes(self.cases, self.channels),
+            volumes=volumes,
+            fewest=fewest,
         )
 
 

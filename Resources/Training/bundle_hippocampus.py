@@ -67,6 +67,7 @@ def join(moves: Path, finds: Path, share: float, out: Path) -> None:
         card,
         labels=found.labels,
         volumes=found.volumes,
+        fewest=found.fewest,
         compare="features",
         share=share,
         fit=True,

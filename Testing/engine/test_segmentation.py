@@ -446,9 +446,32 @@ def test_what_is_found_must_be_about_as_large_as_what_was_learned():
     assert not Features(maps, grid).found(replace(whole, volumes={1: 9 * voxel, 2: 9 * voxel, 3: 9 * voxel}))
 
 
+def test_a_modality_with_fewer_labels_is_found_and_what_both_images_show_is_compared():
+    """Of six labels that the cases of one modality have, those of the other have two."""
+    grid = blob_grid((8, 8, 8))
+    many, few = torch.zeros(2, 1, 6, 8, 8, 8)
+    for channel in range(6):
+        many[0, channel, channel] = 1.0
+    few[0, :2] = many[0, :2]
+    whole = Card(volumes={channel: 64 * float(np.prod(grid.spacing)) / 1000 for channel in range(1, 7)}, fewest=2)
+    both = Learned(Features(few, grid), Features(many, grid))
+    assert both.fixed.found(whole)
+    assert not both.fixed.found(replace(whole, fewest=0)), "two of six are too few where every case had six"
+    common = both.common(whole)
+    assert torch.equal(common.fixed.maps, few[:, :2])
+    assert torch.equal(common.moving.maps, many[:, :2])
+    same = Learned(both.moving, both.moving)
+    assert same.common(whole) is same
+    assert (
+        Learned(Features(few, grid), Features(many - torch.cat([few[:, :2], 0 * few[:, 2:]], 1), grid)).common(whole)
+        is None
+    )
+
+
 def test_a_training_notes_how_large_is_what_it_learns(trained):
     card = read_card(trained)
     assert set(card.volumes) == set(card.labels.values())
+    assert card.fewest == 3
     cases = load_dataset(trained.parent / "data" / "dataset.json").cases["training"]
     for value, channel in card.labels.items():
         found = sorted(
