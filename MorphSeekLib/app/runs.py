@@ -56,6 +56,7 @@ _TRIAL = 4  # iterations that are timed when the budget is given in minutes
 _FEWEST = 10  # iterations that such a budget must allow
 _STATUS_SECONDS = 0.5
 _FIT_PAIRS = 6  # pairs on which ways to an answer are compared
+_AS_GOOD = 0.002  # of Dice; so few pairs do not tell less apart
 _TABLES: tuple[Stage, ...] = ("warmup", "finetune", "final")  # of a run.json of MorphSeek 0.1
 _CHOICE = "with_fit"  # of a card's results, what came out
 _ALONE: dict[str, Any] = {"compare": "intensities", "share": 1.0}  # of a network, without its finder
@@ -436,7 +437,7 @@ def _measure(folder: Path, dataset: Dataset, models: tuple[Path | None, Path], d
 
 def choose_answer(folder: Path, dataset: Dataset, model: Path, device: str, job: Job) -> None:
     """Write on a model's card what it does when nothing is asked for: what came to the best mean Dice on pairs of cases
-    that it was not trained on.
+    that it was not trained on, or nearly so and smoother.
 
     A network's steps may be better with a fit after them, or without: one without labels can undo what labels have
     taught. Features may be better with a search before the fit, with the intensities beside them, or without them.
@@ -446,24 +447,32 @@ def choose_answer(folder: Path, dataset: Dataset, model: Path, device: str, job:
         return
     few, card = dataclasses.replace(dataset, pairs={VALIDATION: pairs}), model_file.read_card(model)
     dice: dict[str, float] = {}
+    roughness: dict[str, float] = {}
     for name, (options, said) in (answers := _answers(card)).items():
         out = folder / f"validation-{name}.json"
         if not out.is_file():
             loaded = load_model(str(model), device)
             loaded = dataclasses.replace(loaded, card=dataclasses.replace(card, **said))
             evaluate(few, VALIDATION, loaded, out, options, job)
-        dice[name] = json.loads(out.read_text(encoding="utf-8"))["mean"]["dice"] or 0.0
-    best = max(dice, key=lambda name: dice[name])
+        mean = json.loads(out.read_text(encoding="utf-8"))["mean"]
+        dice[name], roughness[name] = mean["dice"] or 0.0, mean["sdlogj"]
+    best = smoothest_of_the_best(dice, roughness)
     found = {
         "pairs": len(pairs),
         **{f"dice_{name}": value for name, value in dice.items()},
         "definition": "mean Dice of pairs of cases not trained on, by each way to an answer: by the steps alone and "
         "with a fit after them, or by a fit of features, and of features and intensities, both without and with a "
-        "search before it, and of intensities; the best is done when nothing is asked for",
+        "search before it, and of intensities; the best is done when nothing is asked for, or one as good and smoother",
     }
     better = dataclasses.replace(card, **answers[best][1], results=card.results | {_CHOICE: found})
     if better != card:
         model_file.rewrite_card(model, better)
+
+
+def smoothest_of_the_best(dice: dict[str, float], roughness: dict[str, float]) -> str:
+    """Return the answer with the lowest SDlogJ among those whose Dice is the highest, or less by 0.002 at most."""
+    most = max(dice.values())
+    return min((name for name in dice if dice[name] >= most - _AS_GOOD), key=lambda name: roughness[name])
 
 
 def _answers(card: model_file.Card) -> dict[str, tuple[RegistrationOptions, dict[str, Any]]]:
