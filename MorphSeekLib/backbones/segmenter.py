@@ -8,7 +8,6 @@ card says so (``Card.compare``); a few labeled cases and minutes suffice to trai
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,21 +29,18 @@ class SegmenterSettings:
         block: edge of the cubes of voxels whose values are channels of the finest resolution, both in the image and in
             the scores: with 2, nothing is computed voxel by voxel, and many labels take a third of the time (after the
             sub-pixel convolution of Shi et al., CVPR 2016).
-        members: networks of this shape that are trained apart and whose probabilities are averaged: few cases are
-            learned by heart by each in a way of its own.
     """
 
     features: int = 2
     width: int = 12
     depth: int = 3
     block: int = 1
-    members: int = 1
 
     def __post_init__(self) -> None:
         if self.features < 2:
             raise ValueError("features must be at least 2: the background and a label")
-        if min(self.width, self.depth, self.block, self.members) < 1:
-            raise ValueError("width, depth, block and members must be at least 1")
+        if min(self.width, self.depth, self.block) < 1:
+            raise ValueError("width, depth and block must be at least 1")
 
 
 @register("segmenter", SegmenterSettings)
@@ -58,20 +54,13 @@ class Segmenter(Backbone):
         widths = [settings.width * 2**level for level in range(settings.depth + 1)]
         self.top_channels, self.learned_features = 1, settings.features
         self.block, self.multiple_of = settings.block, settings.block * 2**settings.depth
-        self.members = settings.members
         first = [settings.block**3, *widths]
         self.down = nn.ModuleList(_two(before, after) for before, after in zip(first, widths, strict=False))
         self.up = nn.ModuleList(_two(below + own, own) for own, below in pairwise(widths))
         self.out = nn.Conv3d(widths[0], settings.features * settings.block**3, 1)
-        alone = dataclasses.replace(settings, members=1)
-        self.others = nn.ModuleList(Segmenter(alone) for _ in range(settings.members - 1))
 
-    def scores(self, image: Tensor, member: int = 0) -> Tensor:
-        """Return the logits of a member, (batch, features, i, j, k), for images (batch, 1, i, j, k)."""
-        if member:
-            other = self.others[member - 1]
-            assert isinstance(other, Segmenter)
-            return other.scores(image)
+    def scores(self, image: Tensor) -> Tensor:
+        """Return a score for each feature (logits), (batch, features, i, j, k), of images (batch, 1, i, j, k)."""
         x, skips = _as_channels(image, self.block), []
         for level, block in enumerate(self.down):
             x = block(F.avg_pool3d(x, 2) if level else x)
@@ -81,11 +70,8 @@ class Segmenter(Backbone):
         return _as_voxels(self.out(x), self.block)
 
     def image_features(self, image: Tensor) -> list[Tensor]:
-        """Return the probability of each feature, the mean of all members', float32, (batch, features, i, j, k)."""
-        found = self.scores(image).float().softmax(dim=1)
-        for member in range(1, self.members):
-            found = found + self.scores(image, member).float().softmax(dim=1)
-        return [found / self.members]
+        """Return the probability of each feature, float32, (batch, features, i, j, k)."""
+        return [self.scores(image).float().softmax(dim=1)]
 
     def encode_with(self, moving: Tensor, fixed_features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Return the probabilities of moving and fixed, and an empty top."""

@@ -25,7 +25,7 @@ LATER: dict[str, dict[str, object]] = {
     "training": {"minutes": None, "average": 0.0, "patience": None},
     "model": {"finder": None},
     "synthesis": {"mirror": 0.0},
-    "": {"compare": "features", "synthesis": None, "structures": [], "block": 1, "members": 1},
+    "": {"compare": "features", "synthesis": None, "structures": [], "block": 1},
 }
 """Settings that there were not always, by their section, and the values that change nothing."""
 

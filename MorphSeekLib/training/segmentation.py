@@ -3,9 +3,9 @@
 A fit that compares these probabilities brings labeled structures together, smoothly and within a second, from a few
 labeled cases and minutes of training. Every iteration bends some cases at random, paints them brighter and darker, and
 lowers cross-entropy + 1 - soft Dice (Isensee et al., nnU-Net, Nature Methods 2021). Where there are cases without
-labels, half of what an iteration sees are such: what the other members find in the bent case (without the paint, as in
-FixMatch, Sohn et al. 2020) is what this one has to find in the painted one (Chen et al., CVPR 2021). Validated is what
-a user gets: the Dice of pairs that are fitted by the features.
+labels, half of what an iteration sees are such: what the network finds in the bent case is what it has to find in the
+same after it was painted (FixMatch, Sohn et al., NeurIPS 2020). Validated is what a user gets: the Dice of pairs that are
+fitted by the features.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from ..networks.policy import ModelSettings, RegistrationModel
 from ..protocol.card import Provenance
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
-from ..protocol.settings import override
 from ..registration.descent import descend, halved
 from ..registration.objective import Level, upsample
 from ..registration.plans import LEARNED, LEARNED_WEIGHT
@@ -78,7 +77,7 @@ class SegmentationConfig:
 
     Attributes:
         title, license: for the card.
-        width, depth, block, members: see :class:`MorphSeekLib.backbones.segmenter.SegmenterSettings`.
+        width, depth, block: see :class:`MorphSeekLib.backbones.segmenter.SegmenterSettings`.
         compare: of the card: what is fitted by these features, "features" alone or "both" them and intensities.
         synthesis: present when images are made from label maps, one an iteration; they are bent already.
         structures: label values that share a channel; labels of none are background. Empty: each label has its own.
@@ -89,7 +88,6 @@ class SegmentationConfig:
     width: int = 12
     depth: int = 3
     block: int = 1
-    members: int = 1
     compare: Literal["features", "both"] = "features"
     synthesis: SynthesisSettings | None = None
     structures: tuple[tuple[int, ...], ...] = ()
@@ -97,10 +95,9 @@ class SegmentationConfig:
     training: SegmentationRun = field(default_factory=SegmentationRun)
 
 
-_SHAPE = ("width", "depth", "block", "members")
+_SHAPE = ("width", "depth", "block")
 _WIDE, _BLOCK = 16, 2  # of a network for images that are seen in parts
-_MEMBERS = 3  # of one for images that are seen whole
-_BELIEVED = 300  # iterations of each member, before what it finds in unlabeled cases counts
+_BELIEVED = 300  # iterations, before what the network finds in unlabeled cases counts
 _LOOKED_AT = 5  # cases
 
 
@@ -121,17 +118,15 @@ class Examples:
 
 def suited(config: SegmentationConfig, dataset: Dataset, init: Path | str | None = None) -> SegmentationConfig:
     """Return settings that suit the cases: network and preprocessing of the model that is gone on from, or CT seen
-    through a window, a network that computes in blocks where an iteration sees a part of an image only, and several
-    networks where it sees all of it.
+    through a window, and a network that computes in blocks where an iteration sees a part of an image only.
 
     Fourteen abdomens (112x96x80 voxels, 13 labels) come in blocks to a Dice in 13 minutes that voxel by voxel they do
-    not reach in 40. Thirty hippocampi are learned by heart within 20 minutes by one network; several, each with a part
-    of the iterations, still gain after that.
+    not reach in 40; images that are seen whole do not need it.
     """
     if init is not None:
         card = read_card(init)
         known = {name: value for name, value in card.model.backbone_settings.items() if name in _SHAPE}
-        return dataclasses.replace(config, preprocessing=card.preprocessing, **{"block": 1, "members": 1, **known})
+        return dataclasses.replace(config, preprocessing=card.preprocessing, **{"block": 1, **known})
     cases = dataset.split("training", "cases")  # those of two modalities often come one kind after the other
     places = torch.linspace(0, len(cases) - 1, min(len(cases), _LOOKED_AT)).round().long().tolist()
     images = [read_image(cases[place].image) for place in places if cases[place].image is not None]
@@ -141,8 +136,7 @@ def suited(config: SegmentationConfig, dataset: Dataset, init: Path | str | None
     sizes = [math.prod(working_grid(image.grid, config.preprocessing, 1).shape) for image in images]
     if sizes and max(sizes) > MOST_VOXELS:
         return dataclasses.replace(config, width=_WIDE, block=_BLOCK)
-    share = 1 - (1 - config.training.average) / _MEMBERS  # of an iteration, which trains one of them
-    return override(dataclasses.replace(config, members=_MEMBERS), "training", average=share)
+    return config
 
 
 def train_features(
@@ -177,7 +171,7 @@ class Segmentation(Task[Examples]):
     """Some cases an iteration, each bent at random.
 
     Attributes:
-        unlabeled: cases to learn from by what the members find in them.
+        unlabeled: cases to learn from by what the network itself finds in them.
         channels: label value -> channel.
     """
 
@@ -222,7 +216,7 @@ class Segmentation(Task[Examples]):
             box = window(shape, self.network.multiple_of, generator)
             image, values = self._source.labeled(generator, box)
             return Examples(image, to_channels(values, self.channels).long(), image[:0])
-        believed = iteration >= _BELIEVED * self.config.members and bool(self.unlabeled)
+        believed = iteration >= _BELIEVED and bool(self.unlabeled)
         bare = self.run.cases // 2 if believed else 0
         drawn = [_draw(self.cases, generator) for _ in range(self.run.cases - bare)]
         drawn += [_draw(self.unlabeled, generator) for _ in range(bare)]
@@ -239,17 +233,16 @@ class Segmentation(Task[Examples]):
         return Examples(torch.cat(images), torch.cat(known[:count]), torch.cat([seen[0][:0], *seen[count:]]))
 
     def update(self, iteration: int, batch: Examples) -> dict[str, float]:
-        """Take a step of the optimizer for one of the members."""
+        """Take a step of the optimizer."""
         rate = set_learning_rate(self.optimizer, self.run, iteration, self.progress)
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         backbone = self.network.backbone
         assert isinstance(backbone, Segmenter)
-        member = iteration % backbone.members
         self.optimizer.zero_grad(set_to_none=True)
         with training_autocast(self.device, images.shape[2] // self.network.multiple_of):
             if len(batch.plain):
-                labels = torch.cat([labels, _believed(backbone, batch.plain.to(self.device), member)])
-            scores = backbone.scores(images, member)
+                labels = torch.cat([labels, _believed(backbone, batch.plain.to(self.device))])
+            scores = backbone.scores(images)
         loss = segmentation_loss(scores.float(), labels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.run.gradient_clip)
@@ -322,11 +315,9 @@ def _draw(cases: list[Case], generator: torch.Generator) -> Case:
 
 
 @torch.no_grad()
-def _believed(network: Segmenter, images: Tensor, member: int) -> Tensor:
-    """Return the channels, (n, 1, i, j, k) int64, that all other members, or else the only one, find in images."""
-    others = [other for other in range(network.members) if other != member] or [member]
-    shares = torch.stack([network.scores(images, other).float().softmax(dim=1) for other in others])
-    return shares.mean(dim=0).argmax(dim=1, keepdim=True)
+def _believed(network: Segmenter, images: Tensor) -> Tensor:
+    """Return the channels, (n, 1, i, j, k) int64, that a network finds in images."""
+    return network.scores(images).argmax(dim=1, keepdim=True)
 
 
 @torch.no_grad()
