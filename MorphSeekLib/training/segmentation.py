@@ -4,8 +4,8 @@ A fit that compares these probabilities brings labeled structures together, smoo
 labeled cases and minutes of training. Every iteration bends some cases at random, paints them brighter and darker, and
 lowers cross-entropy + 1 - soft Dice (Isensee et al., nnU-Net, Nature Methods 2021). Where there are cases without
 labels, half of what an iteration sees are such: what the network finds in the bent case is what it has to find in the
-same after it was painted (FixMatch, Sohn et al., NeurIPS 2020). Validated is what a user gets: the Dice of pairs that are
-fitted by the features.
+same after it was painted (FixMatch, Sohn et al., NeurIPS 2020). Validated is what a user gets: the Dice of pairs that
+are fitted by the features.
 """
 
 from __future__ import annotations

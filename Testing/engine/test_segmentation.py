@@ -84,33 +84,6 @@ def test_a_segmenter_of_blocks_knows_where_each_voxel_is():
     assert float((found == wanted).float().mean()) == 1
 
 
-def test_members_are_trained_apart_and_say_the_mean_of_what_each_finds(tmp_path):
-    dataset = load_dataset(write_dataset(tmp_path / "data", 4))
-    config = replace(CONFIG, members=3, training=replace(RUN, iterations=2, average=0.0))
-    task = Segmentation(dataset, config, torch.device("cpu"))
-    network = task.network.backbone
-    assert isinstance(network, Segmenter)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    for iteration in (0, 2):
-        task.update(iteration, task.batch(iteration))
-    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    learned = {name for name, _ in network.named_parameters()}
-    assert changed == {name for name in learned if not name.startswith("others.0.")}, "the second one had no turn"
-    image = torch.rand(1, 1, 16, 16, 16)
-    shares = [network.scores(image, member).softmax(dim=1) for member in range(3)]
-    assert not torch.allclose(shares[0], shares[1], atol=1e-3)
-    torch.testing.assert_close(network.image_features(image)[0], sum(shares) / 3)
-    calls = itertools.count()  # stopped when the third one has not had its turn yet, it goes on all the same
-    whole = train_features(dataset, config, tmp_path / "whole.safetensors")
-    with pytest.raises(Cancelled):
-        train_features(dataset, config, tmp_path / "cut.safetensors", job=Job(cancelled=lambda: next(calls) > 0))
-    cut = train_features(dataset, config, tmp_path / "cut.safetensors")
-    one, other = (load_model(path, "cpu").network.state_dict() for path in (whole, cut))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    more = train_features(dataset, suited(CONFIG, dataset, whole), tmp_path / "more.safetensors", init=whole)
-    assert read_card(more).model == read_card(whole).model
-
-
 def test_labels_are_bent_as_their_image_is():
     labels = blob_labels(0, blob_grid((32, 32, 32), (2.0, 2.0, 2.0))).data[None, None]
     image = (labels > 0).float()
@@ -341,16 +314,11 @@ def test_features_go_on_from_a_model_of_features_alone(tmp_path, trained):
 
 
 def test_settings_suit_the_cases(tmp_path, trained):
-    """Images that are seen whole are seen by three members, the others in blocks of voxels, CT through a window; what
-    is gone on from is kept.
-    """
+    """Images that are seen in parts are seen in blocks of voxels, CT through a window; what is gone on from is kept."""
     small = load_dataset(write_dataset(tmp_path / "small", 2))
-    several = suited(CONFIG, small)
-    assert several.members == 3
-    assert several.training.average == pytest.approx(1 - 0.1 / 3), "each remembers as many of its own iterations"
-    assert replace(several, members=1, training=RUN) == CONFIG
+    assert suited(CONFIG, small) == CONFIG
     fine = replace(CONFIG, preprocessing=replace(CONFIG.preprocessing, spacing=(0.6, 0.6, 0.6)))
-    assert (suited(fine, small).width, suited(fine, small).block, suited(fine, small).members) == (16, 2, 1)
+    assert (suited(fine, small).width, suited(fine, small).block) == (16, 2)
     for number in range(2):
         write_image(abdomen(abdomen_grid(8.0), "ct", seed=number), small.path.parent / f"image_{number}.nii.gz")
     seen = suited(CONFIG, small).preprocessing
@@ -359,8 +327,8 @@ def test_settings_suit_the_cases(tmp_path, trained):
     for number in range(5):
         write_image(abdomen(abdomen_grid(8.0), "ct", seed=number), description.parent / f"image_{number}.nii.gz")
     assert suited(CONFIG, load_dataset(description)).preprocessing == CONFIG.preprocessing, "two of seven are no CT"
-    kept = suited(SegmentationConfig(width=9, block=2, members=3), small, trained)
-    assert (kept.width, kept.depth, kept.block, kept.members) == (6, 2, 1, 1)
+    kept = suited(SegmentationConfig(width=9, block=2), small, trained)
+    assert (kept.width, kept.depth, kept.block) == (6, 2, 1)
     assert kept.preprocessing == read_card(trained).preprocessing
 
 
@@ -373,26 +341,22 @@ def strip_labels(description: Path, count: int) -> Path:
     return description
 
 
-@pytest.mark.parametrize("members", [1, 3])
-def test_what_members_find_in_unlabeled_cases_is_learned_by_the_others(tmp_path, monkeypatch, members):
+def test_what_the_network_finds_in_unlabeled_cases_is_learned_too(tmp_path, monkeypatch):
     monkeypatch.setattr(segmentation, "_BELIEVED", 2)
     dataset = load_dataset(strip_labels(write_dataset(tmp_path / "data", 5), 2))
-    run = replace(RUN, iterations=2 * members + 1, learning_rate=1e-3, average=0.0)
-    config = replace(CONFIG, members=members, training=run)
+    config = replace(CONFIG, training=replace(RUN, iterations=3, learning_rate=1e-3, average=0.0))
     task = Segmentation(dataset, config, torch.device("cpu"))
     assert (len(task.cases), len(task.unlabeled)) == (3, 2)
-    early, late = task.batch(2 * members - 1), task.batch(2 * members)
+    early, late = task.batch(1), task.batch(2)
     assert (len(early.labels), len(early.plain)) == (2, 0)
     assert (len(late.images), len(late.labels), len(late.plain)) == (2, 1, 1)
     assert not torch.equal(late.images[1], late.plain[0]), "painted"
     network = task.network.backbone
     assert isinstance(network, Segmenter)
-    others = [member for member in range(members) if member != 0] or [0]
     with torch.no_grad():
-        shares = sum(network.scores(late.plain, member).softmax(dim=1) for member in others)
-        labels = torch.cat([late.labels, shares.argmax(dim=1, keepdim=True)])
+        labels = torch.cat([late.labels, network.scores(late.plain).argmax(dim=1, keepdim=True)])
         expected = float(segmentation_loss(network.scores(late.images), labels))
-    assert task.update(2 * members, late)["loss"] == pytest.approx(expected, rel=2e-2)  # bfloat16 where that is fast
+    assert task.update(2, late)["loss"] == pytest.approx(expected, rel=2e-2)  # bfloat16 where that is fast
     card = read_card(train_features(dataset, config, tmp_path / "model.safetensors"))
     assert (card.provenance["cases"], card.provenance["unlabeled"]) == (3, 2)
 
