@@ -8,8 +8,8 @@ a registration without a model whose fit weighs smoothness twice as much as it d
 a model of thirty cases (``training_answers.py --keep``), by the same weights; and "hippocampus-mr", whose answer is the
 mean of a fit and of the network's steps, by the share of the fit. The default is "x 1" and, of hippocampus-mr, 0.6.
 
-The knee is the point of a curve that lies farthest from the line between its ends (Satopaa et al. 2011), both axes
-scaled to their ranges. Rows that are in FILE are not done again; ``--plot`` draws it beside FILE as a picture.
+The knee is the point of a curve's best part that lies farthest from the line between its ends (Satopaa et al. 2011),
+both axes scaled to their ranges. Rows that are in FILE are not done again; ``--plot`` draws it beside FILE as a picture.
 """
 
 from __future__ import annotations
@@ -80,12 +80,13 @@ def arms_of(name: str, site: Path | None) -> dict[str, Arm]:
 
 def knee(points: Sequence[tuple[float, float]]) -> int:
     """Return which point of a curve of (SDlogJ, Dice) lies farthest above the line between the roughest and the
-    smoothest."""
-    found = np.array(points)
+    smoothest; of those only than which no other is both smoother and better."""
+    best = [n for n, (rough, dice) in enumerate(points) if not any(r < rough and d > dice for r, d in points)]
+    found = np.array([points[n] for n in best])
     scaled = (found - found.min(axis=0)) / np.maximum(np.ptp(found, axis=0), 1e-9)
     first, last = scaled[found[:, 0].argmin()], scaled[found[:, 0].argmax()]
     (run, rise), away = last - first, scaled - first
-    return int((run * away[:, 1] - rise * away[:, 0]).argmax())
+    return best[int((run * away[:, 1] - rise * away[:, 0]).argmax())]
 
 
 def curves(rows: Sequence[dict]) -> dict[str, dict]:
