@@ -9,7 +9,7 @@ a model of thirty cases (``training_answers.py --keep``), by the same weights; a
 mean of a fit and of the network's steps, by the share of the fit. The default is "x 1" and, of hippocampus-mr, 0.6.
 
 The knee is the point of a curve's best part that lies farthest from the line between its ends (Satopaa et al. 2011),
-both axes scaled to their ranges. Rows that are in FILE are not done again; ``--plot`` draws it beside FILE as a picture.
+both axes scaled to their ranges. Rows that are in FILE are not done again; ``--plot`` draws it beside FILE.
 """
 
 from __future__ import annotations
