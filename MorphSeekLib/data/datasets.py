@@ -568,8 +568,9 @@ class PairLoader:
     Attributes:
         channels: label value -> what stands for it in the pairs (:mod:`MorphSeekLib.data.label_channels`); None: the
             values themselves. To be set before the first call.
-        labeler: returns the label values, int32 (i, j, k), that stand for a label map where a case has none, from an
-            image (1, 1, i, j, k) on its working grid; None: such a case has no labels. To be set before the first call.
+        labeler: returns the label values, int32 (i, j, k), that stand for the label maps of the ``unlabeled`` cases,
+            from an image (1, 1, i, j, k) on its working grid; None: they have no labels. Both to be set before the
+            first call.
     """
 
     def __init__(
@@ -580,6 +581,7 @@ class PairLoader:
         self.kept_bytes = kept_bytes
         self.channels: Mapping[int, int] | None = None
         self.labeler: Callable[[Tensor], Tensor] | None = None
+        self.unlabeled: frozenset[Case] = frozenset()
         self._cases: OrderedDict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = OrderedDict()
         self._reading = threading.Lock()
 
@@ -633,7 +635,7 @@ class PairLoader:
         if self.preprocessing.spacing is not None:
             direction = orientation_matrix(self.preprocessing.orientation)
             image = smooth_for_spacing(image, np.abs(direction) @ np.array(self.preprocessing.spacing))
-        if labels is None and self.labeler is not None:
+        if self.labeler is not None and case in self.unlabeled:
             grid = working_grid(image.grid, self.preprocessing, self.multiple_of)
             labels = Volume(self.labeler(resample(image, grid).data[None, None]), grid)
         if labels is not None and self.channels is not None:

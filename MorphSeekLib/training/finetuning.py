@@ -174,6 +174,7 @@ class Finetuning(Task[list[PreparedPair]]):
             self.loader.channels = self._channels
         if bare:
             self.loader.labeler = partial(labels_found, self.network, self._base.labels, self.device)
+            self.loader.unlabeled = frozenset(bare)
         self.memory = FinetuneMemory(kl_weight=config.loss.kl)
         self._init = init
         self.origin = {"init": sha256(init), "cases": [str(case.image) for case in self.cases]}

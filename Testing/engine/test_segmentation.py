@@ -17,7 +17,7 @@ from MorphSeekLib.app.phantom import abdomen, abdomen_grid
 from MorphSeekLib.app.settings_file import load as load_settings
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.backbones.segmenter import Segmenter
-from MorphSeekLib.data.datasets import Pair, load_dataset
+from MorphSeekLib.data.datasets import Case, Pair, load_dataset
 from MorphSeekLib.data.synthesis import SynthesisSettings
 from MorphSeekLib.io.images import read_labels, write_image
 from MorphSeekLib.networks.loading import load_model
@@ -375,6 +375,8 @@ def test_a_finder_stands_in_for_missing_labels_in_a_fine_tuning(joined, tmp_path
     inside = (found > 0) & (truth > 0)
     assert float(2 * inside.sum() / ((found > 0).sum() + (truth > 0).sum())) > 0.8
     assert set(found.unique().tolist()) <= {0, 1, 2, 3}
+    elsewhere = Case(tmp_path / "data" / "image_1.nii.gz")  # one to validate on has its own labels or none
+    assert task.loader(Pair(elsewhere, elsewhere)).fixed_labels is None
     card = read_card(finetune(dataset, config, joined, tmp_path / "tuned.safetensors"))
     assert (card.provenance["cases"], card.provenance["unlabeled"]) == (3, 2)
     other = replace(load(joined)[1], labels={1: 1, 2: 2})  # one label of the cases is unknown to it
