@@ -398,9 +398,7 @@ class TrainingPanel(Panel):
             if len(names) > _LISTED:
                 text += " " + _("And {count} more; the tool tip lists all.").format(count=len(names) - _LISTED)
             if report["unlabeled"]:
-                text += " " + _("Cases without labels that are learned from besides: {count}.").format(
-                    count=report["unlabeled"]
-                )
+                text += " " + _("Cases without labels besides: {count}.").format(count=report["unlabeled"])
             if left_out:
                 text += " " + _("Left out because of problems: {count}.").format(count=left_out)
             self._checked.say(" ".join([text, *self._export_warnings, *report["warnings"]]))

@@ -15,7 +15,7 @@ import random
 import re
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -28,7 +28,7 @@ from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..protocol.settings import to_dict, to_json
 from ..protocol.startup import check_output_file, shown
-from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, load_dataset, paired_sides
+from .datasets import IMAGE_SUFFIXES, Case, Dataset, Pair, by_labels, load_dataset, paired_sides
 
 VALIDATION, TEST = "registration_val", "registration_test"
 FEWEST = 3  # cases: two to train on, one for the figures before and after
@@ -205,7 +205,7 @@ def check(
     except MorphSeekError as problem:
         report.problems.append(str(problem))
     else:
-        report.unlabeled = len(_by_labels(used.cases["training"])[1]) if labels else 0
+        report.unlabeled = len(by_labels(used.cases["training"])[1]) if labels else 0
         report.training = len(used.cases["training"]) - report.unlabeled
         report.validation_pairs, report.test_pairs = len(used.pairs[VALIDATION]), len(used.pairs[TEST])
         counted = labeled if labels else good
@@ -247,7 +247,7 @@ def hold_out(dataset: Dataset, leave_out: Collection[str] = ()) -> Dataset:
     pairs = {split: _labeled_pairs(dataset, split, unwanted) for split in (VALIDATION, TEST)}
     held = {case.image for rows in pairs.values() for pair in rows for case in (pair.fixed, pair.moving)}
     cases = [case for case in cases if case.image not in held]
-    labeled, bare = _by_labels(cases)
+    labeled, bare = by_labels(cases)
     cases, bare = (labeled, bare) if len(labeled) >= FEWEST else (cases, [])
     missing = [split for split in (VALIDATION, TEST) if not pairs[split]]
     bent = VALIDATION in missing and len(cases) < _TO_VALIDATE
@@ -320,19 +320,13 @@ def _labeled_pairs(dataset: Dataset, split: str, leave_out: Collection[str]) -> 
 
 def _bent_pairs(cases: list[Case], pairing: tuple[str, str] | None) -> list[Pair]:
     """Return pairs of training cases, each bent in its own way; labeled ones where there are enough."""
-    cases = _by_labels(cases)[0] or cases
+    cases = by_labels(cases)[0] or cases
     order = random.Random(1).sample(cases, len(cases))
     if pairing is not None:
         pairs = [pair for pair in _across(*paired_sides(order, pairing)) if pair.fixed != pair.moving]
     else:
         pairs = _pairs_of(order, order[1:]) if len(order) > 1 else []
     return [dataclasses.replace(pair, bent_by=n) for n, pair in enumerate(pairs[:_VALIDATION_PAIRS])]
-
-
-def _by_labels(cases: Iterable[Case]) -> tuple[list[Case], list[Case]]:
-    """Return the cases with labels, and those without."""
-    labeled = [case for case in cases if case.label is not None]
-    return labeled, [case for case in cases if case.label is None]
 
 
 def _draw(cases: list[Case], groups: int) -> list[list[Case]]:

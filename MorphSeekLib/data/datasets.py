@@ -361,6 +361,14 @@ def training_pair(cases: Sequence[Case], pairing: tuple[str, str] | None, genera
             return Pair(fixed, moving)
 
 
+def by_labels(cases: Iterable[Case]) -> tuple[list[Case], list[Case]]:
+    """Return the cases with labels, and those without."""
+    found: tuple[list[Case], list[Case]] = [], []
+    for case in cases:
+        found[case.label is None].append(case)
+    return found
+
+
 def read_case_labels(case: Case, image: Volume) -> Volume:
     """Return a case's label map on the grid of its image, int32 (i, j, k), merged as the case says.
 

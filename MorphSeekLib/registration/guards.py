@@ -180,10 +180,8 @@ def lowered_by_alignment(kind: str, measure: str, before: float | None, after: f
     return [Notice("alignment-lowers", words)]
 
 
-def nothing_found(names: Sequence[str], in_common: bool) -> list[Notice]:
-    """Say in which images a network that was trained on labels finds none of them, or that it finds none in both."""
-    if in_common:
-        return []
+def nothing_found(names: Sequence[str]) -> list[Notice]:
+    """Say in which images a network that was trained on labels finds none; without names, that none is in both."""
     what = "The images show nothing in common"
     if names:
         what = f"{' and '.join(names)} {'shows' if len(names) == 1 else 'show'} nothing"

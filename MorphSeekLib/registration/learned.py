@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,17 +60,17 @@ class Features:
         """Return whether labels are there: any of them, or those of a card, as many as half of what each of its cases
         had about as large as it says."""
         if card is None or not card.volumes:
-            return sum(self._counts()) >= _FEWEST
+            return sum(self._counts) >= _FEWEST
         alike = [1 / _LARGER <= size <= _LARGER for size in self.sizes(card).values()]
         return 2 * sum(alike) >= (card.fewest or len(alike))
 
     def sizes(self, card: Card) -> dict[int, float]:
         """Return how large is what was found for each channel, over what the card says."""
-        counts = self._counts()
         spacing = card.preprocessing.spacing  # of objects that are larger or smaller, the grid is that much coarser
         voxel = float(np.prod(self.grid.spacing if spacing is None else spacing)) / 1000
-        return {channel: voxel * counts[channel - 1] / volume for channel, volume in card.volumes.items()}
+        return {channel: voxel * self._counts[channel - 1] / volume for channel, volume in card.volumes.items()}
 
+    @cached_property
     def _counts(self) -> list[int]:
         """Return the voxels of each channel."""
         counts: list[int] = (self.maps > _FOUND).sum(dim=(0, 2, 3, 4)).tolist()

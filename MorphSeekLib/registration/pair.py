@@ -331,10 +331,10 @@ class Pair:
             volume.called(r) for volume, r in zip(self.known, ("The fixed image", "The moving image"), strict=True)
         ]
         nothing = [role for role, one in zip(roles, found, strict=True) if not one.found(model.card)]
-        common = None if nothing else Learned(*found).common(model.card)
-        self.notices += guards.nothing_found(nothing, common is not None)
-        self.learned = common
-        return common is not None
+        self.learned = None if nothing else Learned(*found).common(model.card)
+        if self.learned is None:
+            self.notices += guards.nothing_found(nothing)
+        return self.learned is not None
 
     @property
     def share(self) -> float:

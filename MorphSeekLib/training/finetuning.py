@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.datasets import Case, Dataset, PreparedPair, augment, known_sizes, label_values
+from ..data.datasets import Case, Dataset, PreparedPair, augment, by_labels, known_sizes, label_values
 from ..data.label_channels import channels_for
 from ..measures.metrics import label_figures
 from ..networks.devices import place
@@ -157,10 +157,12 @@ class Finetuning(Task[list[PreparedPair]]):
         world: World | None = None,
     ) -> None:
         network, self._base = load(init)
-        labeled = _usable_cases(dataset, config)
-        values, self._channels = label_values(labeled), self._base.labels
-        bare = _unlabeled_cases(dataset, config) if _knows(network, self._base, values) else []
-        self.cases, self._bare = list(dict.fromkeys(labeled + bare)), len(bare)
+        usable = _usable_cases(dataset, config)
+        bare = [] if network.finder is None else _cases_to_label(dataset, config)
+        values = label_values(usable) if bare or config.loss.features > 0 else ()
+        if not set(values) <= set(self._base.labels):  # the finder would take what it does not know for background
+            bare = []
+        self.cases, self._channels = usable + bare, self._base.labels
         if config.loss.features > 0:
             torch.manual_seed(config.training.seed)  # of the weights that new features begin with
             network, self._channels = with_features(network, self._base, values)
@@ -235,13 +237,13 @@ class Finetuning(Task[list[PreparedPair]]):
         stage = "GRPO fine-tuning" if config.policy.weight > 0 else "weakly supervised"
         init: Provenance = {**read_card(self._init).provenance, "sha256": str(self.origin["init"])}
         more: Provenance = {"init": init}
-        if self._bare:
-            more["unlabeled"] = self._bare
+        if bare := len(self.loader.unlabeled):
+            more["unlabeled"] = bare
         name = self.dataset.about.get("name", self.dataset.path.name)
         return Card(
             title=config.title or f"{base.title}, fine-tuned on {name}",
             preprocessing=dataclasses.replace(self.preprocessing, knows=(min(sizes), max(sizes))),
-            provenance=self.provenance(stage, len(self.cases) - self._bare, more),
+            provenance=self.provenance(stage, len(self.cases) - bare, more),
             results={"definitions": {"posterior_dice_spread": SPREAD_DEFINITION}},
             license=base.license,
             labels=self._channels,
@@ -300,10 +302,8 @@ def _usable_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
     Raises:
         MorphSeekError: fewer than two, or one without landmarks that a reward needs.
     """
-    labeled = config.loss.dice > 0 or config.loss.features > 0
-    labeled = labeled or (config.policy.weight > 0 and config.reward.needs_labels)
-    cases = training_cases(dataset, "fine-tuning", labeled, config.training.labels)
-    if config.policy.weight > 0 and config.reward.weights.get("landmarks"):
+    cases = training_cases(dataset, "fine-tuning", _needs_labels(config), config.training.labels)
+    if _needs_landmarks(config):
         bare = next((case for case in cases if case.landmarks is None), None)
         if bare is not None:
             raise MorphSeekError(
@@ -313,16 +313,22 @@ def _usable_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
     return cases
 
 
-def _unlabeled_cases(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
-    """Return the training cases without labels that have what else a reward needs."""
-    points = config.policy.weight > 0 and bool(config.reward.weights.get("landmarks"))
-    cases = dataset.split("training", "cases")
-    return [case for case in cases if case.label is None and (case.landmarks is not None or not points)]
+def _cases_to_label(dataset: Dataset, config: FinetuneConfig) -> list[Case]:
+    """Return the training cases without labels whose labels losses or rewards need, and that have what else these
+    need."""
+    if not _needs_labels(config):
+        return []
+    bare = by_labels(dataset.split("training", "cases"))[1]
+    return [case for case in bare if case.landmarks is not None or not _needs_landmarks(config)]
 
 
-def _knows(network: RegistrationModel, card: Card, values: Sequence[int]) -> bool:
-    """Return whether a model finds labels in one image, and all of these."""
-    return network.finder is not None and bool(values) and set(values) <= set(card.labels)
+def _needs_labels(config: FinetuneConfig) -> bool:
+    labeled = config.loss.dice > 0 or config.loss.features > 0
+    return labeled or (config.policy.weight > 0 and config.reward.needs_labels)
+
+
+def _needs_landmarks(config: FinetuneConfig) -> bool:
+    return config.policy.weight > 0 and bool(config.reward.weights.get("landmarks"))
 
 
 @torch.no_grad()

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from ..backbones.segmenter import Segmenter
-from ..data.datasets import Case, Dataset, Pair, PreparedPair, known_sizes, known_volumes, label_maps, label_values
+from ..data.datasets import (
+    Case,
+    Dataset,
+    Pair,
+    PreparedPair,
+    by_labels,
+    known_sizes,
+    known_volumes,
+    label_maps,
+    label_values,
+)
 from ..data.label_channels import channels_for, to_channels
 from ..data.synthesis import LabelMapSource, SynthesisSettings
 from ..io.images import read_image
@@ -186,9 +196,7 @@ class Segmentation(Task[Examples]):
         else:
             self.cases = dataset.split("training", "cases")
             self._source = LabelMapSource(label_maps(self.cases), config.preprocessing, config.synthesis)
-        self.unlabeled = []
-        if self._source is None:
-            self.unlabeled = [case for case in dataset.split("training", "cases") if case.label is None]
+        self.unlabeled = by_labels(dataset.split("training", "cases"))[1] if self._source is None else []
         self.channels = {value: n for n, values in enumerate(config.structures, start=1) for value in values}
         if not self.channels:
             self.channels = channels_for(label_values(self.cases), {} if init is None else read_card(init).labels)

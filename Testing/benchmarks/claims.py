@@ -2,13 +2,13 @@
 
     python Testing/benchmarks/claims.py RESULTS.json [RESULTS.json ...] [--out FOLDER]
 
-RESULTS.json are of ``main_table.py``, one for each seed; the figures of a pair are averaged over them. Each network of
-each data set is compared twice, in the best form and in the paper's: with the same network trained as long in one step
-(what the paper compares with), and in three steps without a policy (what the policy adds). Writes claims.md and
-claims.json into FOLDER, or prints the table.
+RESULTS.json are of ``main_table.py claims`` (or ``main-table``), one for each seed; the figures of a pair are averaged
+over them. Each network of each data set is compared twice, in the best form and in the paper's: with the same network
+trained as long in one step (what the paper compares with), and in three steps without a policy (what the policy adds).
+Writes claims.md and claims.json into FOLDER, or prints the table.
 
 Pairs share cases, so the intervals are of a bootstrap over cases: as many as there are drawn again, and each pair as
-often as its two cases together (Davison and Hinkley 1997, section 3.8, for such arrays). 95 % by percentiles, 10,000
+often as its two cases together (the product of how often each was drawn). 95 % by percentiles, 10,000
 draws; p is twice the share of draws on the other side of no difference in Dice, corrected over the rows by Holm's
 method. Folding is judged by both measures, where a table has both: shares of folded cells, and NJD. "Reached" is said
 of the means, "shown" where the interval lies beyond what is claimed, too.

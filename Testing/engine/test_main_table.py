@@ -501,6 +501,22 @@ def test_shipped_settings_load_and_their_networks_can_be_built(path):
             RegistrationModel(network.model)
 
 
+def test_the_claims_have_the_main_tables_arms_and_more_minutes():
+    table, claims = shipped_settings("main-table"), shipped_settings("claims")
+    assert len(run_list(claims)) == 4 * (1 + 2 * 6)
+    assert {name: arm.minutes for name, arm in claims.arms.items()} == {
+        "warm-up": 40.0,
+        "soft-dice": 40.0,
+        "early": 20.0,
+        "soft-dice-3": 20.0,
+        "morphseek": 20.0,
+        "paper": 40.0,
+    }
+    for name, arm in claims.arms.items():
+        assert dataclasses.replace(arm, minutes=table.arms[name].minutes) == table.arms[name]
+    assert claims.networks["transmorph"].model == table.networks["transmorph"].model
+
+
 @pytest.mark.parametrize("name", ["oasis", "lits", "abdomen-mrct"])
 def test_the_papers_sizes_and_settings(name):
     """Adam 1e-4, batch 1, T = 3, J = 6, networks as published; the same losses for all arms of a network."""
