@@ -71,6 +71,11 @@ class Features:
         return {channel: voxel * self._counts[channel - 1] / volume for channel, volume in card.volumes.items()}
 
     @cached_property
+    def decided(self) -> Features:
+        """What :func:`decided` makes of these."""
+        return replace(self, maps=decided(self.maps))
+
+    @cached_property
     def _counts(self) -> list[int]:
         """Return the voxels of each channel."""
         counts: list[int] = (self.maps > _FOUND).sum(dim=(0, 2, 3, 4)).tolist()
@@ -85,6 +90,23 @@ class Features:
         """
         maps, own = block_means(self.maps, self.grid, grid)
         return fields.sample(maps, index_points(grid, transform, own, maps.device), padding="border")
+
+
+def decided(maps: Tensor) -> Tensor:
+    """Return 1 for the label that is likeliest at a voxel and 0 for all others, or for all where the background is.
+
+    A fit brings the moving image's probabilities onto this, not onto the fixed image's. The expected Dice of a label is
+    about 2 sum f m / sum (f + m), of probabilities f and of warped ones m. It is highest where m is 1 wherever f is
+    above half of that Dice, and 0 elsewhere, and not where m equals f: what is certain in the moving image is to fill
+    what is likely in the fixed one.
+
+    Args:
+        maps: (n, labels, i, j, k), probabilities without that of the background.
+    """
+    background = 1 - maps.sum(dim=1, keepdim=True)
+    likeliest = torch.cat([background, maps], dim=1).argmax(dim=1, keepdim=True)
+    channels = torch.arange(1, maps.shape[1] + 1, device=maps.device).view(1, -1, 1, 1, 1)
+    return (likeliest == channels).to(maps)
 
 
 @dataclass(frozen=True)
@@ -107,10 +129,24 @@ class Learned:
             return None
         return self if not gone else Learned(*(replace(f, maps=f.maps[:, kept]) for f in (self.fixed, self.moving)))
 
+    def compared(self, grid: Grid, alignment: Transform, swapped: bool = False) -> tuple[Tensor, Tensor]:
+        """Return what a fit compares on a grid, (1, labels, i, j, k) each: what is :func:`decided` of the image that is
+        fitted to, and what was found in the one that moves.
+
+        Args:
+            grid: of the fixed image.
+            alignment: fixed point -> moving point, LPS mm.
+            swapped: the fixed image moves, and the aligned moving one is fitted to.
+        """
+        fixed, moving = np.eye(4), alignment
+        if swapped:
+            return self.moving.decided.on(grid, moving), self.fixed.on(grid, fixed)
+        return self.fixed.decided.on(grid, fixed), self.moving.on(grid, moving)
+
     def coarse(self, coarse: Coarse) -> Coarse:
         """Return two images as they are judged, with their features in place of their intensities."""
         moving, grid = block_means(self.moving.maps, self.moving.grid, coarse.grid)
-        return replace(coarse, fixed=self.fixed.on(coarse.grid, np.eye(4)), moving=moving, moving_grid=grid)
+        return replace(coarse, fixed=self.fixed.decided.on(coarse.grid, np.eye(4)), moving=moving, moving_grid=grid)
 
     def levels(self, wanted: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the levels of a crop of ``shape`` on which so many features can be compared, coarse to fine."""

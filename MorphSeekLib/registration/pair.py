@@ -354,15 +354,11 @@ class Pair:
             level = images.level(number, plan.similarity, plan.regularization, plan.folding)
             if self.learned is None or number not in self.learned.levels(BESIDE_LEVELS, self.crop.grid.shape):
                 return level
-            return replace(level, beside=Maps(*self._maps(images.grid(number), swapped), BESIDE_WEIGHT))
-        first, second = self._maps(images.grid(number), swapped)
-        return Level(first, second, images.whole(number), LEARNED_WEIGHT, plan.regularization, plan.folding)
-
-    def _maps(self, grid: Grid, swapped: bool) -> tuple[Tensor, Tensor]:
-        """Return the features of the fixed and the aligned moving image on a grid, in exchanged roles if swapped."""
+            maps = self.learned.compared(images.grid(number), self.alignment.transform, swapped)
+            return replace(level, beside=Maps(*maps, BESIDE_WEIGHT))
         assert self.learned is not None
-        maps = self.learned.fixed.on(grid, np.eye(4)), self.learned.moving.on(grid, self.alignment.transform)
-        return maps[::-1] if swapped else maps
+        first, second = self.learned.compared(images.grid(number), self.alignment.transform, swapped)
+        return Level(first, second, images.whole(number), LEARNED_WEIGHT, plan.regularization, plan.folding)
 
     def fewer(self, plan: Plan) -> Plan:
         """Return a plan, if for learned features without the levels on which there would be too many to compare."""

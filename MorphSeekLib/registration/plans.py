@@ -50,8 +50,8 @@ FEATURES = {
 }
 """By any other similarity than correlation."""
 LEARNED = {
-    "best": Plan("features", (2, 1, 0), (40, 40, 20), 0.1, 0.1, 800.0),
-    "fast": Plan("features", (2, 1, 0), (30, 20, 10), 0.1, 0.1, 800.0),
+    "best": Plan("features", (2, 1, 0), (40, 40, 20), 0.1, 0.4, 800.0),
+    "fast": Plan("features", (2, 1, 0), (30, 20, 10), 0.1, 0.4, 800.0),
 }
 """By features that a network has learned from labels."""
 LEARNED_WEIGHT = 160.0

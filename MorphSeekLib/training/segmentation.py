@@ -43,6 +43,7 @@ from ..protocol.card import Provenance
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
 from ..registration.descent import descend, halved
+from ..registration.learned import decided
 from ..registration.objective import Level, upsample
 from ..registration.plans import LEARNED, LEARNED_WEIGHT
 from ..space.preprocessing import Preprocessing, general, working_grid
@@ -337,6 +338,7 @@ def fitted_by(network: RegistrationModel, pair: PreparedPair, device: torch.devi
             found = network.found(image.to(device))
             assert found is not None
             maps.append(found)
+    maps[0] = decided(maps[0])
     plan = LEARNED["best"]
     levels = []
     for level in plan.levels:
