@@ -28,6 +28,7 @@ MOST_VALUES = 100_000_000
 _FOUND = 0.5  # the probability from which on a voxel shows a label
 _FEWEST = 8  # voxels of the working grid
 _LARGER = 3.0  # times, or smaller, than what the training's cases hold is something else
+_SURE = 0.5  # of its expected volume, in which a label is the likeliest
 _MISSING = 0.1  # of what they hold: less is a label that is not there
 
 
@@ -98,7 +99,8 @@ def decided(maps: Tensor) -> Tensor:
     A fit brings the moving image's probabilities onto this, not onto the fixed image's. The expected Dice of a label is
     about 2 sum f m / sum (f + m), of probabilities f and of warped ones m. It is highest where m is 1 wherever f is
     above half of that Dice, and 0 elsewhere, and not where m equals f: what is certain in the moving image is to fill
-    what is likely in the fixed one.
+    what is likely in the fixed one. A label that is likeliest in less than half of the volume that its probabilities
+    add up to is too uncertain for that, and stays as it is.
 
     Args:
         maps: (n, labels, i, j, k), probabilities without that of the background.
@@ -106,7 +108,10 @@ def decided(maps: Tensor) -> Tensor:
     background = 1 - maps.sum(dim=1, keepdim=True)
     likeliest = torch.cat([background, maps], dim=1).argmax(dim=1, keepdim=True)
     channels = torch.arange(1, maps.shape[1] + 1, device=maps.device).view(1, -1, 1, 1, 1)
-    return (likeliest == channels).to(maps)
+    found = (likeliest == channels).to(maps)
+    space = (0, 2, 3, 4)
+    sure = found.sum(dim=space) >= _SURE * maps.sum(dim=space)
+    return torch.where(sure.view(1, -1, 1, 1, 1), found, maps)
 
 
 @dataclass(frozen=True)
