@@ -26,10 +26,13 @@ from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.startup import find
+from MorphSeekLib.registration.descent import descend, halved
 from MorphSeekLib.registration.fit import between
-from MorphSeekLib.registration.learned import Features, Learned
+from MorphSeekLib.registration.learned import Features, Learned, decided
+from MorphSeekLib.registration.objective import Level, upsample
 from MorphSeekLib.registration.pipeline import register
-from MorphSeekLib.registration.plans import SHARE
+from MorphSeekLib.registration.plans import LEARNED, LEARNED_WEIGHT, SHARE
+from MorphSeekLib.space import fields
 from MorphSeekLib.space.geometry import DenseTransform, resample
 from MorphSeekLib.space.preprocessing import SOFT_TISSUE, Preprocessing
 from MorphSeekLib.training import segmentation
@@ -432,6 +435,60 @@ def test_a_modality_with_fewer_labels_is_found_and_what_both_images_show_is_comp
         Learned(Features(few, grid), Features(many - torch.cat([few[:, :2], 0 * few[:, 2:]], 1), grid)).common(whole)
         is None
     )
+
+
+def test_the_likeliest_label_of_a_voxel_is_decided_and_one_that_hardly_ever_is_stays_uncertain():
+    maps = torch.zeros(1, 3, 4, 1, 1)
+    maps[0, 0, :, 0, 0] = torch.tensor([0.9, 0.5, 0.2, 0.0])
+    maps[0, 1, :, 0, 0] = torch.tensor([0.1, 0.3, 0.6, 0.4])
+    maps[0, 2, :, 0, 0] = torch.tensor([0.0, 0.1, 0.1, 0.1])
+    found = decided(maps)
+    assert found[0, 0, :, 0, 0].tolist() == [1, 1, 0, 0]
+    assert found[0, 1, :, 0, 0].tolist() == [0, 0, 1, 0], "the background is likelier in the last"
+    assert torch.equal(found[0, 2], maps[0, 2]), "nowhere the likeliest"
+    assert torch.equal(decided(0 * maps), 0 * maps)
+
+
+def test_probabilities_are_brought_onto_what_is_decided_in_the_image_that_is_fitted_to():
+    grid = blob_grid((8, 8, 8), (2.0, 2.0, 2.0))
+    fixed, moving = 0.8 * torch.rand(2, 1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    learned = Learned(Features(fixed, grid), Features(moving, grid))
+    there, back = learned.compared(grid, np.eye(4)), learned.compared(grid, np.eye(4), swapped=True)
+    for found, wanted in zip((*there, *back), (decided(fixed), moving, decided(moving), fixed), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_uncertain_labels_overlap_more_when_fitted_to_what_is_decided():
+    """Two balls of other sizes, whose outlines are known to two voxels: drawn many times, they overlap more where the
+    certain part of the one fills the likely part of the other than where the probabilities are equal."""
+    index = torch.stack(torch.meshgrid(*[torch.arange(24.0) - 11.5] * 3, indexing="ij"))
+    shares = [torch.sigmoid((radius - index.norm(dim=0)) / 1.5)[None, None] for radius in (6.0, 8.0)]
+
+    def expected_dice(target: torch.Tensor) -> float:
+        levels = []
+        for level in LEARNED["best"].levels:
+            images = [target, shares[1]]
+            for _ in range(level):
+                images = [halved(image) for image in images]
+            counted = torch.ones([n // 2 for n in images[0].shape[2:]], dtype=torch.bool)
+            levels.append(Level(images[0], images[1], counted, LEARNED_WEIGHT, LEARNED["best"].regularization))
+        field = upsample(descend(levels, LEARNED["best"].iterations)[-1].control)
+        warped = fields.warp(shares[1], field)
+        return float(2 * (shares[0] * warped).sum() / (shares[0] + warped).sum())
+
+    assert expected_dice(decided(shares[0])) > expected_dice(shares[0]) + 0.02
+
+
+def test_a_segmenter_of_blocks_sees_an_image_from_two_places():
+    torch.manual_seed(0)
+    network = build_backbone("segmenter", {"features": 3, "width": 3, "depth": 1, "block": 2}).eval()
+    image = torch.rand(1, 1, 16, 12, 8)
+    moved = network.scores(image.roll((1, 1, 1), (2, 3, 4))).softmax(dim=1).roll((-1, -1, -1), (2, 3, 4))
+    (found,) = network.image_features(image)
+    torch.testing.assert_close(found, (network.scores(image).softmax(dim=1) + moved) / 2)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(1, 16, 12, 8))
+    alone = build_backbone("segmenter", {"features": 3, "width": 3, "depth": 1}).eval()
+    assert torch.equal(alone.image_features(image)[0], alone.scores(image).softmax(dim=1))
 
 
 def test_a_training_notes_how_large_is_what_it_learns(trained):
