@@ -72,6 +72,9 @@ def descend(
 
     Returns:
         where each level ended; the last one's control points are the answer.
+
+    Raises:
+        ValueError: a level has not twice as many voxels along each axis as the one before.
     """
     first = levels[0]
     control = first.fixed.new_full((1, 3, *first.points), _OFF) if start is None else start
@@ -79,6 +82,8 @@ def descend(
     for number, (level, count) in enumerate(zip(levels, iterations, strict=True)):
         if number:
             control = finer(control)
+        if tuple(control.shape[2:]) != level.points:  # the kernels would write beside it
+            raise ValueError(f"level {number} has {level.points} control points, not {tuple(control.shape[2:])}")
         objectives = []
         if count:
             stepper = stepper_for(level, control, rate, threads)

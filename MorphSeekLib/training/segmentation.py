@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.segmenter import Segmenter
@@ -338,8 +339,9 @@ def fitted_by(network: RegistrationModel, pair: PreparedPair, device: torch.devi
             found = network.found(image.to(device))
             assert found is not None
             maps.append(found)
-    maps[0] = decided(maps[0])
-    plan = LEARNED["best"]
+    plan, shape = LEARNED["best"], pair.fixed.shape[2:]
+    beyond = [-n % (2 << max(plan.levels)) for n in shape]  # whole blocks on every level
+    maps = [F.pad(found, [side for n in reversed(beyond) for side in (0, n)]) for found in (decided(maps[0]), maps[1])]
     levels = []
     for level in plan.levels:
         fixed, moving = maps
@@ -348,4 +350,5 @@ def fitted_by(network: RegistrationModel, pair: PreparedPair, device: torch.devi
         counted = torch.ones([n // 2 for n in fixed.shape[2:]], dtype=torch.bool, device=device)
         levels.append(Level(fixed, moving, counted, LEARNED_WEIGHT, plan.regularization, plan.folding))
     ends = descend(levels, plan.iterations, None, plan.rate, torch.get_num_threads())
-    return upsample(ends[-1].control)
+    i, j, k = shape
+    return upsample(ends[-1].control)[..., :i, :j, :k]

@@ -148,6 +148,14 @@ def test_whole_fits_by_kernels_and_by_torch_end_at_the_same_place(features, monk
     torch.testing.assert_close(ends[0].objectives, ends[1].objectives, rtol=1e-4, atol=1e-2)
 
 
+def test_levels_that_do_not_double_are_refused():
+    """The kernels would write beside the control points."""
+    coarse, fine = (torch.rand(1, 1, *shape) for shape in ((8, 10, 8), (16, 20, 18)))
+    levels = [Level(image, image, torch.ones([n // 2 for n in image.shape[2:]]) > 0) for image in (coarse, fine)]
+    with pytest.raises(ValueError, match=r"level 1 has \(8, 10, 9\) control points, not \(8, 10, 8\)"):
+        descend(levels, [1, 1])
+
+
 @needs_numba
 def test_the_same_threads_give_the_same_answer_bit_by_bit():
     first, second = (descend([level()], [8], threads=2)[-1] for _ in range(2))

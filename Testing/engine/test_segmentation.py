@@ -17,7 +17,7 @@ from MorphSeekLib.app.phantom import abdomen, abdomen_grid
 from MorphSeekLib.app.settings_file import load as load_settings
 from MorphSeekLib.backbones import build_backbone
 from MorphSeekLib.backbones.segmenter import Segmenter
-from MorphSeekLib.data.datasets import Case, Pair, load_dataset
+from MorphSeekLib.data.datasets import Case, Pair, PreparedPair, load_dataset
 from MorphSeekLib.data.synthesis import SynthesisSettings
 from MorphSeekLib.io.images import read_labels, write_image
 from MorphSeekLib.networks.loading import load_model
@@ -26,6 +26,7 @@ from MorphSeekLib.protocol.errors import Cancelled, MorphSeekError
 from MorphSeekLib.protocol.job import Job
 from MorphSeekLib.protocol.options import RegistrationOptions
 from MorphSeekLib.protocol.startup import find
+from MorphSeekLib.registration import descent
 from MorphSeekLib.registration.descent import descend, halved
 from MorphSeekLib.registration.fit import between
 from MorphSeekLib.registration.learned import Features, Learned, decided
@@ -477,6 +478,20 @@ def test_uncertain_labels_overlap_more_when_fitted_to_what_is_decided():
         return float(2 * (shares[0] * warped).sum() / (shares[0] + warped).sum())
 
     assert expected_dice(decided(shares[0])) > expected_dice(shares[0]) + 0.02
+
+
+def test_a_pair_of_any_size_is_fitted_while_features_are_learned(trained, monkeypatch):
+    """The coarsest of three levels has five voxels along an axis, which are no whole blocks of two: nothing is read or
+    written beside them, so that the compiled form ends where torch does."""
+    network, _ = load(trained)
+    grid = blob_grid((20, 28, 20))
+    images = [blob_image(blob_labels(seed, grid), seed).data.float()[None, None] / 255 for seed in (7, 8)]
+    pair = PreparedPair(*images, None, None, grid)
+    found = segmentation.fitted_by(network, pair, torch.device("cpu"))
+    assert found.shape == (1, 3, 20, 28, 20)
+    assert float(found.abs().max()) > 0.2
+    monkeypatch.setattr(descent, "kernels", lambda _: None)
+    assert float((segmentation.fitted_by(network, pair, torch.device("cpu")) - found).abs().mean()) < 0.005
 
 
 def test_a_segmenter_of_blocks_sees_an_image_from_two_places():
