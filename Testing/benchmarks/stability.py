@@ -36,7 +36,7 @@ from MorphSeekLib.training.warmup import Warmup
 
 FALL = 0.05
 """Of validation Dice below that of the start: such a run is not stable."""
-WARMED, TUNED, VALIDATED, EVERY = 120, 80, 8, 16
+WARMED, TUNED, VALIDATED, EVERY = 120, 48, 8, 8
 """Iterations of the warm-up and of the fine-tuning, pairs that are validated on, and iterations between validations."""
 STARTS = ("fresh weights", "warm-up")
 
