@@ -56,7 +56,7 @@ LEARNED = {
 """By features that a network has learned from labels."""
 LEARNED_WEIGHT = 160.0
 """Of their squared differences, a voxel: 40 and 640 came to the same Dice on validation pairs, rougher the more."""
-SHARE = 0.6
+SHARE = 0.8
 """Of a fit by learned features, where a network's steps came before it: what a card says unless it was measured."""
 BESIDE_WEIGHT = 8.0
 """Of their squared differences, a voxel, where they are compared beside correlated intensities, ..."""

@@ -8,7 +8,7 @@
     morphseek finetune $D --init mean.safetensors --config hippocampus-finetune-augmented \\
         --out three.safetensors
     python Resources/Training/bundle_hippocampus.py features $D --like three.safetensors --out features.safetensors
-    python Resources/Training/bundle_hippocampus.py join three.safetensors features.safetensors --share 0.6 \\
+    python Resources/Training/bundle_hippocampus.py join three.safetensors features.safetensors --share 0.8 \\
         --out joined.safetensors
     morphseek evaluate $D --model joined.safetensors --out figures.json
     python Resources/Training/bundle_hippocampus.py bundle joined.safetensors --figures figures.json

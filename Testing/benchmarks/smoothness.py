@@ -111,7 +111,7 @@ def draw(result: dict, out: Path) -> None:
             points = [(row["sdlogj"], row["dice"]) for row in chosen.values()]
             axis.plot(*zip(*points, strict=True), ".-", label=kind)
             for said, point, row in zip(chosen, points, chosen.values(), strict=True):
-                usual = said in ("x 1", "0.6")
+                usual = said in ("x 1", f"{plans.SHARE:g}")
                 axis.annotate(said, point, fontsize=8, weight="bold" if usual else "normal")
                 if row["knee"]:
                     axis.plot(*point, "o", fillstyle="none", color="black", markersize=10)
