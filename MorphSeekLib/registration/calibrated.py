@@ -86,6 +86,7 @@ class Calibration:
         date: of the calibration.
         weights, pooled: weights and offsets of all fitted kinds together, for colors where the kind is unknown.
         kinds: by name.
+        learned: the fingerprint of the fit by learned features; another makes the kinds unknown that are fitted so.
     """
 
     fit: str
@@ -93,6 +94,7 @@ class Calibration:
     weights: tuple[float, float, float]
     pooled: tuple[float, ...]
     kinds: dict[str, Kind] = field(default_factory=dict)
+    learned: str = ""
 
     def of(self, kind: str | None, preset: str) -> tuple[tuple[float, float, float], tuple[float, ...]]:
         """Return weights and offsets of a kind, or of all where it is None."""
@@ -106,7 +108,10 @@ class Calibration:
         """Return the name of a pair's kind; None where it is unknown."""
         usual = RegistrationOptions(preset=options.preset)
         chosen = ("search", "fit", "similarity", "fit_iterations", "stop_early", "steps")
-        if self.fit != fingerprint() or any(getattr(options, name) != getattr(usual, name) for name in chosen):
+        calibrated = self.fit == fingerprint()
+        if pair.learned is not None:
+            calibrated = calibrated and self.learned == fingerprint(learned=True)
+        if not calibrated or any(getattr(options, name) != getattr(usual, name) for name in chosen):
             return None
         stage = outcome.figures[outcome.answer]["stage"]
         sha = "" if model is None else str(model.sha256)
@@ -128,9 +133,15 @@ def calibration() -> Calibration:
     return from_dict(Calibration, json.loads(FILE.read_text(encoding="utf-8")), FILE.name)
 
 
-def fingerprint() -> str:
-    """Return what the answers of search and fit, and so the offsets, depend on: a version and all settings, hashed."""
-    names = ("CORRELATION", "CORRELATION_FROM_NEAR", "CORRELATION_OPPOSITE", "FEATURES", "LEARNED", "LEARNED_WEIGHT")
+def fingerprint(learned: bool = False) -> str:
+    """Return what the answers of search and fit, and so the offsets, depend on: versions and all settings, hashed.
+
+    Args:
+        learned: of a fit by what a model has learned.
+    """
+    names = ("CORRELATION", "CORRELATION_FROM_NEAR", "CORRELATION_OPPOSITE", "FEATURES")
+    if learned:
+        names += ("LEARNED_VERSION", "LEARNED", "LEARNED_WEIGHT", "BESIDE_WEIGHT", "BESIDE_LEVELS")
     settings = {
         "version": plans.VERSION,
         "plans": {name: getattr(plans, name) for name in (*names, "FINER", "FEW_VOXELS")},

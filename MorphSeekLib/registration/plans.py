@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 VERSION = 1
 """Of search and fit: count it up where their answers change by anything but the settings that
 :func:`.calibrated.fingerprint` reads, and calibrate again what errors are estimated by."""
+LEARNED_VERSION = 2
+"""In the same way, of what is compared of learned features."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How often a fine-tuning by GRPO stays stable, with a warm-up before it and without one.
 
-    python Testing/benchmarks/stability.py [--shared ../shared] [--out stability.json] [--seeds 10] [--form paper]
+    python Testing/benchmarks/stability.py [--shared ../shared] [--out FILE] [--seeds 0 1 2] [--form paper]
 
 The paper says 33 % of the runs are stable without a warm-up and 79 % with one. For each seed the small VoxelMorph of
 the main table is fine-tuned on the hippocampus cases from fresh weights, and from those of a warm-up without labels, by
@@ -105,13 +105,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--out", type=Path, default=Path("stability.json"))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--form", choices=("paper", "morphseek"), default="paper")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dataset = load_dataset(options.shared / "data" / "hippocampus" / "dataset.json")
     done: dict = json.loads(options.out.read_text()) if options.out.is_file() else {"runs": {}}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for start in STARTS:
             name = f"{options.form}, {start}, seed {seed}"
             if name not in done["runs"]:

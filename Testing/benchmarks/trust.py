@@ -366,7 +366,7 @@ def calibrate(shared: Path, work: Path, least: int) -> None:
             fixed=ranges(looks[0]),
             moving=ranges(looks[1]),
         )
-    found = Calibration(fingerprint(), time.strftime("%Y-%m-%d"), weights, pooled, kinds)
+    found = Calibration(fingerprint(), time.strftime("%Y-%m-%d"), weights, pooled, kinds, fingerprint(learned=True))
     write_calibration(found)
 
 

@@ -209,13 +209,18 @@ def test_the_calibration_is_of_the_fit_as_it_is():
     assert calibration().fit == fingerprint(), (
         "search or fit have changed: run Testing/benchmarks/trust.py measure, calibrate and evaluate again"
     )
+    models = [kind for kind in calibration().kinds.values() if kind.model]
+    assert calibration().learned == fingerprint(learned=True) or not any(kind.told for kind in models)
     assert all(len(o) == len(DECILES) for kind in calibration().kinds.values() for o in kind.offsets.values())
 
 
 def test_another_fit_makes_every_kind_unknown(monkeypatch):
-    before = fingerprint()
+    before = fingerprint(), fingerprint(learned=True)
+    monkeypatch.setattr(plans, "LEARNED_VERSION", plans.LEARNED_VERSION + 1)
+    assert fingerprint() == before[0], "a fit by intensities is the same"
+    assert fingerprint(learned=True) != before[1]
     monkeypatch.setattr(plans, "VERSION", plans.VERSION + 1)
-    assert fingerprint() != before
+    assert fingerprint() != before[0]
 
 
 def test_a_kind_fits_only_images_that_look_like_its_own():

@@ -23,6 +23,7 @@ from MorphSeekGui.batch_run import BatchRun, create_batch, find_batches, folder_
 from MorphSeekGui.scene import result_nodes
 
 from MorphSeekLib.io.images import write_image
+from MorphSeekLib.space.geometry import Grid
 
 MODULE = Path(__file__).resolve().parents[2] / "MorphSeek" / "MorphSeek.py"
 FOREIGN_PYTHON = sys.executable  # of no Slicer: it is read before a test is launched by Slicer's launcher
@@ -77,12 +78,12 @@ def add_blobs(count: int) -> list:
     return nodes
 
 
-def write_blobs(folder: Path, count: int) -> list[Path]:
+def write_blobs(folder: Path, count: int, grid: Grid | None = None) -> list[Path]:
     """Write such images as files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"case{seed}.nii.gz" for seed in range(count)]
     for seed, path in enumerate(paths):
-        write_image(blob_image(blob_labels(seed, blob_grid()), seed), path)
+        write_image(blob_image(blob_labels(seed, grid or blob_grid()), seed), path)
     return paths
 
 
@@ -208,10 +209,12 @@ def test_a_pair_that_fails_says_why_and_can_be_tried_again(stand_in, opened, hom
 
 
 def test_canceled_continued_and_found_again_while_it_runs(stand_in, opened, home):
-    paths = write_blobs(home / "scans", 2)
-    pair = {"fixed": paths[0], "moving": paths[1]}
+    small = write_blobs(home / "scans", 2)
+    large = write_blobs(home / "large", 2, blob_grid((96, 112, 80), (0.5, 0.5, 0.625)))  # a minute, so that it is never
+    pairs = [{"fixed": fixed, "moving": moving} for fixed, moving in (small, large)]  # done while Slicer starts again
     slow = {**QUICK, "fit": "on", "fit_iterations": "1000/1000/1000"}
-    table = write_table(home / "pairs.csv", [{"name": "quick", **pair, **QUICK}, {"name": "slow", **pair, **slow}])
+    rows = [{"name": "quick", **pairs[0], **QUICK}, {"name": "slow", **pairs[1], **slow}]
+    table = write_table(home / "pairs.csv", rows)
     opened.register.refresh_models("none")
     ui, run = opened.ui, start_table(opened, table)
     assert ui.stopBatchButton.enabled
