@@ -139,7 +139,7 @@ def fingerprint(learned: bool = False) -> str:
     Args:
         learned: of a fit by what a model has learned.
     """
-    names = ("CORRELATION", "CORRELATION_FROM_NEAR", "CORRELATION_OPPOSITE", "FEATURES")
+    names: tuple[str, ...] = ("CORRELATION", "CORRELATION_FROM_NEAR", "CORRELATION_OPPOSITE", "FEATURES")
     if learned:
         names += ("LEARNED_VERSION", "LEARNED", "LEARNED_WEIGHT", "BESIDE_WEIGHT", "BESIDE_LEVELS")
     settings = {
