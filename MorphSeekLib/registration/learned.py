@@ -93,6 +93,13 @@ class Features:
         return fields.sample(maps, index_points(grid, transform, own, maps.device), padding="border")
 
 
+def likeliest(maps: Tensor) -> Tensor:
+    """Return the likeliest channel of each voxel, from 1 on, or 0 for the background, (n, 1, i, j, k) int64, of
+    probabilities without that of the background, (n, labels, i, j, k)."""
+    background = 1 - maps.sum(dim=1, keepdim=True)
+    return torch.cat([background, maps], dim=1).argmax(dim=1, keepdim=True)
+
+
 def decided(maps: Tensor) -> Tensor:
     """Return 1 for the label that is likeliest at a voxel and 0 for all others, or for all where the background is.
 
@@ -105,10 +112,8 @@ def decided(maps: Tensor) -> Tensor:
     Args:
         maps: (n, labels, i, j, k), probabilities without that of the background.
     """
-    background = 1 - maps.sum(dim=1, keepdim=True)
-    likeliest = torch.cat([background, maps], dim=1).argmax(dim=1, keepdim=True)
     channels = torch.arange(1, maps.shape[1] + 1, device=maps.device).view(1, -1, 1, 1, 1)
-    found = (likeliest == channels).to(maps)
+    found = (likeliest(maps) == channels).to(maps)
     space = (0, 2, 3, 4)
     sure = found.sum(dim=space) >= _SURE * maps.sum(dim=space)
     return torch.where(sure.view(1, -1, 1, 1, 1), found, maps)

@@ -25,6 +25,7 @@ from ..networks.policy import RegistrationModel, draw
 from ..protocol.card import Provenance
 from ..protocol.errors import MorphSeekError
 from ..protocol.job import SILENT, Job
+from ..registration.learned import likeliest
 from ..space import fields
 from .distributed import World
 from .grpo import Objective, Walk, learn_step, next_kl_weight
@@ -345,8 +346,7 @@ def labels_found(
     """
     found = network.found(image.to(device))
     assert found is not None  # it has a finder
-    background = 1 - found.sum(dim=1, keepdim=True)
-    best = torch.cat([background, found], dim=1).argmax(dim=1)[0].cpu()
+    best = likeliest(found)[0, 0].cpu()
     values = torch.zeros(found.shape[1] + 1, dtype=torch.int32)
     for value, channel in reversed(list(channels.items())):
         values[channel] = value
