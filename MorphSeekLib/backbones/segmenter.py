@@ -66,7 +66,9 @@ class Segmenter(Backbone):
             x = block(F.avg_pool3d(x, 2) if level else x)
             skips.append(x)
         for level in reversed(range(len(self.up))):
-            x = self.up[level](torch.cat([_doubled(x), skips[level]], dim=1))
+            convolution, *others = self.up[level].children()
+            assert isinstance(convolution, Conv3d)
+            x = nn.Sequential(*others)(_joined(convolution, x, skips[level]))
         return _as_voxels(self.out(x), self.block)
 
     def image_features(self, image: Tensor) -> list[Tensor]:
@@ -109,6 +111,24 @@ def _two(before: int, after: int) -> nn.Sequential:
             nn.LeakyReLU(0.01),
         ]
     return nn.Sequential(*layers)
+
+
+def _joined(convolution: Conv3d, below: Tensor, own: Tensor) -> Tensor:
+    """Convolve what comes from below, each voxel doubled along every axis, with a level's own channels after it.
+
+    To double voxels and convolve by 3x3x3 is to convolve transposed by 4x4x4 with a stride of two, which takes 8
+    products for each voxel and not 27. Two cases of 48x64x48 voxels are learned from in three quarters of the time in
+    float32 on a CPU; elsewhere it was not measured, and a single image is slower so.
+    """
+    device, weight = below.device.type, convolution.weight
+    if len(below) == 1 or device != "cpu" or below.dtype != torch.float32 or torch.is_autocast_enabled(device):
+        joined: Tensor = convolution(torch.cat([_doubled(below), own], dim=1))
+        return joined
+    count = below.shape[1]
+    pairs = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    spread = torch.einsum("abijk,xi,yj,zk->baxyz", weight[:, :count], pairs, pairs, pairs)
+    doubled = F.conv_transpose3d(below, spread, stride=2, padding=1)
+    return doubled + F.conv3d(own, weight[:, count:], padding=1)
 
 
 def _as_channels(image: Tensor, block: int) -> Tensor:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ from ..space.preprocessing import Preprocessing, normalized, sampled, working_gr
 from .label_channels import to_channels
 
 log = logging.getLogger(__name__)
+
+Made = TypeVar("Made", bound=tuple[Any, ...])
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 BENT = 0.8
@@ -570,8 +572,8 @@ class PreparedPair:
 
 
 class PairLoader:
-    """Prepares pairs and keeps the cases it has read, at their own resolution, as far as they fit; the least recently
-    used ones go first. May be called from several threads.
+    """Prepares pairs, and cases alone, and keeps what it has read, at its own resolution, and the cases alone as they
+    are prepared, as far as they fit; what was not used for longest goes first. May be called from several threads.
 
     Attributes:
         channels: label value -> what stands for it in the pairs (:mod:`MorphSeekLib.data.label_channels`); None: the
@@ -590,8 +592,8 @@ class PairLoader:
         self.channels: Mapping[int, int] | None = None
         self.labeler: Callable[[Tensor], Tensor] | None = None
         self.unlabeled: frozenset[Case] = frozenset()
-        self._cases: OrderedDict[Case, tuple[Volume, Volume | None, np.ndarray | None]] = OrderedDict()
-        self._reading = threading.Lock()
+        self._kept: OrderedDict[tuple[str, Case], tuple[Any, ...]] = OrderedDict()
+        self._reading = threading.RLock()
 
     def __call__(self, pair: Pair) -> PreparedPair:
         fixed, fixed_labels, fixed_points = self._case(pair.fixed)
@@ -621,17 +623,31 @@ class PairLoader:
             prepared = augment(prepared, BENT, torch.Generator().manual_seed(pair.bent_by))
         return prepared
 
+    def alone(self, case: Case) -> tuple[Tensor, Tensor | None]:
+        """Return the image and the labels, (1, 1, i, j, k), of one case on its own grid, as :class:`PreparedPair` has
+        those of a fixed one. They are kept, so that they must not be written to."""
+        return self._once("alone", case, self._sampled)
+
+    def _sampled(self, case: Case) -> tuple[Tensor, Tensor | None]:
+        image, labels, _ = self._case(case)
+        grid = working_grid(image.grid, self.preprocessing, self.multiple_of)
+        known = None if labels is None else resample(labels, grid, mode="nearest").data[None, None]
+        return resample(image, grid).data[None, None], known
+
     def _case(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
-        """Return a case from memory, else from its files; then the oldest ones are dropped, but never this one."""
+        return self._once("read", case, self._read)
+
+    def _once(self, kind: str, case: Case, make: Callable[[Case], Made]) -> Made:
+        """Return what was made of a case from memory, else make it; then the oldest go, but never what is asked for."""
         with self._reading:
-            if case not in self._cases:
-                self._cases[case] = self._read(case)
-                held = {known: _bytes(volumes) for known, (*volumes, _) in self._cases.items()}
+            if (kind, case) not in self._kept:
+                self._kept[kind, case] = make(case)
+                held = {key: _bytes(made) for key, made in self._kept.items()}
                 while sum(held.values()) > self.kept_bytes and len(held) > 1:
-                    dropped, _ = self._cases.popitem(last=False)
+                    dropped, _ = self._kept.popitem(last=False)
                     del held[dropped]
-            self._cases.move_to_end(case)
-            return self._cases[case]
+            self._kept.move_to_end((kind, case))
+            return cast(Made, self._kept[kind, case])
 
     def _read(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
         if case.image is None:
@@ -651,8 +667,9 @@ class PairLoader:
         return image, labels, points
 
 
-def _bytes(volumes: Sequence[Volume | None]) -> int:
-    return sum(volume.data.nbytes for volume in volumes if volume is not None)
+def _bytes(made: Iterable[Volume | Tensor | np.ndarray | None]) -> int:
+    tensors = (one.data if isinstance(one, Volume) else one for one in made)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def augment(pair: PreparedPair, strength: float, generator: torch.Generator) -> PreparedPair:

@@ -90,12 +90,11 @@ def segmentation_loss(scores: Tensor, labels: Tensor) -> Tensor:
         scores: (n, features, i, j, k), logits.
         labels: (n, 1, i, j, k) int64.
     """
-    shares = scores.softmax(dim=1)
-    truth = torch.zeros_like(shares).scatter_(1, labels, 1.0)
-    both, either = (
-        (shares * truth).sum(dim=(0, 2, 3, 4)),
-        (shares.square() + truth).sum(dim=(0, 2, 3, 4)),
-    )
-    there = (truth.sum(dim=(0, 2, 3, 4)) > 0)[1:].float()
+    logs, at = scores.log_softmax(dim=1), labels.flatten()
+    found = logs.gather(1, labels)
+    counts = torch.bincount(at, minlength=scores.shape[1]).to(scores.dtype)
+    both = torch.zeros_like(counts).index_add(0, at, found.exp().flatten())
+    either = logs.exp().square().sum(dim=(0, 2, 3, 4)) + counts
+    there = (counts > 0)[1:].to(scores.dtype)
     dice = ((2 * both + 1) / (either + 1))[1:]
-    return F.cross_entropy(scores, labels[:, 0]) + 1 - (dice * there).sum() / there.sum().clamp(min=1)
+    return 1 - found.mean() - (dice * there).sum() / there.sum().clamp(min=1)

@@ -24,7 +24,6 @@ from ..backbones.segmenter import Segmenter
 from ..data.datasets import (
     Case,
     Dataset,
-    Pair,
     PreparedPair,
     by_labels,
     known_sizes,
@@ -224,18 +223,18 @@ class Segmentation(Task[Examples]):
             shape = self.config.preprocessing.shape
             assert shape is not None  # the source refuses to be made without one
             box = window(shape, self.network.multiple_of, generator)
-            image, values = self._source.labeled(generator, box)
-            return Examples(image, to_channels(values, self.channels).long(), image[:0])
+            image, made = self._source.labeled(generator, box)
+            return Examples(image, to_channels(made, self.channels).long(), image[:0])
         believed = iteration >= _BELIEVED and bool(self.unlabeled)
         bare = self.run.cases // 2 if believed else 0
         drawn = [_draw(self.cases, generator) for _ in range(self.run.cases - bare)]
         drawn += [_draw(self.unlabeled, generator) for _ in range(bare)]
-        found = [self.loader(Pair(case, case)) for case in drawn]
-        size = patch_size([tuple(one.fixed.shape[2:]) for one in found], self.network.multiple_of)
+        found = [self.loader.alone(case) for case in drawn]
+        size = patch_size([tuple(image.shape[2:]) for image, _ in found], self.network.multiple_of)
         seen, images, known = [], [], []
-        for one in found:
-            labels = torch.zeros_like(one.fixed) if one.fixed_labels is None else one.fixed_labels
-            image, bent_labels = bent(one.fixed, labels, size, self.run.bending, generator)
+        for whole, values in found:
+            labels = torch.zeros_like(whole) if values is None else values
+            image, bent_labels = bent(whole, labels, size, self.run.bending, generator)
             seen.append(image)
             images.append(painted(image, generator))
             known.append(bent_labels)

@@ -175,6 +175,26 @@ def test_a_loader_keeps_no_more_than_its_budget(tmp_path, reads):
     assert torch.equal(tiny(Pair(cases[0], cases[1])).moving, first.moving), "even where a single case is too large"
 
 
+def test_a_case_alone_is_the_fixed_one_of_a_pair(tmp_path, reads):
+    """It is prepared once, as far as what is kept may be so large."""
+    cases = load_dataset(write_dataset(tmp_path, 2)).split("training", "cases")
+    a, b = (case.image.name for case in cases)
+    loader = PairLoader(Preprocessing(spacing=(2.5, 2.5, 2.5), align="none"), 4, True)
+    wanted = loader(Pair(cases[0], cases[1]))
+    image, labels = loader.alone(cases[0])
+    assert torch.equal(image, wanted.fixed)
+    assert torch.equal(labels, wanted.fixed_labels)
+    assert loader.alone(cases[0])[0] is image
+    assert reads == [a, b]
+    held = 8 * 24 * 28 * 20 + 2 * (image.nbytes + labels.nbytes)  # one as it was read, both as they were made
+    loader = PairLoader(Preprocessing(spacing=(2.5, 2.5, 2.5), align="none"), 4, True, kept_bytes=held)
+    assert torch.equal(loader.alone(cases[0])[0], image)
+    loader.alone(cases[1])
+    loader.alone(cases[0])
+    loader.alone(cases[1])
+    assert reads == [a, b, a, b], "what was read has made room for what was made of it"
+
+
 def test_a_training_and_its_validation_share_what_is_kept(tmp_path, reads):
     """Cases 0 and 1 are trained on and validated on; each is read once for both, and once for the sizes on the card."""
     dataset = load_dataset(write_dataset(tmp_path, 2))

@@ -1,5 +1,6 @@
 """Features that a network learns from labels, and fits that compare them."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -41,7 +42,7 @@ from MorphSeekLib.training.examples import bent, painted, patch_size, segmentati
 from MorphSeekLib.training.finetuning import FinetuneConfig, FinetuneRun, Finetuning, finetune
 from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, SegmentationRun, suited, train_features
 
-RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2)
+RUN = SegmentationRun(iterations=60, validate_every=60, validation_pairs=1, average=0.9, learning_rate=1e-2, seed=3)
 CONFIG = SegmentationConfig(
     width=6, depth=2, preprocessing=Preprocessing(spacing=(2.5, 2.5, 2.5), low=0.0, align="center"), training=RUN
 )
@@ -67,6 +68,22 @@ def test_a_segmenter_says_of_each_voxel_what_it_is_and_moves_nothing():
     torch.testing.assert_close(learned[1], network.image_features(fixed)[0])
     with pytest.raises(MorphSeekError, match="at least 2"):
         build_backbone("segmenter", {"features": 1})
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_images_learned_from_together_are_seen_as_alone(block):
+    """Two in float32 are convolved in another way than one, or than in float64: scores and gradients are the same."""
+    torch.manual_seed(0)
+    network = build_backbone("segmenter", {"features": 3, "width": 4, "depth": 2, "block": block})
+    assert isinstance(network, Segmenter)
+    images, labels = torch.rand(2, 1, 16, 8, 24), torch.randint(3, (2, 1, 16, 8, 24))
+    together, alone = network.scores(images), torch.cat([network.scores(images[:1]), network.scores(images[1:])])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    exact = copy.deepcopy(network).double()
+    segmentation_loss(together, labels).backward()
+    segmentation_loss(exact.scores(images.double()), labels).backward()
+    for own, wanted in zip(network.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(own.grad.double(), wanted.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_a_segmenter_of_blocks_knows_where_each_voxel_is():
@@ -111,7 +128,17 @@ def test_the_loss_is_least_where_labels_are_right():
     right = 20.0 * torch.nn.functional.one_hot(labels[:, 0], 3).movedim(-1, 1).float()
     assert segmentation_loss(right, labels) < 1e-3
     assert segmentation_loss(right.roll(1, dims=1), labels) > 1
+    scores = torch.randn(2, 4, 6, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(3, (2, 1, 6, 5, 4), generator=torch.Generator().manual_seed(2))  # 3 is nowhere
+    shares, truth = scores.softmax(dim=1), torch.nn.functional.one_hot(labels[:, 0], 4).movedim(-1, 1)
+    dice = [
+        (2 * (shares[:, c] * truth[:, c]).sum() + 1) / ((shares[:, c] ** 2).sum() + truth[:, c].sum() + 1)
+        for c in (1, 2)
+    ]
+    entropy = torch.nn.functional.cross_entropy(scores, labels[:, 0])
+    torch.testing.assert_close(segmentation_loss(scores, labels), entropy + 1 - sum(dice) / 2)
     # a label that is nowhere neither counts as found nor as missed
+    labels = right.argmax(dim=1, keepdim=True)
     alone = segmentation_loss(torch.cat([right, torch.full_like(right[:, :1], -20.0)], dim=1), labels)
     torch.testing.assert_close(alone, segmentation_loss(right, labels))
 
