@@ -6,7 +6,7 @@
 Pairs are those of the split registration_val, and then training cases, each with the next; no test pair. "none, x 2" is
 a registration without a model whose fit weighs smoothness twice as much as it does. On the hippocampus also: "site",
 a model of thirty cases (``training_answers.py --keep``), by the same weights; and "hippocampus-mr", whose answer is the
-mean of a fit and of the network's steps, by the share of the fit. The default is "x 1" and, of hippocampus-mr, 0.6.
+mean of a fit and of the network's steps, by the share of the fit. The default is "x 1" and, of hippocampus-mr, 0.8.
 
 The knee is the point of a curve's best part that lies farthest from the line between its ends (Satopaa et al. 2011),
 both axes scaled to their ranges. Rows that are in FILE are not done again; ``--plot`` draws it beside FILE.

@@ -1,4 +1,4 @@
-"""Where a fine-tuning iteration's processor time goes, and how much less it takes than at another commit.
+"""Where a training iteration's processor time goes, and how much less it takes than at another commit.
 
     python Testing/benchmarks/training_speed.py parts brain
     python Testing/benchmarks/training_speed.py compare --before CHECKOUT [--rounds 5] [--ways native plain] [--out F]
@@ -6,10 +6,11 @@
 The data are those of ../shared/data, or of the folder that MORPHSEEK_DATA names.
 
 CHECKOUT is a working tree of the commit to compare with. "compare" runs both commits in turn, each in a process of its
-own, with the same seeds, the settings of the panel (a VoxelMorph from scratch, three steps, six trajectories) and one
-thread; a ratio is the median of the runs before over that of the runs after, of processor time per iteration. Both with
-the precision that the processor is fastest in (bfloat16 where it multiplies that itself: "native") and in float32
-without its matrix instructions ("plain"), as on processors that have none.
+own, with the same seeds, the settings of the panel (a VoxelMorph from scratch, three steps, six trajectories; for names
+that end in "-features" the network that learns to find labels) and one thread; a ratio is the median of the runs before
+over that of the runs after, of processor time per iteration. Both with the precision that the processor is fastest in
+(bfloat16 where it multiplies that itself: "native") and in float32 without its matrix instructions ("plain"), as on
+processors that have none.
 
 Parts: "loader" makes the pairs; "prepare" puts a pair on the device; "encode", "decode" and "losses" are passes of the
 network and what is computed from its field, with what autograd does for each; "sampling" draws and scores trajectories;
@@ -40,6 +41,7 @@ from MorphSeekLib.networks.policy import RegistrationModel
 from MorphSeekLib.space.preprocessing import Preprocessing
 from MorphSeekLib.training import finetuning, grpo
 from MorphSeekLib.training.finetuning import FinetuneConfig, Finetuning
+from MorphSeekLib.training.trainer import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("MORPHSEEK_DATA", ROOT.parent / "shared" / "data"))
@@ -48,9 +50,12 @@ SETS = {
     "brain": ("brain_oasis/dataset.json", 2.0, 2),
     "ct": ("abdomen/dataset_ct.json", 3.0, 2),
     "hippocampus": ("hippocampus/dataset.json", 1.0, 6),
+    "ct-features": ("abdomen/dataset_ct.json", 3.0, 8),
+    "hippocampus-features": ("hippocampus/dataset.json", 1.0, 8),
 }
 """Data set, spacing of the working grid (mm), iterations that are timed in a run."""
 TARGETS = {"brain": 2.0, "ct": 1.6, "hippocampus": 1.2}
+"""Of the trainings that move images."""
 WAYS = {"native": {}, "plain": {"MORPHSEEK_PRECISION": "float32", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}}
 """The environment of each way to run."""
 
@@ -125,17 +130,37 @@ def watch_parts(watch: Stopwatch) -> None:
     grpo.advance = turning
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Return the processor seconds of an iteration, in all and by part, and the losses."""
-    torch.set_num_threads(1)
-    file, spacing, count = SETS[name]
+def mover(name: str) -> Task[Any]:
+    """Return the fine-tuning of a VoxelMorph from scratch."""
+    file, spacing, _ = SETS[name]
     with tempfile.TemporaryDirectory() as folder:
         init = Path(folder) / "init.safetensors"
         torch.manual_seed(0)
         network = RegistrationModel(fresh_network("voxelmorph"))
         card = Card(title="from scratch", preprocessing=Preprocessing(spacing=(spacing,) * 3, align="center"))
         save(init, network, card)
-        task = Finetuning(load_dataset(DATA / file), FinetuneConfig(), init, torch.device("cpu"))
+        return Finetuning(load_dataset(DATA / file), FinetuneConfig(), init, torch.device("cpu"))
+
+
+def finder(name: str) -> Task[Any]:
+    """Return the first stage of a training with labels; older commits have none."""
+    from MorphSeekLib.app.runs import stage_settings
+    from MorphSeekLib.protocol.options import TrainingOptions
+    from MorphSeekLib.training.segmentation import Segmentation, SegmentationConfig, suited
+
+    file, spacing, _ = SETS[name]
+    dataset = load_dataset(DATA / file)
+    options = TrainingOptions(name, str(DATA / file), "f.safetensors", stages=("features",), spacing=spacing)
+    config = stage_settings(options)["features"]
+    assert isinstance(config, SegmentationConfig)
+    return Segmentation(dataset, suited(config, dataset), torch.device("cpu"))
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Return the processor seconds of an iteration, in all and by part, and the losses."""
+    torch.set_num_threads(1)
+    count = SETS[name][2]
+    task = finder(name) if name.endswith("-features") else mover(name)
     warm = count // 2
     for iteration in range(count + warm):
         task.batch(iteration)  # the cases are read from their files before the clock starts
@@ -193,7 +218,7 @@ def compare(before: Path, rounds: int, names: list[str], ways: list[str], out: P
     content: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     content |= {
         "command": f"python Testing/benchmarks/training_speed.py compare --before CHECKOUT --rounds {rounds} "
-        f"--ways {' '.join(ways)}",
+        f"--ways {' '.join(ways)} --names {' '.join(names)}",
         "processor": processor(), "torch": torch.__version__, "threads": 1, "rounds": rounds,
         "before": commit(before), "after": commit(ROOT), "targets": TARGETS,
     }  # fmt: skip
@@ -209,7 +234,7 @@ def compare(before: Path, rounds: int, names: list[str], ways: list[str], out: P
             content.setdefault("rows", {}).setdefault(way, {})[name] = row
             out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             print(f"{way:8}{name:12} {row['before']['seconds']:8.3f} s {row['after']['seconds']:8.3f} s ", end="")
-            print(f"{row['ratio']:6.2f} times (target {TARGETS[name]})", flush=True)
+            print(f"{row['ratio']:6.2f} times (target {TARGETS.get(name, 'none')})", flush=True)
 
 
 def main() -> None:
@@ -223,7 +248,7 @@ def main() -> None:
     both = verbs.add_parser("compare")
     both.add_argument("--before", type=Path, required=True)
     both.add_argument("--rounds", type=int, default=5)
-    both.add_argument("--names", nargs="+", choices=SETS, default=list(SETS))
+    both.add_argument("--names", nargs="+", choices=SETS, default=list(TARGETS))
     both.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     both.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
