@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,17 @@ def test_a_segmenter_says_of_each_voxel_what_it_is_and_moves_nothing():
     torch.testing.assert_close(learned[1], network.image_features(fixed)[0])
     with pytest.raises(MorphSeekError, match="at least 2"):
         build_backbone("segmenter", {"features": 1})
+
+
+def test_a_widened_segmenter_finds_what_it_found(trained, tmp_path):
+    script = Path(__file__).parents[2] / "Resources" / "Training" / "bundle_hippocampus.py"
+    widen = runpy.run_path(str(script))["widen"]
+    widen(trained, 8, tmp_path / "wide.safetensors")
+    (narrow, card), (wide, widened) = load(trained), load(tmp_path / "wide.safetensors")
+    image = torch.rand(1, 1, 16, 24, 16)
+    assert wide.settings.backbone_settings["width"] == 8
+    torch.testing.assert_close(wide.found(image), narrow.found(image), rtol=1e-4, atol=1e-5)
+    assert (widened.compare, widened.labels) == (card.compare, card.labels)
 
 
 @pytest.mark.parametrize("block", [1, 2])
