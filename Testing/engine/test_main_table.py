@@ -62,18 +62,18 @@ BLOBS = {
         },
     },
     "arms": {
-        "warm": {"title": "warm-up", "minutes": 0.01, "warmup": {"training": {"steps": 1, "save_every": 1000}}},
+        "warm": {"title": "warm-up", "minutes": 0.03, "warmup": {"training": {"steps": 1, "save_every": 1000}}},
         "soft": {
             "title": "one step",
             "start": "warm",
-            "minutes": 0.01,
+            "minutes": 0.03,
             "finetune": {"policy": {"weight": 0.0}, "training": {"steps": 1}},
         },
         "better": {
             "title": "+ policy",
             "start": "warm",
             "baseline": "soft",
-            "minutes": 0.02,
+            "minutes": 0.05,
             "finetune": {"policy": {"trajectories": 2}, "training": {"steps": 2}},
         },
         "refined": {
@@ -84,7 +84,7 @@ BLOBS = {
         },
         "spac": {
             "title": "actor-critic",
-            "minutes": 0.03,
+            "minutes": 0.1,
             "spac": {"training": {"steps": 2, "explore": 1, "batch": 2, "buffer": 8, "update_every": 1}},
         },
     },
