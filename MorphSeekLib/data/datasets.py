@@ -602,11 +602,8 @@ class PairLoader:
         shift = np.eye(4)
         if self.centered:
             shift[:3, 3] = moving.grid.center - fixed.grid.center
-        known, carried = (
-            None if volume is None else resample(volume, grid, matrix, mode="nearest").data[None, None]
-            for volume, matrix in ((fixed_labels, None), (moving_labels, shift))
-        )
-        still, brought = resample(fixed, grid).data[None, None], resample(moving, grid, shift).data[None, None]
+        still, known = _onto(grid, fixed, fixed_labels)
+        brought, carried = _onto(grid, moving, moving_labels, shift)
         prepared = PreparedPair(still, brought, known, carried, grid)
         if fixed_points is not None and moving_points is not None:
             if len(fixed_points) != len(moving_points):
@@ -630,9 +627,7 @@ class PairLoader:
 
     def _sampled(self, case: Case) -> tuple[Tensor, Tensor | None]:
         image, labels, _ = self._case(case)
-        grid = working_grid(image.grid, self.preprocessing, self.multiple_of)
-        known = None if labels is None else resample(labels, grid, mode="nearest").data[None, None]
-        return resample(image, grid).data[None, None], known
+        return _onto(working_grid(image.grid, self.preprocessing, self.multiple_of), image, labels)
 
     def _case(self, case: Case) -> tuple[Volume, Volume | None, np.ndarray | None]:
         return self._once("read", case, self._read)
@@ -665,6 +660,14 @@ class PairLoader:
         if labels is not None and self.channels is not None:
             labels = Volume(to_channels(labels.data, self.channels), labels.grid)
         return image, labels, points
+
+
+def _onto(
+    grid: Grid, image: Volume, labels: Volume | None, matrix: np.ndarray | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Resample an image and its labels, (1, 1, i, j, k) each."""
+    known = None if labels is None else resample(labels, grid, matrix, mode="nearest").data[None, None]
+    return resample(image, grid, matrix).data[None, None], known
 
 
 def _bytes(made: Iterable[Volume | Tensor | np.ndarray | None]) -> int:

@@ -37,7 +37,7 @@ AHEAD = 16  # iterations whose examples are made ahead
 
 def export(dataset: Path, spacing: float, out: Path) -> None:
     """Write the cases of the splits training and validation as arrays: intensities as bytes, channels of labels."""
-    from MorphSeekLib.data.datasets import Pair, PairLoader, label_values, load_dataset
+    from MorphSeekLib.data.datasets import PairLoader, label_values, load_dataset
     from MorphSeekLib.data.label_channels import channels_for
     from MorphSeekLib.space.preprocessing import Preprocessing
 
@@ -47,10 +47,10 @@ def export(dataset: Path, spacing: float, out: Path) -> None:
     loader.channels = channels_for(label_values(training))
     arrays: dict[str, np.ndarray] = {}
     for number, case in enumerate([*training, *validation]):
-        known = loader(Pair(case, case))
-        assert known.fixed_labels is not None
-        arrays[f"image{number}"] = (known.fixed[0, 0] * 255).round().clamp(0, 255).byte().numpy()
-        arrays[f"labels{number}"] = known.fixed_labels[0, 0].to(torch.uint8).numpy()
+        image, known = loader.alone(case)
+        assert known is not None
+        arrays[f"image{number}"] = (image[0, 0] * 255).round().clamp(0, 255).byte().numpy()
+        arrays[f"labels{number}"] = known[0, 0].to(torch.uint8).numpy()
     about = {"spacing": spacing, "validation": len(validation), "labels": list(loader.channels.items())}
     np.savez_compressed(out, about=json.dumps(about), **arrays)
 

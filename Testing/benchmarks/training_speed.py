@@ -233,7 +233,7 @@ def compare(before: Path, rounds: int, names: list[str], ways: list[str], out: P
             row["load"] = round(os.getloadavg()[0], 1)
             content.setdefault("rows", {}).setdefault(way, {})[name] = row
             out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            print(f"{way:8}{name:12} {row['before']['seconds']:8.3f} s {row['after']['seconds']:8.3f} s ", end="")
+            print(f"{way:8}{name:21}{row['before']['seconds']:8.3f} s {row['after']['seconds']:8.3f} s ", end="")
             print(f"{row['ratio']:6.2f} times (target {TARGETS.get(name, 'none')})", flush=True)
 
 
